@@ -1,0 +1,368 @@
+"""What Kiwi-Edit adds to a video diffusion model: a multimodal LLM that reads the request (paper, Section 3).
+
+    source frames (T, H, W, 3), instruction, optional reference image
+      -> chat text + patches -> Qwen2.5-VL (frozen, with LoRA) -> hidden states (1, S, 2048)
+    learnable queries, placed in the text by embedding -> Query Connector  -> (1, n, D)   } the context of the
+    the reference's visual tokens                      -> Latent Connector -> (1, m, D)   } DiT's cross-attention
+
+Qwen2.5-VL itself comes from transformers; the chat text, frame sampling, resizing, patches and positions are
+made here, because released weights depend on details that a processor would decide anew with each version:
+two resizes of video frames, pixel values rounded to bfloat16, temporal positions 0, 2, 4, ... at any frame
+rate (FACTS.md, "The MLLM"). Special tokens typed into an instruction are plain text here; in the release a
+typed query token crashes. Several reference images follow one another; the release takes one.
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+SYSTEM_PROMPT = (
+    "You will be given an image and instruction. Please describe the content of the image in detail based on "
+    "instruction in your own words."
+)
+REFERENCE_HINT = " Use the reference input from last frame."
+QUERY_TOKEN = "<|object_ref_start|>"
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+LLM_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+@dataclass(frozen=True)
+class MLLMConfig:
+    """The MLLM side. `folder` holds Qwen's config.json (or qwen_config.json) and tokenizer.json.
+
+    A query count of 0 leaves out the mode and its parameters. `max_ref_tokens` limits the visual tokens of a
+    reference image, `max_frames` and `max_pixels` the frames of a source video and the pixels of each;
+    max_pixels None is what the released 5B training scripts use. `context` is the paper's ablation (Table 5):
+    "queries+latents", or "queries" without the Latent Connector's tokens.
+    """
+
+    folder: str
+    dit_dim: int = 3072
+    num_image_queries: int = 256
+    num_video_queries: int = 512
+    num_ref_queries: int = 768
+    max_ref_tokens: int = 768
+    max_frames: int = 16
+    max_pixels: int | None = 262144
+    context: str = "queries+latents"
+
+    def __post_init__(self):
+        if self.context not in ("queries", "queries+latents"):
+            raise ValueError(f'MLLMConfig.context: {self.context!r}, expected "queries" or "queries+latents"')
+
+
+def fit_pixels(height, width, factor, min_pixels, max_pixels):
+    """Qwen's image size: multiples of `factor`, near the aspect, within the pixel limits (Python's round)."""
+    h, w = max(factor, round(height / factor) * factor), max(factor, round(width / factor) * factor)
+    if h * w > max_pixels:
+        scale = math.sqrt(height * width / max_pixels)
+        h, w = (max(factor, math.floor(side / scale / factor) * factor) for side in (height, width))
+    elif h * w < min_pixels:
+        scale = math.sqrt(min_pixels / (height * width))
+        h, w = (math.ceil(side * scale / factor) * factor for side in (height, width))
+    return h, w
+
+
+def video_frame_sizes(height, width, max_pixels):
+    """The two sizes (h, w) through which the released code resizes a video frame.
+
+    First multiples of 56, where 28 was meant, then multiples of 28 with a higher floor; kept, since released
+    weights were trained on such pictures.
+    """
+    first = fit_pixels(height, width, 56, 4 * 56 * 56, max_pixels or 16384 * 56 * 56)
+    return first, fit_pixels(*first, 28, 128 * 28 * 28, min(max_pixels or math.inf, 768 * 28 * 28))
+
+
+def sample_frames(num_frames, max_frames):
+    """Indices of at most max_frames frames, evenly from the first to the last."""
+    if num_frames <= max_frames:
+        return list(range(num_frames))
+    return torch.linspace(0, num_frames - 1, max_frames).round().long().tolist()
+
+
+def resize_like_pillow(frames, size):
+    """uint8 (T, H, W, 3) -> uint8 (T, *size, 3), bicubic and antialiased: Pillow's picture within 1."""
+    x = F.interpolate(frames.permute(0, 3, 1, 2), size, mode="bicubic", antialias=True)
+    return x.permute(0, 2, 3, 1)
+
+
+def resize_like_torchvision(frames, size):
+    """The same in float32, clamped and rounded: what torchvision makes of a stack of frames."""
+    x = F.interpolate(frames.permute(0, 3, 1, 2).float(), size, mode="bicubic", antialias=True)
+    return x.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def patchify(frames):
+    """uint8 frames (T, H, W, 3), H and W multiples of 28 -> (patches (t*h*w, 1176), grid (t, h, w)).
+
+    A patch is 2 frames (an odd count repeats the last) x 14 x 14 pixels; 2x2 neighbours, which the vision
+    tower merges to one token, follow one another. Values are normalised and rounded to bfloat16.
+    """
+    x = (frames.float() - 255 * torch.tensor(PIXEL_MEAN)) / (255 * torch.tensor(PIXEL_STD))
+    if len(x) % 2:
+        x = torch.cat([x, x[-1:]])
+    t, h, w = len(x) // 2, x.shape[1] // 14, x.shape[2] // 14
+    x = x.reshape(t, 2, h // 2, 2, 14, w // 2, 2, 14, 3)
+    x = x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7)  # (t, h/2, w/2, 2, 2, 3, 2, 14, 14)
+    return x.reshape(t * h * w, -1).bfloat16(), (t, h, w)
+
+
+@dataclass
+class MLLMInputs:
+    """One request, ready for the model. `pieces` is the sequence in order: lists of token ids, the name of a
+    visual ("source", "ref0", "ref1", ...) or "queries"."""
+
+    mode: str  # "image", "video" or "ref": which queries are placed
+    pieces: list
+    pixel_values: dict = field(default_factory=dict)  # name -> (patches, 1176)
+    grids: dict = field(default_factory=dict)  # name -> (t, h, w) in patches
+
+
+class MLLMEncoder(nn.Module):
+    """Qwen2.5-VL with learnable queries and the two connectors: (frames, instruction, reference) -> context.
+
+    Parameters: `model.language_model.*` and `model.visual.*` (transformers), `image_queries`, `video_queries`,
+    `ref_queries` (n, hidden), `connector.{0,2}` and `ref_connector.{0,2}`.
+    """
+
+    def __init__(self, config: MLLMConfig):
+        from tokenizers import Tokenizer
+        from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+
+        super().__init__()
+        self.config = config
+        qwen_config = Qwen2_5_VLConfig.from_dict(read_qwen_config(config.folder))
+        self.tokenizer = Tokenizer.from_file(str(existing(Path(config.folder) / "tokenizer.json")))
+        self.tokenizer.encode_special_tokens = True  # what a user types is text, never a control token
+        self.model = Qwen2_5_VLModel._from_config(qwen_config, attn_implementation="sdpa")
+        hidden = qwen_config.text_config.hidden_size
+        for mode, count in self.num_queries.items():
+            if count:
+                self.register_parameter(f"{mode}_queries", nn.Parameter(0.02 * torch.randn(count, hidden)))
+        self.connector = connector(hidden, config.dit_dim)
+        if config.num_ref_queries:
+            self.ref_connector = connector(hidden, config.dit_dim)
+
+    @classmethod
+    def from_config(cls, folder, **sizes):
+        """An encoder with random weights from a folder with config.json and tokenizer.json; sizes as MLLMConfig."""
+        return cls(MLLMConfig(folder=str(folder), **sizes))
+
+    @property
+    def num_queries(self):
+        c = self.config
+        return {"image": c.num_image_queries, "video": c.num_video_queries, "ref": c.num_ref_queries}
+
+    def forward(self, instruction, source, ref=None):
+        """The context of one request.
+
+        instruction: text. source: uint8 (T, H, W, 3), the frames as cropped for the VAE; T = 1 without a reference
+        is the image mode. ref: uint8 (H, W, 3), or a list of such. -> (1, L, dit_dim).
+        ValueError for an empty instruction, wrong arrays, or a mode without queries.
+        """
+        return self.encode(self.prepare(instruction, source, ref))
+
+    def prepare(self, instruction, source, ref=None) -> MLLMInputs:
+        """Text, patches and grids of a request; arguments as for `forward`."""
+        instruction = instruction.strip()
+        if not instruction:
+            raise ValueError('the instruction is empty: say what to change, e.g. "replace the car"')
+        source = as_frames(source, "source")
+        refs = [] if ref is None else [as_frames(r, "ref")[:1] for r in (ref if isinstance(ref, list) else [ref])]
+        mode = "ref" if refs else "image" if len(source) == 1 else "video"
+        if not self.num_queries[mode]:
+            raise ValueError(f"these weights have no {mode} queries: they were not trained for this kind of request")
+        visuals = {"source": self.resize_source(source, mode)}
+        for i, image in enumerate(refs):
+            size = fit_pixels(*image.shape[1:3], 28, 4 * 28 * 28, 28 * 28 * self.config.max_ref_tokens)
+            visuals[f"ref{i}"] = resize_like_pillow(image, size)
+        text = instruction + (REFERENCE_HINT if refs else "")
+
+        start, end, vision_start, vision_end = (
+            [self.token(f"<|{name}|>")] for name in ("im_start", "im_end", "vision_start", "vision_end")
+        )
+        pieces = [start + self.ids("system\n" + SYSTEM_PROMPT) + end + self.ids("\n") + start + self.ids("user\n")]
+        pieces += [vision_start, "source", vision_end, self.ids(text)]
+        for name in list(visuals)[1:]:
+            pieces += [vision_start, name, vision_end]
+        inputs = MLLMInputs(mode, pieces + ["queries", end + self.ids("\n")])
+        for name, frames in visuals.items():
+            inputs.pixel_values[name], inputs.grids[name] = patchify(frames)
+        return inputs
+
+    def resize_source(self, frames, mode):
+        """Source frames (T, H, W, 3) as the vision tower takes them."""
+        height, width = frames.shape[1:3]
+        if mode == "image":
+            return resize_like_pillow(frames, fit_pixels(height, width, 28, 4 * 28 * 28, 16384 * 28 * 28))
+        first, second = video_frame_sizes(height, width, self.config.max_pixels)
+        frames = frames[sample_frames(len(frames), self.config.max_frames)]
+        return resize_like_torchvision(resize_like_pillow(frames, first), second)
+
+    def token(self, name):
+        number = self.tokenizer.token_to_id(name)
+        if number is None:
+            raise ValueError(f"{self.config.folder}/tokenizer.json has no token {name}: not Qwen2.5-VL's tokenizer")
+        return number
+
+    def ids(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def input_ids(self, inputs: MLLMInputs):
+        """The token ids (1, S) of a request, with one id for each visual token and query."""
+        ids = []
+        for piece in inputs.pieces:
+            if piece == "queries":
+                ids += [self.token(QUERY_TOKEN)] * self.num_queries[inputs.mode]
+            elif isinstance(piece, str):
+                still = piece != "source" or inputs.mode == "image"
+                ids += [self.token("<|image_pad|>" if still else "<|video_pad|>")] * num_tokens(inputs.grids[piece])
+            else:
+                ids += piece
+        return torch.tensor([ids])
+
+    def position_ids(self, inputs: MLLMInputs):
+        """Positions (3, 1, S) for time, height and width of each token.
+
+        Text counts on from the largest position so far; a visual's tokens have their place in its grid, 2 a
+        step in time. transformers 5 would number the text after a video differently: so they are passed in.
+        """
+        parts, start = [], 0
+        for piece in inputs.pieces:
+            if isinstance(piece, str) and piece != "queries":
+                t, h, w = inputs.grids[piece]
+                axes = (2 * torch.arange(t), torch.arange(h // 2), torch.arange(w // 2))
+                parts.append(start + torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1))
+            else:
+                count = self.num_queries[inputs.mode] if piece == "queries" else len(piece)
+                parts.append(start + torch.arange(count).expand(3, -1))
+            start = int(parts[-1].max()) + 1 if parts[-1].numel() else start
+        return torch.cat(parts, dim=1)[:, None]
+
+    def encode(self, inputs: MLLMInputs):
+        """Run the model on a prepared request -> context (1, L, dit_dim)."""
+        embed = self.model.language_model.embed_tokens
+        device, dtype = embed.weight.device, embed.weight.dtype
+        parts, spans, length = [], {}, 0
+        for piece in inputs.pieces:
+            if piece == "queries":
+                part = getattr(self, f"{inputs.mode}_queries")
+            elif isinstance(piece, str):
+                grid = torch.tensor([inputs.grids[piece]], device=device)
+                part = self.model.visual(inputs.pixel_values[piece].to(device, dtype), grid_thw=grid).pooler_output
+                spans[piece] = slice(length, length + len(part))
+            else:
+                part = embed(torch.tensor(piece, device=device))
+            parts.append(part)
+            length += len(part)
+        hidden = self.model.language_model(
+            inputs_embeds=torch.cat(parts)[None], position_ids=self.position_ids(inputs).to(device), use_cache=False
+        ).last_hidden_state  # (1, S, hidden)
+        # The last n positions, as released weights were trained: the two tokens that close the turn follow the
+        # queries, so the first two queries are not read and those two tokens are.
+        context = self.connector(hidden[:, -self.num_queries[inputs.mode] :])
+        if inputs.mode != "ref" or self.config.context == "queries":
+            return context
+        latents = torch.cat([hidden[:, span] for name, span in spans.items() if name != "source"], dim=1)
+        return torch.cat([self.ref_connector(latents), context], dim=1)
+
+
+def connector(in_dim, out_dim):
+    """Linear, GELU, Linear; the last is zero, so training starts from a context of zeros."""
+    layers = nn.Sequential(nn.Linear(in_dim, out_dim), nn.GELU(approximate="tanh"), nn.Linear(out_dim, out_dim))
+    nn.init.zeros_(layers[2].weight)
+    nn.init.zeros_(layers[2].bias)
+    return layers
+
+
+def num_tokens(grid):
+    return math.prod(grid) // 4  # 2x2 patches make a token
+
+
+def as_frames(frames, name):
+    """uint8 (T, H, W, 3) or (H, W, 3), torch or numpy -> torch (T, H, W, 3)."""
+    frames = torch.as_tensor(frames)
+    frames = frames[None] if frames.ndim == 3 else frames
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8 or not frames.numel():
+        raise ValueError(f"{name}: expected uint8 frames (T, H, W, 3), got {frames.dtype} {tuple(frames.shape)}")
+    return frames
+
+
+def existing(path):
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: give the folder of Qwen2.5-VL with its config and tokenizer")
+    return path
+
+
+def read_qwen_config(folder):
+    """Qwen's config: qwen_config.json in the `processor/` of the released diffusers layout, else config.json."""
+    path = Path(folder) / "qwen_config.json"
+    path = path if path.is_file() else existing(Path(folder) / "config.json")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+class LoRALinear(nn.Linear):
+    """y = x W^T + b + (x A^T) B^T. alpha equals the rank, so the update's factor is 1.
+
+    The names are those that peft gives in a checkpoint: `lora_A.default.weight` (rank, in), `lora_B.default.weight`
+    (out, rank), beside the frozen layer's own `weight` and `bias`.
+    """
+
+    def __init__(self, linear, rank):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        place = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(self.in_features, rank, bias=False, **place)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, self.out_features, bias=False, **place)})
+        nn.init.zeros_(self.lora_B["default"].weight)
+
+    def forward(self, x):
+        return super().forward(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+    def merged(self):
+        """The plain Linear with the update added to its weight, in float32."""
+        linear = nn.Linear(self.in_features, self.out_features, device="meta")
+        update = self.lora_B["default"].weight.float() @ self.lora_A["default"].weight.float()
+        weight = (self.weight.float() + update).to(self.weight.dtype)
+        linear.weight = nn.Parameter(weight.detach(), requires_grad=self.weight.requires_grad)
+        linear.bias = self.bias
+        return linear
+
+
+def replace_modules(module, replace):
+    """Put `replace(name, child)` in the place of every descendant for which it is not None."""
+    for name, child in list(module.named_modules()):
+        new = replace(name, child) if name else None
+        if new is not None:
+            parent, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, new)
+
+
+def inject_lora(module, rank, targets=LLM_LORA_TARGETS):
+    """Give every Linear of `module` whose name ends in one of `targets` ("q_proj", "ffn.0", ...) a LoRA."""
+
+    def replace(name, child):
+        wanted = any(name == t or name.endswith("." + t) for t in targets)
+        return LoRALinear(child, rank) if wanted and type(child) is nn.Linear else None
+
+    replace_modules(module, replace)
+
+
+def merge_lora(module):
+    """Add every LoRA of `module` to its weight and drop it: the same outputs, faster."""
+    replace_modules(module, lambda name, child: child.merged() if isinstance(child, LoRALinear) else None)
+
+
+def lora_state_dict(module):
+    """The LoRA parameters alone, by peft's names; `model.load_weights(module, ..., partial=True)` takes them back."""
+    return {name: value for name, value in module.state_dict().items() if ".lora_" in name}
