@@ -106,7 +106,9 @@ def open_media(path):
             yield container, streams[0]
     except (av.error.FFmpegError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        if b"ANIM" in path.read_bytes()[:64]:
+        with path.open("rb") as file:
+            animated_webp = b"ANIM" in file.read(64)
+        if animated_webp:
             reason = "an animated WebP, which FFmpeg does not read: convert it to GIF or mp4"
         raise MediaError(f"{path}: cannot be decoded ({reason}); is it whole, and a video or image?") from None
 
@@ -250,7 +252,7 @@ def write_video(path, frames, fps, audio_from=None):
 
 def mux_video(path, frames, fps, audio_from):
     duration = len(frames) / fps
-    with av.open(str(path), "w", format="mp4", options={"movflags": "faststart"}) as out:
+    with av.open(str(path), "w", format="mp4", container_options={"movflags": "faststart"}) as out:
         video = out.add_stream("libx264", rate=fps, options={"crf": "16", "preset": "medium"})
         video.height, video.width, video.pix_fmt = *frames.shape[1:3], "yuv420p"
         bt709, limited = 1, 1
@@ -292,7 +294,7 @@ def copy_sound(out, source, duration):
             out.mux(packet)
 
     def transcode():
-        small = av.AudioResampler(format="fltp", layout=sound.layout, rate=sound.rate, frame_size=1024)
+        small = av.AudioResampler(format="fltp", layout=track.codec_context.layout, rate=sound.rate, frame_size=1024)
         samples = 0
         for frame in source.decode(sound):
             if frame.time is not None and frame.time < start:
@@ -308,5 +310,6 @@ def copy_sound(out, source, duration):
     if sound.codec_context.name.removesuffix("float") in MP4_AUDIO:
         track = out.add_stream_from_template(sound)
         return copy
-    track = out.add_stream("aac", rate=sound.rate, layout=sound.layout)
+    track = out.add_stream("aac", rate=sound.rate)
+    track.codec_context.layout = "mono" if sound.layout.nb_channels == 1 else "stereo"
     return transcode
