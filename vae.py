@@ -17,6 +17,7 @@ a halo of their receptive field, and the attention always sees the whole frame: 
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -271,7 +272,7 @@ def down_levels(config: VAEConfig):
     """The convolutional levels of the encoder, as the checkpoint nests them: 2.2 by level, 2.1 flat."""
     dims = [config.dim * m for m in (1, *config.dim_mult)]
     layers = nn.ModuleList()
-    for i, (in_dim, out_dim) in enumerate(zip(dims, dims[1:])):
+    for i, (in_dim, out_dim) in enumerate(pairwise(dims)):
         space = i < len(config.dim_mult) - 1
         time = space and config.temporal_downsample[i]
         if config.version == "2.2":
@@ -287,7 +288,7 @@ def up_levels(config: VAEConfig):
     """The convolutional levels of the decoder. In 2.1 each upsampling also halves the width."""
     dims = [config.decoder_dim * m for m in (config.dim_mult[-1], *config.dim_mult[::-1])]
     layers = nn.ModuleList()
-    for i, (in_dim, out_dim) in enumerate(zip(dims, dims[1:])):
+    for i, (in_dim, out_dim) in enumerate(pairwise(dims)):
         space = i < len(config.dim_mult) - 1
         time = space and config.temporal_downsample[::-1][i]
         if config.version == "2.2":
@@ -361,7 +362,7 @@ class Decoder(nn.Module):
 def tile_windows(height, width, tile, halo):
     """Split a latent grid into cores of at most tile x tile and their windows, `halo` larger on each inner side.
 
-    Yields (core, window), each ((y0, y1), (x0, x1)). tile None: one tile, everything.
+    -> [(core, window)], each ((y0, y1), (x0, x1)). tile None: one tile, everything.
     """
 
     def spans(size):
@@ -381,9 +382,7 @@ def crop(x, span, scale=1):
 
 def chunks(latent_frames, chunk):
     """Latent frame ranges of a stream: the first frame alone, then `chunk` at a time."""
-    yield 0, 1
-    for start in range(1, latent_frames, chunk):
-        yield start, min(start + chunk, latent_frames)
+    return [(0, 1)] + [(start, min(start + chunk, latent_frames)) for start in range(1, latent_frames, chunk)]
 
 
 class VAE(nn.Module):
@@ -426,19 +425,20 @@ class VAE(nn.Module):
             raise ValueError(f"frames of {tuple(video.shape[3:])}: the VAE takes multiples of {c.space_stride}")
         weight = self.conv1.weight
         height, width = video.shape[3] // c.space_stride, video.shape[4] // c.space_stride
-        rows = []
-        for core, window in tile_windows(height, width, tile, self.halo(2 * c.num_res_blocks)):
+        windows, spans = tile_windows(height, width, tile, self.halo(2 * c.num_res_blocks)), chunks(latent_frames, chunk)
+        tiles = []
+        for core, window in windows:
             state, features = {}, []
-            for start, stop in chunks(latent_frames, chunk):
+            for start, stop in spans:
                 frames = video[:, :, max(0, (start - 1) * c.time_stride + 1) : (stop - 1) * c.time_stride + 1]
                 x = crop(frames, window, c.space_stride).to(weight.device, weight.dtype)
                 inner = [(a - w, b - w) for (a, b), (w, _) in zip(core, window)]
                 features.append(crop(self.encoder.down(x, state), inner))
-                on_chunk and on_chunk()
-            rows.append((core, torch.cat(features, dim=2)))
-        features = join_tiles(rows, height, width)
+                on_chunk and on_chunk(len(tiles) * len(spans) + len(features), len(windows) * len(spans))
+            tiles.append((core, torch.cat(features, dim=2)))
+        features = join_tiles(tiles, height, width)
         state = {}
-        out = [self.encoder.top(features[:, :, a:b], state) for a, b in chunks(latent_frames, chunk)]
+        out = [self.encoder.top(features[:, :, a:b], state) for a, b in spans]
         return self.conv1(torch.cat(out, dim=2), {}).chunk(2, dim=1)
 
     def encode(self, video, tile=None, chunk=1, on_chunk=None):
@@ -447,7 +447,7 @@ class VAE(nn.Module):
         video: (B, 3, T, H, W) in [-1, 1], on any device (chunks are moved as they are needed), T = 4k + 1,
         H and W multiples of the space stride -> (B, z, 1 + k, H/s, W/s).
         tile: latent pixels a side that are worked on at once; None: the whole frame. The result is the same.
-        on_chunk: called after each chunk of each tile, for progress bars.
+        on_chunk(done, total): called after each chunk of each tile, for progress bars.
         ValueError where T, H or W do not fit.
         """
         return self.normalise(self.moments(video, tile, chunk, on_chunk)[0])
@@ -462,14 +462,14 @@ class VAE(nn.Module):
         z = self.conv2(self.denormalise(latents.to(self.conv2.weight)), {})
         state = {}
         features = [self.decoder.bottom(z[:, :, a:b], state) for a, b in chunks(latent_frames, chunk)]
-        tiles = []
-        for core, window in tile_windows(height, width, tile, self.halo(2 * c.num_res_blocks + 2)):
+        windows, tiles = tile_windows(height, width, tile, self.halo(2 * c.num_res_blocks + 2)), []
+        for core, window in windows:
             state, frames = {}, []
             inner = [(a - w, b - w) for (a, b), (w, _) in zip(core, window)]
             for part in features:
                 x = crop(self.decoder.up(crop(part, window), state), inner, c.space_stride)
                 frames.append(x.clamp(-1, 1).to(out_device or latents.device))
-                on_chunk and on_chunk()
+                on_chunk and on_chunk(len(tiles) * len(features) + len(frames), len(windows) * len(features))
             tiles.append((core, torch.cat(frames, dim=2)))
         return join_tiles(tiles, height, width)
 

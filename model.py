@@ -1,0 +1,669 @@
+"""Kiwi-Edit: a video diffusion transformer that reads the request with a multimodal LLM.
+
+    video, instruction, reference -> MLLMEncoder -> context (B, L, D)                  (connectors.py)
+    video, reference -> VAE -> source latents (B, C, T, H, W), ref latents (B, C, R, H, W)     (vae.py)
+    noise -> 50 Euler steps of `velocity` -> latents -> VAE -> the edited video                (dit.py)
+
+`KiwiEdit.velocity` is the heart: what the paper adds to Wan (Section 4, Eq. 1) in a few lines. Around it stand
+flow matching, the training loss, the sampler, and the loading of weights in every dialect they come in.
+"""
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from connectors import LoRALinear, MLLMConfig, MLLMEncoder, merge_lora
+from data import pad_reference
+from dit import DiT, DiTConfig
+from vae import VAE, VAEConfig
+
+SOURCE_CONDITIONS = ("add_scaled", "add_learned", "add_unscaled", "add_shared_patch_embed", "channel_concat")
+WAN_BASE = "Wan-AI/Wan2.2-TI2V-5B"
+QWEN_BASE = "Qwen/Qwen2.5-VL-3B-Instruct"
+
+
+@dataclass(frozen=True)
+class KiwiConfig:
+    """The parts, and the two choices about how they meet. `vae` and `mllm` None: the denoiser alone.
+
+    source: how the source latents enter (paper, Table 4; `KiwiEdit.inject` is the only reader).
+    ref_pad_first: reference tokens before the video's, as one released checkpoint has them, or after.
+    """
+
+    dit: DiTConfig = field(default_factory=DiTConfig)
+    vae: VAEConfig | None = None
+    mllm: MLLMConfig | None = None
+    source: str = "add_scaled"
+    ref_pad_first: bool = False
+
+    def __post_init__(self):
+        if self.source not in SOURCE_CONDITIONS:
+            raise ValueError(f"KiwiConfig.source: {self.source!r}, expected one of {', '.join(SOURCE_CONDITIONS)}")
+
+
+PRESETS = {
+    "wan22_5b": KiwiConfig(DiTConfig(), VAEConfig(), MLLMConfig(QWEN_BASE)),
+    "wan21_14b": KiwiConfig(
+        DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=16, out_dim=16),
+        VAEConfig(version="2.1", dim=96, z_dim=16),
+        MLLMConfig(QWEN_BASE, dit_dim=5120, num_ref_queries=384, max_ref_tokens=384),
+    ),
+    "wan21_1_3b": KiwiConfig(
+        DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, in_dim=16, out_dim=16),
+        VAEConfig(version="2.1", dim=96, z_dim=16),
+        MLLMConfig(QWEN_BASE, dit_dim=1536),
+    ),
+    "nano": KiwiConfig(
+        DiTConfig(dim=256, ffn_dim=1024, num_heads=8, num_layers=8, in_dim=48, out_dim=48, freq_dim=128, text_dim=256),
+        VAEConfig(dim=16, dec_dim=24, num_res_blocks=1),
+        MLLMConfig("weights/nano/mllm", 256, 16, 32, 48, max_ref_tokens=48, max_pixels=128 * 128),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class FlowMatch:
+    """Flow matching: x_t = (1 - sigma) x0 + sigma noise, the model predicts noise - x0, t = 1000 sigma.
+
+    shift moves the schedule towards noise: sigma -> shift sigma / (1 + (shift - 1) sigma). sigma_min is where the
+    unshifted schedule would end after its last step; the released diffusers pipeline has 0.003 / 1.002 there, the
+    released training and inference 0.
+    """
+
+    shift: float = 5.0
+    sigma_min: float = 0.0
+
+    def sigmas(self, steps):
+        """(steps + 1,) float32, from 1 down to a final 0."""
+        sigma = torch.linspace(1, self.sigma_min, steps + 1)[:-1]
+        return torch.cat([self.shift * sigma / (1 + (self.shift - 1) * sigma), torch.zeros(1)])
+
+    def timesteps(self, steps):
+        """(steps,) float32 in (0, 1000]."""
+        return 1000 * self.sigmas(steps)[:-1]
+
+    def training_sigmas(self, t):
+        """For timesteps t (B,): sigma (B,) and loss weight (B,) of the nearest of the 1000 training steps.
+
+        The weight is a bell over t around 500, lowered until its smallest value is 0, with a mean of 1.
+        """
+        timesteps = self.timesteps(1000).to(t.device)
+        bell = torch.exp(-2 * ((timesteps - 500) / 1000) ** 2)
+        weight = (bell - bell.min()) / (bell - bell.min()).mean()
+        nearest = (t.float()[:, None] - timesteps).abs().argmin(dim=1)
+        return timesteps[nearest] / 1000, weight[nearest]
+
+
+class PatchEmbedder(nn.Module):
+    """A patch embedding of its own for source or reference latents; zero, so that training starts from Wan."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.patch_embedding = nn.Conv3d(config.out_dim, config.dim, config.patch_size, config.patch_size)
+        nn.init.zeros_(self.patch_embedding.weight)
+        nn.init.zeros_(self.patch_embedding.bias)
+
+    def forward(self, latents):
+        return self.patch_embedding(latents)
+
+
+class KiwiEdit(nn.Module):
+    """The whole model. Parts: dit, source_embedder, ref_embedder and, unless the config leaves them out, vae, mllm."""
+
+    def __init__(self, config: KiwiConfig):
+        super().__init__()
+        self.config = config
+        dit = config.dit
+        if config.source == "channel_concat":
+            dit = DiTConfig(**{**asdict(dit), "in_dim": 2 * dit.in_dim})
+        self.dit = DiT(dit)
+        if config.source not in ("channel_concat", "add_shared_patch_embed"):
+            self.source_embedder = PatchEmbedder(config.dit)
+        if config.source == "add_learned":
+            self.source_scale = nn.Linear(dit.dim, 1)
+            nn.init.zeros_(self.source_scale.weight)
+            nn.init.zeros_(self.source_scale.bias)
+        self.ref_embedder = PatchEmbedder(config.dit)
+        self.vae = VAE(config.vae) if config.vae else None
+        self.mllm = MLLMEncoder(config.mllm) if config.mllm else None
+
+    @property
+    def dtype(self):
+        return self.dit.patch_embedding.weight.dtype
+
+    def inject(self, x, t, source):
+        """Noisy latents and source latents -> tokens (B, D, T, H/2, W/2): paper, Section 4.1, Eq. 1.
+
+        tokens = patch(x) + s(t) * patch_source(source); the release has s(t) = sigma(t) = t / 1000.
+        """
+        how, patch = self.config.source, self.dit.patch_embedding
+        if how == "channel_concat":
+            return patch(torch.cat([x, torch.zeros_like(x) if source is None else source], dim=1))
+        if source is None:
+            return patch(x)
+        embedder = patch if how == "add_shared_patch_embed" else self.source_embedder
+        scale = t / 1000
+        if how == "add_learned":  # a learnable scalar of the timestep that starts out as sigma(t)
+            scale = scale + self.source_scale(self.dit.embed_time(t)[0])[:, 0]
+        if how == "add_unscaled":
+            scale = torch.ones_like(t)
+        return patch(x) + embedder(source) * scale.to(x.dtype).view(-1, 1, 1, 1, 1)
+
+    def velocity(self, x, t, context, source=None, ref=None):
+        """What the model predicts at time t: the direction from the clean latents to the noise.
+
+        x: noisy latents (B, C, T, H, W); t: (B,) in [0, 1000]; context: (B, L, D), or the keys and values that
+        `dit.context_keys_values` made of it; source: latents like x; ref: (B, C, R, H, W), R reference images,
+        each with a time position of its own (the released call is broken for more than one). -> like x.
+        ValueError where a shape does not fit: the release would broadcast in silence.
+        """
+        if source is not None and source.shape != x.shape:
+            raise ValueError(f"source latents {tuple(source.shape)} differ from the noisy ones {tuple(x.shape)}")
+        frames, height, width = self.dit.grid(x)
+        tokens = self.inject(x, t, source)  # (B, D, T, H/2, W/2)
+        video = slice(None)
+        if ref is not None:
+            if ref.shape[:2] != x.shape[:2] or ref.shape[3:] != x.shape[3:]:
+                raise ValueError(f"reference latents {tuple(ref.shape)} do not fit the noisy ones {tuple(x.shape)}")
+            tokens, video = self.append_reference(tokens, self.ref_embedder(ref))
+        grid = (tokens.shape[2], height, width)
+        tokens = tokens.flatten(2).transpose(1, 2)  # (B, N, D)
+        return self.dit.unpatchify(self.dit.denoise(tokens, t, context, grid, video), (frames, height, width))
+
+    def append_reference(self, tokens, ref_tokens):
+        """Put reference tokens behind the video's, or before them, as more frames: RoPE goes on counting.
+
+        Both (B, D, frames, h, w) -> their join and where the video's tokens are in the flat sequence.
+        """
+        area = math.prod(tokens.shape[3:])
+        video, ref = tokens.shape[2] * area, ref_tokens.shape[2] * area
+        if self.config.ref_pad_first:
+            return torch.cat([ref_tokens, tokens], dim=2), slice(ref, ref + video)
+        return torch.cat([tokens, ref_tokens], dim=2), slice(0, video)
+
+    def training_loss(self, latents, context, t, source=None, ref=None, noise=None, flow=FlowMatch()):
+        """Weighted flow-matching loss, a float32 scalar. latents: clean target (B, C, T, H, W); t: (B,); rest as
+        `velocity`. noise: like latents, drawn if not given."""
+        noise = torch.randn_like(latents) if noise is None else noise
+        sigma, weight = flow.training_sigmas(t)
+        s = sigma.to(latents.dtype).view(-1, 1, 1, 1, 1)
+        prediction = self.velocity((1 - s) * latents + s * noise, t, context, source, ref)
+        error = (prediction.float() - (noise - latents).float()).square().flatten(1).mean(dim=1)
+        return (weight * error).mean()
+
+    @torch.no_grad()
+    def denoise(self, noise, context, source=None, ref=None, steps=50, flow=FlowMatch(), on_step=None):
+        """Euler steps from noise (B, C, T, H, W), float32, to latents. One forward a step: Kiwi-Edit has no
+        classifier-free guidance. The latents stay float32 between the steps (the release keeps them in bfloat16)."""
+        context = self.dit.context_keys_values(context.to(self.dtype))
+        source, ref = (None if z is None else z.to(self.dtype) for z in (source, ref))
+        sigmas = flow.sigmas(steps)
+        timesteps = (1000 * sigmas).to(noise.device)
+        x = noise.float()
+        for i, step in enumerate((sigmas[1:] - sigmas[:-1]).tolist()):
+            v = self.velocity(x.to(self.dtype), timesteps[i].expand(len(x)), context, source, ref)
+            x = x + step * v.float()
+            on_step and on_step(i + 1, steps)
+        return x
+
+    @torch.no_grad()
+    def edit(self, video, instruction, ref=None, steps=50, seed=0, shift=5.0, tile=None, offload_to=None, progress=None):
+        """Edit a clip.
+
+        video: uint8 (T, H, W, 3), torch or numpy, H and W multiples of 32 (`data.read_clip` makes them so); a T other
+        than 4k + 1 is filled by repeating the last frame and cut again. instruction: text. ref: uint8 (H, W, 3) of
+        any size, or a list of such. tile: latent pixels a side for the VAE on small cards. offload_to: a device to
+        which each part is brought only while it works. progress(phase, done, total) is called as work goes on.
+        Same seed, same result. -> uint8 torch (T, H, W, 3), on the CPU. ValueError where an argument does not fit.
+        """
+        tell = progress or (lambda phase, done, total: None)
+        video = torch.as_tensor(video)
+        refs = [] if ref is None else [torch.as_tensor(r) for r in (ref if isinstance(ref, list) else [ref])]
+        unit = self.config.vae.space_stride * self.config.dit.patch_size[1]
+        if video.ndim != 4 or video.dtype != torch.uint8 or video.shape[-1] != 3 or not len(video):
+            raise ValueError(f"video: expected uint8 (T, H, W, 3), got {video.dtype} {tuple(video.shape)}")
+        count, height, width = video.shape[:3]
+        if height % unit or width % unit or not height * width:
+            raise ValueError(f"frames of {width}x{height}: both must be multiples of {unit}; see data.fit_frames")
+        padding = (1 - count) % self.config.vae.time_stride
+        video = torch.cat([video, video[-1:].expand(padding, -1, -1, -1)])
+
+        tell("understand", 0, 1)
+        with working_on(self.mllm, offload_to):
+            context = self.mllm(instruction, video, refs or None)
+        tell("understand", 1, 1)
+
+        with working_on(self.vae, offload_to):
+            source = self.encode_frames(video, tile, partial(tell, "encode"))
+            pictures = [pad_reference(image, (height, width))[None] for image in refs]
+            ref_latents = torch.cat([self.encode_frames(p, tile) for p in pictures], dim=2) if refs else None
+
+        noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(seed)).to(source.device)
+        with working_on((self.dit, *self.embedders()), offload_to):
+            flow = FlowMatch(shift)
+            latents = self.denoise(noise, context, source, ref_latents, steps, flow, partial(tell, "denoise"))
+
+        with working_on(self.vae, offload_to):
+            return self.decode_frames(latents, tile, partial(tell, "decode"))[:count]
+
+    def embedders(self):
+        return [m for name, m in self.named_children() if name in ("source_embedder", "ref_embedder", "source_scale")]
+
+    def encode_frames(self, frames, tile=None, on_chunk=None):
+        """uint8 frames (T, H, W, 3) -> latents (1, z, 1 + (T-1)/4, h, w), on the VAE's device."""
+        pixels = (frames.permute(3, 0, 1, 2)[None].float() * (2 / 255) - 1).to(self.vae.conv1.weight.dtype)
+        return self.vae.encode(pixels, tile, on_chunk=on_chunk)
+
+    def decode_frames(self, latents, tile=None, on_chunk=None):
+        """Latents (1, z, t, h, w) -> uint8 frames (4t - 3, H, W, 3) on the CPU; rounded, where the release cuts off."""
+        pixels = self.vae.decode(latents, tile, on_chunk=on_chunk, out_device="cpu")
+        return ((pixels[0].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+
+    @classmethod
+    def from_pretrained(cls, path, device="cpu", dtype=torch.bfloat16, base=WAN_BASE, qwen=QWEN_BASE):
+        """A model with weights, each tensor read straight to `device` in `dtype`, LoRA merged.
+
+        path: a folder that `save` wrote; a folder in the released diffusers layout; a hub id of either; or a released
+        training checkpoint, one .safetensors, which lies over `base` (Wan's DiT shards and VAE) and `qwen`
+        (Qwen2.5-VL), folders or hub ids both.
+        FileNotFoundError, ValueError where something is missing, unexpected, damaged or of another size.
+        """
+        path = local_path(path)
+        if path.is_file():
+            config, files = read_training_checkpoint(path, local_path(base), local_path(qwen))
+        elif (path / "transformer").is_dir():
+            config, files = read_diffusers_folder(path)
+        elif (path / "config.json").is_file():
+            config, files = read_own_folder(path)
+        else:
+            raise FileNotFoundError(f"{path}: neither a nanoKiwi folder (config.json) nor a diffusers one (transformer/)")
+        with meta_parameters():
+            model = cls(config)
+        files.device = device
+        missing = load_weights(model, files, partial=True, device=device, dtype=dtype)
+        start_untrained(model, missing, device, dtype, path)
+        merge_lora(model)
+        return model.eval()
+
+    def save(self, folder):
+        """Write config.json, one safetensors per part, and the MLLM's config and tokenizer, to a folder.
+
+        The folder appears when it is whole; an older one of the same name is replaced then.
+        """
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            config = {"format": "nanokiwi", **asdict(self.config)}
+            if self.mllm is not None:
+                copy_mllm_folder(Path(self.config.mllm.folder), temporary / "mllm")
+                config["mllm"]["folder"] = "mllm"
+            (temporary / "config.json").write_text(json.dumps(config, indent=1))
+            for name, part in self.named_children():
+                state = {k: v.detach().cpu().contiguous() for k, v in part.state_dict(prefix=f"{name}.").items()}
+                save_file(state, temporary / f"{name}.safetensors")
+            if folder.exists():
+                old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+                os.replace(folder, old)
+                os.replace(temporary, folder)
+                shutil.rmtree(old)
+            else:
+                os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def working_on(modules, device):
+    """Bring modules to `device` for the block; after it their own tensors are back, uncopied. None: leave them."""
+    if device is None:
+        yield
+        return
+    modules = modules if isinstance(modules, tuple) else (modules,)
+    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    home = [t.data for t in tensors]
+    try:
+        for t in tensors:
+            t.data = t.data.to(device, non_blocking=True)
+        yield
+    finally:
+        for t, data in zip(tensors, home):
+            t.data = data
+
+
+# Released spellings and ours. The first that matches is applied, then the next, on whole dotted names; ours match none.
+DIALECTS = [(re.compile(pattern), ours) for pattern, ours in (
+    # training checkpoints
+    (r"^pipe\.", ""),
+    (r"^vae_condition\.", "source_embedder."),
+    (r"^ref_vae_condition\.", "ref_embedder."),
+    (r"(^|\.)connetor\.", r"\1connector."),
+    (r"_queries\.q$", "_queries"),
+    (r"^(mllm\.)?model\.model\.", r"\1model."),
+    (r"^vae\.model\.", "vae."),
+    (r"^model\.(encoder|decoder|conv1|conv2)\.", r"\1."),
+    # Qwen2.5-VL as published
+    (r"^(mllm\.)?visual\.", r"\1model.visual."),
+    (r"^(mllm\.)?model\.(layers|embed_tokens|norm)\.", r"\1model.language_model.\2."),
+    # the diffusers layout's transformer
+    (r"^(dit\.)?condition_embedder\.(text|time)_embedder\.linear_1\.", r"\1\2_embedding.0."),
+    (r"^(dit\.)?condition_embedder\.(text|time)_embedder\.linear_2\.", r"\1\2_embedding.2."),
+    (r"^(dit\.)?condition_embedder\.time_proj\.", r"\1time_projection.1."),
+    (r"^(dit\.)?proj_out\.", r"\1head.head."),
+    (r"^(dit\.)?scale_shift_table$", r"\1head.modulation"),
+    (r"^((?:dit\.)?blocks\.\d+)\.scale_shift_table$", r"\1.modulation"),
+    (r"^((?:dit\.)?blocks\.\d+)\.norm2\.", r"\1.norm3."),
+    (r"^((?:dit\.)?blocks\.\d+)\.attn1\.", r"\1.self_attn."),
+    (r"^((?:dit\.)?blocks\.\d+)\.attn2\.", r"\1.cross_attn."),
+    (r"_attn\.to_([qkv])\.", r"_attn.\1."),
+    (r"_attn\.to_out\.0\.", "_attn.o."),
+    (r"^((?:dit\.)?blocks\.\d+)\.ffn\.net\.0\.proj\.", r"\1.ffn.0."),
+    (r"^((?:dit\.)?blocks\.\d+)\.ffn\.net\.2\.", r"\1.ffn.2."),
+)]  # fmt: skip
+
+
+def our_name(name):
+    """A parameter's name in any released dialect -> ours. None: accounted for and not needed (the tied lm_head)."""
+    if name.endswith("lm_head.weight"):
+        return None
+    for pattern, ours in DIALECTS:
+        name = pattern.sub(ours, name)
+    return name
+
+
+def load_weights(module, state_dict, partial=False, device=None, dtype=None):
+    """Put a state dict in any released dialect into a module; every name is accounted for.
+
+    module: DiT, VAE, MLLMEncoder or KiwiEdit; parameters on the meta device are replaced by the tensors, on `device`
+    in `dtype` where given, others are filled. LoRA tensors inject LoRA where the module has none.
+    state_dict: a mapping from names to tensors, read one at a time.
+    partial: names may be missing, as in a checkpoint of the trained parameters alone. -> the missing names.
+    ValueError that lists missing, unexpected and misshapen names.
+    """
+    names = {}
+    for name in state_dict:
+        ours = our_name(name)
+        if ours in names:
+            raise ValueError(f"two names for {ours}: {names[ours]} and {name}")
+        if ours is not None:
+            names[ours] = name
+    adopt_lora(module, {ours: state_dict[name].shape for ours, name in names.items() if ".lora_A." in ours})
+    own = module.state_dict(keep_vars=True)
+    missing = sorted(own.keys() - names.keys())
+    unexpected = sorted(names[n] for n in names.keys() - own.keys())
+    if unexpected or (missing and not partial):
+        raise ValueError(f"weights do not fit {type(module).__name__}: {listed('missing', missing * (not partial))}"
+                         f"{listed('unexpected', unexpected)}")  # fmt: skip
+    misshapen = []
+    for ours, name in names.items():
+        value = state_dict[name]
+        if value.shape != own[ours].shape:
+            misshapen.append(f"{name} {tuple(value.shape)}, expected {tuple(own[ours].shape)}")
+        elif own[ours].is_meta:
+            parent, _, leaf = ours.rpartition(".")
+            value = value.to(device=device, dtype=dtype or value.dtype)
+            parameter = nn.Parameter(value, requires_grad=own[ours].requires_grad)
+            setattr(module.get_submodule(parent), leaf, parameter)
+        else:
+            with torch.no_grad():
+                own[ours].copy_(value)
+    if misshapen:
+        raise ValueError(f"weights do not fit {type(module).__name__}: {listed('of another size', misshapen)}")
+    return missing
+
+
+def adopt_lora(module, shapes):
+    """Inject LoRA of the rank a checkpoint has, exactly where it has it."""
+    for name, shape in shapes.items():
+        target = name.split(".lora_A.")[0]
+        parent, _, leaf = target.rpartition(".")
+        try:
+            linear = module.get_submodule(target)
+        except AttributeError:
+            continue  # reported as unexpected
+        if type(linear) is nn.Linear:
+            setattr(module.get_submodule(parent), leaf, LoRALinear(linear, shape[0]))
+
+
+def listed(what, names, show=12):
+    if not names:
+        return ""
+    more = f" and {len(names) - show} more" if len(names) > show else ""
+    return f"{len(names)} {what}: {', '.join(names[:show])}{more}. "
+
+
+def start_untrained(model, missing, device, dtype, path):
+    """Give the additions that a checkpoint of an earlier stage lacks their initial value, zero; the rest must exist."""
+    additions = ("source_embedder.", "ref_embedder.", "source_scale.")
+    lost = [name for name in missing if not name.startswith(additions)]
+    if lost:
+        raise ValueError(f"{path}: {listed('missing', lost)}")
+    for name in missing:
+        parent, _, leaf = name.rpartition(".")
+        module = model.get_submodule(parent)
+        value = torch.zeros_like(getattr(module, leaf), device=device, dtype=dtype)
+        setattr(module, leaf, nn.Parameter(value))
+
+
+@contextmanager
+def meta_parameters():
+    """Modules made in this block have their parameters on the meta device: nothing is allocated or initialised.
+
+    Unlike torch.device("meta") it leaves buffers alone: transformers' rotary tables are in no checkpoint, and would
+    stay on the meta device in silence.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(self, name, parameter):
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(self, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+class TensorFiles(Mapping):
+    """The tensors of several files under one roof: names to tensors, read when asked for, straight to `device`."""
+
+    def __init__(self):
+        self.device = "cpu"
+        self.places = {}  # name -> (path, name in the file)
+        self.handles = {}
+
+    def add(self, path, prefix=""):
+        """Add a .safetensors or .pth file; `prefix` goes before its names. Names that are there already stay."""
+        for name in self.open(path, "cpu").keys():
+            ours = our_name(prefix + name)
+            if ours is not None:
+                self.places.setdefault(ours, (path, name))
+
+    def open(self, path, device):
+        if (path, device) not in self.handles:
+            self.handles[path, device] = open_tensors(path, device)
+        return self.handles[path, device]
+
+    def __getitem__(self, name):
+        path, inner = self.places[name]
+        file = self.open(path, str(self.device))
+        return file.get_tensor(inner) if hasattr(file, "get_tensor") else file[inner]
+
+    def shape(self, name):
+        path, inner = self.places[name]
+        file = self.open(path, "cpu")
+        return tuple(file.get_slice(inner).get_shape() if hasattr(file, "get_slice") else file[inner].shape)
+
+    def __iter__(self):
+        return iter(self.places)
+
+    def __len__(self):
+        return len(self.places)
+
+
+def open_tensors(path, device):
+    """Open a .safetensors file, or a .pth of tensors alone, mapped and not read. ValueError if it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if path.suffix == ".safetensors":
+            return safe_open(path, framework="pt", device=device)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if not all(isinstance(value, torch.Tensor) for value in state.values()):
+            raise ValueError("holds more than tensors")
+        return state
+    except (SafetensorError, RuntimeError, EOFError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); fetch the file again") from None
+
+
+def local_path(path):
+    """A path as it is; a hub id ("linyq/kiwi-edit-5b-instruct-only-diffusers") is downloaded, or found in the cache."""
+    if Path(path).exists():
+        return Path(path)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
+        raise FileNotFoundError(f"{path}: no such file or folder; give one, or a hub id such as {QWEN_BASE}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.txt", "*.safetensors", "*VAE.pth"]))
+    except Exception as error:  # the hub client raises many kinds, from DNS to gated repositories
+        reason = str(error).strip().split("\n")[0]
+        raise FileNotFoundError(f"{path}: no such folder, and not to be had from the hub ({reason})") from None
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: the weights folder is not complete") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: is not JSON ({error})") from None
+
+
+def tensor_files(folder, *patterns):
+    """The weight files of a folder that match the patterns. FileNotFoundError if there are none."""
+    found = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    if not found:
+        raise FileNotFoundError(f"{folder}: has no {' or '.join(patterns)}; the weights folder is not complete")
+    index = folder / "model.safetensors.index.json"
+    wanted = set(read_json(index)["weight_map"].values()) if index.is_file() else set()
+    absent = sorted(name for name in wanted if not (folder / name).is_file())
+    if absent:
+        raise FileNotFoundError(f"{folder}: {', '.join(absent)} is missing; the weights folder is not complete")
+    return found
+
+
+def from_dict(cls, values, where):
+    """A config dataclass from JSON; an unknown key is an error that names it."""
+    unknown = sorted(values.keys() - cls.__dataclass_fields__.keys())
+    if unknown:
+        raise ValueError(f"{where}: unknown key {', '.join(unknown)} in {cls.__name__}")
+    return cls(**values)
+
+
+def read_own_folder(folder):
+    values = read_json(folder / "config.json")
+    if values.pop("format", None) != "nanokiwi":
+        raise ValueError(f"{folder}/config.json: not written by KiwiEdit.save")
+    for name, cls in (("dit", DiTConfig), ("vae", VAEConfig), ("mllm", MLLMConfig)):
+        if values.get(name):
+            values[name] = from_dict(cls, values[name], folder / "config.json")
+    if values.get("mllm"):
+        inner = (folder / values["mllm"].folder).resolve()
+        if folder.resolve() not in inner.parents:
+            raise ValueError(f"{folder}/config.json: mllm.folder leads out of the weights folder")
+        values["mllm"] = MLLMConfig(**{**asdict(values["mllm"]), "folder": str(inner)})
+    files = TensorFiles()
+    for path in tensor_files(folder, "*.safetensors"):
+        files.add(path)
+    return from_dict(KiwiConfig, values, folder / "config.json"), files
+
+
+def read_diffusers_folder(folder):
+    """Config and files of linyq/kiwi-edit-5b-*-diffusers."""
+    files = TensorFiles()
+    files_of = {"transformer": "dit.", "vae": "vae.", "source_embedder": "source_embedder.", "mllm_encoder": "mllm."}
+    if (folder / "ref_embedder").is_dir():  # instruct-only weights may come without
+        files_of["ref_embedder"] = "ref_embedder."
+    configs = {name: read_json(folder / name / "config.json") for name in files_of}
+    for name, prefix in files_of.items():
+        for path in tensor_files(folder / name, "*.safetensors"):
+            files.add(path, prefix)
+    t, v, m = configs["transformer"], configs["vae"], configs["mllm_encoder"]
+    dit = DiTConfig(
+        dim=t["num_attention_heads"] * t["attention_head_dim"], ffn_dim=t["ffn_dim"], num_heads=t["num_attention_heads"],
+        num_layers=t["num_layers"], in_dim=t["in_channels"], out_dim=t["out_channels"], freq_dim=t["freq_dim"],
+        text_dim=t["text_dim"], patch_size=t["patch_size"], eps=t["eps"],
+    )  # fmt: skip
+    sizes = mllm_sizes(files, {"max_ref_tokens": m["max_object_token"], "max_frames": m["max_frames"]})
+    mllm = MLLMConfig(str(folder / "processor"), m["dit_dim"], max_pixels=m["max_pixels_per_frame"], **sizes)
+    vae = vae_config(files, v.get("latents_mean", ()), v.get("latents_std", ()))
+    pad_first = configs.get("ref_embedder", {}).get("ref_pad_first", False)
+    return KiwiConfig(dit, vae, mllm, ref_pad_first=pad_first), files
+
+
+def read_training_checkpoint(path, base, qwen):
+    """Config and files of a released training checkpoint over the weights it was trained from."""
+    files = TensorFiles()
+    files.add(path)
+    wan = read_json(base / "config.json")
+    known = {k: v for k, v in wan.items() if k in DiTConfig.__dataclass_fields__}
+    for shard in tensor_files(base, "diffusion_pytorch_model*.safetensors"):
+        files.add(shard, "dit.")
+    files.add(tensor_files(base, "Wan2.*_VAE.safetensors", "Wan2.*_VAE.pth")[0], "vae.")
+    for shard in tensor_files(qwen, "model*.safetensors"):
+        files.add(shard, "mllm.")
+    dit = DiTConfig(**known)
+    sizes = mllm_sizes(files, {})
+    sizes["max_ref_tokens"] = sizes["num_ref_queries"]  # so it is in every release: 768 of 5B, 384 of 14B
+    return KiwiConfig(dit, vae_config(files), MLLMConfig(str(qwen), dit_dim=dit.dim, **sizes)), files
+
+
+def mllm_sizes(files, sizes):
+    """The query counts that the weights have; 0 for a mode that was not trained yet."""
+    for mode in ("image", "video", "ref"):
+        name = f"mllm.{mode}_queries"
+        sizes[f"num_{mode}_queries"] = files.shape(name)[0] if name in files.places else 0
+    return sizes
+
+
+def vae_config(files, mean=(), std=()):
+    """The sizes of a Wan VAE, read off its tensors: Wan's VAE files come without a config."""
+    try:
+        dim, pixels = files.shape("vae.encoder.conv1.weight")[:2]
+        version = {12: "2.2", 3: "2.1"}[pixels]
+        top = files.shape("vae.encoder.head.0.gamma")[0]
+        resampled = [n for n in files.places if re.fullmatch(r"vae\.encoder\.downsamples\..*resample\.1\.weight", n)]
+        resampled.sort(key=lambda n: [int(part) for part in n.split(".") if part.isdigit()])
+        dims = [files.shape(n)[0] for n in resampled] + [top]
+        in_time = tuple(n.replace("resample.1", "time_conv") in files.places for n in resampled)
+        per_level = [int(n.split(".")[-4]) for n in resampled]
+        blocks = per_level[0]
+        return VAEConfig(
+            version, dim, files.shape("vae.decoder.head.0.gamma")[0], files.shape("vae.conv2.weight")[0],
+            tuple(d // dim for d in dims), blocks, in_time, tuple(mean), tuple(std),
+        )  # fmt: skip
+    except KeyError as error:
+        raise ValueError(f"the VAE's weights are not those of Wan: {error} is missing or of another size") from None
+
+
+def copy_mllm_folder(source, target):
+    target.mkdir()
+    for name in ("config.json", "qwen_config.json", "tokenizer.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
