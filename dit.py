@@ -24,7 +24,11 @@ from kernels import attention, gate_residual, layer_norm_modulate, rms_norm_rope
 
 @dataclass(frozen=True)
 class DiTConfig:
-    """Sizes of a Wan DiT; the presets stand in `model.PRESETS`. The default is Wan2.2-TI2V-5B."""
+    """Sizes of a Wan DiT; the presets stand in `model.PRESETS`. The default is Wan2.2-TI2V-5B.
+
+    bf16_timesteps: below float32 the timestep is rounded to bfloat16 before its embedding. Kiwi-Edit's released
+    weights were trained so (FACTS.md, "The DiT"); near t = 1000 that is a step of 4, or 4 radians of the fastest wave.
+    """
 
     dim: int = 3072
     ffn_dim: int = 14336
@@ -36,6 +40,7 @@ class DiTConfig:
     text_dim: int = 4096
     patch_size: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
+    bf16_timesteps: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "patch_size", tuple(self.patch_size))  # JSON has lists
@@ -55,10 +60,10 @@ class DiTConfig:
 
 
 def time_sinusoid(t, dim):
-    """Timesteps (B,) in [0, 1000] -> (B, dim), cosines first, computed in float64, in the dtype of t."""
+    """Timesteps (B,) in [0, 1000] -> (B, dim) float64, cosines first."""
     frequency = torch.exp(-math.log(10000) / (dim // 2) * torch.arange(dim // 2, dtype=torch.float64, device=t.device))
     angle = t.double()[:, None] * frequency
-    return torch.cat([angle.cos(), angle.sin()], dim=1).to(t.dtype)
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
 @lru_cache(maxsize=16)
@@ -190,11 +195,11 @@ class DiT(nn.Module):
         return frames, height // p, width // q
 
     def embed_time(self, t):
-        """t (B,) in [0, 1000] -> time (B, D) for the head and (B, 6, D) for the blocks.
-
-        t is rounded to the model's dtype first: released bfloat16 weights were trained on such timesteps.
-        """
-        time = self.time_embedding(time_sinusoid(t.to(self.patch_embedding.weight.dtype), self.config.freq_dim))
+        """t (B,) in [0, 1000] -> time (B, D) for the head and (B, 6, D) for the blocks."""
+        dtype = self.patch_embedding.weight.dtype
+        if self.config.bf16_timesteps and dtype != torch.float32:
+            t = t.bfloat16()
+        time = self.time_embedding(time_sinusoid(t, self.config.freq_dim).to(dtype))
         return time, self.time_projection(time).unflatten(1, (6, -1))
 
     def context_keys_values(self, context):

@@ -11,6 +11,7 @@ flow matching, the training loss, the sampler, and the loading of weights in eve
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Mapping
@@ -52,14 +53,14 @@ class KiwiConfig:
 
 
 PRESETS = {
-    "wan22_5b": KiwiConfig(DiTConfig(), VAEConfig(), MLLMConfig(QWEN_BASE)),
+    "wan22_5b": KiwiConfig(DiTConfig(bf16_timesteps=True), VAEConfig(), MLLMConfig(QWEN_BASE)),
     "wan21_14b": KiwiConfig(
-        DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=16, out_dim=16),
+        DiTConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=16, out_dim=16, bf16_timesteps=True),
         VAEConfig(version="2.1", dim=96, z_dim=16),
         MLLMConfig(QWEN_BASE, dit_dim=5120, num_ref_queries=384, max_ref_tokens=384),
     ),
     "wan21_1_3b": KiwiConfig(
-        DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, in_dim=16, out_dim=16),
+        DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, in_dim=16, out_dim=16, bf16_timesteps=True),
         VAEConfig(version="2.1", dim=96, z_dim=16),
         MLLMConfig(QWEN_BASE, dit_dim=1536),
     ),
@@ -527,8 +528,9 @@ def open_tensors(path, device):
         if not all(isinstance(value, torch.Tensor) for value in state.values()):
             raise ValueError("holds more than tensors")
         return state
-    except (SafetensorError, RuntimeError, EOFError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); fetch the file again") from None
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError) as error:
+        reason = str(error).split("\n")[0][:200]
+        raise ValueError(f"{path}: cannot be read ({reason}); fetch the file again") from None
 
 
 def local_path(path):
@@ -608,7 +610,7 @@ def read_diffusers_folder(folder):
     dit = DiTConfig(
         dim=t["num_attention_heads"] * t["attention_head_dim"], ffn_dim=t["ffn_dim"], num_heads=t["num_attention_heads"],
         num_layers=t["num_layers"], in_dim=t["in_channels"], out_dim=t["out_channels"], freq_dim=t["freq_dim"],
-        text_dim=t["text_dim"], patch_size=t["patch_size"], eps=t["eps"],
+        text_dim=t["text_dim"], patch_size=t["patch_size"], eps=t["eps"], bf16_timesteps=True,
     )  # fmt: skip
     sizes = mllm_sizes(files, {"max_ref_tokens": m["max_object_token"], "max_frames": m["max_frames"]})
     mllm = MLLMConfig(str(folder / "processor"), m["dit_dim"], max_pixels=m["max_pixels_per_frame"], **sizes)
@@ -628,7 +630,7 @@ def read_training_checkpoint(path, base, qwen):
     files.add(tensor_files(base, "Wan2.*_VAE.safetensors", "Wan2.*_VAE.pth")[0], "vae.")
     for shard in tensor_files(qwen, "model*.safetensors"):
         files.add(shard, "mllm.")
-    dit = DiTConfig(**known)
+    dit = DiTConfig(**known, bf16_timesteps=True)
     sizes = mllm_sizes(files, {})
     sizes["max_ref_tokens"] = sizes["num_ref_queries"]  # so it is in every release: 768 of 5B, 384 of 14B
     return KiwiConfig(dit, vae_config(files), MLLMConfig(str(qwen), dit_dim=dit.dim, **sizes)), files
