@@ -23,6 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+# Norms over channels and convolutions are fastest where the channels lie together: on 2 cores the norms take an
+# eighth of the time, and tensor cores want it too.
+CHANNELS_LAST = torch.channels_last_3d
+
 # Mean and standard deviation of each latent channel, published with Wan's VAEs.
 LATENT_STATISTICS = {
     "2.2": (
@@ -103,6 +107,14 @@ class VAEConfig:
         return 1 + (frames - 1) // self.time_stride
 
 
+def conv3d(x, weight, bias, stride=(1, 1, 1), padding=(0, 0, 0)):
+    """F.conv3d. For small float32 inputs on a CPU torch takes an im2col loop of up to 20 times oneDNN's time (32
+    channels, 32x32x6: 23 ms against 1.1 ms on 2 cores), so there oneDNN is asked for by name."""
+    if x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
+    return F.conv3d(x, weight, bias, stride, padding)
+
+
 class CausalConv3d(nn.Conv3d):
     """3D convolution, padded in space, that sees the past in time: the clip begins with zeros before it."""
 
@@ -113,11 +125,9 @@ class CausalConv3d(nn.Conv3d):
         """x (B, C, T, H, W), the next T frames -> as many. `state` keeps the last kernel - 1 input frames."""
         past = self.kernel_size[0] - 1
         if past:
-            if self not in state:
-                state[self] = x.new_zeros(*x.shape[:2], past, *x.shape[3:])
-            x = torch.cat([state[self], x], dim=2)
+            x = torch.cat([state[self], x], dim=2) if self in state else F.pad(x, (0, 0, 0, 0, past, 0))
             state[self] = x[:, :, -past:].clone()  # a view would keep the whole chunk alive
-        return super().forward(x)
+        return conv3d(x, self.weight, self.bias, padding=self.padding)
 
 
 class ChannelNorm(nn.Module):
@@ -178,13 +188,14 @@ class Downsample(nn.Module):
 
     def forward(self, x, state):
         conv = self.resample["1"]
-        x = F.conv3d(F.pad(x, (0, 1, 0, 1)), conv.weight[:, :, None], conv.bias, stride=(1, 2, 2))
+        x = conv3d(F.pad(x, (0, 1, 0, 1)), conv.weight[:, :, None], conv.bias, stride=(1, 2, 2))
         if self.time_conv is None:
             return x
         first = [] if self in state else [x[:, :, :1]]
         x = torch.cat([state[self], x], dim=2) if self in state else x
         state[self] = x[:, :, -1:].clone()
-        later = [self.time_conv(x)] if x.shape[2] > 1 else []
+        conv = self.time_conv
+        later = [conv3d(x, conv.weight, conv.bias, conv.stride)] if x.shape[2] > 1 else []
         return torch.cat(first + later, dim=2)
 
 
@@ -198,33 +209,34 @@ class Upsample(nn.Module):
 
     def forward(self, x, state):
         if self.time_conv is not None:
-            first, x = (x[:, :, :0], x) if self in state else (x[:, :, :1], x[:, :, 1:])
+            parts = [] if self in state else [x[:, :, :1]]
+            x = x[:, :, len(parts) :]
             state[self] = True
             if x.shape[2]:
                 x = self.time_conv(x, state).unflatten(1, (2, -1))  # (B, 2, C, T, H, W)
-                x = x.permute(0, 2, 3, 1, 4, 5).flatten(2, 3)  # (B, C, 2 T, H, W)
-            x = torch.cat([first, x], dim=2)
+                parts.append(x.permute(0, 2, 3, 1, 4, 5).flatten(2, 3))  # (B, C, 2 T, H, W)
+            x = torch.cat(parts, dim=2).contiguous(memory_format=CHANNELS_LAST)
         conv = self.resample["1"]
         x = F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest")
-        return F.conv3d(x, conv.weight[:, :, None], conv.bias, padding=(0, 1, 1))
+        return conv3d(x, conv.weight[:, :, None], conv.bias, padding=(0, 1, 1))
 
 
 def average_down(x, out_dim, time, space):
     """Wan 2.2's shortcut around a level of the encoder: fold `time` x `space` x `space` voxels into the channels
     and average groups of them down to out_dim. A leading odd frame is paired with a frame of zeros."""
-    B, C, T, H, W = x.shape
+    B, _, T, H, W = x.shape
     if T % time:
         x = F.pad(x, (0, 0, 0, 0, time - T % time, 0))
-    x = x.reshape(B, C, -1, time, H // space, space, W // space, space).permute(0, 1, 3, 5, 7, 2, 4, 6)
-    return x.reshape(B, out_dim, -1, *x.shape[5:]).mean(dim=2)
+    x = x.movedim(1, -1).reshape(B, -1, time, H // space, space, W // space, space, x.shape[1])
+    x = x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(4)  # (B, T', H', W', C * time * space * space)
+    return x.unflatten(4, (out_dim, -1)).mean(dim=5).movedim(-1, 1)
 
 
 def repeat_up(x, out_dim, time, space, first):
     """Wan 2.2's shortcut around a level of the decoder: `average_down` backwards, by repetition."""
-    B, C, T, H, W = x.shape
-    x = x.repeat_interleave(out_dim * time * space**2 // C, dim=1)
-    x = x.reshape(B, out_dim, time, space, space, T, H, W).permute(0, 1, 5, 2, 6, 3, 7, 4)
-    x = x.reshape(B, out_dim, T * time, H * space, W * space)
+    x = x.movedim(1, -1).repeat_interleave(out_dim * time * space**2 // x.shape[1], dim=4)
+    x = x.unflatten(4, (out_dim, time, space, space)).permute(0, 1, 5, 2, 6, 3, 7, 4)
+    x = x.flatten(5, 6).flatten(3, 4).flatten(1, 2).movedim(-1, 1)  # (B, out_dim, T * time, H * space, W * space)
     return x[:, :, time - 1 :] if first else x
 
 
@@ -329,11 +341,12 @@ class Encoder(nn.Module):
         """Frames (B, 3, t, H, W) -> features (B, D, t/4, H/s, W/s); local, so it may be tiled."""
         p = self.patch
         x = x.unflatten(4, (-1, p)).unflatten(3, (-1, p)).permute(0, 1, 6, 4, 2, 3, 5)  # (B, 3, q, p, t, H/p, W/p)
-        return apply(self.downsamples, self.conv1(x.flatten(1, 3), state), state)
+        x = x.flatten(1, 3).contiguous(memory_format=CHANNELS_LAST)
+        return apply(self.downsamples, self.conv1(x, state), state)
 
     def top(self, x, state):
         """Features -> moments (B, 2 z, t, h, w); its attention sees whole frames."""
-        x = apply(self.middle, x, state)
+        x = apply(self.middle, x.contiguous(memory_format=CHANNELS_LAST), state)
         return self.head["2"](F.silu(self.head["0"](x)), state)
 
 
@@ -349,11 +362,12 @@ class Decoder(nn.Module):
 
     def bottom(self, z, state):
         """Latents (B, z, t, h, w) -> features (B, D, t, h, w); its attention sees whole frames."""
+        z = z.contiguous(memory_format=CHANNELS_LAST)
         return apply(self.middle, self.conv1(z, state), state)
 
     def up(self, x, state):
         """Features -> frames (B, 3, 4t, H, W), one less in a clip's first chunk; local, so it may be tiled."""
-        x = apply(self.upsamples, x, state)
+        x = apply(self.upsamples, x.contiguous(memory_format=CHANNELS_LAST), state)
         x = self.head["2"](F.silu(self.head["0"](x)), state)
         x = x.unflatten(1, (3, self.patch, self.patch)).permute(0, 1, 4, 5, 3, 6, 2)  # (B, 3, t, H, q, W, p)
         return x.flatten(5, 6).flatten(3, 4)
