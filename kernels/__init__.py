@@ -1,12 +1,132 @@
 """The few operations on which a DiT step spends its time, each with its plain PyTorch twin.
 
-`dit.py` calls these functions and never asks about hardware. transformers probes for a package
-of this name, hence `__version__`; nothing here imports triton or touches CUDA.
+`dit.py` calls the functions below and never asks about hardware; `set_backend` chooses what they run:
+    "ref"     the definitions in plain PyTorch
+    "sdpa"    PyTorch's fused attention; the rest as "ref"
+    "triton"  our kernels
+    "auto"    on a CPU "sdpa"; on a GPU our kernels, with the attention that is measured fastest there
+transformers probes for a package of this name, hence `__version__`; nothing here imports triton or touches CUDA.
 """
 
+import os
+
+import torch
+
+from kernels.attention import attention_ref, attention_sdpa, attention_triton
+from kernels.norm import (
+    gate_residual_norm_plain,
+    gate_residual_norm_triton,
+    gate_residual_plain,
+    gate_residual_triton,
+    layer_norm_modulate_plain,
+    layer_norm_modulate_triton,
+    rms_norm_rope_plain,
+    rms_norm_rope_triton,
+)
+
 __version__ = "0.0"
+__all__ = ["attention", "gate_residual", "gate_residual_norm", "layer_norm_modulate", "rms_norm_rope", "set_backend"]
 
-from kernels.attention import attention
-from kernels.norm import gate_residual, layer_norm_modulate, rms_norm_rope
+BACKENDS = ("auto", "ref", "sdpa", "triton")
+ATTENTION = {"ref": attention_ref, "sdpa": attention_sdpa, "triton": attention_triton}
+backend = "auto"
+fastest = {}  # (device, dtype, head_dim) -> name of an attention, measured
 
-__all__ = ["attention", "gate_residual", "layer_norm_modulate", "rms_norm_rope"]
+
+def attention(q, k, v):
+    """softmax(q k^T / sqrt(d)) v; q (B, Lq, H, d), k and v (B, Lk, H, d) -> (B, Lq, H, d)."""
+    return ATTENTION[choose(q, measured=True)](q, k, v)
+
+
+def rms_norm_rope(x, weight, rope, num_heads, eps):
+    """RMSNorm over the full width, then 3D RoPE per head: x (B, L, H d) -> (B, L, H, d).
+
+    rope: cos and sin, each (L, d/2) float32, or None (the norm alone).
+    """
+    run = rms_norm_rope_triton if choose(x) == "triton" else rms_norm_rope_plain
+    return run(x, weight, rope, num_heads, eps)
+
+
+def layer_norm_modulate(x, shift, scale, eps):
+    """layer_norm(x) * (1 + scale) + shift; x (B, L, D), shift and scale (B, 1, D)."""
+    run = layer_norm_modulate_triton if choose(x) == "triton" else layer_norm_modulate_plain
+    return run(x, shift, scale, eps)
+
+
+def gate_residual(x, y, gate):
+    """x + gate * y; x, y (B, L, D), gate (B, 1, D)."""
+    return (gate_residual_triton if choose(x) == "triton" else gate_residual_plain)(x, y, gate)
+
+
+def gate_residual_norm(x, y, gate, shift, scale, eps):
+    """A residual and the norm after it: x' = x + gate * y, layer_norm_modulate(x', shift, scale, eps) -> both.
+
+    gate None: x' = x + y. A LayerNorm with weight and bias has shift = bias, scale = weight.float() - 1.
+    """
+    run = gate_residual_norm_triton if choose(x) == "triton" else gate_residual_norm_plain
+    return run(x, y, gate, shift, scale, eps)
+
+
+def set_backend(name):
+    """Choose "auto", "ref", "sdpa" or "triton" for all functions above, from now on and for the whole process."""
+    global backend
+    if name not in BACKENDS:
+        raise ValueError(f"set_backend({name!r}): expected one of {', '.join(BACKENDS)}")
+    if name == "triton" and not has_triton():
+        raise ImportError("set_backend('triton'): triton is not installed; pip install triton, or take 'auto'")
+    backend = name
+
+
+def has_triton():
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def choose(x, measured=False):
+    """The one place where hardware is asked for: which backend a tensor like x gets.
+
+    measured: whether "auto" on a GPU takes what is fastest there (attention) or our kernel (the rest: one pass
+    instead of several needs no stopwatch).
+    """
+    if backend == "triton" and not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(
+            f"set_backend('triton'), but the tensor is on {x.device}: Triton needs a GPU (or TRITON_INTERPRET=1 in the "
+            "environment of Python, to interpret the kernels slowly); take 'auto'"
+        )
+    if backend != "auto":
+        return backend
+    if not x.is_cuda or x.dtype == torch.float64 or torch.cuda.get_device_capability(x.device) < (8, 0) or not has_triton():
+        return "sdpa"
+    return fastest_attention(x.device, x.dtype, x.shape[-1]) if measured else "triton"
+
+
+def fastest_attention(device, dtype, head_dim):
+    """Measure once, say what was taken. Inside torch.compile there is no stopwatch: call once before compiling."""
+    key = (device, dtype, head_dim)
+    if key not in fastest:
+        if head_dim < 16 or head_dim & (head_dim - 1):
+            return "sdpa"
+        if torch.compiler.is_compiling():
+            return "triton"
+        times = {name: milliseconds(ATTENTION[name], *key) for name in ("triton", "sdpa")}
+        fastest[key] = min(times, key=times.get)
+        measured = ", ".join(f"{name} {time:.2f} ms" for name, time in times.items())
+        print(f"kernels: attention of {dtype}, head_dim {head_dim} on {torch.cuda.get_device_name(device)}: "
+              f"{measured}; taking {fastest[key]}", flush=True)  # fmt: skip
+    return fastest[key]
+
+
+def milliseconds(function, device, dtype, head_dim):
+    """The median forward of 8,192 tokens and 8 heads, of 10 after 3 to warm up; every run reads fresh memory."""
+    inputs = [torch.randn(3, 1, 8192, 8, head_dim, device=device, dtype=dtype) for _ in range(3)]
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(13)]
+    with torch.no_grad(), torch.cuda.device(device):
+        for i, (start, stop) in enumerate(events):
+            start.record()
+            function(*inputs[i % 3])
+            stop.record()
+        torch.cuda.synchronize()
+    return sorted(start.elapsed_time(stop) for start, stop in events[3:])[5]

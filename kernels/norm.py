@@ -1,20 +1,357 @@
+"""What a DiT block does between its matrix products, each in one pass over the tokens, float32 inside.
+
+    rms_norm_rope         x (B, L, D) -> rope(x / rms(x) * weight) (B, L, H, d), the mean square over the full width
+                          D = H d, then consecutive pairs turned by the angles of their position, as Wan does
+    layer_norm_modulate   x -> layer_norm(x) * (1 + scale) + shift
+    gate_residual         x, y -> x + gate * y
+    gate_residual_norm    the last two in a row: x, y -> x' = x + gate * y, layer_norm_modulate(x')
+
+gate, shift, scale: (B, 1, D), or (1, 1, D) for all. Results have the dtype of x.
+
+Bytes per element of 16-bit x: 4 (read, write), gate_residual 6, gate_residual_norm 8 where the pair of them would move
+10; about 10 FLOPs, so memory bandwidth is the limit: 34 us per pass over 18,480 x 3072 on an H100 (3.35 TB/s).
+One program has one row in its registers. Backward, 512 programs take every 512th row each and keep their share of the
+gradients of weight, gate, shift and scale in registers; the shares are summed at the end, in the same order every time.
+The idea of such fused rows is Liger Kernel's (arXiv 2410.10989).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 
+triton = tl = None  # imported by `compiled` at the first launch: nobody on a CPU waits for them
 
-def rms_norm_rope(x, weight, rope, num_heads, eps):
-    B, L, D = x.shape
-    x = F.rms_norm(x.float(), (D,), weight.float(), eps).unflatten(-1, (num_heads, -1, 2))  # (B, L, H, d/2, 2)
+
+def wide(x):
+    """16 bits -> float32; what is wider stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rms_norm_rope_plain(x, weight, rope, num_heads, eps):
+    # The norm's factor goes into the rotation and the rotation is a complex product: two passes after the norm.
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide(x[:0]).dtype)
+    factor = torch.rsqrt(norm.square() / x.shape[-1] + eps)  # (B, L, 1)
     if rope is None:
-        return x.flatten(-2).type_as(weight)
-    cos, sin = (r[:, None] for r in rope)  # (L, 1, d/2)
-    a, b = x.unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(weight)
+        return (x * (wide(weight) * factor)).to(x.dtype).unflatten(-1, (num_heads, -1))
+    pairs = torch.view_as_complex((x * wide(weight)).unflatten(-1, (num_heads, -1, 2)))  # (B, L, H, d/2)
+    return torch.view_as_real(pairs * (torch.complex(*rope)[:, None] * factor[..., None])).flatten(-2).to(x.dtype)
 
 
-def layer_norm_modulate(x, shift, scale, eps):
-    return F.layer_norm(x, x.shape[-1:], eps=eps) * (1 + scale) + shift
+def layer_norm_modulate_plain(x, shift, scale, eps):
+    width, shift, scale = x.shape[-1:], wide(shift), 1 + wide(scale)
+    if x.is_cpu and len(x) == len(shift) == 1:  # one pass: on a CPU a 16-bit layer norm takes float32 parameters
+        return F.layer_norm(x, width, scale.flatten(), shift.flatten(), eps)
+    return torch.addcmul(shift, F.layer_norm(wide(x), width, eps=eps), scale).to(x.dtype)
 
 
-def gate_residual(x, y, gate):
-    return x + gate * y
+def gate_residual_plain(x, y, gate):
+    return torch.addcmul(x, y, gate).to(x.dtype)
+
+
+def gate_residual_norm_plain(x, y, gate, shift, scale, eps):
+    x = x + y if gate is None else gate_residual_plain(x, y, gate)
+    return x, layer_norm_modulate_plain(x, shift, scale, eps)
+
+
+def load_row(pointer, at, D: tl.constexpr):
+    """A row as float32, zeros from D on."""
+    return tl.load(pointer + at, mask=at < D, other=0.0).to(tl.float32)
+
+
+def store_row(pointer, at, row, D: tl.constexpr):
+    tl.store(pointer + at, row.to(pointer.dtype.element_ty), mask=at < D)
+
+
+def rotate(row, cos, sin, position, D: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr, SIGN: tl.constexpr):
+    """Turn the consecutive pairs of every head (PAIRS of them) by the angles of a position, back for SIGN -1."""
+    pair = tl.arange(0, BLOCK // 2)
+    at = position * PAIRS + pair % PAIRS
+    c = tl.load(cos + at, mask=pair < D // 2, other=1.0)
+    s = tl.load(sin + at, mask=pair < D // 2, other=0.0) * SIGN
+    a, b = tl.split(tl.reshape(row, (BLOCK // 2, 2)))
+    return tl.reshape(tl.join(a * c - b * s, a * s + b * c), (BLOCK,))
+
+
+def rms_norm_rope_forward(
+    x, weight, cos, sin, out, rstd, L, eps, D: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    value = load_row(x + row * D, at, D)
+    factor = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
+    value = value * factor * load_row(weight, at, D)
+    if cos is not None:
+        value = rotate(value, cos, sin, row % L, D, PAIRS, BLOCK, 1)
+    store_row(out + row * D, at, value, D)
+    tl.store(rstd + row, factor)
+
+
+def rms_norm_rope_backward(
+    x, weight, cos, sin, rstd, grad, dx, dweight, rows, L, D: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """With u = x rstd and g the gradient turned back: dweight = sum(g u), dx = rstd (g w - u mean(g w u))."""
+    at = tl.arange(0, BLOCK)
+    w = load_row(weight, at, D)
+    share = tl.zeros([BLOCK], tl.float32)
+    for row in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
+        start = tl.cast(row, tl.int64) * D  # an int under the interpreter, which has no .to
+        factor = tl.load(rstd + row)
+        u = load_row(x + start, at, D) * factor
+        g = load_row(grad + start, at, D)
+        if cos is not None:
+            g = rotate(g, cos, sin, row % L, D, PAIRS, BLOCK, -1)
+        share += g * u
+        g *= w
+        store_row(dx + start, at, factor * (g - u * (tl.sum(g * u, 0) / D)), D)
+    store_row(dweight + tl.program_id(0) * D, at, share, D)
+
+
+def residual_norm_forward(
+    x, y, gate, shift, scale, new, normed, mean, rstd, L, gate_stride, shift_stride, scale_stride, eps,
+    D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """new = x + gate * y, normed = layer_norm(new) * (1 + scale) + shift; what is None is left out."""
+    row = tl.program_id(0).to(tl.int64)
+    batch = row // L
+    at = tl.arange(0, BLOCK)
+    value = load_row(x + row * D, at, D)
+    if y is not None:
+        update = load_row(y + row * D, at, D)
+        if gate is not None:
+            update *= load_row(gate + batch * gate_stride, at, D)
+        value = (value + update).to(new.dtype.element_ty)  # the norm sees what is kept
+        store_row(new + row * D, at, value, D)
+        value = value.to(tl.float32)
+    if shift is not None:
+        average = tl.sum(value, 0) / D
+        value = tl.where(at < D, value - average, 0.0)
+        factor = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
+        value *= factor * (1 + load_row(scale + batch * scale_stride, at, D))
+        store_row(normed + row * D, at, value + load_row(shift + batch * shift_stride, at, D), D)
+        tl.store(mean + row, average)
+        tl.store(rstd + row, factor)
+
+
+def residual_norm_backward(
+    new, y, gate, scale, mean, rstd, grad_new, grad_normed, dx, dy, dgate, dshift, dscale, L, gate_stride, scale_stride,
+    D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """With u = (new - mean) rstd and g = grad_normed (1 + scale): dx = grad_new + rstd (g - mean(g) - u mean(g u)),
+    dy = gate dx, dgate = sum(dx y), dshift = sum(grad_normed), dscale = sum(grad_normed u)."""
+    program, batch = tl.program_id(0), tl.program_id(1)
+    at = tl.arange(0, BLOCK)
+    gate_share = tl.zeros([BLOCK], tl.float32)
+    shift_share = tl.zeros([BLOCK], tl.float32)
+    scale_share = tl.zeros([BLOCK], tl.float32)
+    for position in tl.range(program, L, tl.num_programs(0)):
+        row = batch.to(tl.int64) * L + position
+        g = tl.zeros([BLOCK], tl.float32)
+        if grad_normed is not None:
+            factor = tl.load(rstd + row)
+            u = tl.where(at < D, (load_row(new + row * D, at, D) - tl.load(mean + row)) * factor, 0.0)
+            g = load_row(grad_normed + row * D, at, D)
+            shift_share += g
+            scale_share += g * u
+            g *= 1 + load_row(scale + batch * scale_stride, at, D)
+            g = factor * (g - tl.sum(g, 0) / D - u * (tl.sum(g * u, 0) / D))
+        if grad_new is not None:
+            g += load_row(grad_new + row * D, at, D)
+        if grad_normed is not None:
+            store_row(dx + row * D, at, g, D)
+        if gate is not None:
+            gate_share += g * load_row(y + row * D, at, D)
+            store_row(dy + row * D, at, g * load_row(gate + batch * gate_stride, at, D), D)
+    share = (batch * tl.num_programs(0) + program) * D
+    if gate is not None:
+        store_row(dgate + share, at, gate_share, D)
+    if grad_normed is not None:
+        store_row(dshift + share, at, shift_share, D)
+        store_row(dscale + share, at, scale_share, D)
+
+
+KERNELS = (
+    load_row, store_row, rotate, rms_norm_rope_forward, rms_norm_rope_backward, residual_norm_forward,
+    residual_norm_backward,
+)  # fmt: skip
+PROGRAMS = 512  # of a backward kernel: about four for each multiprocessor of an H100
+
+
+@lru_cache
+def compiled(name):
+    """A kernel above by name, in the hands of Triton."""
+    global triton, tl
+    if triton is None:
+        import triton
+        import triton.language as tl
+
+        for function in KERNELS:
+            globals()[function.__name__] = triton.jit(function)
+    return globals()[name]
+
+
+def row_shape(D):
+    """How many elements of a row a program holds, and on how many warps: 16 elements or fewer on a thread."""
+    block = 1 << (D - 1).bit_length()
+    return {"BLOCK": block, "num_warps": max(1, min(16, block // 512))}
+
+
+def launch(name, grid, x, *arguments, **constants):
+    kernel = compiled(name)
+    D = x.shape[-1]
+    with torch.cuda.device_of(x):
+        kernel[grid](*arguments, D=D, **constants, **row_shape(D))
+
+
+def nothing(x):
+    """An operator returns tensors only; this one stands for None."""
+    return x.new_empty(0)
+
+
+@torch.library.custom_op("nanokiwi::rms_norm_rope", mutates_args=())
+def rms_norm_rope_op(
+    x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, num_heads: int, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> out (B, L, H, d), rstd (B, L) float32."""
+    B, L, D = x.shape
+    out, rstd = outputs = rms_norm_rope_shapes(x, weight, cos, sin, num_heads, eps)
+    arguments = x.contiguous(), weight, cos, sin, out, rstd, L, eps
+    launch("rms_norm_rope_forward", (B * L,), x, *arguments, PAIRS=D // num_heads // 2)
+    return outputs
+
+
+@rms_norm_rope_op.register_fake
+def rms_norm_rope_shapes(x, weight, cos, sin, num_heads, eps):
+    B, L, D = x.shape
+    return x.new_empty((B, L, num_heads, D // num_heads)), x.new_empty((B, L), dtype=torch.float32)
+
+
+@torch.library.custom_op("nanokiwi::rms_norm_rope_backward", mutates_args=())
+def rms_norm_rope_backward_op(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None,
+    rstd: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    B, L, D = x.shape
+    programs = min(B * L, PROGRAMS)
+    dx, shares = x.new_empty(x.shape), x.new_empty((programs, D), dtype=torch.float32)
+    arguments = x.contiguous(), weight, cos, sin, rstd, grad.contiguous(), dx, shares, B * L, L
+    launch("rms_norm_rope_backward", (programs,), x, *arguments, PAIRS=grad.shape[-1] // 2)
+    return dx, shares.sum(0).to(weight.dtype)
+
+
+@rms_norm_rope_backward_op.register_fake
+def _(grad, x, weight, cos, sin, rstd):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def rms_norm_rope_save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:4], output[1])
+
+
+def rms_norm_rope_gradients(ctx, grad, grad_rstd):
+    return *rms_norm_rope_backward_op(grad, *ctx.saved_tensors), None, None, None, None
+
+
+rms_norm_rope_op.register_autograd(rms_norm_rope_gradients, setup_context=rms_norm_rope_save)
+
+
+@torch.library.custom_op("nanokiwi::residual_norm", mutates_args=())
+def residual_norm_op(
+    x: torch.Tensor, y: torch.Tensor | None, gate: torch.Tensor | None, shift: torch.Tensor | None,
+    scale: torch.Tensor | None, eps: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """x + gate y and its modulated norm, either of them empty if not asked for, and the norm's mean and rstd (B, L)."""
+    B, L, _ = x.shape
+    outputs = residual_norm_shapes(x, y, gate, shift, scale, eps)
+    strides = [0 if t is None else t.stride(0) for t in (gate, shift, scale)]
+    y = None if y is None else y.contiguous()
+    launch("residual_norm_forward", (B * L,), x, x.contiguous(), y, gate, shift, scale, *outputs, L, *strides, eps)
+    return outputs
+
+
+@residual_norm_op.register_fake
+def residual_norm_shapes(x, y, gate, shift, scale, eps):
+    new = nothing(x) if y is None else x.new_empty(x.shape)
+    if shift is None:
+        return new, nothing(x), nothing(x), nothing(x)
+    mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
+    return new, x.new_empty(x.shape), mean, rstd
+
+
+@torch.library.custom_op("nanokiwi::residual_norm_backward", mutates_args=())
+def residual_norm_backward_op(
+    grad_new: torch.Tensor | None, grad_normed: torch.Tensor | None, new: torch.Tensor, y: torch.Tensor | None,
+    gate: torch.Tensor | None, scale: torch.Tensor | None, mean: torch.Tensor, rstd: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """-> dx, dy, dgate, dshift, dscale; empty where it is that of None, or equal to another."""
+    B, L, D = new.shape
+    programs = min(L, max(1, PROGRAMS // B))
+    dx, dy, *_ = residual_norm_backward_shapes(grad_new, grad_normed, new, y, gate, scale, mean, rstd)
+    shares = new.new_empty((3, B, programs, D), dtype=torch.float32)
+    grad_new, grad_normed, y = (t if t is None else t.contiguous() for t in (grad_new, grad_normed, y))
+    strides = [0 if t is None else t.stride(0) for t in (gate, scale)]
+    arguments = new.contiguous(), y, gate, scale, mean, rstd, grad_new, grad_normed, dx, dy, *shares, L, *strides
+    launch("residual_norm_backward", (programs, B), new, *arguments)
+    dgate = nothing(new) if gate is None else shares[0].sum(1, keepdim=True).to(gate.dtype)
+    if scale is None:
+        return dx, dy, dgate, nothing(new), nothing(new)
+    return dx, dy, dgate, *(share.sum(1, keepdim=True).to(scale.dtype) for share in shares[1:])
+
+
+@residual_norm_backward_op.register_fake
+def residual_norm_backward_shapes(grad_new, grad_normed, new, y, gate, scale, mean, rstd):
+    def like(present):
+        return nothing(new) if present is None else new.new_empty(new.shape)
+
+    def factor(t):
+        return nothing(new) if t is None else t.new_empty(t.shape)
+
+    return like(scale), like(gate), factor(gate), factor(scale), factor(scale)
+
+
+def residual_norm_save(ctx, inputs, output):
+    x, y, gate, shift, scale, _ = inputs
+    new, _, mean, rstd = output
+    ctx.save_for_backward(x if y is None else new, y, gate, shift, scale, mean, rstd)
+
+
+def residual_norm_gradients(ctx, grad_new, grad_normed, grad_mean, grad_rstd):
+    new, y, gate, shift, scale, mean, rstd = ctx.saved_tensors
+    grad_new = None if y is None else grad_new
+    grad_normed = None if scale is None else grad_normed
+    dx, dy, dgate, dshift, dscale = grad_new, grad_new, None, None, None
+    if gate is not None or scale is not None:
+        parts = residual_norm_backward_op(grad_new, grad_normed, new, y, gate, scale, mean, rstd)
+        dx = grad_new if scale is None else parts[0]
+        dy = (None if y is None else dx) if gate is None else parts[1]
+        dgate = None if gate is None else parts[2]
+        dshift, dscale = (None, None) if scale is None else (parts[3].to(shift.dtype), parts[4])
+    return dx, dy, dgate, dshift, dscale, None
+
+
+residual_norm_op.register_autograd(residual_norm_gradients, setup_context=residual_norm_save)
+
+
+def rms_norm_rope_triton(x, weight, rope, num_heads, eps):
+    return rms_norm_rope_op(x, weight, *(rope or (None, None)), num_heads, eps)[0]
+
+
+def per_clip(t, x):
+    """gate, shift or scale as (B, 1, D), each row in one piece; autograd sums what is spread here."""
+    t = t.expand(x.shape[0], 1, x.shape[2])
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def layer_norm_modulate_triton(x, shift, scale, eps):
+    return residual_norm_op(x, None, None, per_clip(shift, x), per_clip(scale, x), eps)[1]
+
+
+def gate_residual_triton(x, y, gate):
+    return residual_norm_op(x, y, per_clip(gate, x), None, None, 0.0)[0]
+
+
+def gate_residual_norm_triton(x, y, gate, shift, scale, eps):
+    gate = None if gate is None else per_clip(gate, x)
+    return residual_norm_op(x, y, gate, per_clip(shift, x), per_clip(scale, x), eps)[:2]

@@ -1,0 +1,575 @@
+"""How fast the kernels and the model are, beside what else there is, measured in one process.
+
+    attention   forward and backward beside PyTorch's attention; on a GPU each of its backends, TFLOP/s
+    norm        the fused passes beside the usual lines of PyTorch; GB/s
+    dit         a step of the diffusion transformer beside diffusers' WanTransformer3DModel, the same random weights
+    vae         encode and decode beside diffusers' AutoencoderKLWan, the same random weights; on a GPU peak memory too
+    edit        a whole edit by phase: encode, 50 steps, decode (random weights; the context is random too)
+    train       a training step
+    compile     no device needed: compile every kernel for one, and list registers, spills and shared memory
+
+On a GPU the sizes are those of Wan2.2-TI2V-5B at 480p and 720p in bfloat16, and fractions are of a matrix product and
+a copy measured in the same run. On a CPU the widths are real, the rest is small. What is compared runs in turns, and a
+figure is the median of its turns; on a GPU between events, with the L2 cache flushed before each turn.
+Everything is printed and goes to bench/<device>.json. This command alone in kernels/ knows the floors above it.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+
+EXAMPLES = """examples:
+  python -m kernels.bench attention norm        # the kernels
+  python -m kernels.bench dit vae --repeat 9    # the model beside diffusers (pip install diffusers)
+  python -m kernels.bench compile --arch 80     # will it spill on an A100?
+"""
+HOUSE = Path(__file__).resolve().parent.parent
+GRIDS = {"480p": (21, 30, 52), "720p": (21, 44, 80)}  # latents of 81 frames, 832x480 and 1280x704, of Wan 2.2
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.bench",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("what", nargs="+", choices=list(SECTIONS), help="what to measure, one or more")
+    add("--repeat", type=int, default=7, help="turns of each measurement (default %(default)s)")
+    add("--steps", type=int, default=50, help="edit: denoising steps (default %(default)s)")
+    add("--arch", type=int, default=90, help="compile: compute capability, e.g. 80, 89, 90 (default %(default)s)")
+    add("--out", type=Path, default=HOUSE / "bench", help="folder of the results (default: bench/ of this repository)")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    for what in args.what:
+        started = time.time()
+        rows = SECTIONS[what](args)
+        print(table(rows))
+        device = f"sm_{args.arch}, compiled only" if what == "compile" else device_name()
+        path = save(args.out, device, what, rows, argv)
+        print(f"{what}: {time.time() - started:.0f} s, {path}\n", flush=True)
+
+
+# Measuring
+
+
+def on_gpu():
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def device_name():
+    import torch
+
+    if on_gpu():
+        return torch.cuda.get_device_name()
+    cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    return f"CPU {cpu[1] if cpu else 'unknown'} {torch.get_num_threads()}core"
+
+
+def slug(name):
+    return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("(r)", "").replace("processor", "")).strip("-")
+
+
+def in_turns(functions, repeat):
+    """Median seconds of each function, {name: function or None}, one after the other, `repeat` turns after a first.
+
+    None, or one that the device refuses: nan.
+    """
+    import torch
+
+    times = {name: [] for name in functions}
+    alive = {name: function for name, function in functions.items() if function}
+    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda") if on_gpu() else None
+    for turn in range(repeat + 1):
+        for name, function in list(alive.items()):
+            try:
+                seconds = once(function, flush)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                print(f"  {name}: {str(error).strip().splitlines()[0][:150]}", flush=True)
+                del alive[name]
+                continue
+            if turn:
+                times[name].append(seconds)
+    return {name: statistics.median(ts) if name in alive else float("nan") for name, ts in times.items()}
+
+
+def once(function, flush):
+    import torch
+
+    if flush is None:
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush.zero_()
+    start.record()
+    function()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) / 1000
+
+
+def ceilings(repeat):
+    """(TFLOP/s of a 8192^3 matrix product in bfloat16, GB/s of a copy of 1 GiB, read and write counted) of a GPU."""
+    import torch
+
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    x = torch.randint(0, 100, (1 << 30,), dtype=torch.int8, device="cuda")
+    y = torch.empty_like(x)
+    seconds = in_turns({"matmul": lambda: a @ b, "copy": lambda: y.copy_(x)}, max(repeat, 20))
+    return 2 * 8192**3 / seconds["matmul"] / 1e12, 2 * x.numel() / seconds["copy"] / 1e9
+
+
+def table(rows):
+    """Rows, dicts with the same keys, as a Markdown table."""
+    cells = [list(rows[0])] + [[shown(value) for value in row.values()] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    cells.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in cells)
+
+
+def shown(value):
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+
+
+def save(folder, device, what, rows, argv):
+    """Put a section into the device's file; what else is in it stays. The file is whole or as it was."""
+    import torch
+
+    path = folder / f"{slug(device)}.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    command = " ".join(["python -m kernels.bench", *(sys.argv[1:] if argv is None else argv)])
+    date = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    results[what] = {"date": date, "device": device, "torch": torch.__version__, "command": command, "rows": rows}
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(results, indent=1).replace("NaN", "null") + "\n")
+    os.replace(temporary, path)
+    return path
+
+
+# The kernels
+
+
+def attention(args):
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from kernels import ATTENTION
+
+    def backend(which):
+        def run(q, k, v):
+            with sdpa_kernel(which):
+                return ATTENTION["sdpa"](q, k, v)
+
+        return run
+
+    if on_gpu():
+        device, dtype = "cuda", torch.bfloat16
+        shapes = [(18480, 18480, 24, 128), (8190, 8190, 24, 128), (18480, 512, 24, 128), (18480, 1600, 24, 128),
+                  (75600, 75600, 4, 128), (18480, 18480, 24, 64)]  # fmt: skip
+        candidates = {"triton": ATTENTION["triton"], "cudnn": backend(SDPBackend.CUDNN_ATTENTION),
+                      "flash": backend(SDPBackend.FLASH_ATTENTION),
+                      "efficient": backend(SDPBackend.EFFICIENT_ATTENTION)}  # fmt: skip
+        peak = ceilings(args.repeat)[0]
+    else:
+        device, dtype = "cpu", torch.float32
+        shapes = [(1024, 1024, 12, 128), (1024, 512, 12, 128), (1024, 1024, 12, 64)]
+        candidates = {name: ATTENTION[name] for name in ("sdpa", "ref")}
+        peak = None
+    rows = []
+    for Lq, Lk, heads, dim in shapes:
+        q, k, v = (torch.randn(1, n, heads, dim, device=device, dtype=dtype, requires_grad=True) for n in (Lq, Lk, Lk))
+        grad = torch.randn_like(q)
+        flops = 4 * Lq * Lk * heads * dim
+        for direction, factor in (("forward", 1), ("backward", 2.5)):
+            runs = {}
+            for name, function in candidates.items():
+                runs[name] = attention_run(function, direction, (q, k, v), grad)
+            seconds = in_turns(runs, args.repeat)
+            row = {"Lq x Lk, heads x dim": f"{Lq} x {Lk}, {heads} x {dim}", "direction": direction}
+            row |= {f"{name} TFLOP/s": factor * flops / s / 1e12 for name, s in seconds.items()}
+            if peak:
+                best = min(s for name, s in seconds.items() if name != "triton" and not math.isnan(s))
+                row |= {"best other / ours": best / seconds["triton"]}
+                row |= {"of matmul": factor * flops / seconds["triton"] / 1e12 / peak}
+            rows.append(row)
+    return rows
+
+
+def attention_run(function, direction, qkv, grad):
+    """What to time: the forward alone, or the backward of a forward that ran once."""
+    import torch
+
+    if direction == "forward":
+        return torch.no_grad()(lambda: function(*qkv))
+    kept = []
+
+    def run():
+        if not kept:
+            kept.append(function(*qkv))
+        torch.autograd.grad(kept[0], qkv, grad, retain_graph=True)
+
+    return run
+
+
+def norm(args):
+    import torch
+
+    if on_gpu():
+        peak = ceilings(args.repeat)[1]
+        return norm_rows(args.repeat, (21, 22, 40), 24, torch.bfloat16, peak)
+    return [row for heads in (12, 24) for dtype in (torch.float32, torch.bfloat16)
+            for row in norm_rows(args.repeat, (4, 16, 16), heads, dtype)]  # fmt: skip
+
+
+def norm_rows(repeat, grid, heads, dtype, peak=None):
+    """Each function beside the lines one would write, at head_dim 128 and a grid of tokens."""
+    import torch
+    import torch.nn.functional as F
+
+    import kernels
+    from dit import rope_3d
+
+    device = torch.device("cuda" if on_gpu() else "cpu")
+    D, (cos, sin) = 128 * heads, rope_3d(grid, 128, device)
+    L, new = len(cos), {"device": device, "dtype": dtype, "requires_grad": True}
+
+    def usual_rms(x, weight):
+        a, b = F.rms_norm(x, x.shape[-1:], weight, 1e-6).unflatten(-1, (heads, -1, 2)).unbind(-1)
+        c, s = cos[:, None], sin[:, None]
+        return torch.stack([a * c - b * s, a * s + b * c], -1).flatten(-2).type_as(x)
+
+    def usual_norm(x, shift, scale):
+        return (F.layer_norm(x.float(), x.shape[-1:], eps=1e-6) * (1 + scale) + shift).type_as(x)
+
+    def usual_gate(x, y, gate):
+        return (x.float() + y * gate).type_as(x)
+
+    def usual_gate_norm(x, y, gate, shift, scale):
+        x = usual_gate(x, y, gate)
+        return x, usual_norm(x, shift, scale)
+
+    x, y = torch.randn(1, L, D, **new), torch.randn(1, L, D, **new)
+    gate, shift, scale = (torch.randn(1, 1, D, **new) for _ in range(3))
+    cases = {  # name: ours, usual, inputs, how often x is read or written, forward and backward
+        "rms_norm_rope": (lambda x, w: kernels.rms_norm_rope(x, w, (cos, sin), heads, 1e-6), usual_rms,
+                          (x, torch.rand(D, **new)), (2, 3)),
+        "layer_norm_modulate": (lambda *tensors: kernels.layer_norm_modulate(*tensors, 1e-6), usual_norm,
+                                (x, shift, scale), (2, 3)),
+        "gate_residual": (kernels.gate_residual, usual_gate, (x, y, gate), (3, 3)),
+        "gate_residual_norm": (lambda *tensors: kernels.gate_residual_norm(*tensors, 1e-6), usual_gate_norm,
+                               (x, y, gate, shift, scale), (4, 6)),
+    }  # fmt: skip
+    rows = []
+    for name, (ours, usual, inputs, passes) in cases.items():
+        for direction, count in zip(("forward", "backward"), passes):
+            runs = {"ours": norm_run(ours, direction, inputs), "usual": norm_run(usual, direction, inputs)}
+            seconds = in_turns(runs, max(repeat, 15))
+            bandwidth = count * x.numel() * x.element_size() / seconds["ours"] / 1e9
+            row = {"kernel": name, "L x D": f"{L} x {D}", "dtype": str(dtype)[6:], "direction": direction,
+                   "ours ms": seconds["ours"] * 1000, "usual ms": seconds["usual"] * 1000,
+                   "ours / usual": seconds["ours"] / seconds["usual"], "GB/s": bandwidth}  # fmt: skip
+            rows.append(row | ({"of copy": bandwidth / peak} if peak else {}))
+    return rows
+
+
+def norm_run(function, direction, inputs):
+    import torch
+
+    if direction == "forward":
+        return torch.no_grad()(lambda: function(*inputs))
+    out = function(*inputs)
+    grads = [torch.randn_like(o) for o in (out if isinstance(out, tuple) else (out,))]
+    return lambda: torch.autograd.grad(out, inputs, grads if isinstance(out, tuple) else grads[0], retain_graph=True)
+
+
+def compile_all(args):
+    """Every kernel in every configuration through ptxas, at the widths of the 5B and the 14B model."""
+    os.environ.pop("TRITON_INTERPRET", None)  # set, there would be nothing to compile
+    import importlib
+
+    import triton
+
+    attention, norm = (importlib.import_module(f"kernels.{name}") for name in ("attention", "norm"))
+    rows = []
+    for name, configs in attention.CONFIGS.items():
+        attention.compiled(name)
+        for dim in (128, 64):
+            for config in configs:
+                blocks = attention.triton_config(name, config)
+                if args.arch < 90 and blocks.kwargs["TMA"] or args.arch // 10 != 9 and blocks.kwargs.get("SPECIALISE"):
+                    continue
+                constants = {"HEADS": 24, "DIM": dim, "PRECISION": "tf32", **blocks.kwargs}
+                options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
+                label = f"head_dim {dim}, {config}"
+                rows.append(compile_one(triton, args.arch, getattr(attention, name), label, constants, options))
+    left_out = {
+        "rms_norm_rope_forward": [(), ("cos", "sin")],
+        "rms_norm_rope_backward": [()],
+        "residual_norm_forward": [(), ("y", "gate", "new"), ("shift", "scale", "normed", "mean", "rstd")],
+        "residual_norm_backward": [(), ("y", "gate", "grad_new", "dy", "dgate"),
+                                   ("scale", "grad_normed", "mean", "rstd", "dx", "dshift", "dscale")],
+    }  # fmt: skip
+    for name, variants in left_out.items():
+        kernel = norm.compiled(name)
+        for D in (3072, 5120):
+            shape = norm.row_shape(D)
+            for absent in variants:
+                constants = {"D": D, "PAIRS": 64, "BLOCK": shape["BLOCK"], **dict.fromkeys(absent)}
+                label = f"width {D}" + (f", without {' '.join(absent)}" if absent else "")
+                rows.append(compile_one(triton, args.arch, kernel, label, constants, {"num_warps": shape["num_warps"]}))
+    return rows
+
+
+FLOATS = ("lse", "delta", "cos", "sin", "rstd", "mean", "dweight", "dgate", "dshift", "dscale")
+INTEGERS = ("Lq", "Lk", "L", "rows", "size_class", "gate_stride", "shift_stride", "scale_stride")
+
+
+def compile_one(triton, arch, kernel, label, constants, options):
+    """A row for one kernel in bfloat16, pointers and lengths multiples of 16, read off the machine code."""
+    import subprocess
+    import tempfile
+
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = "i32" if name in INTEGERS else "*fp32" if name in FLOATS else "*bf16"
+        if name in ("scale", "eps") and ("DIM" in constants or name == "eps"):
+            signature[name] = "fp32"
+        elif name != "size_class":
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    source = ASTSource(kernel, signature, constants, attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = (int(n) for n in re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    return {"kernel": kernel.__name__, "configuration": label, "registers": registers, "spilled bytes": stack,
+            "shared KiB": binary.metadata.shared / 1024}  # fmt: skip
+
+
+# The model
+
+
+def diffusers():
+    try:
+        import diffusers
+    except ImportError:
+        sys.exit("kernels.bench: the comparison needs diffusers; pip install diffusers")
+    return diffusers
+
+
+def built(device, dtype, make):
+    """make() with its parameters on a device in a dtype from the start: 5B of float32 first would need 20 GB."""
+    import torch
+
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return make().eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(default)
+
+
+def dit(args):
+    from dataclasses import replace
+
+    import torch
+
+    from dit import DiTConfig
+    from model import PRESETS
+
+    if on_gpu():
+        cases = [(name, DiTConfig(), grid, torch.bfloat16) for name, grid in GRIDS.items()]
+        cases.append(("720p + reference", DiTConfig(), (22, 44, 80), torch.bfloat16))
+    else:
+        small, large = replace(PRESETS["wan21_1_3b"].dit, num_layers=3), replace(DiTConfig(), num_layers=1)
+        cases = [(name, config, (4, 32, 32), dtype) for dtype in (torch.float32, torch.bfloat16)
+                 for name, config in (("1.3B, 3 of 30 layers", small), ("5B, 1 of 30 layers", large))]  # fmt: skip
+    return [dit_row(args, *case) for case in cases]
+
+
+def dit_row(args, name, config, grid, dtype):
+    """A forward of ours and of diffusers' from latents and 512 text features, and ours with the context's keys kept."""
+    import torch
+
+    from dit import DiT
+    from model import load_weights
+
+    device = "cuda" if on_gpu() else "cpu"
+    theirs = built(device, dtype, lambda: diffusers().WanTransformer3DModel(
+        patch_size=config.patch_size, num_attention_heads=config.num_heads, attention_head_dim=config.head_dim,
+        in_channels=config.in_dim, out_channels=config.out_dim, text_dim=config.text_dim, freq_dim=config.freq_dim,
+        ffn_dim=config.ffn_dim, num_layers=config.num_layers, cross_attn_norm=True, eps=config.eps,
+    ))  # fmt: skip
+    ours = built(device, dtype, lambda: DiT(config))
+    load_weights(ours, theirs.state_dict())
+    x = torch.randn(1, config.in_dim, *grid, device=device, dtype=dtype)
+    text = torch.randn(1, 512, config.text_dim, device=device, dtype=dtype)
+    t = torch.tensor([500.0], device=device)
+    with torch.no_grad():
+        kept = ours.context_keys_values(ours.text_embedding(text))
+    runs = {
+        "ours": lambda: ours(x, t, ours.text_embedding(text)),
+        "diffusers": lambda: theirs(x, t, text, return_dict=False)[0],
+        "ours, context kept": lambda: ours(x, t, kept),
+    }
+    if on_gpu():
+        our_compiled, their_compiled = torch.compile(ours), torch.compile(theirs)
+        runs["ours, compiled"] = lambda: our_compiled(x, t, kept)
+        runs["diffusers, compiled"] = lambda: their_compiled(x, t, text, return_dict=False)[0]
+    with torch.no_grad():
+        expected = runs["diffusers"]().float()
+        difference = ((runs["ours"]().float() - expected).norm() / expected.norm()).item()
+        seconds = in_turns(runs, args.repeat)
+    tokens = grid[0] * grid[1] * grid[2] // 4
+    row = {"model": name, "tokens": tokens, "dtype": str(dtype)[6:]} | {f"{k} s": s for k, s in seconds.items()}
+    return row | {"ours / diffusers": seconds["ours"] / seconds["diffusers"], "relative difference": difference}
+
+
+def vae(args):
+    import torch
+
+    from vae import VAEConfig
+
+    size, dtypes = (9, 64, 64), (torch.float32, torch.bfloat16)
+    if on_gpu():
+        size, dtypes = (81, 704, 1280), (torch.bfloat16,)
+    configs = [VAEConfig(), VAEConfig(version="2.1", dim=96, z_dim=16)]
+    return [row for config in configs for dtype in dtypes for row in vae_rows(args, config, size, dtype)]
+
+
+def vae_rows(args, config, size, dtype):
+    """Encode and decode of a clip of `size` (frames, height, width)."""
+    import torch
+
+    from vae import VAE
+
+    device = "cuda" if on_gpu() else "cpu"
+    ours = built(device, dtype, lambda: VAE(config))
+    mean, std = config.statistics
+    sizes = {"base_dim": config.dim, "z_dim": config.z_dim, "latents_mean": mean, "latents_std": std}
+    if config.version == "2.2":
+        sizes |= {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12,
+                  "decoder_base_dim": config.decoder_dim, "scale_factor_spatial": 16}  # fmt: skip
+    theirs = built(device, dtype, lambda: diffusers().AutoencoderKLWan(**sizes))
+    theirs.load_state_dict({diffusers_vae_name(k, config): v for k, v in ours.state_dict().items()})
+    video = torch.rand(1, 3, *size, device=device, dtype=dtype) * 2 - 1
+    rows = []
+    with torch.no_grad():
+        latents = ours.encode(video)
+        z = ours.denormalise(latents)  # diffusers leaves the normalisation to its pipelines
+        encode = {"ours": lambda: ours.encode(video), "diffusers": lambda: theirs.encode(video).latent_dist.mean}
+        decode = {"ours": lambda: ours.decode(latents), "diffusers": lambda: theirs.decode(z, return_dict=False)[0]}
+        for direction, runs in (("encode", encode), ("decode", decode)):
+            outputs = {name: run().float() for name, run in runs.items()} if not on_gpu() else {}
+            seconds = in_turns(runs, args.repeat if not on_gpu() else 3)
+            row = {"VAE": config.version, "frames": "x".join(map(str, size)), "dtype": str(dtype)[6:],
+                   "direction": direction} | {f"{name} s": s for name, s in seconds.items()}  # fmt: skip
+            row["ours / diffusers"] = seconds["ours"] / seconds["diffusers"]
+            if on_gpu():
+                row |= {f"{name} GiB": peak_memory(run) for name, run in runs.items()}
+            else:
+                a, b = outputs.values()
+                b = ours.normalise(b) if direction == "encode" else b
+                row["relative difference"] = ((a - b).norm() / b.norm()).item()
+            rows.append(row)
+    return rows
+
+
+def peak_memory(run):
+    """GiB that a run needs on top of what is there."""
+    import torch
+
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        run()
+    except torch.OutOfMemoryError:
+        return float("nan")
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def diffusers_vae_name(name, config):
+    """Wan's name of a VAE parameter, as our VAE has it -> diffusers' name."""
+    for wan, theirs in (
+        (r"residual\.0\.", "norm1."), (r"residual\.2\.", "conv1."), (r"residual\.3\.", "norm2."),
+        (r"residual\.6\.", "conv2."), (r"shortcut", "conv_shortcut"), (r"middle\.0", "mid_block.resnets.0"),
+        (r"middle\.1", "mid_block.attentions.0"), (r"middle\.2", "mid_block.resnets.1"), (r"head\.0", "norm_out"),
+        (r"head\.2", "conv_out"), (r"coder\.conv1", "coder.conv_in"), (r"^conv1", "quant_conv"),
+        (r"^conv2", "post_quant_conv"),
+    ):  # fmt: skip
+        name = re.sub(wan, theirs, name)
+    if config.version == "2.2":
+        name = re.sub(r"downsamples\.(\d)\.downsamples\.\d\.(resample|time)", r"down_blocks.\1.downsampler.\2", name)
+        name = re.sub(r"upsamples\.(\d)\.upsamples\.\d\.(resample|time)", r"up_blocks.\1.upsampler.\2", name)
+        name = re.sub(r"downsamples\.(\d)\.downsamples\.(\d)", r"down_blocks.\1.resnets.\2", name)
+        return re.sub(r"upsamples\.(\d)\.upsamples\.(\d)", r"up_blocks.\1.resnets.\2", name)
+    name = name.replace("downsamples", "down_blocks")
+    flat = re.search(r"upsamples\.(\d+)", name)
+    if not flat:
+        return name
+    level, place = divmod(int(flat[1]), config.num_res_blocks + 2)  # a level: one block more, then its upsampling
+    inner = "upsamplers.0" if place == config.num_res_blocks + 1 else f"resnets.{place}"
+    return name.replace(flat[0], f"up_blocks.{level}.{inner}")
+
+
+def edit(args):
+    """The phases of an edit without the language model, whose weights cannot be random: seconds of each."""
+    from dataclasses import replace
+
+    import torch
+
+    from model import PRESETS, KiwiEdit
+
+    name, device, dtype = ("wan22_5b", "cuda", torch.bfloat16) if on_gpu() else ("nano", "cpu", torch.float32)
+    model = built(device, dtype, lambda: KiwiEdit(replace(PRESETS[name], mllm=None)))
+    size = (81, 704, 1280) if on_gpu() else (17, 128, 128)
+    video = torch.randint(0, 256, (*size, 3), dtype=torch.uint8, device=device)
+    context = torch.randn(1, 512, model.config.dit.dim, device=device, dtype=dtype)
+    with torch.no_grad():
+        source = model.encode_frames(video)
+        noise = torch.randn(source.shape, device=device)
+        phases = {"encode": lambda: model.encode_frames(video),
+                  "denoise": lambda: model.denoise(noise, context, source, steps=args.steps),
+                  "decode": lambda: model.decode_frames(source)}  # fmt: skip
+        seconds = in_turns(phases, 1)
+    label = "x".join(map(str, size))
+    rows = [{"model": name, "frames": label, "phase": phase, "s": s} for phase, s in seconds.items()]
+    return [*rows, {"model": name, "frames": label, "phase": f"all, {args.steps} steps", "s": sum(seconds.values())}]
+
+
+def train(args):
+    sys.exit("kernels.bench train: there is no train.py yet whose step could be measured")
+
+
+SECTIONS = {"attention": attention, "norm": norm, "dit": dit, "vae": vae, "edit": edit, "train": train,
+            "compile": compile_all}  # fmt: skip
+
+if __name__ == "__main__":
+    main()
