@@ -1,0 +1,173 @@
+"""Numbers about an edit that need no model: what changed, what stayed, how it flickers, how near the reference it is.
+
+    source, edit (T, 3, H, W) float32 in 0..1, frame by frame the same moment; ref (1, 3, h, w)
+      -> change of each 8x8 block (T, H/8, W/8) -> changed blocks, kept blocks
+      -> {"edit_strength": 24.1, "preserved_psnr": 33.0, "reference_gain": 0.2, ...}
+
+None of them knows what the instruction asked for: they say how much changed, not whether it was the right thing.
+They stand beside a judge's scores, catch what a judge overlooks (an untouched copy, flicker, a damaged background)
+and need no network. `METRICS` says of each what it is and what it cannot see; `measure` computes them all.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+BLOCK = 8  # pixels a side at the working size: smaller shifts than this are mostly averaged away
+CHANGED = (6 / 255, 20 / 255)  # the threshold between kept and changed lies in between: invisible, and plain to see
+PSNR_LIMIT = 60.0
+WINDOWS = (16, 32)  # pixels a side of the patches compared with a reference
+
+METRICS = {  # name: (better when, formula and range, what it cannot see)
+    "edit_strength": (
+        "",
+        "mean over blocks of the RMS difference of the 8x8 block means of source and edit, RGB levels 0..255",
+        "whether the change is the one asked for; a moved object counts as changed twice",
+    ),
+    "edited_area": (
+        "",
+        "share of blocks whose difference is above Otsu's threshold, kept within 6 to 20 levels; 0..1",
+        "changes below the threshold, such as a faint tint",
+    ),
+    "preserved_psnr": (
+        "higher",
+        "PSNR over the pixels of the other blocks, dB, at most 60",
+        "damage above the threshold, which counts as edit: read it together with edited_area",
+    ),
+    "preserved_ssim": (
+        "higher",
+        "SSIM of the luma in 8x8 windows, mean over the same blocks; at most 1",
+        "the same; colour",
+    ),
+    "flicker": (
+        "lower",
+        "mean |y(t-1) - 2 y(t) + y(t+1)| of the luma y, levels 0..255",
+        "slow drift; fast motion counts as flicker",
+    ),
+    "flicker_excess": (
+        "lower",
+        "flicker of the edit minus flicker of the source; the source's motion cancels where it was kept",
+        "flicker hidden by an edit that is smoother than its source",
+    ),
+    "reference_similarity": (
+        "higher",
+        "patches of the edit weighted by their change, and patches of the reference, each with its nearest in the "
+        "other by colour, contrast and edge directions: mean exp(-d^2/2) of both ways; 0..1",
+        "shape, identity, text: a red hat and a red shoe of one cloth look alike",
+    ),
+    "reference_gain": (
+        "higher",
+        "reference_similarity minus what the unedited source would get in the same places; -1..1, a copy has 0",
+        "the same; an edit whose source looked like the reference already has little to gain",
+    ),
+}
+
+
+def measure(source, edit, ref=None):
+    """All metrics of a clip: name -> number, or None where it is not defined (too few frames, nothing kept)."""
+    change = change_map(source, edit)
+    changed = changed_blocks(change)
+    out = dict.fromkeys(METRICS)
+    out["edit_strength"] = change.mean().item() * 255
+    out["edited_area"] = changed.float().mean().item()
+    out["preserved_psnr"], out["preserved_ssim"] = preserved(source, edit, ~changed)
+    out["flicker"], before = flicker(edit), flicker(source)
+    out["flicker_excess"] = None if before is None else out["flicker"] - before
+    if ref is not None:
+        out["reference_similarity"], out["reference_gain"] = reference_scores(source, edit, change, ref)
+    return out
+
+
+def luma(x):
+    """(T, 3, H, W) -> (T, 1, H, W), BT.601."""
+    return (0.299 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2])[:, None]
+
+
+def change_map(source, edit):
+    """RMS over RGB of the difference of block means -> (T, H/8, W/8) in 0..1."""
+    return (F.avg_pool2d(edit, BLOCK) - F.avg_pool2d(source, BLOCK)).square().mean(1).sqrt()
+
+
+def changed_blocks(change):
+    """Which blocks were edited: above Otsu's threshold on the square root of the change, within CHANGED."""
+    hist = torch.histc(change.sqrt(), 64, 0, 1)
+    p, centres = hist / hist.sum(), (torch.arange(64) + 0.5) / 64
+    below, mass = p.cumsum(0), (p * centres).cumsum(0)
+    between = (mass[-1] * below - mass).square() / (below * (1 - below)).clamp_min(1e-9)
+    otsu = ((between.argmax().item() + 1) / 64) ** 2
+    return change > min(max(otsu, CHANGED[0]), CHANGED[1])
+
+
+def preserved(source, edit, kept):
+    """PSNR and SSIM over the kept blocks (T, H/8, W/8), bool. None, None where under 2 % of the picture was kept."""
+    if kept.float().mean() < 0.02:
+        return None, None
+    error = F.avg_pool2d((edit - source).square().mean(1, keepdim=True), BLOCK)[:, 0][kept].mean().item()
+    psnr = -10 * math.log10(max(error, 10 ** (-PSNR_LIMIT / 10)))
+    return psnr, ssim_map(luma(source), luma(edit))[kept].mean().item()
+
+
+def ssim_map(a, b):
+    """SSIM of two lumas (T, 1, H, W) in each block -> (T, H/8, W/8)."""
+    mean = lambda x: F.avg_pool2d(x, BLOCK)
+    ma, mb = mean(a), mean(b)
+    va, vb, cov = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
+    c1, c2 = 0.01**2, 0.03**2
+    return ((2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2)))[:, 0]
+
+
+def flicker(x):
+    """Mean |second difference in time| of the luma, levels of 255. None for fewer than 3 frames."""
+    y = luma(x) * 255
+    return (y[2:] - 2 * y[1:-1] + y[:-2]).abs().mean().item() if len(y) > 2 else None
+
+
+def shuffled(frames, seed=0):
+    """The same frames in a random order: the known-bad answer for anything temporal."""
+    return frames[torch.randperm(len(frames), generator=torch.Generator().manual_seed(seed))]
+
+
+def lab(x):
+    """sRGB (T, 3, H, W) in 0..1 -> CIELAB / 100 under D65."""
+    linear = torch.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+    to_xyz = torch.tensor([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = torch.einsum("ij,tjhw->tihw", to_xyz, linear) / torch.tensor([0.9505, 1.0, 1.089]).view(1, 3, 1, 1)
+    f = torch.where(xyz > 0.008856, xyz.clamp_min(1e-6) ** (1 / 3), 7.787 * xyz + 16 / 116)
+    return torch.stack([1.16 * f[:, 1] - 0.16, 5 * (f[:, 0] - f[:, 1]), 2 * (f[:, 1] - f[:, 2])], 1)
+
+
+def patch_descriptors(x, window):
+    """What a patch looks like: mean and deviation of CIELAB, strength of 8 edge directions -> (T, 14, h, w).
+
+    x: (T, 3, H, W); patches of `window` pixels at half-window steps. A distance of 1 is 25 CIELAB steps.
+    """
+    colour = 4 * lab(x)
+    pool = lambda y: F.avg_pool2d(y, window, window // 2)
+    mean = pool(colour)
+    deviation = (pool(colour**2) - mean**2).clamp_min(0).sqrt()
+    y = F.pad(luma(x), (1, 1, 1, 1), mode="replicate")
+    dx, dy = y[..., 1:-1, 2:] - y[..., 1:-1, :-2], y[..., 2:, 1:-1] - y[..., :-2, 1:-1]
+    angle, size = torch.atan2(dy, dx), (dx**2 + dy**2).sqrt()
+    edges = torch.cat([size * torch.cos(angle - k * math.pi / 4).clamp_min(0) ** 2 for k in range(8)], 1)
+    return torch.cat([mean, deviation, 2 * pool(edges)], 1)
+
+
+def reference_scores(source, edit, change, ref, frames=5):
+    """How near the edit came to the reference where it changed -> (similarity, gain); see METRICS.
+
+    source, edit (T, 3, H, W), change (T, H/8, W/8), ref (1, 3, h, w); `frames` evenly chosen frames are read.
+    """
+    chosen = torch.linspace(0, len(edit) - 1, min(frames, len(edit))).round().long().tolist()
+    of_source = of_edit = 0.0
+    for window in WINDOWS:
+        of_ref = patch_descriptors(ref, window)[0].flatten(1).T  # (R, 14)
+        for t in chosen:
+            near = [patch_descriptors(x[t : t + 1], window)[0] for x in (source, edit)]  # 2 x (14, h, w)
+            weight = F.interpolate(change[None, t : t + 1], near[0].shape[1:], mode="area").flatten()
+            weight = weight / weight.sum().clamp_min(1e-9)
+            near = [torch.exp(-torch.cdist(x.flatten(1).T, of_ref).square() / 2) for x in near]  # 2 x (P, R)
+            both_ways = [((weight * n.amax(1)).sum() + n.amax(0).mean()).item() / 2 for n in near]
+            of_source, of_edit = of_source + both_ways[0], of_edit + both_ways[1]
+    count = len(WINDOWS) * len(chosen)
+    return of_edit / count, (of_edit - of_source) / count
