@@ -11,26 +11,26 @@ every mean has an interval, and questions whose answer is known are asked in eve
 """
 
 import argparse
-import base64
 import csv
 import fcntl
 import hashlib
 import html
-import http.client
+import io
 import json
 import math
 import os
 import random
-import re
 import sys
 import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from judges import (
+    Gemini, JudgeError, Local, Malformed, NoKey, OpenAICompatible, TryAgain, encoded, enforce, read_answer, read_reason,
+    read_winner,
+)  # fmt: skip
 
 EXAMPLES = """examples:
   python judge.py run --bench refvie refvie_bench.yaml --weights weights/nano --edits out/edits
@@ -44,14 +44,8 @@ judges (--judge):
 """
 LEFT_OUT = ("creative_edit", "camera_edit", "subtitle_edit")  # of OpenVE-Bench, as in the paper and the release
 MODES = {"official": 1.0, "strict": 4.0}  # frames a second that the judge sees
-GEMINI = "https://generativelanguage.googleapis.com/v1beta"
 TOKENS_PER_FRAME = 258  # Gemini's usual count; other judges differ
-INLINE_LIMIT = 20_000_000  # bytes of a Gemini request with inline data
 MAX_WAIT = 60.0  # seconds, the longest pause between two tries
-
-
-class JudgeError(ValueError):
-    """Input that cannot be judged; the text says what, in which file, and what to do next."""
 
 
 # What is asked: criteria with our own rubric texts, which carry the paper's.
@@ -369,326 +363,7 @@ def question_key(judge, text, files, extra=""):
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
-# ------------------------------------------------------------------------------------------------ judges
-
-
-@dataclass
-class Answer:
-    text: str
-    tokens_in: int | None = None
-    tokens_out: int | None = None
-
-
-class TryAgain(Exception):
-    """The judge could not be reached or had no time; `after` seconds may be what it asked for."""
-
-    def __init__(self, reason, after=None):
-        super().__init__(reason)
-        self.after = after
-
-
-class NoKey(JudgeError):
-    """The judge refuses us altogether: no further question is sent."""
-
-
-class Malformed(ValueError):
-    """An answer that has no score in it, or an impossible one."""
-
-
-class NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_):  # would carry the key to another host
-        return None
-
-
-def post(url, headers, body, deadline, secret=None):
-    """POST JSON, get JSON, within `deadline` seconds in all. TryAgain, NoKey or Malformed where that fails."""
-    data = json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
-    hide = lambda text: text.replace(secret, "***") if secret else text
-    end = time.monotonic() + deadline
-    try:
-        with urllib.request.build_opener(NoRedirect).open(request, timeout=deadline) as response:
-            parts = []
-            while part := response.read1(1 << 16):
-                parts.append(part)
-                if time.monotonic() > end:
-                    raise TimeoutError
-            length = response.headers.get("Content-Length")
-            if length is not None and len(b"".join(parts)) < int(length):
-                raise http.client.IncompleteRead(b"")
-    except urllib.error.HTTPError as error:
-        with error:
-            reason = hide(f"HTTP {error.code}: " + " ".join(error.read(2000).decode("utf-8", "replace").split())[:300])
-        if error.code in (401, 403):
-            raise NoKey(f"the judge refuses the key ({reason}); check the environment variable") from None
-        if error.code in (408, 409, 425, 429) or error.code >= 500:
-            after = error.headers.get("Retry-After", "")
-            raise TryAgain(reason, float(after) if after.isdigit() else None) from None
-        raise Malformed(reason) from None
-    except TimeoutError:
-        raise TryAgain(f"no answer within {deadline:g} s") from None
-    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-        reason = getattr(error, "reason", error)
-        if isinstance(reason, TimeoutError):
-            raise TryAgain(f"no answer within {deadline:g} s") from None
-        raise TryAgain(hide(f"connection lost ({type(reason).__name__}: {reason})")) from None
-    try:
-        answer = json.loads(b"".join(parts))
-        if not isinstance(answer, dict):
-            raise ValueError
-        return answer
-    except ValueError:
-        raise TryAgain("the server's answer is not JSON") from None
-
-
-def check_media_counted(tokens, text, what):
-    """Some proxies drop videos in silence: then the prompt counts no more tokens than its text alone."""
-    if tokens is not None and tokens <= len(text) / 3:
-        raise Malformed(f"{tokens} prompt tokens are no more than the text: {what} dropped the videos; see --send")
-
-
-def mime(path):
-    kinds = {".mp4": "video/mp4", ".mov": "video/quicktime", ".webm": "video/webm", ".png": "image/png",
-             ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}  # fmt: skip
-    kind = kinds.get(Path(path).suffix.lower())
-    if kind is None:
-        raise Malformed(f"{path}: a judge takes {', '.join(kinds)}")
-    return kind
-
-
-def encoded(path):
-    return base64.b64encode(Path(path).read_bytes()).decode()
-
-
-class Gemini:
-    """Google's native generateContent, videos as inline data with an explicit frame rate."""
-
-    def __init__(self, model, args):
-        self.model, self.deadline = model, args.deadline
-        self.url = f"{args.endpoint or GEMINI}/models/{urllib.parse.quote(model)}:generateContent"
-        self.key = os.environ.get("GEMINI_API_KEY")
-        if not self.key:
-            raise JudgeError("GEMINI_API_KEY is not set: export the key, or choose another --judge")
-        if not self.url.startswith("https://") and urllib.parse.urlsplit(self.url).hostname not in ("127.0.0.1", "localhost"):
-            raise JudgeError(f"--endpoint {args.endpoint}: the key goes over https only")
-
-    def ask(self, text, media, fps):
-        parts = []
-        for label, path in media:
-            part = {"inlineData": {"mimeType": mime(path), "data": encoded(path)}}
-            if part["inlineData"]["mimeType"].startswith("video"):
-                part["videoMetadata"] = {"fps": fps}
-            parts += [{"text": label + ":"}, part]
-        body = {
-            "systemInstruction": {"parts": [{"text": text}]},
-            "contents": [{"role": "user", "parts": parts}],
-            "generationConfig": {"responseMimeType": "application/json"},
-        }
-        size = sum(len(part["inlineData"]["data"]) for part in parts if "inlineData" in part)
-        if size > INLINE_LIMIT:
-            raise Malformed(f"{size / 1e6:.0f} MB of videos are more than one request takes; re-encode them smaller")
-        answer = post(self.url, {"x-goog-api-key": self.key}, body, self.deadline, self.key)
-        usage = answer.get("usageMetadata") or {}
-        check_media_counted(usage.get("promptTokenCount"), text, "the server")
-        candidate = (answer.get("candidates") or [{}])[0]
-        said = "".join(p.get("text", "") for p in (candidate.get("content") or {}).get("parts", []) if not p.get("thought"))
-        if not said:
-            blocked = (answer.get("promptFeedback") or {}).get("blockReason") or candidate.get("finishReason")
-            raise Malformed(f"refused to answer ({blocked or 'no text'})")
-        out = usage.get("candidatesTokenCount", 0) + usage.get("thoughtsTokenCount", 0)
-        return Answer(said, usage.get("promptTokenCount"), out)
-
-
-class OpenAICompatible:
-    """chat/completions; videos as frames at the given rate (any server), or as video_url (vLLM)."""
-
-    def __init__(self, model, args):
-        if not args.endpoint:
-            raise JudgeError("--judge openai:... needs --endpoint, e.g. http://localhost:8000/v1")
-        self.model, self.deadline, self.send = model, args.deadline, args.send
-        self.url = f"{args.endpoint.rstrip('/')}/chat/completions"
-        self.key = os.environ.get("OPENAI_API_KEY")
-
-    def ask(self, text, media, fps):
-        content = []
-        for label, path in media:
-            content.append({"type": "text", "text": label + ":"})
-            if mime(path).startswith("image"):
-                content.append({"type": "image_url", "image_url": {"url": f"data:{mime(path)};base64,{encoded(path)}"}})
-            elif self.send == "video":
-                content.append({"type": "video_url", "video_url": {"url": f"data:{mime(path)};base64,{encoded(path)}"}})
-            else:
-                for picture in frames_as_jpeg(path, fps):
-                    url = "data:image/jpeg;base64," + base64.b64encode(picture).decode()
-                    content.append({"type": "image_url", "image_url": {"url": url}})
-        messages = [{"role": "system", "content": text}, {"role": "user", "content": content}]
-        body = {"model": self.model, "messages": messages}
-        if self.send == "video":
-            body["mm_processor_kwargs"] = {"fps": fps}  # vLLM's name for the frame rate
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        answer = post(self.url, headers, body, self.deadline, self.key)
-        usage = answer.get("usage") or {}
-        check_media_counted(usage.get("prompt_tokens"), text, "the server")
-        message = ((answer.get("choices") or [{}])[0]).get("message") or {}
-        if not isinstance(message.get("content"), str) or not message["content"]:
-            raise Malformed(f"refused to answer ({message.get('refusal') or 'no text'})")
-        return Answer(message["content"], usage.get("prompt_tokens"), usage.get("completion_tokens"))
-
-
-def sampled_frames(path, fps, max_pixels=448 * 448, max_seconds=60):
-    """Frames of a clip at `fps`: uint8 (n, H, W, 3) and the seconds at which they stand."""
-    from data import read_clip
-
-    clip = read_clip(path, max_frames=int(max_seconds * 60), max_pixels=max_pixels)
-    step = max(1.0, float(clip.fps) / fps)
-    chosen = [int(i * step) for i in range(max(1, math.ceil(len(clip.frames) / step))) if int(i * step) < len(clip.frames)]
-    return clip.frames[chosen], [i / float(clip.fps) for i in chosen]
-
-
-def jpeg(image):
-    """uint8 (H, W, 3) -> the bytes of a JPEG."""
-    import tempfile
-
-    from data import write_image
-
-    with tempfile.TemporaryDirectory() as folder:
-        write_image(Path(folder) / "x.jpg", image)
-        return (Path(folder) / "x.jpg").read_bytes()
-
-
-def frames_as_jpeg(path, fps):
-    return [jpeg(frame) for frame in sampled_frames(path, fps)[0]]
-
-
-class Local:
-    """Qwen2.5-VL or Qwen3-VL through transformers, greedy; patches and positions are made here (no torchvision)."""
-
-    SIZES = {  # patch, mean, std, time step in positions a second (None: a text stamp before each pair of frames)
-        "qwen2_5_vl": (14, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), 2),
-        "qwen3_vl": (16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), None),
-    }
-
-    def __init__(self, model, args):
-        import torch
-        from tokenizers import Tokenizer
-        from transformers import AutoConfig, AutoModelForImageTextToText
-
-        from model import local_path
-
-        folder = local_path(model)
-        kind = AutoConfig.from_pretrained(folder).model_type
-        if kind not in self.SIZES:
-            raise JudgeError(f"{model}: a {kind} model; --judge local: takes {' or '.join(self.SIZES)}")
-        self.patch, self.mean, self.std, self.positions_a_second = self.SIZES[kind]
-        self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
-        self.mllm = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(self.device).eval()
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.tokenizer.encode_special_tokens = True  # an instruction's text is text, never a control token
-        self.max_tokens = args.max_tokens
-
-    def ask(self, text, media, fps):
-        import torch
-
-        ids, positions, pixels = self.prepare(text, media, fps)
-        place = lambda x: x.to(self.device)
-        with torch.no_grad():
-            out = self.mllm(
-                input_ids=place(ids), position_ids=place(positions), use_cache=True,
-                **{name: place(value) for name, value in pixels.items()},
-            )  # fmt: skip
-            said, at = [], int(positions.max()) + 1
-            for _ in range(self.max_tokens):
-                token = out.logits[0, -1].argmax()
-                if token.item() in self.ends:
-                    break
-                said.append(token.item())
-                here = torch.full((3, 1, 1), at, device=self.device)
-                out = self.mllm(input_ids=token.view(1, 1), position_ids=here, past_key_values=out.past_key_values)
-                at += 1
-        return Answer(self.tokenizer.decode(said), ids.shape[1], len(said))
-
-    @property
-    def ends(self):
-        return {self.token("<|im_end|>"), self.token("<|endoftext|>")}
-
-    def token(self, name):
-        number = self.tokenizer.token_to_id(name)
-        if number is None:
-            raise JudgeError(f"the judge's tokenizer.json has no token {name}: not a Qwen-VL model")
-        return number
-
-    def prepare(self, text, media, fps):
-        """-> ids (1, S), positions (3, 1, S), and pixel values and grids by the model's names."""
-        import torch
-
-        from data import read_image
-
-        words = lambda s: self.tokenizer.encode(s, add_special_tokens=False).ids
-        start, end = [self.token("<|im_start|>")], [self.token("<|im_end|>")]
-        open_, close = [self.token("<|vision_start|>")], [self.token("<|vision_end|>")]
-        pieces = [start + words("system\n" + text) + end + words("\n") + start + words("user\n")]
-        kinds = {"image": ([], []), "video": ([], [])}
-        for label, path in media:
-            pieces.append(words(label + ": "))
-            kind = mime(path).split("/")[0]
-            frames, seconds = (read_image(path)[None], [0.0]) if kind == "image" else sampled_frames(path, fps)
-            patches, grid = self.patchify(frames)
-            kinds[kind][0].append(patches)
-            kinds[kind][1].append(grid)
-            pad = self.token(f"<|{kind}_pad|>")
-            if self.positions_a_second is None and kind == "video":
-                for t in range(grid[0]):
-                    stamp = (seconds[2 * t] + seconds[min(2 * t + 1, len(seconds) - 1)]) / 2
-                    pieces += [words(f"<{stamp:.1f} seconds>") + open_, (pad, (1, *grid[1:]), 0), close]
-            else:
-                rate = (len(seconds) - 1) / seconds[-1] if seconds[-1] else 1.0
-                step = int((self.positions_a_second or 0) * 2 / rate)
-                pieces += [open_, (pad, grid, step), close]
-        pieces.append(end + words("\n") + start + words("assistant\n"))
-        pixels = {}
-        for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-            if kinds[kind][0]:
-                pixels[name] = torch.cat(kinds[kind][0]).to(next(self.mllm.parameters()).dtype)
-                pixels[f"{kind}_grid_thw"] = torch.tensor(kinds[kind][1])
-        return *self.lay_out(pieces), pixels
-
-    def lay_out(self, pieces):
-        """Pieces (lists of ids, or (pad id, grid, time step)) -> ids (1, S), positions (3, 1, S).
-
-        What follows a visual counts on from its largest position, as both models were trained.
-        """
-        import torch
-
-        ids, positions, at = [], [], 0
-        for piece in pieces:
-            if isinstance(piece, tuple):
-                pad, (t, h, w), step = piece
-                axes = (step * torch.arange(t), torch.arange(h // 2), torch.arange(w // 2))
-                here = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
-                ids += [pad] * here.shape[1]
-            else:
-                here = torch.arange(len(piece)).expand(3, -1)
-                ids += piece
-            positions.append(at + here)
-            at = max([at, *(int(positions[-1].max()) + 1 for _ in range(1) if here.numel())])
-        return torch.tensor([ids]), torch.cat(positions, 1)[:, None]
-
-    def patchify(self, frames, max_pixels=448 * 448):
-        """uint8 (T, H, W, 3) -> patches (t h w, 3 * 2 * p * p) in the vision tower's order, grid (t, h, w)."""
-        import torch
-
-        from data import resize
-
-        p, unit = self.patch, 2 * self.patch
-        H, W = frames.shape[1:3]
-        scale = min(1.0, math.sqrt(max_pixels / (H * W)))
-        x = resize(frames, [max(unit, round(side * scale / unit) * unit) for side in (H, W)]).float() / 255
-        x = (x - torch.tensor(self.mean)) / torch.tensor(self.std)
-        x = torch.cat([x, x[-1:]]) if len(x) % 2 else x
-        t, h, w = len(x) // 2, x.shape[1] // p, x.shape[2] // p
-        x = x.reshape(t, 2, h // 2, 2, p, w // 2, 2, p, 3).permute(0, 2, 5, 3, 6, 8, 1, 4, 7)
-        return x.reshape(t * h * w, -1), (t, h, w)
+# ------------------------------------------------------------------------------------------------ asking
 
 
 def make_judge(args):
@@ -698,89 +373,14 @@ def make_judge(args):
         return None
     if name.startswith("gemini-"):
         return Gemini(name, args)
-    kind, _, model = name.partition(":")
-    if model and kind in ("openai", "local"):
-        return {"openai": OpenAICompatible, "local": Local}[kind](model, args)
+    kind, _, rest = name.partition(":")
+    if rest and kind == "openai":
+        return OpenAICompatible(rest, args)
+    if rest and kind == "local":
+        from model import local_path
+
+        return Local(local_path(rest), args)
     raise JudgeError(f"--judge {name}: expected metrics, gemini-..., openai:MODEL or local:PATH")
-
-
-# ------------------------------------------------------------------------------------------------ reading answers
-
-NUMBER = r"(-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*(\d+))?"
-
-
-def read_score(text):
-    """"4", 4, "4/5", "**4**" -> 4. Malformed for anything but a whole number from 1 to 5."""
-    match = re.fullmatch(NUMBER, str(text).strip(" *_`\"'.,"))
-    if isinstance(text, bool) or not match:
-        raise Malformed(f"{text!r} is not a score")
-    if match[2] and match[2] != "5":
-        raise Malformed(f"{text!r} is not on the scale from 1 to 5")
-    value = float(match[1])
-    if value not in (1, 2, 3, 4, 5):
-        raise Malformed(f"{match[1]} is not a whole number from 1 to 5")
-    return int(value)
-
-
-def json_objects(text):
-    """Every JSON object in a text, whatever stands around it; inner objects too."""
-    decoder = json.JSONDecoder()
-    for at in (m.start() for m in re.finditer(r"\{", text)):
-        try:
-            value, _ = decoder.raw_decode(text, at)
-        except ValueError:
-            continue
-        yield value
-
-
-def flat_name(name):
-    return re.sub(r"[^a-z]+", "_", str(name).lower()).strip("_")
-
-
-def read_answer(text, names):
-    """A judge's answer -> {name: score} for all of `names`, by name and not by order; Malformed with the reason.
-
-    JSON first, whatever stands around it; else lines such as "**Visual quality:** 4/5", also out of half a JSON.
-    """
-    for found in reversed(list(json_objects(text))):
-        flat = {flat_name(k): v for k, v in found.items()}
-        if all(name in flat for name in names):
-            return {name: read_score(flat[name]) for name in names}
-    scores = {}
-    for name in names:
-        pattern = rf"{name.replace('_', '[ _]')}[^\n:=]{{0,60}}[:=][\s*_\"']*{NUMBER}(?![\d.]*\d)"
-        given = {m.group(0)[m.start(1) - m.start() :] for m in re.finditer(pattern, text, re.IGNORECASE)}
-        values = {read_score(value) for value in given}
-        if len(values) != 1:
-            said = " ".join(text.split())[:120]
-            raise Malformed(f"{name} is {'given twice' if values else 'missing'} in the answer: {said!r}")
-        scores[name] = values.pop()
-    return scores
-
-
-def read_reason(text):
-    for found in json_objects(text):
-        if isinstance(found.get("reasoning"), str):
-            return found["reasoning"]
-    return " ".join(text.split())[:400]
-
-
-def read_winner(text, names=()):
-    """A pairwise answer -> {"winner": "1" | "2" | "tie"}."""
-    given = re.findall(r"winner[\"'*\s]*[:=][\s\"'*]*(1|2|tie)\b", text, re.IGNORECASE)
-    if len({g.lower() for g in given}) != 1:
-        raise Malformed(f"no winner in the answer: {' '.join(text.split())[:120]!r}")
-    return {"winner": given[0].lower()}
-
-
-def enforce(scores):
-    """The hierarchy: {name: score} in order -> (the same with none above the first, whether it was broken)."""
-    first = next(iter(scores.values()))
-    kept = {name: min(score, first) for name, score in scores.items()}
-    return kept, kept != scores
-
-
-# ------------------------------------------------------------------------------------------------ asking
 
 
 @dataclass
@@ -833,7 +433,9 @@ class Asker:
             except NoKey as error:
                 self.stop, outcome = error, {"ok": False, "error": str(error)}
             except TryAgain as error:
-                wait = error.after if error.after is not None else self.args.wait * 2**attempt * (1 + random.random() / 4)
+                wait = (
+                    error.after if error.after is not None else self.args.wait * 2**attempt * (1 + random.random() / 4)
+                )
                 outcome = {"ok": False, "error": str(error)}
             except (ValueError, OSError) as error:  # a malformed answer, or a file that cannot be read
                 outcome = {"ok": False, "error": str(error)}
@@ -915,7 +517,7 @@ def mean_of(groups, missing=0, allow_missing=True, samples=2000):
     """The mean of the groups' means, with a 95 % bootstrap interval over items within each group.
 
     groups: lists of one number an item (repeats averaged before: items, not answers, are what varies). No value where
-    a group is empty, or items are missing and averaging over failures is not allowed; no interval below 3 items.
+    a group is empty, or items are missing and averaging over failures is not allowed; no interval for a single item.
     """
     import numpy as np
 
@@ -923,7 +525,7 @@ def mean_of(groups, missing=0, allow_missing=True, samples=2000):
     if not groups or not all(groups) or (missing and not allow_missing):
         return Mean(None, n=n, missing=missing)
     value = float(np.mean([np.mean(g) for g in groups]))
-    if min(map(len, groups)) < 3:
+    if min(map(len, groups)) < 2:
         return Mean(value, n=n, missing=missing)
     draw = np.random.default_rng(0)
     means = np.mean([np.array(g)[draw.integers(len(g), size=(samples, len(g)))].mean(1) for g in groups], axis=0)
@@ -991,77 +593,12 @@ class Row:
 METRICS_VERSION = "metrics/1"
 
 
-def load_pair(source_path, edit_path, max_pixels=256 * 448, max_frames=81):
-    """Source and edit, frame by frame, uint8 (T, H, W, 3) at the edit's aspect, and the frame rate.
-
-    Different lengths are cut to the shorter: what a system left out cannot be compared.
-    """
-    from data import fit_frames, read_clip
-
-    edit = read_clip(edit_path, max_frames, max_pixels)
-    source = read_clip(source_path, max_frames, max_pixels).frames
-    count = min(len(edit.frames), len(source))
-    source = source[:count]
-    if source.shape[1:3] != edit.frames.shape[1:3]:
-        source = fit_frames(source, edit.frames.shape[1:3])
-    return source, edit.frames[:count], edit.fps
-
-
-def as_float(frames):
-    return frames.permute(0, 3, 1, 2).float() / 255
-
-
-def read_reference(path, side=256):
-    """A reference picture, its longer side `side` pixels: float32 (1, 3, h, w) in 0..1."""
-    from data import read_image, resize
-
-    image = read_image(path)
-    scale = side / max(image.shape[:2])
-    return as_float(resize(image[None], [max(32, round(n * scale)) for n in image.shape[:2]]))
-
-
-def measure_item(item, wrong_refs, media):
-    """Metrics of one item and its controls; leaves a filmstrip and a small clip under the path `media`."""
-    from metrics import change_map, flicker, measure, reference_scores, shuffled
-
-    source8, edit8, fps = load_pair(item.source, item.edit)
-    source, edit = as_float(source8), as_float(edit8)
-    out = measure(source, edit, read_reference(item.ref) if item.ref else None)
-    out["frames"] = len(edit)
-    out["control_shuffled_flicker"] = flicker(shuffled(edit))
-    change = change_map(source, edit)
-    out["control_wrong_gains"] = [reference_scores(source, edit, change, read_reference(r))[1] for r in wrong_refs]
-    write_media(media, source8, edit8, fps, item.ref)
-    return out
-
-
-def write_media(media, source, edit, fps, ref):
-    """<media>.jpg: a filmstrip, source above edit, the reference at its end. <media>.mp4: both side by side, small."""
-    import torch
-
-    from data import pad_reference, resize, write_image, write_video
-
-    media.parent.mkdir(parents=True, exist_ok=True)
-    height = 128
-    width = round(edit.shape[2] * height / edit.shape[1] / 2) * 2
-    chosen = torch.linspace(0, len(edit) - 1, 5).round().long()
-    strip = torch.cat([torch.cat(list(resize(x[chosen], (height, width))), 1) for x in (source, edit)], 0)
-    if ref:
-        from data import read_image
-
-        strip = torch.cat([strip, pad_reference(read_image(ref), (2 * height, 2 * height))], 1)
-    write_image(media.with_suffix(".jpg"), strip)
-    if len(edit) > 1:
-        size = (height + 64, round(width * (height + 64) / height / 2) * 2)
-        both = torch.cat([resize(x[::2], size) for x in (source, edit)], 2)
-        write_video(media.with_suffix(".mp4"), both, fps / 2)
-
-
 def measure_all(items, args, ledger, out):
     """Metrics of every item, those that the ledger knows already excepted -> rows."""
     from tqdm import tqdm
 
     from data import MediaError
+    from metrics import measure_files
 
     def one(item):
         row = Row(item)
@@ -1074,7 +611,7 @@ def measure_all(items, args, ledger, out):
             key = question_key(METRICS_VERSION, "", files)
             media = media_path(out, item)
             if key not in ledger.good or not media.with_suffix(".jpg").is_file():
-                values = measure_item(item, wrong, media)
+                values = measure_files(item.source, item.edit, item.ref, wrong, media)
                 ledger.write(event="answer", ok=True, key=key, item=item.key, judge=METRICS_VERSION, metrics=values)
             row.metrics = ledger.good[key]["metrics"]
         except (MediaError, OSError) as error:
@@ -1092,21 +629,10 @@ def media_path(out, item):
 # ------------------------------------------------------------------------------------------------ controls
 
 
-def shuffled_clip(item, out):
-    """The edit with its frames in random order, as a file; made once."""
-    path = out / "controls" / f"{file_hash(item.edit)[:16]}_shuffled.mp4"
-    if not path.is_file():
-        from data import read_clip, write_video
-        from metrics import shuffled
-
-        path.parent.mkdir(parents=True, exist_ok=True)
-        clip = read_clip(item.edit)
-        write_video(path, shuffled(clip.frames), clip.fps)
-    return path
-
-
 def questions_of(bench, items, rows, args, out):
     """Everything to ask about the items that can be judged: the items, repeated, and controls on a few of them."""
+    from metrics import write_shuffled
+
     good = [row.item for row in rows if row.error is None]
     questions = []
     for item in good:
@@ -1116,7 +642,9 @@ def questions_of(bench, items, rows, args, out):
     for item in good[::step][: args.controls]:
         questions.append(question(bench, item, replace(item, edit=item.source), "copy", 0, args))
         if bench != "imgedit":
-            questions.append(question(bench, item, replace(item, edit=shuffled_clip(item, out)), "shuffled", 0, args))
+            path = out / "controls" / f"{file_hash(item.edit)[:16]}_shuffled.mp4"
+            path.is_file() or write_shuffled(path, item.edit)
+            questions.append(question(bench, item, replace(item, edit=path), "shuffled", 0, args))
         if wrong := wrong_references(items, item, 1):
             questions.append(question(bench, item, replace(item, ref=wrong[0]), "wrong_ref", 0, args))
     return questions
@@ -1127,14 +655,19 @@ def question(bench, item, shown, control, repeat, args):
     media = [("Reference image", shown.ref)] if shown.ref else []
     media += [(f"Original {kind}", shown.source), (f"Edited {kind}", shown.edit)]
     text = rubric(bench, item)
-    key = question_key(f"{args.judge} {args.fps:g} {args.send}", text, [path for _, path in media], f"{control} {repeat}")
+    key = question_key(
+        f"{args.judge} {args.fps:g} {args.send}", text, [path for _, path in media], f"{control} {repeat}"
+    )
     return Question(item.key, control, repeat, text, media, list(task_of(bench, item.task)[1]), key)
 
 
 def collect(rows, questions, ledger):
     """Put the ledger's answers into the rows; answers to controls are returned: {(control, item key): scores}."""
     by_key = {row.item.key: row for row in rows}
-    controls, failures = {}, {line["key"]: line for line in ledger.lines if line["event"] == "answer" and not line["ok"]}
+    controls, failures = (
+        {},
+        {line["key"]: line for line in ledger.lines if line["event"] == "answer" and not line["ok"]},
+    )
     for q in questions:
         row, line = by_key[q.item], ledger.good.get(q.key)
         if line is None:
@@ -1203,10 +736,9 @@ def score_means(bench, rows, allow_missing):
         missing = sum(not row.answers for row in of_task)
         names = list(task_of(bench, task)[1])
         judged = [row for row in of_task if row.answers]
-        make = lambda values: mean_of([values], missing, allow_missing)
-        by_task[task] = {name: make([row.score(name) for row in judged]) for name in names}
-        averages = [sum(row.score(name) for name in names) / len(names) for row in judged]
-        by_task[task]["average"] = make(averages)
+        columns = {name: [row.score(name) for row in judged] for name in names}
+        averages = columns["average"] = [sum(row.score(name) for name in names) / len(names) for row in judged]
+        by_task[task] = {name: mean_of([values], missing, allow_missing) for name, values in columns.items()}
         groups.append(averages)
         lost += missing
     return by_task, mean_of(groups, lost, allow_missing)
@@ -1284,15 +816,23 @@ def sections(bench, rows, controls, args, cost, human):
         out.append(("Scores", text, score_table(bench, args.name, rows, args.allow_missing)))
         text = f"Cost: {cost}"
         out.append(("Controls of the judge", text, [["known answer", "held", "of"], *judge_controls(rows, controls)]))
-    text = "No model. Mean over items [95 % bootstrap interval over items, from 3 items on]."
+    text = "No model. Mean over items [95 % bootstrap interval over items; too narrow where there are only a few]."
     out.append(("Metrics", text, metric_table(rows)))
     out.append(("Controls of the metrics", "", [["known answer", "held", "of"], *metric_controls(rows)]))
     if human:
         out.append(("Agreement with people", "Rank correlation over items.", human))
-    lost = [[row.item.key, row.item.task, row.error or row.reasons[0]] for row in rows if row.error or (judged and not row.answers)]
+    lost = [
+        [row.item.key, row.item.task, row.error or row.reasons[0]]
+        for row in rows
+        if row.error or (judged and not row.answers)
+    ]
     if lost:
         text = f"{len(lost)} of {len(rows)} items have no result. "
-        text += "Means leave them out (--allow-missing)." if args.allow_missing else "No mean of scores is given over failures."
+        text += (
+            "Means leave them out (--allow-missing)."
+            if args.allow_missing
+            else "No mean of scores is given over failures."
+        )
         out.append(("Missing", text, [["item", "task", "why"], *lost]))
     table = [["metric", "better", "what it is", "what it cannot see"], *([n, *d] for n, d in METRICS.items())]
     out.append(("What the metrics are", "", table))
@@ -1315,14 +855,14 @@ def write_reports(bench, rows, parts, args, out):
 
 
 def csv_text(rows):
-    import io
-
     from metrics import METRICS
 
     names = list(dict.fromkeys(name for row in rows for answer in row.answers for name in answer))
     buffer = io.StringIO()
     writer = csv.writer(buffer)
-    writer.writerow(["item", "task", "edit", *names, "answers", "spread", "hierarchy_broken", *METRICS, "error", "instruction"])
+    writer.writerow(
+        ["item", "task", "edit", *names, "answers", "spread", "hierarchy_broken", *METRICS, "error", "instruction"]
+    )
     number = lambda value: "" if value is None else f"{value:.4f}"
     for row in rows:
         scores = [number(row.score(name)) if row.answers and name in row.answers[0] else "" for name in names]
@@ -1341,7 +881,12 @@ vertical-align:top}th{background:#f3f3f3}.wide{overflow-x:auto}img,video{max-wid
 def html_table(table):
     plain = lambda cell: html.escape(str(cell).replace("**", ""))
     line = lambda row, tag: "<tr>" + "".join(f"<{tag}>{plain(cell)}</{tag}>" for cell in row) + "</tr>"
-    return '<div class="wide"><table>' + line(table[0], "th") + "".join(line(r, "td") for r in table[1:]) + "</table></div>"
+    return (
+        '<div class="wide"><table>'
+        + line(table[0], "th")
+        + "".join(line(r, "td") for r in table[1:])
+        + "</table></div>"
+    )
 
 
 def data_uri(path, kind):
@@ -1355,21 +900,30 @@ def html_text(title, bench, rows, parts, args, out):
         body.append(f"<h2>{html.escape(name)}</h2><p>{html.escape(words)}</p>{html_table(table)}")
     body.append("<h2>Items</h2><p>Above: source, below: edit, right: reference. The clip shows source and edit.</p>")
     body += [html_item(row, out) for row in rows]
-    return f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>' + "\n".join(body)
+    return (
+        f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+        + "\n".join(body)
+    )
 
 
 def html_item(row, out):
     item = row.item
-    parts = [f'<div class="item"><h3>{html.escape(item.key)} {html.escape(item.task)}</h3><p>{html.escape(item.instruction)}</p>']
+    parts = [
+        f'<div class="item"><h3>{html.escape(item.key)} {html.escape(item.task)}</h3><p>{html.escape(item.instruction)}</p>'
+    ]
     if row.error:
         return parts[0] + f'<p class="bad">{html.escape(row.error)}</p></div>'
     media = media_path(out, item)
     parts.append(f'<img alt="filmstrip" src="{data_uri(media.with_suffix(".jpg"), "image/jpeg")}">')
     if media.with_suffix(".mp4").is_file():
-        parts.append(f'<video controls loop muted preload="none" src="{data_uri(media.with_suffix(".mp4"), "video/mp4")}"></video>')
+        parts.append(
+            f'<video controls loop muted preload="none" src="{data_uri(media.with_suffix(".mp4"), "video/mp4")}"></video>'
+        )
     if row.answers:
         names = list(row.answers[0])
-        parts.append(html_table([[*names, "reasons"], [*(f"{row.score(n):.2f}" for n in names), " / ".join(row.reasons)]]))
+        parts.append(
+            html_table([[*names, "reasons"], [*(f"{row.score(n):.2f}" for n in names), " / ".join(row.reasons)]])
+        )
     elif row.reasons:
         parts.append(f'<p class="bad">{html.escape(row.reasons[0])}</p>')
     known = {n: v for n, v in row.metrics.items() if isinstance(v, float) and not n.startswith("control")}
@@ -1461,9 +1015,9 @@ def run(args):
     from data import MediaError, read_clip, read_image, write_image, write_video
     from model import KiwiEdit
 
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if args.device is None:
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     items = read_bench(args.bench, args.path, args.edits, args.limit)
     mine = [item for item in items[rank::world] if not item.edit.is_file()]
     print(f"[{rank}/{world}] {len(mine)} of {len(items[rank::world])} edits to make, {args.weights} on {args.device}")
@@ -1510,7 +1064,9 @@ def compare(args):
         print(f"paid        {account(ledger, {q.key for q in questions}, args.price)}")
     from data import whole_file
 
-    text = f"# {args.bench}: A = {args.a}, B = {args.b}\n\n`{args.command_line}`\n\n{len(pairs)} pairs, {lost} missing.\n"
+    text = (
+        f"# {args.bench}: A = {args.a}, B = {args.b}\n\n`{args.command_line}`\n\n{len(pairs)} pairs, {lost} missing.\n"
+    )
     for title, words, table in parts:
         text += f"\n## {title}\n\n{words}\n\n{markdown(table)}\n"
     page = out / f"{args.bench}_compare.md"
@@ -1557,7 +1113,14 @@ def preferences(questions, ledger, allow_missing):
     lost = len(items) - len(full)
     table = [
         ["A wins", "B wins", "undecided", "of these: followed the position", "pairs", "share of A"],
-        [wins["A"], wins["B"], len(full) - sum(wins.values()), swayed, len(full), mean_of([share], lost, allow_missing)],
+        [
+            wins["A"],
+            wins["B"],
+            len(full) - sum(wins.values()),
+            swayed,
+            len(full),
+            mean_of([share], lost, allow_missing),
+        ],
     ]
     return "Preferences", "Each pair was shown in both orders; a win needs both.", table
 
@@ -1575,11 +1138,31 @@ def averages(args):
             ours = [sum(kept.values()) / 3 for kept, _ in whole]
             groups.append((theirs, ours))
             broken = sum(b for _, b in whole)
-            tables.append([task, f"{sum(theirs) / len(theirs):.4f}", mean_of([ours]), len(of_task), len(of_task) - len(whole), broken])
+            tables.append(
+                [
+                    task,
+                    f"{sum(theirs) / len(theirs):.4f}",
+                    mean_of([ours]),
+                    len(of_task),
+                    len(of_task) - len(whole),
+                    broken,
+                ]
+            )
         flat = [x for theirs, _ in groups for x in theirs]
         of_tasks = [sum(theirs) / len(theirs) for theirs, _ in groups]
-        tables.append(["mean of the tasks", f"{sum(of_tasks) / len(of_tasks):.4f}", mean_of([o for _, o in groups]), "", "", ""])
-        tables.append(["mean of all scores", f"{sum(flat) / len(flat):.4f}", mean_of([[x for _, o in groups for x in o]]), "", "", ""])
+        tables.append(
+            ["mean of the tasks", f"{sum(of_tasks) / len(of_tasks):.4f}", mean_of([o for _, o in groups]), "", "", ""]
+        )
+        tables.append(
+            [
+                "mean of all scores",
+                f"{sum(flat) / len(flat):.4f}",
+                mean_of([[x for _, o in groups for x in o]]),
+                "",
+                "",
+                "",
+            ]
+        )
         print(f"{path}\n{markdown(tables)}\n")
 
 
@@ -1647,7 +1230,9 @@ def parse_arguments(argv=None):
         add("--max-tokens", type=positive, default=400, help="local: the longest answer (default %(default)s)")
         add("--concurrency", type=positive, default=4, help="questions under way at once (default %(default)s)")
         add("--retries", type=int, default=4, help="after a failure, malformed answers included (default %(default)s)")
-        add("--wait", type=float, default=2.0, help="seconds before the first retry, then doubled (default %(default)s)")
+        add(
+            "--wait", type=float, default=2.0, help="seconds before the first retry, then doubled (default %(default)s)"
+        )
         add("--deadline", type=rate, default=180.0, help="seconds for one answer (default %(default)s)")
         add("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="dollars a million tokens, for the cost")
         add("--dry-run", action="store_true", help="stop after the cost estimate")
@@ -1659,7 +1244,13 @@ def parse_arguments(argv=None):
     add("--edits", required=True, metavar="DIR", help="the edited videos, under the release's names")
     judging(add)
     add("--repeats", type=positive, default=1, help="answers an item (default %(default)s)")
-    add("--controls", type=int, default=4, metavar="N", help="items that also get known-answer questions (default %(default)s)")
+    add(
+        "--controls",
+        type=int,
+        default=4,
+        metavar="N",
+        help="items that also get known-answer questions (default %(default)s)",
+    )
     add("--human", metavar="CSV", help="columns item and people's scores: rank correlations with ours")
     add("--name", help="the system's name in the tables (default: the folder of the edits)")
 

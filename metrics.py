@@ -1,6 +1,6 @@
 """Numbers about an edit that need no model: what changed, what stayed, how it flickers, how near the reference it is.
 
-    source, edit (T, 3, H, W) float32 in 0..1, frame by frame the same moment; ref (1, 3, h, w)
+    source and edit files -> frames (T, 3, H, W) float32 in 0..1, frame by frame the same moment; ref (1, 3, h, w)
       -> change of each 8x8 block (T, H/8, W/8) -> changed blocks, kept blocks
       -> {"edit_strength": 24.1, "preserved_psnr": 33.0, "reference_gain": 0.2, ...}
 
@@ -13,6 +13,8 @@ import math
 
 import torch
 import torch.nn.functional as F
+
+from data import fit_frames, pad_reference, read_clip, read_image, resize, write_image, write_video
 
 BLOCK = 8  # pixels a side at the working size: smaller shifts than this are mostly averaged away
 CHANGED = (6 / 255, 20 / 255)  # the threshold between kept and changed lies in between: invisible, and plain to see
@@ -171,3 +173,61 @@ def reference_scores(source, edit, change, ref, frames=5):
             of_source, of_edit = of_source + both_ways[0], of_edit + both_ways[1]
     count = len(WINDOWS) * len(chosen)
     return of_edit / count, (of_edit - of_source) / count
+
+
+def load_pair(source_path, edit_path, max_pixels=256 * 448, max_frames=81):
+    """Source and edit, frame by frame, uint8 (T, H, W, 3) at the edit's aspect, and the frame rate.
+
+    Different lengths are cut to the shorter: what a system left out cannot be compared. MediaError as `read_clip`.
+    """
+    edit = read_clip(edit_path, max_frames, max_pixels)
+    source = read_clip(source_path, max_frames, max_pixels).frames
+    count = min(len(edit.frames), len(source))
+    source = source[:count]
+    if source.shape[1:3] != edit.frames.shape[1:3]:
+        source = fit_frames(source, edit.frames.shape[1:3])
+    return source, edit.frames[:count], edit.fps
+
+
+def as_float(frames):
+    return frames.permute(0, 3, 1, 2).float() / 255
+
+
+def read_reference(path, side=256):
+    """A reference picture, its longer side `side` pixels: float32 (1, 3, h, w) in 0..1."""
+    image = read_image(path)
+    scale = side / max(image.shape[:2])
+    return as_float(resize(image[None], [max(32, round(n * scale)) for n in image.shape[:2]]))
+
+
+def measure_files(source_path, edit_path, ref_path, wrong_refs, media):
+    """`measure` of an edit, and its controls; leaves a filmstrip and a small clip under the path `media`."""
+    source8, edit8, fps = load_pair(source_path, edit_path)
+    source, edit = as_float(source8), as_float(edit8)
+    out = measure(source, edit, read_reference(ref_path) if ref_path else None)
+    out["frames"] = len(edit)
+    out["control_shuffled_flicker"] = flicker(shuffled(edit))
+    change = change_map(source, edit)
+    out["control_wrong_gains"] = [reference_scores(source, edit, change, read_reference(r))[1] for r in wrong_refs]
+    write_media(media, source8, edit8, fps, ref_path)
+    return out
+
+
+def write_media(media, source, edit, fps, ref_path=None, height=128):
+    """<media>.jpg: a filmstrip, source above edit, the reference at its end. <media>.mp4: both side by side, small."""
+    media.parent.mkdir(parents=True, exist_ok=True)
+    size = height, round(edit.shape[2] * height / edit.shape[1] / 2) * 2
+    chosen = torch.linspace(0, len(edit) - 1, min(5, len(edit))).round().long()
+    strip = torch.cat([torch.cat(list(resize(x[chosen], size)), 1) for x in (source, edit)], 0)
+    if ref_path:
+        strip = torch.cat([strip, pad_reference(read_image(ref_path), (2 * height, 2 * height))], 1)
+    write_image(media.with_suffix(".jpg"), strip)
+    if len(edit) > 1:
+        write_video(media.with_suffix(".mp4"), torch.cat([resize(x[::2], size) for x in (source, edit)], 2), fps / 2)
+
+
+def write_shuffled(path, edit_path):
+    """The edit with its frames in random order, as a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    clip = read_clip(edit_path)
+    write_video(path, shuffled(clip.frames), clip.fps)
