@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from judges import (
-    Gemini, JudgeError, Local, Malformed, NoKey, OpenAICompatible, TryAgain, encoded, enforce, read_answer, read_reason,
+    Gemini, JudgeError, Local, Malformed, NoKey, OpenAICompatible, TryAgain, Unusable, encoded, enforce, read_answer, read_reason,
     read_winner,
 )  # fmt: skip
 
@@ -408,12 +408,17 @@ class Asker:
         """Ask what the ledger does not know yet. NoKey when the judge refuses us altogether."""
         from tqdm import tqdm
 
-        due = [q for q in questions if q.key not in self.ledger.good]
+        due = {q.key: q for q in questions if q.key not in self.ledger.good}.values()
         workers = 1 if isinstance(self.judge, Local) else self.args.concurrency
         with ThreadPoolExecutor(workers) as pool, tqdm(total=len(due), desc="judge", disable=not due) as bar:
-            for done in as_completed([pool.submit(self.ask, question) for question in due]):
-                done.result()
-                bar.update()
+            try:
+                for done in as_completed([pool.submit(self.ask, question) for question in due]):
+                    done.result()
+                    bar.update()
+            except BaseException as error:  # Ctrl-C among them: what waits in the queue must not be sent, and paid
+                self.stop = self.stop or error
+                pool.shutdown(cancel_futures=True)
+                raise
         if self.stop:
             raise self.stop
 
@@ -425,7 +430,7 @@ class Asker:
             self.wait_turn()
             line = {"key": question.key, "item": question.item, "control": question.control, "repeat": question.repeat}
             self.ledger.write(event="sent", attempt=attempt, **line)
-            began, raw, wait, usage = time.time(), None, None, {}
+            began, raw, wait, usage, hopeless = time.time(), None, None, {}, False
             try:
                 answer = self.judge.ask(question.text, question.media, self.args.fps)
                 raw, usage = answer.text, {"tokens_in": answer.tokens_in, "tokens_out": answer.tokens_out}
@@ -438,12 +443,13 @@ class Asker:
                 )
                 outcome = {"ok": False, "error": str(error)}
             except (ValueError, OSError) as error:  # a malformed answer, or a file that cannot be read
+                hopeless = isinstance(error, Unusable | OSError)
                 outcome = {"ok": False, "error": str(error)}
             self.ledger.write(
                 event="answer", attempt=attempt, raw=raw, seconds=round(time.time() - began, 2),
                 judge=self.args.judge, **usage, **line, **outcome,
             )  # fmt: skip
-            if outcome["ok"] or self.stop:
+            if outcome["ok"] or hopeless or self.stop:
                 return
             if wait is not None:
                 with self.lock:  # when the judge is overrun, everybody waits
@@ -478,7 +484,7 @@ def dollars(price, tokens_in, tokens_out):
 
 
 def announce(questions, ledger, args):
-    due = [q for q in questions if q.key not in ledger.good]
+    due = list({q.key: q for q in questions if q.key not in ledger.good}.values())
     tokens_in, tokens_out = estimate(due, args.fps)
     print(f"cost        {len(due)} of {len(questions)} questions to ask, about {tokens_in:,} tokens in, {tokens_out:,} out"
           f"{dollars(args.price, tokens_in, tokens_out)}")  # fmt: skip

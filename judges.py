@@ -5,7 +5,7 @@
 
 Three judges: Gemini's native API (an OpenAI-style call drops videos in silence), any OpenAI-compatible server, and
 Qwen2.5-VL / Qwen3-VL through transformers. What goes wrong is one of three things: TryAgain (busy, slow, cut off),
-NoKey (nobody home for us), Malformed (an answer, but no score in it). Nothing is guessed into a score.
+NoKey (it refuses us), Malformed (an answer, but no score in it). Nothing is guessed into a score.
 """
 
 import base64
@@ -50,7 +50,11 @@ class NoKey(JudgeError):
 
 
 class Malformed(ValueError):
-    """An answer that has no score in it, or an impossible one."""
+    """An answer that has no score in it, or an impossible one; the next may be better."""
+
+
+class Unusable(Malformed):
+    """Asking the same again would not help: the request is wrong, or the videos do not reach the model."""
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -59,50 +63,67 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def post(url, headers, body, deadline, secret=None):
-    """POST JSON, get JSON, within `deadline` seconds in all. TryAgain, NoKey or Malformed where that fails."""
+    """POST JSON, get JSON, within `deadline` seconds in all. TryAgain, NoKey or Unusable where that fails."""
     data = json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
     hide = lambda text: text.replace(secret, "***") if secret else text
     end = time.monotonic() + deadline
     try:
         with urllib.request.build_opener(NoRedirect).open(request, timeout=deadline) as response:
-            parts = []
-            while part := response.read1(1 << 16):
-                parts.append(part)
-                if time.monotonic() > end:
-                    raise TimeoutError
-            length = response.headers.get("Content-Length")
-            if length is not None and len(b"".join(parts)) < int(length):
-                raise http.client.IncompleteRead(b"")
+            answer = json.loads(read_all(response, end))
+            if not isinstance(answer, dict):
+                raise TryAgain("the server's answer is not a JSON object")
+            return answer
     except urllib.error.HTTPError as error:
-        with error:
-            reason = hide(f"HTTP {error.code}: " + " ".join(error.read(2000).decode("utf-8", "replace").split())[:300])
+        reason = hide(f"HTTP {error.code}: {error_text(error)}")
         if error.code in (401, 403):
             raise NoKey(f"the judge refuses the key ({reason}); check the environment variable") from None
         if error.code in (408, 409, 425, 429) or error.code >= 500:
             after = error.headers.get("Retry-After", "")
             raise TryAgain(reason, float(after) if after.isdigit() else None) from None
-        raise Malformed(reason) from None
-    except TimeoutError:
-        raise TryAgain(f"no answer within {deadline:g} s") from None
+        raise Unusable(reason) from None
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         reason = getattr(error, "reason", error)
         if isinstance(reason, TimeoutError):
             raise TryAgain(f"no answer within {deadline:g} s") from None
         raise TryAgain(hide(f"connection lost ({type(reason).__name__}: {reason})")) from None
-    try:
-        answer = json.loads(b"".join(parts))
-        if not isinstance(answer, dict):
-            raise ValueError
-        return answer
     except ValueError:
         raise TryAgain("the server's answer is not JSON") from None
+
+
+def read_all(response, end):
+    """The body of a response, read piece by piece; TimeoutError at the monotonic time `end`."""
+    parts = []
+    while part := response.read1(1 << 16):
+        parts.append(part)
+        if time.monotonic() > end:
+            raise TimeoutError
+    body = b"".join(parts)
+    if len(body) < int(response.headers.get("Content-Length") or 0):
+        raise http.client.IncompleteRead(body)
+    return body
+
+
+def error_text(error):
+    try:
+        with error:
+            return " ".join(error.read(2000).decode("utf-8", "replace").split())[:300]
+    except (OSError, http.client.HTTPException):
+        return "no text"
+
+
+def understood(read, answer, text):
+    """read(answer, text) of a reply; Malformed where its JSON has another shape than the API says."""
+    try:
+        return read(answer, text)
+    except (AttributeError, TypeError, KeyError, IndexError):
+        raise Malformed(f"the server's answer has another shape: {json.dumps(answer)[:200]}") from None
 
 
 def check_media_counted(tokens, text, what):
     """Some proxies drop videos in silence: then the prompt counts no more tokens than its text alone."""
     if tokens is not None and tokens <= len(text) / 3:
-        raise Malformed(f"{tokens} prompt tokens are no more than the text: {what} dropped the videos; see --send")
+        raise Unusable(f"{tokens} prompt tokens are no more than the text: {what} dropped the videos; see --send")
 
 
 def mime(path):
@@ -110,7 +131,7 @@ def mime(path):
              ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}  # fmt: skip
     kind = kinds.get(Path(path).suffix.lower())
     if kind is None:
-        raise Malformed(f"{path}: a judge takes {', '.join(kinds)}")
+        raise Unusable(f"{path}: a judge takes {', '.join(kinds)}")
     return kind
 
 
@@ -147,8 +168,11 @@ class Gemini:
         }
         size = sum(len(part["inlineData"]["data"]) for part in parts if "inlineData" in part)
         if size > INLINE_LIMIT:
-            raise Malformed(f"{size / 1e6:.0f} MB of videos are more than one request takes; re-encode them smaller")
+            raise Unusable(f"{size / 1e6:.0f} MB of videos are more than one request takes; re-encode them smaller")
         answer = post(self.url, {"x-goog-api-key": self.key}, body, self.deadline, self.key)
+        return understood(self.reply, answer, text)
+
+    def reply(self, answer, text):
         usage = answer.get("usageMetadata") or {}
         check_media_counted(usage.get("promptTokenCount"), text, "the server")
         candidate = (answer.get("candidates") or [{}])[0]
@@ -190,6 +214,9 @@ class OpenAICompatible:
             body["mm_processor_kwargs"] = {"fps": fps}  # vLLM's name for the frame rate
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         answer = post(self.url, headers, body, self.deadline, self.key)
+        return understood(self.reply, answer, text)
+
+    def reply(self, answer, text):
         usage = answer.get("usage") or {}
         check_media_counted(usage.get("prompt_tokens"), text, "the server")
         message = ((answer.get("choices") or [{}])[0]).get("message") or {}
@@ -351,6 +378,7 @@ class Local:
         return x.reshape(t * h * w, -1), (t, h, w)
 
 
+LONGEST = 20_000  # characters of an answer that are read
 NUMBER = r"(-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*(\d+))?"
 
 
@@ -372,10 +400,9 @@ def json_objects(text):
     decoder = json.JSONDecoder()
     for at in (m.start() for m in re.finditer(r"\{", text)):
         try:
-            value, _ = decoder.raw_decode(text, at)
-        except ValueError:
+            yield decoder.raw_decode(text, at)[0]
+        except (ValueError, RecursionError):
             continue
-        yield value
 
 
 def flat_name(name):
@@ -387,13 +414,14 @@ def read_answer(text, names):
 
     JSON first, whatever stands around it; else lines such as "**Visual quality:** 4/5", also out of half a JSON.
     """
+    text = text[:LONGEST]
     for found in reversed(list(json_objects(text))):
         flat = {flat_name(k): v for k, v in found.items()}
         if all(name in flat for name in names):
             return {name: read_score(flat[name]) for name in names}
     scores = {}
     for name in names:
-        pattern = rf"{name.replace('_', '[ _]')}[^\n:=]{{0,60}}[:=][\s*_\"']*{NUMBER}(?![\d.]*\d)"
+        pattern = rf"{name.replace('_', '[ _]')}[^\n:=]{{0,60}}[:=][\s*_\"']*{NUMBER}(?![\d.]*\d|\s*(?:-|–|to|or)\s*\d)"
         given = {m.group(0)[m.start(1) - m.start() :] for m in re.finditer(pattern, text, re.IGNORECASE)}
         values = {read_score(value) for value in given}
         if len(values) != 1:

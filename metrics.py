@@ -9,6 +9,7 @@ They stand beside a judge's scores, catch what a judge overlooks (an untouched c
 and need no network. `METRICS` says of each what it is and what it cannot see; `measure` computes them all.
 """
 
+import functools
 import math
 
 import torch
@@ -193,6 +194,7 @@ def as_float(frames):
     return frames.permute(0, 3, 1, 2).float() / 255
 
 
+@functools.lru_cache(maxsize=64)  # the same reference is a wrong one for other items
 def read_reference(path, side=256):
     """A reference picture, its longer side `side` pixels: float32 (1, 3, h, w) in 0..1."""
     image = read_image(path)

@@ -1042,6 +1042,7 @@ def test_an_answer_is_read_by_its_names_whatever_stands_around_the_numbers(text)
     ('{"instruction_compliance": true, "consistency_detail": 3, "visual_quality": 2}', "not a score"),
     ('{"instruction_compliance": 4, "consistency_detail": 3, "visual_qu', "visual_quality is missing"),
     ("Visual quality: 3\nVisual quality: 4\nInstruction compliance: 4\nConsistency detail: 1", "given twice"),
+    ("Instruction compliance: 3-4\\nConsistency detail: 1\\nVisual quality: 1", "instruction_compliance is missing"),
     ("Instruction compliance: -4\nConsistency detail: 1\nVisual quality: 1", "-4 is not"),
     ("I cannot judge this video.", "instruction_compliance is missing"), ("", "missing"),
 ])  # fmt: skip
@@ -1113,6 +1114,12 @@ class FakeJudge:
             code, extra, data = said[1], said[2], b"no: " + str(request["headers"]).encode()
         elif said[0] == "raw":
             data = said[1]
+        elif said[0] == "dribble":
+            handler.send_response(200)
+            handler.end_headers()
+            while not self.over.wait(0.02):
+                handler.wfile.write(b" ")
+            return
         else:
             if said[0] == "hang":
                 self.over.wait(20)
@@ -1189,6 +1196,7 @@ TROUBLES = {
     "half an answer": lambda n: ("raw", b'{"choices": [{"mess') if n < 1 else None,
     "out of range": lambda n: '{"identity_consistency": 9, "temporal_consistency": 1, "physical_integration": 1}' if n < 1 else None,
     "refusal": lambda n: "I cannot help with that.",
+    "another shape": lambda n: ("raw", b'{"choices": "none"}') if n < 1 else None,
     "bad request": lambda n: ("status", 400, {}),
 }
 
@@ -1217,13 +1225,10 @@ def test_every_trouble_ends_in_the_right_score_or_in_a_report_and_nothing_is_los
     assert {line["item"] for line in lines if line["ok"]} >= {"0", "2"}
 
 
-def test_a_server_that_dribbles_its_answer_meets_the_deadline():
-    def dribble(request, nth):
-        return ("hang",)
-
-    with FakeJudge(dribble) as fake, pytest.raises(judges.TryAgain, match=r"no answer within 0\.3 s"):
-        body = {"messages": [{"content": "x"}, {"content": []}]}
-        judges.post(fake.url + "/chat/completions", {}, body, 0.3)
+@pytest.mark.parametrize("how", ["hang", "dribble"])
+def test_a_server_that_hangs_or_dribbles_meets_the_deadline(how):
+    with FakeJudge(lambda request, nth: (how,)) as fake, pytest.raises(judges.TryAgain, match=r"no answer within 0\.3 s"):
+        judges.post(fake.url + "/chat/completions", {}, {"messages": [{"content": "x"}, {"content": []}]}, 0.3)
 
 
 def test_a_refused_key_stops_the_run_at_once(refvie, monkeypatch):
@@ -1236,8 +1241,6 @@ def test_a_refused_key_stops_the_run_at_once(refvie, monkeypatch):
 
 def test_a_judge_that_was_not_shown_the_videos_is_found_out(refvie):
     with FakeJudge() as fake:
-        fake_tokens = lambda handler, request: None
-        del fake_tokens
         fake.understand = (lambda old: lambda *a: {**old(*a), "text": ""})(fake.understand)
         fake.say = lambda request, nth: '{"identity_consistency": 4, "temporal_consistency": 3, "physical_integration": 2}'
         with pytest.raises(SystemExit):
