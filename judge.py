@@ -612,12 +612,11 @@ def measure_all(items, args, ledger, out):
             row.error = f"missing: {item.edit}"
             return row
         try:
-            wrong = wrong_references(items, item)
-            files = [item.source, item.edit, *([item.ref] if item.ref else []), *wrong]
-            key = question_key(METRICS_VERSION, "", files)
+            refs = [item.ref, *wrong_references(items, item)] if item.ref else []
+            key = question_key(METRICS_VERSION, "", [item.source, item.edit, *refs])
             media = media_path(out, item)
             if key not in ledger.good or not media.with_suffix(".jpg").is_file():
-                values = measure_files(item.source, item.edit, item.ref, wrong, media)
+                values = measure_files(item.source, item.edit, refs, media)
                 ledger.write(event="answer", ok=True, key=key, item=item.key, judge=METRICS_VERSION, metrics=values)
             row.metrics = ledger.good[key]["metrics"]
         except (MediaError, OSError) as error:

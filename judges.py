@@ -225,16 +225,24 @@ class OpenAICompatible:
         return Answer(message["content"], usage.get("prompt_tokens"), usage.get("completion_tokens"))
 
 
-def sampled_frames(path, fps, max_pixels=448 * 448, max_seconds=60):
-    """Frames of a clip at `fps`: uint8 (n, H, W, 3) and the seconds at which they stand."""
-    from data import read_clip
+def sampled_frames(path, fps, max_pixels=448 * 448):
+    """Frames of a clip at `fps`, shrunk to max_pixels: uint8 (n, H, W, 3), and the seconds at which they stand."""
+    import torch
 
-    clip = read_clip(path, max_frames=int(max_seconds * 60), max_pixels=max_pixels)
-    step = max(1.0, float(clip.fps) / fps)
-    chosen = [
-        int(i * step) for i in range(max(1, math.ceil(len(clip.frames) / step))) if int(i * step) < len(clip.frames)
-    ]
-    return clip.frames[chosen], [i / float(clip.fps) for i in chosen]
+    from data import decode, open_media, resize
+
+    frames, seconds, due = [], [], 0.0
+    with open_media(path) as (container, stream):
+        source_rate = float(stream.average_rate or 25)
+        for index, rgb in decode(path, container, stream):
+            if index / source_rate >= due - 1e-6:
+                scale = min(1.0, math.sqrt(max_pixels / (rgb.shape[0] * rgb.shape[1])))
+                frames.append(resize(rgb[None], [max(2, round(side * scale / 2) * 2) for side in rgb.shape[:2]])[0])
+                seconds.append(index / source_rate)
+                due += 1 / min(fps, source_rate)
+    if not frames:
+        raise Unusable(f"{path}: has no frames")
+    return torch.stack(frames), seconds
 
 
 def jpeg(image):

@@ -67,8 +67,12 @@ METRICS = {  # name: (better when, formula and range, what it cannot see)
 }
 
 
-def measure(source, edit, ref=None):
-    """All metrics of a clip: name -> number, or None where it is not defined (too few frames, nothing kept)."""
+def measure(source, edit, refs=()):
+    """All metrics of a clip: name -> number, or None where it is not defined (too few frames, nothing kept).
+
+    refs: the reference, if there is one, and after it wrong ones; the gain of these comes as "control_wrong_gains", and
+    as "control_shuffled_flicker" the flicker of the edit's frames in random order.
+    """
     change = change_map(source, edit)
     changed = changed_blocks(change)
     out = dict.fromkeys(METRICS)
@@ -77,8 +81,10 @@ def measure(source, edit, ref=None):
     out["preserved_psnr"], out["preserved_ssim"] = preserved(source, edit, ~changed)
     out["flicker"], before = flicker(edit), flicker(source)
     out["flicker_excess"] = None if before is None else out["flicker"] - before
-    if ref is not None:
-        out["reference_similarity"], out["reference_gain"] = reference_scores(source, edit, change, ref)
+    out["control_shuffled_flicker"] = flicker(shuffled(edit))
+    scores = reference_scores(source, edit, change, refs) if refs else [(None, None)]
+    out["reference_similarity"], out["reference_gain"] = scores[0]
+    out["control_wrong_gains"] = [gain for _, gain in scores[1:]]
     return out
 
 
@@ -156,24 +162,25 @@ def patch_descriptors(x, window):
     return torch.cat([mean, deviation, 2 * pool(edges)], 1)
 
 
-def reference_scores(source, edit, change, ref, frames=5):
-    """How near the edit came to the reference where it changed -> (similarity, gain); see METRICS.
+def reference_scores(source, edit, change, refs, frames=5):
+    """How near the edit came to each reference where it changed -> [(similarity, gain), ...]; see METRICS.
 
-    source, edit (T, 3, H, W), change (T, H/8, W/8), ref (1, 3, h, w); `frames` evenly chosen frames are read.
+    source, edit (T, 3, H, W), change (T, H/8, W/8), refs: (1, 3, h, w) each; `frames` evenly chosen frames are read.
     """
     chosen = torch.linspace(0, len(edit) - 1, min(frames, len(edit))).round().long().tolist()
-    of_source = of_edit = 0.0
+    totals = torch.zeros(len(refs), 2)  # of the source, of the edit
     for window in WINDOWS:
-        of_ref = patch_descriptors(ref, window)[0].flatten(1).T  # (R, 14)
+        of_refs = [patch_descriptors(ref, window)[0].flatten(1).T for ref in refs]  # (R, 14) each
         for t in chosen:
-            near = [patch_descriptors(x[t : t + 1], window)[0] for x in (source, edit)]  # 2 x (14, h, w)
-            weight = F.interpolate(change[None, t : t + 1], near[0].shape[1:], mode="area").flatten()
+            looks = [patch_descriptors(x[t : t + 1], window)[0] for x in (source, edit)]  # 2 x (14, h, w)
+            weight = F.interpolate(change[None, t : t + 1], looks[0].shape[1:], mode="area").flatten()
             weight = weight / weight.sum().clamp_min(1e-9)
-            near = [torch.exp(-torch.cdist(x.flatten(1).T, of_ref).square() / 2) for x in near]  # 2 x (P, R)
-            both_ways = [((weight * n.amax(1)).sum() + n.amax(0).mean()).item() / 2 for n in near]
-            of_source, of_edit = of_source + both_ways[0], of_edit + both_ways[1]
-    count = len(WINDOWS) * len(chosen)
-    return of_edit / count, (of_edit - of_source) / count
+            for i, of_ref in enumerate(of_refs):
+                for k, look in enumerate(looks):
+                    near = torch.exp(-torch.cdist(look.flatten(1).T, of_ref).square() / 2)  # (P, R)
+                    totals[i, k] += ((weight * near.amax(1)).sum() + near.amax(0).mean()) / 2
+    totals /= len(WINDOWS) * len(chosen)
+    return [(of_edit, of_edit - of_source) for of_source, of_edit in totals.tolist()]
 
 
 def load_pair(source_path, edit_path, max_pixels=256 * 448, max_frames=81):
@@ -202,17 +209,11 @@ def read_reference(path, side=256):
     return as_float(resize(image[None], [max(32, round(n * scale)) for n in image.shape[:2]]))
 
 
-def measure_files(source_path, edit_path, ref_path, wrong_refs, media):
-    """`measure` of an edit, and its controls; leaves a filmstrip and a small clip under the path `media`."""
-    source8, edit8, fps = load_pair(source_path, edit_path)
-    source, edit = as_float(source8), as_float(edit8)
-    out = measure(source, edit, read_reference(ref_path) if ref_path else None)
-    out["frames"] = len(edit)
-    out["control_shuffled_flicker"] = flicker(shuffled(edit))
-    change = change_map(source, edit)
-    out["control_wrong_gains"] = [reference_scores(source, edit, change, read_reference(r))[1] for r in wrong_refs]
-    write_media(media, source8, edit8, fps, ref_path)
-    return out
+def measure_files(source_path, edit_path, refs, media):
+    """`measure` of an edit; refs: paths, the true one first. Leaves a filmstrip and a small clip under `media`."""
+    source, edit, fps = load_pair(source_path, edit_path)
+    write_media(media, source, edit, fps, refs[0] if refs else None)
+    return measure(as_float(source), as_float(edit), [read_reference(ref) for ref in refs])
 
 
 def write_media(media, source, edit, fps, ref_path=None, height=128):
