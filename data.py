@@ -233,27 +233,27 @@ def write_image(path, image):
         temporary.write_bytes(b"".join(bytes(packet) for packet in [*codec.encode(frame), *codec.encode(None)]))
 
 
-def write_video(path, frames, fps, audio_from=None):
+def write_video(path, frames, fps, audio_from=None, crf=16):
     """uint8 frames (T, H, W, 3), H and W even, to an h264 mp4 (yuv420p, BT.709) at `fps`.
 
     audio_from: a file whose sound, if it has any, is kept for the length of the clip. Sound that cannot be kept
-    is reported on stderr and does not cost the video.
+    is reported on stderr and does not cost the video. crf: x264's quality, 16 is near lossless, 28 small.
     """
     fps = Fraction(fps).limit_denominator(1001000)
     with whole_file(path) as temporary:
         try:
-            mux_video(temporary, frames, fps, audio_from)
+            mux_video(temporary, frames, fps, audio_from, crf)
         except av.error.FFmpegError as error:
             if audio_from is None or isinstance(error, OSError) and error.errno == 28:  # no space left on device
                 raise MediaError(f"{path}: cannot be written ({error.strerror})") from None
             print(f"{audio_from}: its sound cannot be kept ({error.strerror})", file=sys.stderr)
-            mux_video(temporary, frames, fps, None)
+            mux_video(temporary, frames, fps, None, crf)
 
 
-def mux_video(path, frames, fps, audio_from):
+def mux_video(path, frames, fps, audio_from, crf):
     duration = len(frames) / fps
     with av.open(str(path), "w", format="mp4", container_options={"movflags": "faststart"}) as out:
-        video = out.add_stream("libx264", rate=fps, options={"crf": "16", "preset": "medium"})
+        video = out.add_stream("libx264", rate=fps, options={"crf": str(crf), "preset": "medium"})
         video.height, video.width, video.pix_fmt = *frames.shape[1:3], "yuv420p"
         bt709, limited = 1, 1
         context = video.codec_context

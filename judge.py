@@ -1234,7 +1234,12 @@ def parse_arguments(argv=None):
         add("--device", help="local: cuda, cpu, ... (default: cuda if there is one)")
         add("--max-tokens", type=positive, default=400, help="local: the longest answer (default %(default)s)")
         add("--concurrency", type=positive, default=4, help="questions under way at once (default %(default)s)")
-        add("--retries", type=int, default=4, help="after a failure, malformed answers included (default %(default)s)")
+        add(
+            "--retries",
+            type=natural,
+            default=4,
+            help="after a failure, malformed answers included (default %(default)s)",
+        )
         add(
             "--wait", type=float, default=2.0, help="seconds before the first retry, then doubled (default %(default)s)"
         )
@@ -1294,6 +1299,13 @@ def positive(text):
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def natural(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0")
     return value
 
 

@@ -370,20 +370,15 @@ class Local:
         return torch.tensor([ids]), torch.cat(positions, 1)[:, None]
 
     def patchify(self, frames, max_pixels=448 * 448):
-        """uint8 (T, H, W, 3) -> patches (t h w, 3 * 2 * p * p) in the vision tower's order, grid (t, h, w)."""
-        import torch
-
+        """uint8 (T, H, W, 3), shrunk to max_pixels -> patches (t h w, 6 p p) in the vision tower's order, grid (t, h, w)."""
+        from connectors import patchify
         from data import resize
 
-        p, unit = self.patch, 2 * self.patch
+        unit = 2 * self.patch
         H, W = frames.shape[1:3]
         scale = min(1.0, math.sqrt(max_pixels / (H * W)))
-        x = resize(frames, [max(unit, round(side * scale / unit) * unit) for side in (H, W)]).float() / 255
-        x = (x - torch.tensor(self.mean)) / torch.tensor(self.std)
-        x = torch.cat([x, x[-1:]]) if len(x) % 2 else x
-        t, h, w = len(x) // 2, x.shape[1] // p, x.shape[2] // p
-        x = x.reshape(t, 2, h // 2, 2, p, w // 2, 2, p, 3).permute(0, 2, 5, 3, 6, 8, 1, 4, 7)
-        return x.reshape(t * h * w, -1), (t, h, w)
+        size = [max(unit, round(side * scale / unit) * unit) for side in (H, W)]
+        return patchify(resize(frames, size), self.patch, self.mean, self.std)
 
 
 LONGEST = 20_000  # characters of an answer that are read

@@ -226,7 +226,7 @@ def write_media(media, source, edit, fps, ref_path=None, height=128):
         strip = torch.cat([strip, pad_reference(read_image(ref_path), (2 * height, 2 * height))], 1)
     write_image(media.with_suffix(".jpg"), strip)
     if len(edit) > 1:
-        write_video(media.with_suffix(".mp4"), torch.cat([resize(x[::2], size) for x in (source, edit)], 2), fps / 2)
+        write_video(media.with_suffix(".mp4"), torch.cat([resize(x, size) for x in (source, edit)], 2), fps, crf=28)
 
 
 def write_shuffled(path, edit_path):

@@ -1001,6 +1001,15 @@ def test_metrics_know_the_copy_the_edit_the_wrong_reference_and_shuffled_frames(
     assert true["control_shuffled_flicker"] > 2 * true["flicker"]
 
 
+def test_a_small_edit_is_not_drowned_by_what_stayed():
+    source, ref = as_clip(BLUE, size=256), as_clip(RED)[:1, :, 16:48, 8:40]
+    edit = source.clone()
+    edit[:, :, 180:204, 200:224] = ref[..., :24, :24]
+    changed = metrics.reference_scores(source, edit, metrics.change_map(source, edit), [ref])[0]
+    everywhere = metrics.reference_scores(source, edit, torch.ones(8, 32, 32), [ref])[0]
+    assert changed[1] > 0.3 and changed[1] > everywhere[1] + 0.05
+
+
 def test_damage_to_what_should_stay_lowers_the_preserved_psnr_as_its_formula_says():
     source, edit = as_clip(BLUE), as_clip(RED) + 0.02
     expected = -20 * np.log10(0.02)
@@ -1018,6 +1027,18 @@ def test_correlations_and_intervals_are_right_on_numbers_done_by_hand():
     assert mean.high - mean.low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
     assert judge.mean_of([[1.0, 1.0], [3.0, 3.0]]).value == 2  # tasks weigh the same
     assert judge.mean_of([[1.0, 2.0]], missing=1, allow_missing=False).value is None
+
+
+@pytest.mark.parametrize("line", readme_commands("judge.py"))
+def test_the_readme_s_judge_commands_parse(line):
+    words = shlex.split(line, comments=True)
+    judge.parse_arguments(words[words.index("judge.py") + 1 :])
+
+
+def test_every_flag_of_judge_is_read():
+    text = (HOUSE / "judge.py").read_text() + (HOUSE / "judges.py").read_text()
+    flags = re.findall(r'add\("--([\w-]+)"', text)
+    assert len(flags) > 20 and all(f"args.{flag.replace('-', '_')}" in text for flag in flags)
 
 
 NAMES = ["instruction_compliance", "consistency_detail", "visual_quality"]
@@ -1117,7 +1138,8 @@ class FakeJudge:
         elif said[0] == "dribble":
             handler.send_response(200)
             handler.end_headers()
-            while not self.over.wait(0.02):
+            for _ in range(200):
+                self.over.wait(0.02)
                 handler.wfile.write(b" ")
             return
         else:
@@ -1238,6 +1260,14 @@ def test_a_refused_key_stops_the_run_at_once(refvie, monkeypatch):
         with pytest.raises(SystemExit, match="refuses the key") as stopped:
             score(refvie, fake, "--repeats", 5, "--concurrency", 2)
         assert len(fake.requests) <= 2 and "wrong-key" not in str(stopped.value)
+
+
+def test_the_key_is_not_carried_to_where_a_server_redirects(refvie, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key-123")
+    with FakeJudge() as other, FakeJudge(lambda request, nth: ("status", 302, {"Location": other.url})) as fake:
+        with pytest.raises(SystemExit, match="3 of 3 items have no result"):
+            score(refvie, fake, "--controls", 0)
+        assert len(fake.requests) == 3 and not other.requests
 
 
 def test_a_judge_that_was_not_shown_the_videos_is_found_out(refvie):
@@ -1362,6 +1392,10 @@ def test_averages_of_the_released_score_files_are_theirs_and_ours_are_equal_wher
     text = capsys.readouterr().out
     assert "| global_style | 4.0000 | 4.00 [" in text and "| local_add | 1.6667 | 1.67 |" in text
     assert "| mean of the tasks | 2.8333 | 2.83 |" in text and "| mean of all scores | 3.2222 | 3.22 [" in text
+    named = "Physical Integration & Tracking: 1\nIdentity Consistency & Compliance: 3\nTemporal Consistency & Texture Fidelity: 2"
+    path.write_text(json.dumps({"scores": [1, 3, 2], "result": named, "subtask": "subject", "meta_info": {}}))
+    judge.main(["averages", str(path)])
+    assert "| subject | 2.0000 | 2.00 | 1 | 0 | 0 |" in capsys.readouterr().out  # by name: nothing was broken
     path.write_text(line("local_add", (2, 5, 1)))
     judge.main(["averages", str(path)])
     assert "| local_add | 2.6667 | 1.67 | 1 | 0 | 1 |" in capsys.readouterr().out
@@ -1442,6 +1476,10 @@ def test_a_local_judge_numbers_and_generates_as_transformers_does(tmp_path, kind
     ours = judges.Local(folder, judge.parse_arguments(["score", "x", "--bench", "refvie", "--edits", "x", "--max-tokens", "8", "--device", "cpu"]))
     media = [("Reference image", tmp_path / "ref.png"), ("Edited video", tmp_path / "v.mp4")]
     ids, positions, pixels = ours.prepare("Judge it.", media, 4.0)
+    frames = judges.sampled_frames(tmp_path / "v.mp4", 4.0)[0]
+    seen = pixels["pixel_values_videos"].reshape(4, 2, 2, 2, 2, 3, 2, ours.patch, ours.patch).permute(0, 6, 1, 3, 7, 2, 4, 8, 5)
+    seen = seen.reshape(8, 4 * ours.patch, 4 * ours.patch, 3) * torch.tensor(ours.std) + torch.tensor(ours.mean)
+    assert (seen * 255 - F.interpolate(frames.permute(0, 3, 1, 2).float(), seen.shape[1:3]).permute(0, 2, 3, 1)).abs().mean() < 6
     kinds = torch.zeros_like(ids)
     kinds[ids == ours.token("<|image_pad|>")], kinds[ids == ours.token("<|video_pad|>")] = 1, 2
     if kind == "qwen3_vl":  # transformers numbers what follows a Qwen2.5-VL video otherwise than it was trained (FACTS.md)
