@@ -20,15 +20,17 @@ import json
 import math
 import os
 import random
+import shlex
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from judges import (
-    Gemini, JudgeError, Local, Malformed, NoKey, OpenAICompatible, TryAgain, Unusable, encoded, enforce, read_answer, read_reason,
+    Barred, Gemini, JudgeError, Local, Malformed, OpenAICompatible, TryAgain, Unusable, encoded, enforce, read_answer, read_reason,
     read_winner,
 )  # fmt: skip
 
@@ -62,8 +64,7 @@ The instruction of the edit was: {instruction}"""
 
 REFERENCE_TASKS = {
     "subject": (
-        "You grade the insertion or replacement of an object in a video. You see a reference image of the object, the "
-        "original video and the edited video.",
+        "You grade the insertion or replacement of an object in a video, shown in a reference image.",
         {
             "identity_consistency": "1: nothing was changed, or an unrelated object came in. 3: the right kind of "
             "object, but its colour, texture or markings differ plainly from the reference. 5: it is the object of the "
@@ -76,8 +77,7 @@ REFERENCE_TASKS = {
         },
     ),
     "background": (
-        "You grade the replacement of a video's background. You see a reference image of the background, the original "
-        "video and the edited video.",
+        "You grade the replacement of a video's background by the one of a reference image.",
         {
             "reference_fidelity": "1: the background was not changed, or the foreground is destroyed. 3: it resembles "
             "the reference without its key details, or parts of the foreground are missing. 5: it is the reference's "
@@ -401,11 +401,12 @@ class Asker:
 
     def __init__(self, judge, args, ledger):
         self.judge, self.args, self.ledger = judge, args, ledger
-        self.not_before, self.lock = 0.0, threading.Lock()
-        self.stop = None
+        self.not_before = 0.0  # while the judge is overrun
+        self.stop = None  # why nothing more is sent
+        self.reached = False
 
     def ask_all(self, questions):
-        """Ask what the ledger does not know yet. NoKey when the judge refuses us altogether."""
+        """Ask what the ledger does not know yet. Barred when the judge refuses us altogether."""
         from tqdm import tqdm
 
         due = {q.key: q for q in questions if q.key not in self.ledger.good}.values()
@@ -423,40 +424,45 @@ class Asker:
             raise self.stop
 
     def ask(self, question):
-        read = read_winner if not question.names else read_answer
+        """Ask until there is a score, a reason to give up, or no try left."""
         for attempt in range(self.args.retries + 1):
             if self.stop:
                 return
-            self.wait_turn()
-            line = {"key": question.key, "item": question.item, "control": question.control, "repeat": question.repeat}
-            self.ledger.write(event="sent", attempt=attempt, **line)
-            began, raw, wait, usage, hopeless = time.time(), None, None, {}, False
-            try:
-                answer = self.judge.ask(question.text, question.media, self.args.fps)
-                raw, usage = answer.text, {"tokens_in": answer.tokens_in, "tokens_out": answer.tokens_out}
-                outcome = {"ok": True, "scores": read(raw, question.names)}
-            except NoKey as error:
-                self.stop, outcome = error, {"ok": False, "error": str(error)}
-            except TryAgain as error:
-                wait = (
-                    error.after if error.after is not None else self.args.wait * 2**attempt * (1 + random.random() / 4)
-                )
-                outcome = {"ok": False, "error": str(error)}
-            except (ValueError, OSError) as error:  # a malformed answer, or a file that cannot be read
-                hopeless = isinstance(error, Unusable | OSError)
-                outcome = {"ok": False, "error": str(error)}
-            self.ledger.write(
-                event="answer", attempt=attempt, raw=raw, seconds=round(time.time() - began, 2),
-                judge=self.args.judge, **usage, **line, **outcome,
-            )  # fmt: skip
-            if outcome["ok"] or hopeless or self.stop:
+            self.sleep_until(self.not_before)
+            problem = self.try_once(question, attempt)
+            self.reached |= not isinstance(problem, TryAgain)
+            if problem is None or isinstance(problem, Unusable | OSError) or self.stop:
                 return
-            if wait is not None:
-                with self.lock:  # when the judge is overrun, everybody waits
-                    self.not_before = max(self.not_before, time.monotonic() + min(wait, MAX_WAIT))
+            if isinstance(problem, TryAgain):
+                wait = self.args.wait * 2**attempt * (1 + random.random() / 4)
+                until = time.monotonic() + min(wait if problem.after is None else problem.after, MAX_WAIT)
+                if problem.busy:  # everybody waits
+                    self.not_before = max(self.not_before, until)
+                self.sleep_until(until)
+        if not self.reached:
+            self.stop = Barred(f"the judge cannot be reached ({problem}); check --endpoint, and that its server is up")
 
-    def wait_turn(self):
-        while not self.stop and (left := self.not_before - time.monotonic()) > 0:
+    def try_once(self, question, attempt):
+        """One request and its line in the ledger -> None, or the exception that stands for what went wrong."""
+        read = read_answer if question.names else read_winner
+        known = {"key": question.key, "item": question.item, "control": question.control, "repeat": question.repeat}
+        self.ledger.write(event="sent", attempt=attempt, **known)
+        began, problem, found = time.time(), None, {"ok": False}
+        try:
+            answer = self.judge.ask(question.text, question.media, self.args.fps)
+            found |= {"raw": answer.text, "tokens_in": answer.tokens_in, "tokens_out": answer.tokens_out}
+            found |= {"scores": read(answer.text, question.names), "ok": True}
+        except (TryAgain, ValueError, OSError) as error:
+            problem = error
+            found["error"] = str(error)
+            if isinstance(error, Barred):
+                self.stop = error
+        seconds = round(time.time() - began, 2)
+        self.ledger.write(event="answer", attempt=attempt, seconds=seconds, judge=self.args.judge, **known, **found)
+        return problem
+
+    def sleep_until(self, when):
+        while not self.stop and (left := when - time.monotonic()) > 0:
             time.sleep(min(left, 0.2))
 
 
@@ -515,8 +521,9 @@ class Mean:
     def __str__(self):
         if self.value is None:
             return f"- ({self.missing} missing)" if self.missing else "-"
-        interval = "" if self.low is None else f" [{self.low:.2f}, {self.high:.2f}]"
-        return f"{self.value:.2f}{interval}" + (f" ({self.missing} missing)" if self.missing else "")
+        digits = 3 if abs(self.value) < 1 else 2
+        interval = "" if self.low is None else f" [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+        return f"{self.value:.{digits}f}{interval}" + (f" ({self.missing} missing)" if self.missing else "")
 
 
 def mean_of(groups, missing=0, allow_missing=True, samples=2000):
@@ -582,6 +589,7 @@ class Row:
     answers: list = field(default_factory=list)  # enforced {name: score}, one a repeat
     broken: int = 0  # answers that broke the hierarchy
     reasons: list = field(default_factory=list)
+    failures: list = field(default_factory=list)  # why an answer is missing, one a repeat without a score
 
     def score(self, name):
         values = [answer[name] for answer in self.answers]
@@ -667,31 +675,26 @@ def question(bench, item, shown, control, repeat, args):
 
 
 def collect(rows, questions, ledger):
-    """Put the ledger's answers into the rows; answers to controls are returned: {(control, item key): scores}."""
+    """Put the ledger's answers into the rows; answers to controls are returned: {(control, item key): scores or None}."""
     by_key = {row.item.key: row for row in rows}
-    controls, failures = (
-        {},
-        {line["key"]: line for line in ledger.lines if line["event"] == "answer" and not line["ok"]},
-    )
+    controls = {}
+    failures = {line["key"]: line["error"] for line in ledger.lines if line["event"] == "answer" and not line["ok"]}
     for q in questions:
         row, line = by_key[q.item], ledger.good.get(q.key)
-        if line is None:
-            reason = failures.get(q.key, {}).get("error", "not asked")
-            if not q.control and not row.answers:
-                row.reasons = [f"no score: {reason}"]
-            continue
-        scores, broken = enforce({name: line["scores"][name] for name in q.names})
+        scores, broken = enforce({name: line["scores"][name] for name in q.names}) if line else (None, False)
         if q.control:
             controls[q.control, q.item] = scores
+        elif line is None:
+            row.failures.append(failures.get(q.key, "not asked"))
         else:
             row.answers.append(scores)
             row.broken += broken
-            row.reasons = [r for r in row.reasons if not r.startswith("no score")] + [read_reason(line["raw"])]
+            row.reasons.append(read_reason(line["raw"]))
     return controls
 
 
 def metric_controls(rows):
-    """Known answers put to the metrics -> [(what, passed, of, of what)]."""
+    """Known answers put to the metrics -> [(what, held, of)]."""
     done = [row for row in rows if row.metrics]
     refs = [row.metrics for row in done if row.metrics["reference_gain"] is not None]
     wrong = [(m["reference_gain"], m["control_wrong_gains"]) for m in refs if m["control_wrong_gains"]]
@@ -707,7 +710,7 @@ def metric_controls(rows):
 
 
 def judge_controls(rows, controls):
-    """Known answers put to the MLLM judge -> as `metric_controls`."""
+    """Known answers put to the MLLM judge -> [(what, held, of, without an answer)]."""
     true = {row.item.key: row for row in rows if row.answers}
     first = lambda scores: next(iter(scores.values()))
     tests = {
@@ -720,9 +723,10 @@ def judge_controls(rows, controls):
     }  # fmt: skip
     table = []
     for kind, (what, passed) in tests.items():
-        known = [(true[key], s) for (control, key), s in controls.items() if control == kind and key in true]
-        if known:
-            table.append((what, sum(passed(row, s) for row, s in known), len(known)))
+        asked = [(true.get(key), s) for (control, key), s in controls.items() if control == kind]
+        known = [(row, s) for row, s in asked if row and s]
+        if asked:
+            table.append((what, sum(passed(row, s) for row, s in known), len(known), len(asked) - len(known)))
     return table
 
 
@@ -812,7 +816,8 @@ def sections(bench, rows, controls, args, cost, human):
         text = (
             f"Judge {args.judge} at {args.fps:g} frames a second, {args.repeats} answer(s) an item. Mean [95 % bootstrap "
             f"interval over items]; overall is the mean of the tasks' means. The judge broke the hierarchy in {broken} of "
-            f"{answered} answers; scores 2 and 3 were capped by score 1. Published rows are the authors' own figures on "
+            f"{answered} answers; scores 2 and 3 were capped by score 1. {sum(len(row.failures) for row in rows)} "
+            f"answers are missing. Published rows are the authors' own figures on "
             f"the whole benchmark with their judge, not ours."
         )
         spreads = [row.spread() for row in rows if row.spread() is not None]
@@ -820,14 +825,20 @@ def sections(bench, rows, controls, args, cost, human):
             text += f" Standard deviation over repeats, mean over items: {sum(spreads) / len(spreads):.2f}."
         out.append(("Scores", text, score_table(bench, args.name, rows, args.allow_missing)))
         text = f"Cost: {cost}"
-        out.append(("Controls of the judge", text, [["known answer", "held", "of"], *judge_controls(rows, controls)]))
+        out.append(
+            (
+                "Controls of the judge",
+                text,
+                [["known answer", "held", "of", "without an answer"], *judge_controls(rows, controls)],
+            )
+        )
     text = "No model. Mean over items [95 % bootstrap interval over items; too narrow where there are only a few]."
     out.append(("Metrics", text, metric_table(rows)))
     out.append(("Controls of the metrics", "", [["known answer", "held", "of"], *metric_controls(rows)]))
     if human:
         out.append(("Agreement with people", "Rank correlation over items.", human))
     lost = [
-        [row.item.key, row.item.task, row.error or row.reasons[0]]
+        [row.item.key, row.item.task, row.error or row.failures[0]]
         for row in rows
         if row.error or (judged and not row.answers)
     ]
@@ -929,8 +940,8 @@ def html_item(row, out):
         parts.append(
             html_table([[*names, "reasons"], [*(f"{row.score(n):.2f}" for n in names), " / ".join(row.reasons)]])
         )
-    elif row.reasons:
-        parts.append(f'<p class="bad">{html.escape(row.reasons[0])}</p>')
+    for failure in row.failures:
+        parts.append(f'<p class="bad">no score: {html.escape(failure)}</p>')
     known = {n: v for n, v in row.metrics.items() if isinstance(v, float) and not n.startswith("control")}
     parts.append(html_table([list(known), [f"{v:.3f}" for v in known.values()]]))
     return "".join(parts) + "</div>"
@@ -981,7 +992,11 @@ def score(args):
     out = Path(args.out)
     writable(out / "answers.jsonl")
     judge = make_judge(args)
-    ledger = Ledger(out / "answers.jsonl")
+    with closing(Ledger(out / "answers.jsonl")) as ledger:
+        score_items(items, judge, ledger, args, out)
+
+
+def score_items(items, judge, ledger, args, out):
     if ledger.cut:
         print(f"resume      {ledger.cut} broken line(s) of {ledger.path} put aside", file=sys.stderr)
     rows = measure_all(items, args, ledger, out)
@@ -994,7 +1009,7 @@ def score(args):
             return
         try:
             Asker(judge, args, ledger).ask_all(questions)
-        except NoKey as error:
+        except Barred as error:
             stopped = error
         controls = collect(rows, questions, ledger)
         cost = account(ledger, {q.key for q in questions}, args.price)
@@ -1048,27 +1063,25 @@ def compare(args):
     """`judge.py compare`: which of two systems wins, each pair shown in both orders; metrics as paired differences."""
     import torch
 
-    from data import writable
+    from data import whole_file, writable
 
     torch.set_num_threads(1)
     out = Path(args.out)
     writable(out / "answers.jsonl")
     judge, sides = make_judge(args), [read_bench(args.bench, args.path, d, args.limit) for d in (args.a, args.b)]
-    ledger = Ledger(out / "answers.jsonl")
-    rows = [measure_all(items, args, ledger, out) for items in sides]
-    pairs = [(a, b) for a, b in zip(*rows) if a.error is None and b.error is None]
+    with closing(Ledger(out / "answers.jsonl")) as ledger:
+        rows = [measure_all(items, args, ledger, out) for items in sides]
+        pairs = [(a, b) for a, b in zip(*rows) if a.error is None and b.error is None]
+        parts = [paired_metrics(pairs)]
+        if judge:
+            questions = [q for a, b in pairs for q in both_orders(args, a.item, b.item)]
+            announce(questions, ledger, args)
+            if args.dry_run:
+                return
+            Asker(judge, args, ledger).ask_all(questions)
+            parts.insert(0, preferences(questions, ledger, args.allow_missing))
+            print(f"paid        {account(ledger, {q.key for q in questions}, args.price)}")
     lost = len(sides[0]) - len(pairs)
-    parts = [paired_metrics(pairs)]
-    if judge:
-        questions = [q for a, b in pairs for q in both_orders(args, a.item, b.item)]
-        announce(questions, ledger, args)
-        if args.dry_run:
-            return
-        Asker(judge, args, ledger).ask_all(questions)
-        parts.insert(0, preferences(questions, ledger, args.allow_missing))
-        print(f"paid        {account(ledger, {q.key for q in questions}, args.price)}")
-    from data import whole_file
-
     text = (
         f"# {args.bench}: A = {args.a}, B = {args.b}\n\n`{args.command_line}`\n\n{len(pairs)} pairs, {lost} missing.\n"
     )
@@ -1288,7 +1301,7 @@ def parse_arguments(argv=None):
     add("files", nargs="+", help="openve_..._score.jsonl, refvie_..._score.jsonl")
 
     args = parser.parse_args(argv)
-    args.command_line = "python judge.py " + " ".join(sys.argv[1:] if argv is None else argv)
+    args.command_line = shlex.join(["python", "judge.py", *(sys.argv[1:] if argv is None else argv)])
     if hasattr(args, "mode"):
         args.fps = args.fps or MODES[args.mode]
         args.name = getattr(args, "name", None) or Path(getattr(args, "edits", ".")).name

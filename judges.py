@@ -5,7 +5,7 @@
 
 Three judges: Gemini's native API (an OpenAI-style call drops videos in silence), any OpenAI-compatible server, and
 Qwen2.5-VL / Qwen3-VL through transformers. What goes wrong is one of three things: TryAgain (busy, slow, cut off),
-NoKey (it refuses us), Malformed (an answer, but no score in it). Nothing is guessed into a score.
+Barred (it refuses us), Malformed (an answer, but no score in it). Nothing is guessed into a score.
 """
 
 import base64
@@ -38,15 +38,15 @@ class Answer:
 
 
 class TryAgain(Exception):
-    """The judge could not be reached or had no time; `after` seconds may be what it asked for."""
+    """The judge could not be reached or had no time. busy: it is overrun; after: the seconds it asked to wait."""
 
-    def __init__(self, reason, after=None):
+    def __init__(self, reason, busy=False, after=None):
         super().__init__(reason)
-        self.after = after
+        self.busy, self.after = busy, after
 
 
-class NoKey(JudgeError):
-    """The judge refuses us altogether: no further question is sent."""
+class Barred(JudgeError):
+    """The judge refuses us altogether, or is not there: no further question is sent."""
 
 
 class Malformed(ValueError):
@@ -63,7 +63,7 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def post(url, headers, body, deadline, secret=None):
-    """POST JSON, get JSON, within `deadline` seconds in all. TryAgain, NoKey or Unusable where that fails."""
+    """POST JSON, get JSON, within `deadline` seconds in all. TryAgain, Barred or Unusable where that fails."""
     data = json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
     hide = lambda text: text.replace(secret, "***") if secret else text
@@ -76,11 +76,14 @@ def post(url, headers, body, deadline, secret=None):
             return answer
     except urllib.error.HTTPError as error:
         reason = hide(f"HTTP {error.code}: {error_text(error)}")
-        if error.code in (401, 403):
-            raise NoKey(f"the judge refuses the key ({reason}); check the environment variable") from None
+        if error.code == 404:
+            raise Barred(f"the judge has no such model or address ({reason}); check --judge and --endpoint") from None
+        if error.code in (401, 403) or "API key not valid" in reason:  # the latter is Gemini's, with a 400
+            raise Barred(f"the judge refuses the key ({reason}); check the environment variable") from None
         if error.code in (408, 409, 425, 429) or error.code >= 500:
             after = error.headers.get("Retry-After", "")
-            raise TryAgain(reason, float(after) if after.isdigit() else None) from None
+            busy = error.code in (429, 503)
+            raise TryAgain(reason, busy, float(after) if after.isdigit() else None) from None
         raise Unusable(reason) from None
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
         reason = getattr(error, "reason", error)
@@ -258,13 +261,14 @@ def frames_as_jpeg(path, fps):
     return [jpeg(frame) for frame in sampled_frames(path, fps)[0]]
 
 
+QWEN = {  # patch, mean, std, time step in positions a second (None: a text stamp before each pair of frames)
+    "qwen2_5_vl": (14, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), 2),
+    "qwen3_vl": (16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), None),
+}
+
+
 class Local:
     """Qwen2.5-VL or Qwen3-VL through transformers, greedy; patches and positions are made here (no torchvision)."""
-
-    SIZES = {  # patch, mean, std, time step in positions a second (None: a text stamp before each pair of frames)
-        "qwen2_5_vl": (14, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), 2),
-        "qwen3_vl": (16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), None),
-    }
 
     def __init__(self, folder, args):
         import torch
@@ -272,9 +276,9 @@ class Local:
         from transformers import AutoConfig, AutoModelForImageTextToText
 
         kind = AutoConfig.from_pretrained(folder).model_type
-        if kind not in self.SIZES:
-            raise JudgeError(f"{folder}: a {kind} model; --judge local: takes {' or '.join(self.SIZES)}")
-        self.patch, self.mean, self.std, self.positions_a_second = self.SIZES[kind]
+        if kind not in QWEN:
+            raise JudgeError(f"{folder}: a {kind} model; --judge local: takes {' or '.join(QWEN)}")
+        self.patch, self.mean, self.std, self.positions_a_second = QWEN[kind]
         self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         self.mllm = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(self.device).eval()

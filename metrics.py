@@ -55,8 +55,8 @@ METRICS = {  # name: (better when, formula and range, what it cannot see)
     ),
     "reference_similarity": (
         "higher",
-        "patches of the edit weighted by their change, and patches of the reference, each with its nearest in the "
-        "other by colour, contrast and edge directions: mean exp(-d^2/2) of both ways; 0..1",
+        "mean exp(-d^2/2) over the edit's patches, weighted by their change, and over the reference's, d being the "
+        + "distance to the nearest of the other by colour, contrast and edge directions; 0..1",
         "shape, identity, text: a red hat and a red shoe of one cloth look alike",
     ),
     "reference_gain": (

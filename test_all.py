@@ -1254,12 +1254,21 @@ def test_a_server_that_hangs_or_dribbles_meets_the_deadline(how):
         judges.post(fake.url + "/chat/completions", {}, {"messages": [{"content": "x"}, {"content": []}]}, 0.3)
 
 
-def test_a_refused_key_stops_the_run_at_once(refvie, monkeypatch):
+@pytest.mark.parametrize("code, says", [(401, "refuses the key"), (403, "refuses the key"), (404, "no such model")])
+def test_a_refused_key_or_model_stops_the_run_at_once(refvie, monkeypatch, code, says):
     monkeypatch.setenv("OPENAI_API_KEY", "wrong-key-9")
-    with FakeJudge(lambda request, nth: ("status", 401, {})) as fake:
-        with pytest.raises(SystemExit, match="refuses the key") as stopped:
+    with FakeJudge(lambda request, nth: ("status", code, {})) as fake:
+        with pytest.raises(SystemExit, match=says) as stopped:
             score(refvie, fake, "--repeats", 5, "--concurrency", 2)
         assert len(fake.requests) <= 2 and "wrong-key" not in str(stopped.value)
+
+
+def test_a_server_that_is_not_there_is_not_asked_a_hundred_times(refvie):
+    with FakeJudge() as fake:
+        pass
+    with pytest.raises(SystemExit, match="cannot be reached"):
+        score(refvie, fake, "--repeats", 30, "--retries", 1)
+    assert len(lines_of(refvie)) < 20
 
 
 def test_the_key_is_not_carried_to_where_a_server_redirects(refvie, monkeypatch):
