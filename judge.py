@@ -734,7 +734,10 @@ def judge_controls(rows, controls):
 
 
 def tasks_in(rows):
-    return list(dict.fromkeys(row.item.task for row in rows))
+    """The tasks, in the paper's order."""
+    order = [*REFERENCE_TASKS, *VIDEO_TASKS]
+    tasks = dict.fromkeys(row.item.task for row in rows)
+    return sorted(tasks, key=lambda task: order.index(task) if task in order else len(order))
 
 
 def score_means(bench, rows, allow_missing):
@@ -787,7 +790,7 @@ def published_cells(bench, by_task, values):
     return [*(f"{known[place]:.2f}" for place in wanted), f"{values[-1]:.2f}"]
 
 
-def metric_table(rows):
+def metric_table(rows, allow_missing):
     """Means of the metrics, one line a task."""
     from metrics import METRICS
 
@@ -795,7 +798,12 @@ def metric_table(rows):
     for task in tasks_in(rows):
         of_task = [row for row in rows if row.item.task == task]
         done = [row.metrics for row in of_task if row.metrics]
-        cells = [str(mean_of([[m[name] for m in done if m[name] is not None]])) for name in METRICS]
+        cells = []
+        for name in METRICS:
+            values = [m[name] for m in done if m[name] is not None]
+            undefined = len(done) - len(values)
+            mean = mean_of([values], len(of_task) - len(done), allow_missing)
+            cells.append(f"{mean} ({undefined} undefined)" if values and undefined else mean)
         table.append([task, f"{len(done)} of {len(of_task)}", *cells])
     return table
 
@@ -818,37 +826,24 @@ def sections(bench, rows, controls, args, cost, human):
             f"interval over items]; overall is the mean of the tasks' means. The judge broke the hierarchy in {broken} of "
             f"{answered} answers; scores 2 and 3 were capped by score 1. {sum(len(row.failures) for row in rows)} "
             f"answers are missing. Published rows are the authors' own figures on "
-            f"the whole benchmark with their judge, not ours."
+            f"the whole benchmark with their judge, not ours; * is from the project's page, the rest agrees with the paper."
         )
         spreads = [row.spread() for row in rows if row.spread() is not None]
         if spreads:
             text += f" Standard deviation over repeats, mean over items: {sum(spreads) / len(spreads):.2f}."
         out.append(("Scores", text, score_table(bench, args.name, rows, args.allow_missing)))
-        text = f"Cost: {cost}"
-        out.append(
-            (
-                "Controls of the judge",
-                text,
-                [["known answer", "held", "of", "without an answer"], *judge_controls(rows, controls)],
-            )
-        )
+        table = [["known answer", "held", "of", "without an answer"], *judge_controls(rows, controls)]
+        out.append(("Controls of the judge", f"Cost: {cost}", table))
     text = "No model. Mean over items [95 % bootstrap interval over items; too narrow where there are only a few]."
-    out.append(("Metrics", text, metric_table(rows)))
+    out.append(("Metrics", text, metric_table(rows, args.allow_missing)))
     out.append(("Controls of the metrics", "", [["known answer", "held", "of"], *metric_controls(rows)]))
     if human:
         out.append(("Agreement with people", "Rank correlation over items.", human))
-    lost = [
-        [row.item.key, row.item.task, row.error or row.failures[0]]
-        for row in rows
-        if row.error or (judged and not row.answers)
-    ]
+    lost = [row for row in rows if row.error or (judged and not row.answers)]
+    lost = [[row.item.key, row.item.task, row.error or row.failures[0]] for row in lost]
     if lost:
-        text = f"{len(lost)} of {len(rows)} items have no result. "
-        text += (
-            "Means leave them out (--allow-missing)."
-            if args.allow_missing
-            else "No mean of scores is given over failures."
-        )
+        means = "Means leave them out" if args.allow_missing else "No mean is given over failures"
+        text = f"{len(lost)} of {len(rows)} items have no result. {means}."
         out.append(("Missing", text, [["item", "task", "why"], *lost]))
     table = [["metric", "better", "what it is", "what it cannot see"], *([n, *d] for n, d in METRICS.items())]
     out.append(("What the metrics are", "", table))
@@ -1055,7 +1050,7 @@ def run(args):
         except (MediaError, ValueError) as error:
             failed += 1
             print(f"[{rank}/{world}] item {item.key} skipped: {error}", file=sys.stderr, flush=True)
-    if failed:
+    if failed and world == 1:  # under torchrun a failing process would end the others; `score` counts what is missing
         raise JudgeError(f"{failed} of {len(mine)} edits failed, see above; run again when they are mended")
 
 
@@ -1080,6 +1075,7 @@ def compare(args):
                 return
             Asker(judge, args, ledger).ask_all(questions)
             parts.insert(0, preferences(questions, ledger, args.allow_missing))
+            pairs = [pair for pair in pairs if pair[0].item.key not in unanswered(questions, ledger)]
             print(f"paid        {account(ledger, {q.key for q in questions}, args.price)}")
     lost = len(sides[0]) - len(pairs)
     text = (
@@ -1118,11 +1114,16 @@ def both_orders(args, a, b):
         yield Question(a.key, order, 0, text, media, [], key)
 
 
+def unanswered(questions, ledger):
+    """The keys of items of which an answer is missing."""
+    return {q.item for q in questions if q.key not in ledger.good}
+
+
 def preferences(questions, ledger, allow_missing):
     """A win counts where both orders name the same system; what follows the position is counted apart."""
     said = {(q.item, q.control): ledger.good[q.key]["scores"]["winner"] for q in questions if q.key in ledger.good}
     items = list(dict.fromkeys(q.item for q in questions))
-    full = [key for key in items if (key, "AB") in said and (key, "BA") in said]
+    full = [key for key in items if key not in unanswered(questions, ledger)]
     system = {("AB", "1"): "A", ("AB", "2"): "B", ("BA", "1"): "B", ("BA", "2"): "A"}
     votes = {key: [system.get((order, said[key, order]), "tie") for order in ("AB", "BA")] for key in full}
     wins = {side: sum(v == [side, side] for v in votes.values()) for side in "AB"}

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -1166,9 +1167,14 @@ class FakeJudge:
         self.server.server_close()
 
 
+@pytest.fixture(scope="session")
+def refvie_original(tmp_path_factory):
+    return write_refvie(tmp_path_factory.mktemp("bench") / "refvie")
+
+
 @pytest.fixture
-def refvie(tmp_path):
-    return write_refvie(tmp_path)
+def refvie(tmp_path, refvie_original):
+    return Path(shutil.copytree(refvie_original, tmp_path / "refvie"))
 
 
 def score(folder, fake, *more, judge_="openai:m", out="out"):
@@ -1387,6 +1393,7 @@ def test_a_missing_and_a_broken_edit_are_counted_and_shown(refvie, capsys):
         judge.main(arguments)
     text = (refvie / "out" / "refvie.md").read_text()
     assert "missing: " in text and "unreadable: " in text and "| background | 1 of 1 |" in text
+    assert "| subject | 0 of 2 | - (2 missing)" in text
     page = (refvie / "out" / "refvie.html").read_text()
     assert "data:image/jpeg;base64," in page and "http" not in re.sub(r"data:[^\"]*", "", page)
 
