@@ -1244,7 +1244,7 @@ def parse_arguments(argv=None):
         add("--mode", choices=MODES, default="official", help="1 or 4 frames a second (default %(default)s)")
         add("--fps", type=rate, help="another frame rate than the mode's")
         add("--endpoint", metavar="URL", help="the judge's server, for openai: and other places than Google's")
-        add("--send", choices=("frames", "video"), default="frames", help="openai: how videos go (default %(default)s)")
+        add("--send", choices=("frames", "video"), default="frames", help="openai: how videos go (default %(default)s; a server may sample a video in its own way)")
         add("--device", help="local: cuda, cpu, ... (default: cuda if there is one)")
         add("--max-tokens", type=positive, default=400, help="local: the longest answer (default %(default)s)")
         add("--concurrency", type=positive, default=4, help="questions under way at once (default %(default)s)")

@@ -1133,7 +1133,7 @@ class FakeJudge:
                 shape = {"candidates": [{"content": {"parts": [{"text": said}]}}], "usageMetadata": usage}
             data = json.dumps(shape).encode()
         elif said[0] == "status":
-            code, extra, data = said[1], said[2], b"no: " + str(request["headers"]).encode()
+            code, extra, data = said[1], said[2], b"API key not valid. " * (said[1] == 400) + str(request["headers"]).encode()
         elif said[0] == "raw":
             data = said[1]
         elif said[0] == "dribble":
@@ -1226,7 +1226,7 @@ TROUBLES = {
     "out of range": lambda n: '{"identity_consistency": 9, "temporal_consistency": 1, "physical_integration": 1}' if n < 1 else None,
     "refusal": lambda n: "I cannot help with that.",
     "another shape": lambda n: ("raw", b'{"choices": "none"}') if n < 1 else None,
-    "bad request": lambda n: ("status", 400, {}),
+    "bad request": lambda n: ("status", 413, {}),
 }
 
 
@@ -1245,7 +1245,8 @@ def test_every_trouble_ends_in_the_right_score_or_in_a_report_and_nothing_is_los
             with pytest.raises(SystemExit, match="1 of 3 items have no result"):
                 run()
             assert "(1 missing)" in (refvie / "out" / "refvie.md").read_text()
-            before = len(fake.requests)
+            before = len(fake.requests)  # a refusal may be a mood, a bad request stays bad
+            assert sum("number 1" in r["item"] for r in fake.requests) == (4 if trouble == "refusal" else 1)
             run("--allow-missing")
             asked_again = {request["item"] for request in fake.requests[before:]}
             assert len(asked_again) == 1 and "4.00 (1 missing)" in (refvie / "out" / "refvie.md").read_text()
@@ -1260,7 +1261,7 @@ def test_a_server_that_hangs_or_dribbles_meets_the_deadline(how):
         judges.post(fake.url + "/chat/completions", {}, {"messages": [{"content": "x"}, {"content": []}]}, 0.3)
 
 
-@pytest.mark.parametrize("code, says", [(401, "refuses the key"), (403, "refuses the key"), (404, "no such model")])
+@pytest.mark.parametrize("code, says", [(401, "refuses the key"), (400, "refuses the key"), (404, "no such model")])
 def test_a_refused_key_or_model_stops_the_run_at_once(refvie, monkeypatch, code, says):
     monkeypatch.setenv("OPENAI_API_KEY", "wrong-key-9")
     with FakeJudge(lambda request, nth: ("status", code, {})) as fake:
