@@ -20,6 +20,7 @@ import json
 import math
 import os
 import random
+import re
 import shlex
 import sys
 import threading
@@ -167,7 +168,7 @@ def rubric(bench, item):
     return "\n".join(lines) + "\n" + ANSWER.format(fields=fields, instruction=item.instruction)
 
 
-PAIR_RUBRIC = """You compare two edits of one video. You see {what}, then edit 1 and edit 2. Say which one a careful viewer
+PAIR_RUBRIC = """You compare two edits of one {kind}. You see {what}, then edit 1 and edit 2. Say which one a careful viewer
 would prefer: first by how well it does what was asked, then by what it kept, then by how clean and stable it is.
 Answer with JSON alone: {{"reasoning": "...", "winner": "1"}}, "2" in place of "1", or "tie".
 
@@ -298,7 +299,9 @@ def wrong_references(items, item, count=5):
     if item.ref is None:
         return []
     at = items.index(item)
-    others = [other for other in items[at + 1 :] + items[:at] if other.ref and other.ref != item.ref]
+    others = [
+        other for other in items[at + 1 :] + items[:at] if other.ref and other.ref != item.ref and other.ref.is_file()
+    ]
     return [other.ref for other in sorted(others, key=lambda other: other.task != item.task)][:count]
 
 
@@ -585,6 +588,7 @@ class Row:
 
     item: Item
     metrics: dict | None = None
+    media: Path | None = None  # where its filmstrip and clip are, without the ending
     error: str | None = None
     answers: list = field(default_factory=list)  # enforced {name: score}, one a repeat
     broken: int = 0  # answers that broke the hierarchy
@@ -622,21 +626,17 @@ def measure_all(items, args, ledger, out):
         try:
             refs = [item.ref, *wrong_references(items, item)] if item.ref else []
             key = question_key(METRICS_VERSION, "", [item.source, item.edit, *refs])
-            media = media_path(out, item)
+            media = out / "media" / key
             if key not in ledger.good or not media.with_suffix(".jpg").is_file():
                 values = measure_files(item.source, item.edit, refs, media)
                 ledger.write(event="answer", ok=True, key=key, item=item.key, judge=METRICS_VERSION, metrics=values)
-            row.metrics = ledger.good[key]["metrics"]
+            row.metrics, row.media = ledger.good[key]["metrics"], media
         except (MediaError, OSError) as error:
             row.error = f"unreadable: {error}"
         return row
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(tqdm(pool.map(one, items), total=len(items), desc="metrics"))
-
-
-def media_path(out, item):
-    return out / "media" / f"{file_hash(item.edit)[:16]}"
 
 
 # ------------------------------------------------------------------------------------------------ controls
@@ -858,7 +858,7 @@ def write_reports(bench, rows, parts, args, out):
     for name, words, table in parts:
         text += [f"## {name}", "", *([words, ""] if words else []), markdown(table), ""]
     for suffix, content in (
-        (".md", "\n".join(text)), (".csv", csv_text(rows)), (".html", html_text(title, bench, rows, parts, args, out)),
+        (".md", "\n".join(text)), (".csv", csv_text(rows)), (".html", html_text(title, rows, parts, args)),
     ):  # fmt: skip
         with whole_file(out / f"{bench}{suffix}") as temporary:
             temporary.write_text(content, encoding="utf-8", newline="")
@@ -904,31 +904,30 @@ def data_uri(path, kind):
     return f"data:{kind};base64,{encoded(path)}"
 
 
-def html_text(title, bench, rows, parts, args, out):
+def html_text(title, rows, parts, args):
     """One self-contained page: the tables, then each item with its filmstrip, clip, scores and reasons."""
     body = [f"<h1>{html.escape(title)}</h1><p><code>{html.escape(args.command_line)}</code></p>"]
     for name, words, table in parts:
         body.append(f"<h2>{html.escape(name)}</h2><p>{html.escape(words)}</p>{html_table(table)}")
     body.append("<h2>Items</h2><p>Above: source, below: edit, right: reference. The clip shows source and edit.</p>")
-    body += [html_item(row, out) for row in rows]
+    body += [html_item(row) for row in rows]
     return (
         f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
         + "\n".join(body)
     )
 
 
-def html_item(row, out):
+def html_item(row):
     item = row.item
     parts = [
         f'<div class="item"><h3>{html.escape(item.key)} {html.escape(item.task)}</h3><p>{html.escape(item.instruction)}</p>'
     ]
     if row.error:
         return parts[0] + f'<p class="bad">{html.escape(row.error)}</p></div>'
-    media = media_path(out, item)
-    parts.append(f'<img alt="filmstrip" src="{data_uri(media.with_suffix(".jpg"), "image/jpeg")}">')
-    if media.with_suffix(".mp4").is_file():
+    parts.append(f'<img alt="filmstrip" src="{data_uri(row.media.with_suffix(".jpg"), "image/jpeg")}">')
+    if row.media.with_suffix(".mp4").is_file():
         parts.append(
-            f'<video controls loop muted preload="none" src="{data_uri(media.with_suffix(".mp4"), "video/mp4")}"></video>'
+            f'<video controls loop muted preload="none" src="{data_uri(row.media.with_suffix(".mp4"), "video/mp4")}"></video>'
         )
     if row.answers:
         names = list(row.answers[0])
@@ -1106,7 +1105,9 @@ def paired_metrics(pairs):
 def both_orders(args, a, b):
     """The same pair asked twice, with A first and with B first."""
     what = "the reference image and the original" if a.ref else "the original"
-    text = PAIR_RUBRIC.format(what=what, instruction=a.instruction)
+    text = PAIR_RUBRIC.format(
+        kind="picture" if args.bench == "imgedit" else "video", what=what, instruction=a.instruction
+    )
     given = [("Reference image", a.ref)] if a.ref else []
     for order, (first, second) in (("AB", (a, b)), ("BA", (b, a))):
         media = [*given, ("Original", a.source), ("Edit 1", first.edit), ("Edit 2", second.edit)]
@@ -1244,7 +1245,12 @@ def parse_arguments(argv=None):
         add("--mode", choices=MODES, default="official", help="1 or 4 frames a second (default %(default)s)")
         add("--fps", type=rate, help="another frame rate than the mode's")
         add("--endpoint", metavar="URL", help="the judge's server, for openai: and other places than Google's")
-        add("--send", choices=("frames", "video"), default="frames", help="openai: how videos go (default %(default)s; a server may sample a video in its own way)")
+        add(
+            "--send",
+            choices=("frames", "video"),
+            default="frames",
+            help="openai: how videos go (default %(default)s; a server may sample a video in its own way)",
+        )
         add("--device", help="local: cuda, cpu, ... (default: cuda if there is one)")
         add("--max-tokens", type=positive, default=400, help="local: the longest answer (default %(default)s)")
         add("--concurrency", type=positive, default=4, help="questions under way at once (default %(default)s)")
@@ -1302,7 +1308,8 @@ def parse_arguments(argv=None):
     add("files", nargs="+", help="openve_..._score.jsonl, refvie_..._score.jsonl")
 
     args = parser.parse_args(argv)
-    args.command_line = shlex.join(["python", "judge.py", *(sys.argv[1:] if argv is None else argv)])
+    words = shlex.join(["python", "judge.py", *(sys.argv[1:] if argv is None else argv)])
+    args.command_line = re.sub(r"://[^/@\s]+@", "://***@", words)  # a password in --endpoint stays out of the report
     if hasattr(args, "mode"):
         args.fps = args.fps or MODES[args.mode]
         args.name = getattr(args, "name", None) or Path(getattr(args, "edits", ".")).name

@@ -15,7 +15,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from data import fit_frames, pad_reference, read_clip, read_image, resize, write_image, write_video
+from data import MediaError, fit_frames, pad_reference, read_clip, read_image, resize, write_image, write_video
 
 BLOCK = 8  # pixels a side at the working size: smaller shifts than this are mostly averaged away
 CHANGED = (6 / 255, 20 / 255)  # the threshold between kept and changed lies in between: invisible, and plain to see
@@ -186,7 +186,8 @@ def reference_scores(source, edit, change, refs, frames=5):
 def load_pair(source_path, edit_path, max_pixels=256 * 448, max_frames=81):
     """Source and edit, frame by frame, uint8 (T, H, W, 3) at the edit's aspect, and the frame rate.
 
-    Different lengths are cut to the shorter: what a system left out cannot be compared. MediaError as `read_clip`.
+    Frame i is compared with frame i, whatever the frame rates, as the release keeps frames and not time; the longer is
+    cut. An edit by a system that resamples time must be resampled first. MediaError as `read_clip`.
     """
     edit = read_clip(edit_path, max_frames, max_pixels)
     source = read_clip(source_path, max_frames, max_pixels).frames
@@ -213,7 +214,17 @@ def measure_files(source_path, edit_path, refs, media):
     """`measure` of an edit; refs: paths, the true one first. Leaves a filmstrip and a small clip under `media`."""
     source, edit, fps = load_pair(source_path, edit_path)
     write_media(media, source, edit, fps, refs[0] if refs else None)
-    return measure(as_float(source), as_float(edit), [read_reference(ref) for ref in refs])
+    pictures = [read_reference(ref) for ref in refs[:1]] + list(readable(refs[1:]))
+    return measure(as_float(source), as_float(edit), pictures)
+
+
+def readable(refs):
+    """Other items' references; one that is broken is that item's trouble, and not this one's."""
+    for ref in refs:
+        try:
+            yield read_reference(ref)
+        except MediaError:
+            continue
 
 
 def write_media(media, source, edit, fps, ref_path=None, height=128):
