@@ -470,6 +470,7 @@ class Asker:
 
 
 def clip_seconds(path):
+    """How long a clip is, for the estimate: 0 for a picture, 5 where the file does not say."""
     from data import MediaError, is_picture, open_media
 
     try:
@@ -518,7 +519,6 @@ class Mean:
     value: float | None
     low: float | None = None
     high: float | None = None
-    n: int = 0
     missing: int = 0
 
     def __str__(self):
@@ -537,16 +537,15 @@ def mean_of(groups, missing=0, allow_missing=True, samples=2000):
     """
     import numpy as np
 
-    n = sum(map(len, groups))
     if not groups or not all(groups) or (missing and not allow_missing):
-        return Mean(None, n=n, missing=missing)
+        return Mean(None, missing=missing)
     value = float(np.mean([np.mean(g) for g in groups]))
     if min(map(len, groups)) < 2:
-        return Mean(value, n=n, missing=missing)
+        return Mean(value, missing=missing)
     draw = np.random.default_rng(0)
     means = np.mean([np.array(g)[draw.integers(len(g), size=(samples, len(g)))].mean(1) for g in groups], axis=0)
     low, high = np.quantile(means, [0.025, 0.975])
-    return Mean(value, float(low), float(high), n, missing)
+    return Mean(value, float(low), float(high), missing)
 
 
 def ranks(values):
@@ -851,6 +850,7 @@ def sections(bench, rows, controls, args, cost, human):
 
 
 def write_reports(bench, rows, parts, args, out):
+    """<bench>.md, .csv and .html -> the path of the last."""
     from data import whole_file
 
     title = f"{bench}: {args.name}"
@@ -866,6 +866,7 @@ def write_reports(bench, rows, parts, args, out):
 
 
 def csv_text(rows):
+    """One line an item: scores, spread over repeats, metrics, what went wrong."""
     from metrics import METRICS
 
     names = list(dict.fromkeys(name for row in rows for answer in row.answers for name in answer))
@@ -918,6 +919,7 @@ def html_text(title, rows, parts, args):
 
 
 def html_item(row):
+    """An item's part of the page, its pictures as data URIs."""
     item = row.item
     parts = [
         f'<div class="item"><h3>{html.escape(item.key)} {html.escape(item.task)}</h3><p>{html.escape(item.instruction)}</p>'
@@ -991,6 +993,7 @@ def score(args):
 
 
 def score_items(items, judge, ledger, args, out):
+    """The work of `score` on an open ledger. JudgeError at the end where items have no result."""
     if ledger.cut:
         print(f"resume      {ledger.cut} broken line(s) of {ledger.path} put aside", file=sys.stderr)
     rows = measure_all(items, args, ledger, out)
@@ -1091,6 +1094,7 @@ def compare(args):
 
 
 def paired_metrics(pairs):
+    """Pairs of rows -> a section of the report with the differences of every metric."""
     from metrics import METRICS
 
     table = [["metric", "better", "A - B, mean of the pairs", "A higher", "pairs"]]
@@ -1149,41 +1153,20 @@ def averages(args):
     """`judge.py averages`: the averages of score files written by the released scripts, theirs and ours."""
     for path in map(Path, args.files):
         rows = read_released(path)
-        tables = [["", "theirs", "ours, hierarchy enforced", "answers", "partial", "hierarchy broken"]]
-        groups = []
+        table = [["", "theirs", "ours, hierarchy enforced", "answers", "partial", "hierarchy broken"]]
+        average = lambda values: sum(values) / len(values)
+        theirs, ours = [], []  # one list a task
         for task in dict.fromkeys(task for task, _, _ in rows):
             of_task = [(scores, named) for t, scores, named in rows if t == task]
-            theirs = [x for scores, _ in of_task for x in scores]
-            whole = [enforce(named) for scores, named in of_task if len(named) == 3]
-            ours = [sum(kept.values()) / 3 for kept, _ in whole]
-            groups.append((theirs, ours))
-            broken = sum(b for _, b in whole)
-            tables.append(
-                [
-                    task,
-                    f"{sum(theirs) / len(theirs):.4f}",
-                    mean_of([ours]),
-                    len(of_task),
-                    len(of_task) - len(whole),
-                    broken,
-                ]
-            )
-        flat = [x for theirs, _ in groups for x in theirs]
-        of_tasks = [sum(theirs) / len(theirs) for theirs, _ in groups]
-        tables.append(
-            ["mean of the tasks", f"{sum(of_tasks) / len(of_tasks):.4f}", mean_of([o for _, o in groups]), "", "", ""]
-        )
-        tables.append(
-            [
-                "mean of all scores",
-                f"{sum(flat) / len(flat):.4f}",
-                mean_of([[x for _, o in groups for x in o]]),
-                "",
-                "",
-                "",
-            ]
-        )
-        print(f"{path}\n{markdown(tables)}\n")
+            whole = [enforce(named) for _, named in of_task if len(named) == 3]
+            theirs.append([score for scores, _ in of_task for score in scores])
+            ours.append([average(kept.values()) for kept, _ in whole])
+            counts = len(of_task), len(of_task) - len(whole), sum(broken for _, broken in whole)
+            table.append([task, f"{average(theirs[-1]):.4f}", mean_of([ours[-1]]), *counts])
+        of_tasks, of_all = average([average(t) for t in theirs]), average([x for t in theirs for x in t])
+        table.append(["mean of the tasks", f"{of_tasks:.4f}", mean_of(ours), "", "", ""])
+        table.append(["mean of all scores", f"{of_all:.4f}", mean_of([[x for o in ours for x in o]]), "", "", ""])
+        print(f"{path}\n{markdown(table)}\n")
 
 
 def read_released(path):
@@ -1197,7 +1180,8 @@ def read_released(path):
             try:
                 value = json.loads(line)
                 task, scores, text = value.get("subtask") or value["edited_type"], value["scores"], value["result"]
-            except (ValueError, KeyError, AttributeError):
+                scores = [int(score) for score in scores]
+            except (ValueError, KeyError, AttributeError, TypeError):
                 raise JudgeError(f"{path}, line {i + 1}: not a line of the released scripts' score files") from None
             if not scores:
                 continue
@@ -1249,7 +1233,7 @@ def parse_arguments(argv=None):
             "--send",
             choices=("frames", "video"),
             default="frames",
-            help="openai: how videos go (default %(default)s; a server may sample a video in its own way)",
+            help="openai: a server may sample a video as it likes",
         )
         add("--device", help="local: cuda, cpu, ... (default: cuda if there is one)")
         add("--max-tokens", type=positive, default=400, help="local: the longest answer (default %(default)s)")
