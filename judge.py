@@ -607,7 +607,7 @@ class Row:
         return math.sqrt(sum((t - mean) ** 2 for t in totals) / (len(totals) - 1))
 
 
-METRICS_VERSION = "metrics/1"
+METRICS_VERSION = "metrics/2"
 
 
 def measure_all(items, args, ledger, out):
@@ -699,8 +699,8 @@ def metric_controls(rows):
     wrong = [(m["reference_gain"], m["control_wrong_gains"]) for m in refs if m["control_wrong_gains"]]
     moving = [m for m in (row.metrics for row in done) if m["flicker"] is not None]
     table = [
-        ("the edit changed the picture, the unedited copy has edit_strength 0", sum(r.metrics["edit_strength"] > 1 for r in done), len(done)),
-        ("reference_gain of the edit is above that of the unedited copy, which is 0", sum(m["reference_gain"] > 0 for m in refs), len(refs)),
+        ("edit_strength is above that of the source, re-encoded", sum(r.metrics["edit_strength"] > r.metrics["control_copy_strength"] for r in done), len(done)),
+        ("reference_gain is above that of the source, re-encoded", sum(m["reference_gain"] > m["control_copy_gain"] for m in refs), len(refs)),
         ("reference_gain is higher for the true reference than for the next one of its task", sum(g > w[0] for g, w in wrong), len(wrong)),
         ("the same, all pairs with up to 5 other references", sum(g > x for g, w in wrong for x in w), sum(len(w) for _, w in wrong)),
         ("shuffled frames flicker more", sum(m["control_shuffled_flicker"] > m["flicker"] for m in moving), len(moving)),

@@ -11,6 +11,8 @@ and need no network. `METRICS` says of each what it is and what it cannot see; `
 
 import functools
 import math
+import tempfile
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +63,7 @@ METRICS = {  # name: (better when, formula and range, what it cannot see)
     ),
     "reference_gain": (
         "higher",
-        "reference_similarity minus what the unedited source would get in the same places; -1..1, a copy has 0",
+        "reference_similarity minus what the unedited source would get in the same places; -1..1; about 0 for a copy",
         "the same; an edit whose source looked like the reference already has little to gain",
     ),
 }
@@ -211,11 +213,26 @@ def read_reference(path, side=256):
 
 
 def measure_files(source_path, edit_path, refs, media):
-    """`measure` of an edit; refs: paths, the true one first. Leaves a filmstrip and a small clip under `media`."""
+    """`measure` of an edit, and two numbers of the re-encoded source, which every real edit should beat.
+
+    refs: paths, the true one first. Leaves a filmstrip and a small clip under `media`.
+    """
     source, edit, fps = load_pair(source_path, edit_path)
     write_media(media, source, edit, fps, refs[0] if refs else None)
     pictures = [read_reference(ref) for ref in refs[:1]] + list(readable(refs[1:]))
-    return measure(as_float(source), as_float(edit), pictures)
+    out = measure(as_float(source), as_float(edit), pictures)
+    copy = measure(as_float(source), as_float(reencoded(source, fps)), pictures[:1])
+    return out | {"control_copy_strength": copy["edit_strength"], "control_copy_gain": copy["reference_gain"]}
+
+
+def reencoded(frames, fps):
+    """Frames as a lossy file gives them back: the unedited copy that a lazy system would hand in."""
+    with tempfile.TemporaryDirectory() as folder:
+        if len(frames) == 1:
+            write_image(Path(folder) / "x.jpg", frames[0])
+            return read_image(Path(folder) / "x.jpg")[None]
+        write_video(Path(folder) / "x.mp4", frames, fps, crf=28)
+        return read_clip(Path(folder) / "x.mp4", len(frames), frames[0].numel()).frames
 
 
 def readable(refs):

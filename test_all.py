@@ -1011,6 +1011,13 @@ def test_a_small_edit_is_not_drowned_by_what_stayed():
     assert changed[1] > 0.3 and changed[1] > everywhere[1] + 0.05
 
 
+def test_a_re_encoded_copy_changes_little_and_keeps_its_length():
+    for count in (1, 9):
+        frames = smooth_clip(BLUE, count)
+        copy = metrics.reencoded(frames, 8)
+        assert copy.shape == frames.shape and 0 < (copy.float() - frames.float()).abs().mean() < 6
+
+
 def test_damage_to_what_should_stay_lowers_the_preserved_psnr_as_its_formula_says():
     source, edit = as_clip(BLUE), as_clip(RED) + 0.02
     expected = -20 * np.log10(0.02)
