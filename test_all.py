@@ -24,6 +24,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: the kernels run here too, interpreted
+
+import kernels
 import sample
 from connectors import (
     MLLMConfig, MLLMEncoder, fit_pixels, inject_lora, lora_state_dict, merge_lora, sample_frames, video_frame_sizes,
@@ -33,6 +37,7 @@ from data import (
     write_video,
 )  # fmt: skip
 from dit import DiT, DiTConfig, rope_3d
+from kernels.bench import diffusers_dit, diffusers_vae, diffusers_vae_name
 from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit, load_weights, meta_parameters, our_name
 from vae import VAE, VAEConfig
 
@@ -122,6 +127,92 @@ def test_every_flag_of_a_command_is_read(name):
     assert flags and all(f"args.{flag.replace('-', '_')}" in text for flag in flags)
 
 
+# ------------------------------------------------------------------------------------------------ kernels/
+# On a GPU the kernels as they are, else under Triton's interpreter (which has no bfloat16 constants, so no bfloat16).
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PLAIN, TMA, SPECIALISED = (16, 32, False, 4, 1), (16, 32, True, 4, 1), (16, 32, True, True, 4, 1)
+
+
+@pytest.fixture
+def triton_backend():
+    pytest.importorskip("triton")
+    kernels.set_backend("triton")
+    yield
+    kernels.set_backend("auto")
+
+
+def agrees_with_float64(function, *inputs):
+    """A function of `kernels` on the backend chosen, forward and backward, against the float64 definition."""
+    results = []
+    for dtype in (None, torch.float64):
+        leaves = [x.to(device=DEVICE, dtype=dtype or x.dtype).detach().requires_grad_() for x in inputs]
+        kernels.set_backend("triton" if dtype is None else "ref")
+        outputs = function(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        weights = [torch.linspace(-1, 1, o.numel(), device=DEVICE, dtype=o.dtype).view_as(o).sin() for o in outputs]
+        results.append([*outputs, *torch.autograd.grad(outputs, leaves, weights)])
+    tol = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}[inputs[0].dtype]
+    return all(actual.dtype != torch.float64 and close(actual, exact, tol) for actual, exact in zip(*results))
+
+
+@pytest.mark.parametrize("loads", [PLAIN, TMA, SPECIALISED], ids=["pointers", "tma", "specialised"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_attention_matches_float64_at_lengths_with_tails(triton_backend, monkeypatch, loads, dtype):
+    module = sys.modules["kernels.attention"]
+    for name in module.CONFIGS:
+        monkeypatch.setitem(module.CONFIGS, name, [loads if name == "attention_forward" else (*loads[:3], 4, 1)])
+    module.compiled.cache_clear()
+    for lengths, heads, dim in (((37, 53), 2, 64), ((33, 64), 1, 128), ((5, 7), 3, 16)):
+        q, k, v = (torch.randn(2, n, heads, dim).to(dtype) for n in (lengths[0], lengths[1], lengths[1]))
+        assert agrees_with_float64(kernels.attention, q, k, v)
+    monkeypatch.undo()
+    module.compiled.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_the_fused_norms_match_float64_at_widths_with_tails(triton_backend, dtype):
+    grid, heads, D = (2, 3, 4), 3, 72
+    x, y = (torch.randn(2, 24, D).to(dtype) for _ in range(2))
+    gate, shift, scale = (torch.randn(2, 1, D) for _ in range(3))
+    shared, rope = torch.randn(1, 1, D), rope_3d(grid, D // heads, torch.device(DEVICE))
+    assert agrees_with_float64(lambda x, w: kernels.rms_norm_rope(x, w, rope, heads, 1e-6), x, torch.randn(D).to(dtype))
+    assert agrees_with_float64(lambda x, w: kernels.rms_norm_rope(x, w, None, heads, 1e-6), x, torch.randn(D).to(dtype))
+    assert agrees_with_float64(lambda x, *m: kernels.layer_norm_modulate(x, *m, 1e-6), x, shift, scale)
+    assert agrees_with_float64(kernels.gate_residual, x, y, gate)
+    assert agrees_with_float64(lambda *all: kernels.gate_residual_norm(*all, 1e-6), x, y, gate, shared, scale)
+    assert agrees_with_float64(lambda x, y, *m: kernels.gate_residual_norm(x, y, None, *m, 1e-6), x, y, shift, shared)
+
+
+def test_a_dit_trains_on_the_kernels_as_on_the_definitions(triton_backend):
+    model = randomise(DiT(tiny_dit(num_layers=1))).to(DEVICE)
+    assert agrees_with_float64(
+        lambda x, context: model.to(x.dtype)(x, torch.tensor([300.0, 40.0], device=DEVICE), context),
+        torch.randn(2, 16, 2, 4, 6), torch.randn(2, 5, 64),
+    )  # fmt: skip
+
+
+def test_the_kernels_register_as_operators_that_autograd_and_compile_accept(triton_backend):
+    q, k, v = (torch.randn(1, n, 2, 16, device=DEVICE, requires_grad=True) for n in (5, 7, 7))
+    x, weight = (torch.randn(*s, 32, device=DEVICE, requires_grad=True) for s in ((1, 5), ()))
+    gate = torch.randn(1, 1, 32, device=DEVICE)
+    for op, arguments in (("attention", (q, k, v)), ("rms_norm_rope", (x, weight, None, None, 2, 1e-6)),
+                          ("residual_norm", (x, x.detach(), gate, gate, gate, 1e-6))):  # fmt: skip
+        torch.library.opcheck(getattr(torch.ops.nanokiwi, op), arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_backend_that_cannot_run_is_refused_and_auto_takes_what_can(monkeypatch):
+    q = torch.randn(1, 4, 2, 16)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="auto, ref, sdpa, triton"):
+        kernels.set_backend("cuda")
+    assert kernels.choose(q) == "sdpa"
+    kernels.set_backend("triton")
+    with pytest.raises(RuntimeError, match="needs a GPU"):
+        kernels.attention(q, q, q)
+    kernels.set_backend("auto")
+
+
 # ------------------------------------------------------------------------------------------------ dit.py
 
 
@@ -159,11 +250,8 @@ def test_rope_and_the_time_embedding_match_the_release_in_float64():
 
 
 def test_the_dit_agrees_with_diffusers_and_in_bfloat16_is_no_further_from_float32():
-    diffusers = pytest.importorskip("diffusers")
-    theirs = randomise(diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=32, in_channels=16, out_channels=16, text_dim=24,
-        freq_dim=32, ffn_dim=96, num_layers=2, cross_attn_norm=True, eps=1e-6, rope_max_seq_len=64,
-    ))  # fmt: skip
+    pytest.importorskip("diffusers")
+    theirs = randomise(diffusers_dit(tiny_dit()))
     ours, t = DiT(tiny_dit()), torch.tensor([625.0, 40.0])
     load_weights(ours, theirs.state_dict())
     x, text, out = torch.randn(2, 16, 3, 6, 10), torch.randn(2, 7, 24), {}
@@ -212,42 +300,12 @@ def test_the_vae_matches_the_release_at_every_length_and_chunk(version, chunk):
         assert close(decoded, cases[f"decode.{frames}.video"])
 
 
-def diffusers_vae_name(name, version):
-    """Wan's name of a VAE parameter -> diffusers' name."""
-    for wan, theirs in (
-        (r"residual\.0\.", "norm1."), (r"residual\.2\.", "conv1."), (r"residual\.3\.", "norm2."),
-        (r"residual\.6\.", "conv2."), (r"shortcut", "conv_shortcut"), (r"middle\.0", "mid_block.resnets.0"),
-        (r"middle\.1", "mid_block.attentions.0"), (r"middle\.2", "mid_block.resnets.1"), (r"head\.0", "norm_out"),
-        (r"head\.2", "conv_out"), (r"coder\.conv1", "coder.conv_in"), (r"^conv1", "quant_conv"),
-        (r"^conv2", "post_quant_conv"),
-    ):  # fmt: skip
-        name = re.sub(wan, theirs, name)
-    if version == "2.2":
-        name = re.sub(r"downsamples\.(\d)\.downsamples\.\d\.(resample|time)", r"down_blocks.\1.downsampler.\2", name)
-        name = re.sub(r"upsamples\.(\d)\.upsamples\.\d\.(resample|time)", r"up_blocks.\1.upsampler.\2", name)
-        name = re.sub(r"downsamples\.(\d)\.downsamples\.(\d)", r"down_blocks.\1.resnets.\2", name)
-        return re.sub(r"upsamples\.(\d)\.upsamples\.(\d)", r"up_blocks.\1.resnets.\2", name)
-    name = name.replace("downsamples", "down_blocks")
-    per_level = 3  # num_res_blocks 1: two residual blocks and the upsampling
-    flat = re.search(r"upsamples\.(\d+)", name)
-    if not flat:
-        return name
-    level, place = divmod(int(flat[1]), per_level)
-    inner = "upsamplers.0" if place == per_level - 1 else f"resnets.{place}"
-    return name.replace(flat[0], f"up_blocks.{level}.{inner}")
-
-
 @pytest.mark.parametrize("version", ["2.2", "2.1"])
 def test_the_vae_agrees_with_diffusers(version):
-    diffusers = pytest.importorskip("diffusers")
-    config = tiny_vae(version)
-    extra = dict(is_residual=True, patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=16)
-    theirs = diffusers.AutoencoderKLWan(
-        base_dim=8, decoder_base_dim=config.decoder_dim, z_dim=12, num_res_blocks=1, latents_mean=[0.0] * 12,
-        latents_std=[1.0] * 12, **(extra if version == "2.2" else {}),
-    ).eval()  # fmt: skip
-    ours = randomise(VAE(config))
-    theirs.load_state_dict({diffusers_vae_name(k, version): v for k, v in ours.state_dict().items()})
+    pytest.importorskip("diffusers")
+    ours = randomise(VAE(tiny_vae(version)))
+    theirs = diffusers_vae(ours.config).eval()
+    theirs.load_state_dict({diffusers_vae_name(k, ours.config): v for k, v in ours.state_dict().items()})
     video = torch.rand(1, 3, 9, 32, 48) * 2 - 1
     with torch.no_grad():
         latents = ours.encode(video)

@@ -382,6 +382,27 @@ def diffusers():
     return diffusers
 
 
+def diffusers_dit(config):
+    """The same Wan DiT in diffusers; `model.load_weights` takes its names."""
+    return diffusers().WanTransformer3DModel(
+        patch_size=config.patch_size, num_attention_heads=config.num_heads, attention_head_dim=config.head_dim,
+        in_channels=config.in_dim, out_channels=config.out_dim, text_dim=config.text_dim, freq_dim=config.freq_dim,
+        ffn_dim=config.ffn_dim, num_layers=config.num_layers, cross_attn_norm=True, eps=config.eps,
+    )  # fmt: skip
+
+
+def diffusers_vae(config):
+    """The same Wan VAE in diffusers; `diffusers_vae_name` gives its names."""
+    mean, std = config.statistics
+    sizes = {"base_dim": config.dim, "z_dim": config.z_dim, "dim_mult": config.dim_mult, "latents_mean": mean,
+             "latents_std": std, "num_res_blocks": config.num_res_blocks,
+             "temperal_downsample": config.temporal_downsample}  # fmt: skip
+    if config.version == "2.2":
+        sizes |= {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12,
+                  "decoder_base_dim": config.decoder_dim, "scale_factor_spatial": 16}  # fmt: skip
+    return diffusers().AutoencoderKLWan(**sizes)
+
+
 def built(device, dtype, make):
     """make() with its parameters on a device in a dtype from the start: 5B of float32 first would need 20 GB."""
     import torch
@@ -421,11 +442,7 @@ def dit_row(args, name, config, grid, dtype):
     from model import load_weights
 
     device = "cuda" if on_gpu() else "cpu"
-    theirs = built(device, dtype, lambda: diffusers().WanTransformer3DModel(
-        patch_size=config.patch_size, num_attention_heads=config.num_heads, attention_head_dim=config.head_dim,
-        in_channels=config.in_dim, out_channels=config.out_dim, text_dim=config.text_dim, freq_dim=config.freq_dim,
-        ffn_dim=config.ffn_dim, num_layers=config.num_layers, cross_attn_norm=True, eps=config.eps,
-    ))  # fmt: skip
+    theirs = built(device, dtype, lambda: diffusers_dit(config))
     ours = built(device, dtype, lambda: DiT(config))
     load_weights(ours, theirs.state_dict())
     x = torch.randn(1, config.in_dim, *grid, device=device, dtype=dtype)
@@ -471,12 +488,7 @@ def vae_rows(args, config, size, dtype):
 
     device = "cuda" if on_gpu() else "cpu"
     ours = built(device, dtype, lambda: VAE(config))
-    mean, std = config.statistics
-    sizes = {"base_dim": config.dim, "z_dim": config.z_dim, "latents_mean": mean, "latents_std": std}
-    if config.version == "2.2":
-        sizes |= {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12,
-                  "decoder_base_dim": config.decoder_dim, "scale_factor_spatial": 16}  # fmt: skip
-    theirs = built(device, dtype, lambda: diffusers().AutoencoderKLWan(**sizes))
+    theirs = built(device, dtype, lambda: diffusers_vae(config))
     theirs.load_state_dict({diffusers_vae_name(k, config): v for k, v in ours.state_dict().items()})
     video = torch.rand(1, 3, *size, device=device, dtype=dtype) * 2 - 1
     rows = []
