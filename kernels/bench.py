@@ -394,9 +394,9 @@ def diffusers_dit(config):
 def diffusers_vae(config):
     """The same Wan VAE in diffusers; `diffusers_vae_name` gives its names."""
     mean, std = config.statistics
-    sizes = {"base_dim": config.dim, "z_dim": config.z_dim, "dim_mult": config.dim_mult, "latents_mean": mean,
+    sizes = {"base_dim": config.dim, "z_dim": config.z_dim, "dim_mult": list(config.dim_mult), "latents_mean": mean,
              "latents_std": std, "num_res_blocks": config.num_res_blocks,
-             "temperal_downsample": config.temporal_downsample}  # fmt: skip
+             "temperal_downsample": list(config.temporal_downsample)}  # fmt: skip
     if config.version == "2.2":
         sizes |= {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12,
                   "decoder_base_dim": config.decoder_dim, "scale_factor_spatial": 16}  # fmt: skip
