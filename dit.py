@@ -219,6 +219,7 @@ class DiT(nn.Module):
         time, time_mod = self.embed_time(t)
         rope = rope_3d(grid, self.config.head_dim, tokens.device)
         contexts = context if isinstance(context, list) else [context] * len(self.blocks)
+        tokens = tokens.contiguous()  # as a convolution leaves them, channels lie apart and every norm would copy them
         for block, block_context in zip(self.blocks, contexts):
             tokens = block(tokens, time_mod, block_context, rope)
         return self.head(tokens[:, keep], time)

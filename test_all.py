@@ -5,6 +5,8 @@ skips aloud without them. diffusers, a second witness of the same architecture, 
 """
 
 import ast
+import functools
+import importlib
 import json
 import os
 import re
@@ -37,7 +39,7 @@ from data import (
     write_video,
 )  # fmt: skip
 from dit import DiT, DiTConfig, rope_3d
-from kernels.bench import diffusers_dit, diffusers_vae, diffusers_vae_name
+from kernels.bench import diffusers_dit, diffusers_vae, diffusers_vae_name, table
 from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit, load_weights, meta_parameters, our_name
 from vae import VAE, VAEConfig
 
@@ -118,6 +120,23 @@ def readme_commands(program):
 def test_the_readme_s_sample_commands_parse(line):
     words = shlex.split(line, comments=True)
     sample.parse_arguments(words[words.index("sample.py") + 1 :])
+
+
+def test_the_readme_points_at_code_that_exists():
+    pointers = re.findall(r"`((?:model|dit|vae|connectors|data|kernels)\.[A-Za-z_.]+)`", (HOUSE / "README.md").read_text())
+    for pointer in pointers:
+        module, *names = pointer.split(".")
+        assert pointer.endswith(".py") or functools.reduce(getattr, names, importlib.import_module(module)), pointer
+
+
+def test_the_readme_s_figures_are_those_of_the_committed_benchmark():
+    readme, quoted = (HOUSE / "README.md").read_text(), 0
+    for path in (HOUSE / "bench").glob("*.json"):
+        for section, results in json.loads(path.read_text()).items():
+            if section in ("dit", "vae", "memory"):
+                quoted += 1
+                assert table(results["rows"]) in readme, f"{section} of {path.name}: paste its table"
+    assert quoted >= 3
 
 
 @pytest.mark.parametrize("name", ["sample.py"])
