@@ -3,14 +3,18 @@
     file -> decode, rotate, alpha over white -> constant frame rate -> crop to the aspect, resize (H, W in 32s)
          -> Clip.frames uint8 (T, H, W, 3), T = 4k + 1
     frames -> h264 mp4 with the source's frame rate and sound, or a still picture
+    image.csv, video.csv, ref_video.csv -> rows -> buckets of one shape -> batches in an order fixed by the seed
 
 Sizes and resizing follow the released inference (FACTS.md, "Frames and sizes"); frame rate and sound, which
 the release drops, are kept. Files are written under a temporary name and renamed when whole.
 """
 
+import csv
 import math
 import os
+import random
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -79,12 +83,12 @@ def resize(frames, size):
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-def pad_reference(image, size):
-    """A reference picture uint8 (H, W, 3), fitted into `size` (h, w) and centred on white: (h, w, 3)."""
+def pad_reference(image, size, shrink=1.0):
+    """A reference picture uint8 (H, W, 3), fitted into `size` (h, w), shrunk, and centred on white: (h, w, 3)."""
     height, width = size
     H, W = image.shape[:2]
     h, w = (round(H / W * width), width) if W / H > width / height else (height, round(W / H * height))
-    h, w = max(h, 1), max(w, 1)
+    h, w = max(round(h * shrink), 1), max(round(w * shrink), 1)
     top, left = round((height - h) / 2), round((width - w) / 2)
     out = torch.full((height, width, 3), 255, dtype=torch.uint8)
     out[top : top + h, left : left + w] = resize(image[None], (h, w))[0]
@@ -313,3 +317,227 @@ def copy_sound(out, source, duration):
     track = out.add_stream("aac", rate=sound.rate)
     track.codec_context.layout = "mono" if sound.layout.nb_channels == 1 else "stereo"
     return transcode
+
+
+# What to train on
+
+FILES = {"image": "image.csv", "video": "video.csv", "ref": "ref_video.csv"}
+COLUMNS = {"image": ("src_video", "tgt_video", "prompt"), "video": ("src_video", "tgt_video", "prompt"),
+           "ref": ("src_video", "tgt_video", "prompt", "ref_image")}  # fmt: skip
+ASPECTS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1, 4 / 3, 3 / 2, 16 / 9, 2)  # height / width
+
+
+@dataclass(frozen=True)
+class Row:
+    """One editing pair: two files (pictures or clips), the instruction and, for a reference, a picture."""
+
+    source: str
+    target: str
+    prompt: str
+    ref: str | None = None
+
+
+def read_table(path, kind, base=None):
+    """The rows of a CSV with the released columns; paths in it are relative to `base` (default: the CSV's folder).
+
+    ValueError for a missing column, an empty table or instruction, or a path that leaves the base folder.
+    """
+    path = Path(path)
+    base = Path(base or path.parent).resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; `python nano.py data DIR` makes a small data set")
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        absent = [name for name in COLUMNS[kind] if name not in (reader.fieldnames or [])]
+        if absent:
+            raise ValueError(f"{path}: has no column {', '.join(absent)}; it has {', '.join(reader.fieldnames or [])}")
+        rows = []
+        for line in reader:
+            where = f"{path}, line {reader.line_num}"
+            values = [line[name] for name in COLUMNS[kind]]
+            if not all(value and value.strip() for value in values):
+                raise ValueError(f"{where}: an empty field among {', '.join(COLUMNS[kind])}")
+            files = [inside(base, value, where) for value in (values[:2] + values[3:])]
+            rows.append(Row(*files[:2], values[2].strip(), *files[2:]))
+    if not rows:
+        raise ValueError(f"{path}: has no rows")
+    return rows
+
+
+def inside(base, name, where):
+    """base / name, if that is below base; ValueError if not."""
+    path = (base / name).resolve()
+    if base not in path.parents:
+        raise ValueError(f"{where}: {name} is outside of {base}; give its folder with --base-path")
+    return str(path)
+
+
+def measure(path):
+    """(frames, height, width) of a picture or clip, upright, from its header and first frame. MediaError."""
+    with open_media(path) as (container, stream):
+        for _, rgb in decode(path, container, stream):
+            break
+        else:
+            raise MediaError(f"{path}: has no frames")
+        if is_picture(container):
+            return 1, *rgb.shape[:2]
+        fps = stream.average_rate or Fraction(25)
+        length = stream.duration * stream.time_base if stream.duration else Fraction(container.duration or 0, 10**6)
+        return max(stream.frames or round(length * fps), 1), *rgb.shape[:2]
+
+
+def measure_row(row, still):
+    """(frames, height, width) that a row gives: the shorter of its two files, the target's size."""
+    (a, *_), (b, height, width) = measure(row.source), measure(row.target)
+    if row.ref:
+        measure(row.ref)
+    return (1 if still else min(a, b)), height, width
+
+
+def bucket(shape, max_frames, max_pixels):
+    """The shape (T, h, w) at which a clip (frames, height, width) is trained.
+
+    A clip above max_pixels takes the nearest of a few aspects, so that batches fill.
+    """
+    frames, height, width = shape
+    if height * width > max_pixels:
+        aspect = min(ASPECTS, key=lambda a: abs(math.log(a * width / height)))
+        height, width = int(math.sqrt(max_pixels * aspect)), int(math.sqrt(max_pixels / aspect))
+    return usable_frames(frames, max_frames), *working_size(height, width, max_pixels)
+
+
+def read_frames(path, count, size):
+    """The first `count` frames of a file, fitted to `size` (h, w): uint8 (count, h, w, 3).
+
+    One or two that its header promised and it does not have repeat the last. MediaError where more are missing.
+    """
+    frames = []
+    with open_media(path) as (container, stream):
+        for _, rgb in decode(path, container, stream):
+            frames.append(fit_frames(rgb[None], size)[0])
+            if len(frames) == count:
+                break
+    if len(frames) < max(count - 2, 1):
+        raise MediaError(f"{path}: ends after {len(frames)} of {count} frames; fetch the file again")
+    return torch.stack(frames + frames[-1:] * (count - len(frames)))
+
+
+class Mixture:
+    """The order in which batches of several kinds of data are trained, a function of the seed and nothing else.
+
+    buckets: {kind: {shape: [row numbers]}}; ratio: {kind: share}. Batch number n is one kind, one shape, `size` rows:
+    `self[n]` -> (kind, shape, rows). There is no state: a run that resumes asks for the next number. Every bucket is
+    an endless row of shuffled epochs, cut into batches across their ends, so each row comes once in its epoch.
+    """
+
+    def __init__(self, buckets, ratio, size, seed):
+        self.buckets, self.size, self.seed = buckets, size, seed
+        self.pattern = interleave({kind: share for kind, share in ratio.items() if share})
+        self.epochs = {}  # (kind, epoch) -> its batches, the last few that were asked for
+
+    def __getitem__(self, number):
+        turn, place = divmod(number, len(self.pattern))
+        kind = self.pattern[place]
+        number = turn * self.pattern.count(kind) + self.pattern[:place].count(kind)  # among this kind's
+        epoch = self.epoch_of(kind, number)
+        shape, i = self.batches(kind, epoch)[number - self.batches_before(kind, epoch)]
+        return kind, shape, [self.row(kind, shape, j) for j in range(i * self.size, (i + 1) * self.size)]
+
+    def batches_before(self, kind, epoch):
+        return sum(epoch * len(rows) // self.size for rows in self.buckets[kind].values())
+
+    def epoch_of(self, kind, number):
+        """The epoch in which the kind's batch `number` is complete."""
+        total = sum(map(len, self.buckets[kind].values()))
+        epoch = number * self.size // total  # not past it: each floor in batches_before loses less than one batch
+        while self.batches_before(kind, epoch + 1) <= number:
+            epoch += 1
+        return epoch
+
+    def batches(self, kind, epoch):
+        """The epoch's batches (shape, number in the shape's bucket), shuffled."""
+        if (kind, epoch) not in self.epochs:
+            found = []
+            for shape, rows in self.buckets[kind].items():
+                found += [(shape, i) for i in range(epoch * len(rows) // self.size, (epoch + 1) * len(rows) // self.size)]
+            random.Random(f"{self.seed} {kind} {epoch}").shuffle(found)
+            self.epochs[kind, epoch] = found
+            while len(self.epochs) > 8:
+                del self.epochs[next(iter(self.epochs))]
+        return self.epochs[kind, epoch]
+
+    def row(self, kind, shape, j):
+        """Row j of a bucket's endless row of shuffled epochs."""
+        rows = self.buckets[kind][shape]
+        epoch, place = divmod(j, len(rows))
+        return self.shuffled(kind, shape, epoch)[place]
+
+    def shuffled(self, kind, shape, epoch):
+        key = (kind, shape, epoch)
+        if key not in self.epochs:
+            order = list(self.buckets[kind][shape])
+            random.Random(f"{self.seed} {kind} {shape} {epoch}").shuffle(order)
+            self.epochs[key] = order
+        return self.epochs[key]
+
+
+def interleave(ratio):
+    """{"image": 2, "video": 1} -> ["image", "video", "image"]: whole shares, spread evenly."""
+    moments = [((i + 0.5) / share, kind) for kind, share in ratio.items() for i in range(share)]
+    return [kind for _, kind in sorted(moments, key=lambda moment: moment[0])]
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Batches of decoded pairs, to be asked for by number.
+
+    tables: {kind: [Row]}; mixture: a Mixture over them. `self[n]` -> a dict: kind, numbers (of the samples, counted
+    over the whole run), prompts, paths, target and source uint8 (B, T, h, w, 3), refs (a list of uint8 (H, W, 3), or
+    None), bad (a list of (path, reason)). A row that cannot be read is replaced by the next one of its bucket.
+    """
+
+    def __init__(self, tables, mixture):
+        self.tables, self.mixture = tables, mixture
+
+    def __getitem__(self, n):
+        kind, shape, rows = self.mixture[n]
+        bad, found = [], []
+        for row in rows:
+            found.append(self.read(kind, shape, row, bad))
+        rows, target, source, refs = zip(*found)
+        return {
+            "kind": kind, "numbers": list(range(n * len(rows), (n + 1) * len(rows))),
+            "prompts": [row.prompt for row in rows], "paths": [row.target for row in rows], "bad": bad,
+            "target": torch.stack(target), "source": torch.stack(source), "refs": list(refs) if kind == "ref" else None,
+        }  # fmt: skip
+
+    def read(self, kind, shape, number, bad):
+        """(row, target, source, ref) of a row, or of the next in its bucket that can be read."""
+        bucket = self.mixture.buckets[kind][shape]
+        start = bucket.index(number)
+        for number in bucket[start:] + bucket[:start]:
+            row = self.tables[kind][number]
+            try:
+                target, source = (read_frames(path, shape[0], shape[1:]) for path in (row.target, row.source))
+                return row, target, source, read_image(row.ref) if row.ref else None
+            except MediaError as error:
+                bad.append((row.target, str(error)))
+        raise MediaError(f"none of the {len(bucket)} {kind} samples of shape {shape} can be read; the last: {bad[-1][1]}")
+
+
+def fill_buckets(rows, still, max_frames, max_pixels, bad):
+    """{shape: [row numbers]} of a table; what cannot be measured goes to `bad` as (path, reason)."""
+
+    def measured(row):
+        try:
+            return bucket(measure_row(row, still), max_frames, max_pixels)
+        except ValueError as error:
+            return MediaError(error)
+
+    buckets = {}
+    with ThreadPoolExecutor(8) as pool:
+        for number, shape in enumerate(pool.map(measured, rows)):
+            if isinstance(shape, MediaError):
+                bad.append((rows[number].target, str(shape)))
+            else:
+                buckets.setdefault(shape, []).append(number)
+    return buckets
