@@ -387,11 +387,24 @@ def measure(path):
 
 
 def measure_row(row, still):
-    """(frames, height, width) that a row gives: the shorter of its two files, the target's size."""
+    """(frames, height, width) that a row gives: the shorter of its two files, the target's size. MediaError."""
     (a, *_), (b, height, width) = measure(row.source), measure(row.target)
     if row.ref:
         measure(row.ref)
     return (1 if still else min(a, b)), height, width
+
+
+def measure_rows(rows, still):
+    """The shape of every row, or the reason, text, why it has none."""
+
+    def measured(row):
+        try:
+            return measure_row(row, still)
+        except MediaError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(measured, rows))
 
 
 def bucket(shape, max_frames, max_pixels):
@@ -487,32 +500,45 @@ def interleave(ratio):
     return [kind for _, kind in sorted(moments, key=lambda moment: moment[0])]
 
 
+class Curriculum:
+    """Mixtures one after the other: [(number of its first batch, Mixture)]. `self[n]` -> (mixture, kind, shape, rows)."""
+
+    def __init__(self, phases):
+        self.phases = phases
+
+    def __getitem__(self, n):
+        start, mixture = [phase for phase in self.phases if phase[0] <= n][-1]
+        return mixture, *mixture[n - start]
+
+
 class Pairs(torch.utils.data.Dataset):
     """Batches of decoded pairs, to be asked for by number.
 
-    tables: {kind: [Row]}; mixture: a Mixture over them. `self[n]` -> a dict: kind, numbers (of the samples, counted
-    over the whole run), prompts, paths, target and source uint8 (B, T, h, w, 3), refs (a list of uint8 (H, W, 3), or
-    None), bad (a list of (path, reason)). A row that cannot be read is replaced by the next one of its bucket.
+    tables: {kind: [Row]}; curriculum: their order; finish: what is done to a batch before it leaves the worker.
+    `self[n]` -> a dict: kind, numbers (of the samples, counted over the whole run), prompts, paths, target and source
+    uint8 (B, T, h, w, 3), refs (a list of uint8 (H, W, 3), or None), bad (a list of (path, reason)). A row that
+    cannot be read is replaced by the next one of its bucket; where none can, the dict has nothing but `fatal`.
     """
 
-    def __init__(self, tables, mixture):
-        self.tables, self.mixture = tables, mixture
+    def __init__(self, tables, curriculum, finish=lambda batch: batch):
+        self.tables, self.curriculum, self.finish = tables, curriculum, finish
 
     def __getitem__(self, n):
-        kind, shape, rows = self.mixture[n]
-        bad, found = [], []
-        for row in rows:
-            found.append(self.read(kind, shape, row, bad))
+        mixture, kind, shape, numbers = self.curriculum[n]
+        bad = []
+        try:
+            found = [self.read(mixture.buckets[kind][shape], kind, shape, number, bad) for number in numbers]
+        except MediaError as error:
+            return {"fatal": str(error)}
         rows, target, source, refs = zip(*found)
-        return {
+        return self.finish({
             "kind": kind, "numbers": list(range(n * len(rows), (n + 1) * len(rows))),
             "prompts": [row.prompt for row in rows], "paths": [row.target for row in rows], "bad": bad,
             "target": torch.stack(target), "source": torch.stack(source), "refs": list(refs) if kind == "ref" else None,
-        }  # fmt: skip
+        })  # fmt: skip
 
-    def read(self, kind, shape, number, bad):
+    def read(self, bucket, kind, shape, number, bad):
         """(row, target, source, ref) of a row, or of the next in its bucket that can be read."""
-        bucket = self.mixture.buckets[kind][shape]
         start = bucket.index(number)
         for number in bucket[start:] + bucket[:start]:
             row = self.tables[kind][number]
@@ -524,20 +550,21 @@ class Pairs(torch.utils.data.Dataset):
         raise MediaError(f"none of the {len(bucket)} {kind} samples of shape {shape} can be read; the last: {bad[-1][1]}")
 
 
-def fill_buckets(rows, still, max_frames, max_pixels, bad):
-    """{shape: [row numbers]} of a table; what cannot be measured goes to `bad` as (path, reason)."""
-
-    def measured(row):
-        try:
-            return bucket(measure_row(row, still), max_frames, max_pixels)
-        except ValueError as error:
-            return MediaError(error)
-
+def fill_buckets(shapes, max_frames, max_pixels):
+    """Measured shapes (None or text: left out) -> {shape of training: [row numbers]}."""
     buckets = {}
-    with ThreadPoolExecutor(8) as pool:
-        for number, shape in enumerate(pool.map(measured, rows)):
-            if isinstance(shape, MediaError):
-                bad.append((rows[number].target, str(shape)))
-            else:
-                buckets.setdefault(shape, []).append(number)
+    for number, shape in enumerate(shapes):
+        if not isinstance(shape, str):
+            buckets.setdefault(bucket(shape, max_frames, max_pixels), []).append(number)
     return buckets
+
+
+def find_table(folder, kind):
+    """The folder's table for a kind of data, .csv or .parquet. ValueError, FileNotFoundError."""
+    if folder is None:
+        raise ValueError(f"no {kind} data: give --data DIR, or --{kind}-csv FILE")
+    for suffix in (".csv", ".parquet"):
+        path = (Path(folder) / FILES[kind]).with_suffix(suffix)
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"{folder}: has no {FILES[kind]}, which this stage needs; give its place with --{kind}-csv")
