@@ -208,12 +208,14 @@ class KiwiEdit(nn.Module):
     def forward(self, requests, latents, t, source=None, ref=None, noise=None, flow=FlowMatch()):
         """The training loss of a batch: `training_loss` on what the MLLM makes of the requests (`MLLMEncoder.prepare`)."""
         contexts = [self.mllm.encode(request) for request in requests]
-        if len({context.shape[1] for context in contexts}) == 1:
-            loss = self.training_loss(latents, torch.cat(contexts), t, source, ref, noise, flow)
-        else:  # references of different sizes: contexts are not padded, for the DiT has no mask
+        if self.mllm.num_queries["ref"] and self.mllm.ref_queries.requires_grad:
+            # contexts with references differ in length and are not padded: one by one, also the kinds that need not,
+            # for sharded ranks must call the blocks equally often
             columns = [[None] * len(t) if z is None else z.split(1) for z in (latents, t, source, ref, noise)]
             losses = [self.training_loss(x, c, *rest, flow) for c, (x, *rest) in zip(contexts, zip(*columns))]
             loss = torch.stack(losses).mean()
+        else:
+            loss = self.training_loss(latents, torch.cat(contexts), t, source, ref, noise, flow)
         # What this kind of data does not use gets a gradient of zero: all ranks must reduce the same parameters.
         additions = [p for name, p in self.named_parameters() if not name.startswith(("dit.", "vae.", "mllm.model."))]
         return loss + 0 * sum(p.float().sum() for p in additions if p.requires_grad)

@@ -15,13 +15,15 @@ import argparse
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 EXAMPLES = """examples:
@@ -157,6 +159,31 @@ def parse_arguments(argv=None):
     return args
 
 
+if __name__ == "__main__":
+    parse_arguments()  # --help and slips of the pen answer before torch is there
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.distributed.checkpoint as dcp  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: E402
+from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+from torch.utils.checkpoint import checkpoint as recomputed  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from connectors import connector, inject_lora  # noqa: E402
+from data import (  # noqa: E402
+    Curriculum, Mixture, Pairs, bucket, fill_buckets, find_table, measure_row, measure_rows, pad_reference, read_frames,
+    read_image, read_table, whole_file, write_image, write_video,
+)  # fmt: skip
+from kernels import attention  # noqa: E402
+from model import (  # noqa: E402
+    PRESETS, WAN_BASE, FlowMatch, KiwiEdit, PatchEmbedder, TensorFiles, listed, load_weights, local_path,
+    meta_parameters, mllm_sizes, read_json, read_weights, released_name,
+)  # fmt: skip
+
+
 def main(argv=None):
     args = parse_arguments(argv)
     if args.plot:
@@ -224,17 +251,12 @@ class Ranks:
     """The processes that torchrun started, or one alone. Ranks that share a sequence (sp) are neighbours."""
 
     def __init__(self, args):
-        import torch
-        import torch.distributed as dist
-        from torch.distributed.device_mesh import init_device_mesh
-
-        self.dist = dist
-        alone = "RANK" not in os.environ
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
-        if self.device.type == "cuda":
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        on_gpu = torch.cuda.is_available()
+        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu")
+        if on_gpu:
             torch.cuda.set_device(self.device)
-        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **alone)
         self.rank, self.world, self.sp = dist.get_rank(), dist.get_world_size(), args.sp
         if self.world % self.sp:
             raise ValueError(f"--sp {self.sp} does not divide the {self.world} processes")
@@ -243,8 +265,8 @@ class Ranks:
         pairs = init_device_mesh(self.device.type, (self.dp, self.sp), mesh_dim_names=("data", "sequence"))
         self.sequence = pairs["sequence"].get_group()
         self.background = dist.new_group(backend="gloo")  # for the thread that writes checkpoints
-        self.parallel = args.parallel or ("fsdp" if self.device.type == "cuda" else "ddp")
-        self.dtype = getattr(torch, args.dtype or ("bfloat16" if self.device.type == "cuda" else "float32"))
+        self.parallel = args.parallel or ("fsdp" if on_gpu else "ddp")
+        self.dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
         if self.dtype != torch.float32 and self.parallel == "ddp":
             raise ValueError("--dtype bfloat16 keeps float32 master weights by FSDP2: take --parallel fsdp, also on one GPU")
 
@@ -258,10 +280,8 @@ class Ranks:
 
     def total(self, values):
         """Sums over all ranks of a few numbers."""
-        import torch
-
         values = torch.tensor(values, dtype=torch.float64)
-        self.dist.all_reduce(values)
+        dist.all_reduce(values)
         return values.tolist()
 
     def any(self, flag):
@@ -270,17 +290,17 @@ class Ranks:
     def from_first(self, value):
         """The first rank's Python value, on all."""
         box = [value]
-        self.dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0)
         return box[0]
 
     def gathered(self, values):
         """Lists of all ranks, joined."""
         boxes = [None] * self.world
-        self.dist.all_gather_object(boxes, values)
+        dist.all_gather_object(boxes, values)
         return [value for box in boxes for value in box]
 
     def leave(self):
-        self.dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 class Ulysses:
@@ -316,23 +336,14 @@ class Ulysses:
 
     def join(self, block, arguments, x):
         """(B, N of this rank, D) -> (B, N, D)."""
-        import torch
-        from torch.distributed.nn.functional import all_gather
-
-        widest = max(self.counts)
-        pieces = all_gather(torch.nn.functional.pad(x, (0, 0, 0, widest - x.shape[1])), self.group)
-        return torch.cat([piece[:, :count] for piece, count in zip(pieces, self.counts)], dim=1)
+        return Join.apply(x, self)
 
     def attend(self, q, k, v):
         """q, k, v (B, N of this rank, H, d) -> (B, N of this rank, H, d)."""
-        from kernels import attention
-
         return self.to_tokens(attention(*(self.to_heads(x) for x in (q, k, v))))
 
     def to_heads(self, x):
         """(B, n, H, d), our tokens -> (B, N, H / ranks, d), our heads."""
-        import torch
-
         b, _, h, d = x.shape
         parts = [part.reshape(-1) for part in x.split(h // self.size, dim=2)]
         received = self.exchange(parts, [b * count * (h // self.size) * d for count in self.counts])
@@ -340,8 +351,6 @@ class Ulysses:
 
     def to_tokens(self, x):
         """The way back: (B, N, H / ranks, d) -> (B, n, H, d)."""
-        import torch
-
         b, _, h, d = x.shape
         parts = [part.reshape(-1) for part in x.split(self.counts, dim=1)]
         received = self.exchange(parts, [b * self.counts[self.rank] * h * d] * self.size)
@@ -349,12 +358,40 @@ class Ulysses:
 
     def exchange(self, parts, sizes):
         """Send part i to rank i; what the ranks sent to us, of `sizes` numbers each."""
-        import torch
-        from torch.distributed.nn.functional import all_to_all_single
+        return Exchange.apply(torch.cat(parts), [len(part) for part in parts], sizes, self.group).split(sizes)
 
-        sent = torch.cat(parts)
-        out = sent.new_empty(sum(sizes))
-        return all_to_all_single(out, sent, sizes, [len(part) for part in parts], self.group).split(sizes)
+
+class Exchange(torch.autograd.Function):
+    """all_to_all of flat tensors; its backward is the same the other way round."""
+
+    @staticmethod
+    def forward(ctx, x, sent, received, group):
+        ctx.way_back = (received, sent, group)
+        out = x.new_empty(sum(received))
+        dist.all_to_all_single(out, x, received, sent, group)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return Exchange.apply(gradient.contiguous(), *ctx.way_back), None, None, None
+
+
+class Join(torch.autograd.Function):
+    """The tokens of all ranks, (B, n, D) -> (B, N, D). Backward: our part of the sum of all ranks' gradients, which are
+    the same, for each computes the loss."""
+
+    @staticmethod
+    def forward(ctx, x, ulysses):
+        ctx.ulysses, counts = ulysses, ulysses.counts
+        x = torch.nn.functional.pad(x, (0, 0, 0, max(counts) - x.shape[1]))
+        pieces = [torch.empty_like(x) for _ in counts]
+        dist.all_gather(pieces, x.contiguous(), ulysses.group)
+        return torch.cat([piece[:, :count] for piece, count in zip(pieces, counts)], dim=1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        u = ctx.ulysses
+        return u.size * gradient.split(u.counts, dim=1)[u.rank], None
 
 
 # The model
@@ -363,18 +400,15 @@ class Ulysses:
 def load_model(args, stage, ranks, checkpoint):
     """The model with the weights to start from, LoRA in place, trained parts in float32 and the rest in `dtype`, and
     exactly what the stage trains requiring gradients."""
-    import torch
 
-    from connectors import inject_lora
-    from model import KiwiEdit, load_weights, meta_parameters, mllm_sizes
 
-    torch.manual_seed(args.seed)
     config, files = read_start(args, ranks)
     sizes = {**preset_sizes(args, config), **{k: v for k, v in mllm_sizes(files, {}).items() if v}}
     config = replace(config, mllm=replace(config.mllm, **sizes))
     with meta_parameters():
         model = KiwiEdit(with_model_settings(config, args.set))
     files.device = ranks.device
+    torch.manual_seed(args.seed)  # of what the weights lack
     begin_additions(model, load_weights(model, files, partial=True, device=ranks.device), ranks.device)
     if not has_lora(model.mllm):
         inject_lora(model.mllm.model.language_model, stage.lora_rank, stage.lora_targets)
@@ -393,27 +427,26 @@ def load_model(args, stage, ranks, checkpoint):
 
 def read_start(args, ranks):
     """Config and files of the weights to start from."""
-    from model import PRESETS, QWEN_BASE, WAN_BASE, KiwiEdit, local_path, read_weights
 
     out = Path(args.out)
     if args.init == "random":
         if not (out / "init").exists() and ranks.first:
+            torch.manual_seed(args.seed)
             config = PRESETS[args.config]
             config = replace(config, mllm=replace(config.mllm, folder=str(local_path(args.qwen))))
             KiwiEdit(with_model_settings(config, args.set)).save(out / "init")
-        ranks.dist.barrier()
+        dist.barrier()
         return read_weights(out / "init")
     hub = {"wan22_5b": WAN_BASE, "wan21_14b": "Wan-AI/Wan2.1-T2V-14B", "wan21_1_3b": "Wan-AI/Wan2.1-T2V-1.3B"}
     base = args.base or hub.get(args.config)
     if args.weights is None and base is None:
         raise ValueError(f"--config {args.config}: nothing to start from; give --weights PATH, "
                          "or --init random --qwen FOLDER (a folder with Qwen's config.json and tokenizer.json)")  # fmt: skip
-    return read_weights_or_run(args.weights, base or WAN_BASE, args.qwen or QWEN_BASE)
+    return read_weights_or_run(args.weights, base or WAN_BASE, args.qwen)
 
 
 def read_weights_or_run(path, base, qwen):
     """`model.read_weights`, which also takes a run of ours or a checkpoint of one: it lies over what the run began with."""
-    from model import read_weights
 
     checkpoint = find_checkpoint(Path(path)) if path else None
     if checkpoint is None:
@@ -429,7 +462,6 @@ def read_weights_or_run(path, base, qwen):
 
 def preset_sizes(args, config):
     """Query counts for the kinds of data that the weights were not trained for yet."""
-    from model import PRESETS
 
     preset = PRESETS[args.config].mllm
     names = ("num_image_queries", "num_video_queries", "num_ref_queries", "max_ref_tokens")
@@ -438,10 +470,7 @@ def preset_sizes(args, config):
 
 def begin_additions(model, missing, device):
     """Give what Kiwi-Edit adds, where the weights lack it, its initial value. ValueError if anything else is missing."""
-    import torch
 
-    from connectors import connector
-    from model import PatchEmbedder, listed
 
     hidden = model.mllm.model.language_model.embed_tokens.embedding_dim
     fresh = {
@@ -486,24 +515,21 @@ def belongs(name, stage):
 
 def parallelise(model, args, ranks):
     """Activation checkpointing, sequence parallelism and DDP or FSDP2 -> the module to call."""
-    from functools import partial
 
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from torch.nn.parallel import DistributedDataParallel
-    from torch.utils.checkpoint import checkpoint
 
     trained = [*model.dit.blocks, *model.mllm.model.language_model.layers]
     if ranks.sp > 1:
         Ulysses(model.dit, ranks.sequence)
     if args.checkpointing:
         for block in trained:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = partial(recomputed, block.forward, use_reentrant=False)
     if ranks.parallel == "ddp":
         return DistributedDataParallel(model) if ranks.world > 1 else model
     policy = MixedPrecisionPolicy(param_dtype=ranks.dtype, reduce_dtype=trained_dtype(model), cast_forward_inputs=False)
-    for block in [*trained, *model.mllm.model.visual.blocks]:
+    for block in trained:
         fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
-    # the VAE is called by itself and before the rest: it stays whole
+    # The vision tower is called once a picture, which would not be as often on every rank: the root gathers it. The VAE
+    # is called by itself and before the rest: it stays whole.
     return fully_shard(model, mesh=ranks.mesh, mp_policy=policy, ignored_params=set(model.vae.parameters()))
 
 
@@ -516,7 +542,6 @@ def trained_dtype(model):
 
 def open_data(args, stage, ranks):
     """The tables of the stage's kinds of data, and the order in which their rows come."""
-    from data import Curriculum, Mixture, fill_buckets, find_table, measure_rows, read_table
 
     own = {"image": args.image_csv, "video": args.video_csv, "ref": args.ref_csv}
     kinds = [kind for kind, share in stage.ratio.items() if share]
@@ -572,8 +597,6 @@ class Trainer:
     """The loop and what it keeps: model, optimizer, averaged weights, and the counters that a checkpoint holds."""
 
     def __init__(self, args, stage, ranks, model, curriculum, tables):
-        import torch
-
         if stage.batches % ranks.dp:
             raise ValueError(f"global_batch / batch is {stage.batches}, not a multiple of {ranks.dp} data-parallel ranks")
         self.args, self.stage, self.ranks, self.model = args, stage, ranks, model
@@ -590,8 +613,6 @@ class Trainer:
         self.trouble = 0  # steps skipped in a row
 
     def train(self, checkpoint):
-        from tqdm import tqdm
-
         if checkpoint:
             self.restore(checkpoint)
         for name in (signal.SIGTERM, signal.SIGINT):
@@ -629,10 +650,6 @@ class Trainer:
         self.stop = signal.Signals(number).name
 
     def loader(self):
-        import torch
-
-        from data import Pairs
-
         pairs = Pairs(self.tables, self.curriculum, self.prepare)
         order = Order(self.curriculum, self.stage, self.ranks, self.counts["step"])
         context = "fork" if self.args.workers else None  # a worker has the tokenizer of this process
@@ -648,8 +665,6 @@ class Trainer:
 
     def step(self, loader):
         """One update -> its line of metrics; None if a signal came before its end: then it leaves no trace."""
-        import torch
-
         started, stage = time.perf_counter(), self.stage
         here = stage.batches // self.ranks.dp
         loss_sum, tokens, flops, broken, paths = 0.0, 0, 0.0, [], []
@@ -688,11 +703,6 @@ class Trainer:
 
     def loss(self, batch):
         """The mean loss of a batch and the number of its tokens in the DiT."""
-        import torch
-
-        from data import pad_reference
-        from model import FlowMatch
-
         flow, model, device = FlowMatch(self.stage.shift), self.model, self.ranks.device
         draws = [draw(self.args.seed, number, flow, model.config.dit.bf16_timesteps) for number in batch["numbers"]]
         with torch.no_grad():
@@ -717,7 +727,6 @@ class Trainer:
             self.counts["updates"] += 1
             self.trouble = 0
             if self.ema:
-                import torch
 
                 torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.trained.values()], 1 - self.stage.ema)
         else:
@@ -745,8 +754,6 @@ class Trainer:
 
     def optimizer_state(self):
         """The moments of AdamW by parameter name; before the first update zeros."""
-        import torch
-
         moments = {}
         for name, p in self.trained.items():
             state = self.optimizer.state[p]
@@ -757,8 +764,6 @@ class Trainer:
 
     def restore(self, checkpoint):
         """Counters, moments and averaged weights; the weights themselves are loaded with the model."""
-        import torch.distributed.checkpoint as dcp
-
         self.counts.update(read_json(checkpoint / "train.json")["counts"])
         state = {"optimizer": self.optimizer_state(), "ema": self.ema}
         dcp.load(state, checkpoint_id=checkpoint / "state")
@@ -767,10 +772,6 @@ class Trainer:
 
     def sample(self, step):
         """Edit the first row of each table, and write source, edit and target side by side."""
-        import torch
-
-        from data import bucket, measure_row, read_frames, read_image, write_image, write_video
-
         self.model.eval()
         for kind, rows in self.tables.items():
             row = rows[0]
@@ -789,7 +790,6 @@ class Trainer:
 
 def gathered_root(model):
     """Parts of a sharded model are about to be called one by one: gather what lies outside of the blocks."""
-    from contextlib import contextmanager
 
     @contextmanager
     def gathered():
@@ -802,7 +802,6 @@ def gathered_root(model):
 
 def draw(seed, number, flow, rounded):
     """Generator and timestep of a sample by its number: the same however the run is divided or interrupted."""
-    import torch
 
     generator = torch.Generator().manual_seed((seed << 40) + number)
     t = flow.timesteps(1000)[torch.randint(1000, (), generator=generator)]
@@ -835,7 +834,7 @@ class Checkpoints:
         if ranks.first:
             for left in [*out.glob(".step-*")]:  # of a run that was killed
                 shutil.rmtree(left)
-        ranks.dist.barrier()
+        dist.barrier()
 
     def path(self, step):
         return self.out / f"step-{step:06d}"
@@ -853,8 +852,6 @@ class Checkpoints:
 
     def whole(self, tensors):
         """Full copies in memory on the first rank, by released names; nothing on the others."""
-        from model import released_name
-
         found = {}
         for name, p in tensors.items():
             p = p.detach()
@@ -870,9 +867,6 @@ class Checkpoints:
             self.error = error
 
     def write_folder(self, path, snapshot):
-        import torch.distributed.checkpoint as dcp
-        from safetensors.torch import save_file
-
         temporary = path.with_name(f".{path.name}.tmp")
         writer = dcp.FileSystemWriter(temporary / "state")
         dcp.save(snapshot["state"], storage_writer=writer, process_group=self.ranks.background)
@@ -944,17 +938,9 @@ def open_run(args, ranks):
 
 
 def read_tensors(path):
-    from model import TensorFiles
-
     files = TensorFiles()
     files.add(path)
     return files
-
-
-def read_json(path):
-    from model import read_json
-
-    return read_json(path)
 
 
 # Watching
@@ -993,7 +979,6 @@ class Log:
 
 def cut_log(path, step):
     """Drop the lines after a step, which will be trained again, and a last one that is not whole."""
-    from data import whole_file
 
     if path.is_file():
         lines = [line for line in path.read_text().split("\n")[:-1] if json.loads(line)["step"] <= step]
@@ -1003,7 +988,6 @@ def cut_log(path, step):
 
 def write_config(args, stage, model, out):
     """What the run was asked for, resolved: config.json."""
-    from data import whole_file
 
     config = {"format": "nanokiwi run", "args": vars(args), "stage": asdict(stage), "model": asdict(model.config)}
     with whole_file(out / "config.json") as temporary:
@@ -1026,10 +1010,8 @@ def batch_flops(model, stage, batch, tokens):
 
 def machine_use(ranks, flops_s):
     """Model FLOPs utilisation and peak memory, on a GPU; on a CPU the process's peak memory alone."""
-    import torch
 
     if ranks.device.type != "cuda":
-        import resource
 
         return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "tflop_s": flops_s / 1e12}
     name = torch.cuda.get_device_name(ranks.device)
@@ -1040,7 +1022,6 @@ def machine_use(ranks, flops_s):
 
 def plot(run):
     """Draw metrics.jsonl as loss.svg."""
-    from data import whole_file
 
     path = run / "metrics.jsonl"
     if not path.is_file():
