@@ -654,8 +654,9 @@ class Trainer:
         order = Order(self.curriculum, self.stage, self.ranks, self.counts["step"])
         context = "fork" if self.args.workers else None  # a worker has the tokenizer of this process
         return torch.utils.data.DataLoader(
-            pairs, None, sampler=order, num_workers=self.args.workers, multiprocessing_context=context
-        )
+            pairs, None, sampler=order, num_workers=self.args.workers, multiprocessing_context=context,
+            worker_init_fn=leave_signals_to_the_trainer,
+        )  # fmt: skip
 
     def prepare(self, batch):
         """In a worker: what the MLLM will read."""
@@ -786,6 +787,12 @@ class Trainer:
                 path.parent.mkdir(exist_ok=True)
                 write_image(path, picture[0]) if kind == "image" else write_video(path, picture, 15)
         self.model.train()
+
+
+def leave_signals_to_the_trainer(worker):
+    """torchrun and Ctrl-C signal workers too; they are needed until the trainer has stopped."""
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
 
 
 def gathered_root(model):
