@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import random
 import resource
 import shutil
 import signal
@@ -145,6 +146,8 @@ def parse_arguments(argv=None):
     add("--parallel", choices=("ddp", "fsdp"), help="how ranks share the work (default: fsdp on GPUs, ddp on CPUs)")
     add("--sp", type=int, default=1, metavar="N", help="ranks that share a sequence (Ulysses; default %(default)s)")
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute blocks in the backward")
+    add("--cache", metavar="DIR", help="take latents from here, where `python data.py cache` wrote them")
+    add("--write-cache", metavar="DIR", help="write them there, and train nothing (what `python data.py cache` calls)")
     add("--workers", type=int, default=2, help="processes a rank that decode (default %(default)s)")
     add("--max-bad", type=float, default=5.0, metavar="PERCENT", help="stop if more samples are broken (default %(default)s)")
     add("--save-every", type=int, default=500, metavar="STEPS", help="default %(default)s")
@@ -174,8 +177,8 @@ from tqdm import tqdm  # noqa: E402
 
 from connectors import connector, inject_lora  # noqa: E402
 from data import (  # noqa: E402
-    Curriculum, Mixture, Pairs, bucket, fill_buckets, find_table, measure_row, measure_rows, pad_reference, read_frames,
-    read_image, read_table, whole_file, write_image, write_video,
+    SHARD, CachedPairs, Curriculum, MediaError, Mixture, Pairs, bucket, fill_buckets, find_table, fingerprint, measure_row,
+    measure_rows, pad_reference, read_frames, read_reference, read_table, shard_path, whole_file, write_image, write_video,
 )  # fmt: skip
 from kernels import attention  # noqa: E402
 from model import (  # noqa: E402
@@ -194,6 +197,8 @@ def main(argv=None):
         checkpoint = open_run(args, ranks)
         model = load_model(args, stage, ranks, checkpoint)
         curriculum, tables = open_data(args, stage, ranks)
+        if args.write_cache:
+            return write_cache(args, stage, ranks, model, curriculum, tables)
         trainer = Trainer(args, stage, ranks, model, curriculum, tables)
         trainer.train(checkpoint)
     finally:
@@ -564,6 +569,50 @@ def open_data(args, stage, ranks):
     return Curriculum(phases), tables
 
 
+def write_cache(args, stage, ranks, model, curriculum, tables):
+    """Latents of every row at every size of the stage, and what the MLLM will see of it: 64 rows a file.
+
+    A file that is there stays: the command can be interrupted. References are shrunk once and for all.
+    """
+    folder = Path(args.write_cache)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = [(kind, shape, k, rows[k * SHARD : (k + 1) * SHARD]) for _, mixture in curriculum.phases
+              for kind, buckets in mixture.buckets.items() for shape, rows in buckets.items()
+              for k in range(-(-len(rows) // SHARD))]  # fmt: skip
+    for kind, shape, k, rows in tqdm(shards[ranks.rank :: ranks.world], desc="cache", unit="file", disable=not ranks.first):
+        path, tensors = shard_path(folder, kind, shape, k), {"": torch.zeros(0)}
+        if path.is_file():
+            continue
+        for number in rows:
+            row = tables[kind][number]
+            try:
+                target, source = (read_frames(p, shape[0], shape[1:]) for p in (row.target, row.source))
+                ref = read_reference(row.ref) if row.ref else None
+            except MediaError as error:
+                report_bad(args, ranks, 0, [(row.target, str(error))])
+                continue
+            parts = zip(("target", "source", "ref"), encode(model, stage, target, source, ref, random.Random(number).random()))
+            tensors |= {f"{number}.{name}": latents.cpu().contiguous() for name, latents in parts if latents is not None}
+            for name, frames in model.mllm.resize(source, ref)[1].items():
+                tensors[f"{number}.mllm.{name}"] = frames.contiguous()
+        with whole_file(path) as temporary:
+            save_file(tensors, temporary)
+    dist.barrier()
+    if ranks.first:
+        with whole_file(folder / "cache.json") as temporary:
+            temporary.write_text(json.dumps({"fingerprint": fingerprint(tables, stage.pixels, stage.frames)}))
+        print(folder)
+
+
+def fits_cache(args, stage, tables):
+    """ValueError unless the cache was written for these tables and sizes."""
+    path = Path(args.cache) / "cache.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; `python data.py cache --out {args.cache} ...` writes it")
+    if read_json(path)["fingerprint"] != fingerprint(tables, stage.pixels, stage.frames):
+        raise ValueError(f"{args.cache}: was written for other tables, pixels or frames; write another with data.py cache")
+
+
 def report_bad(args, ranks, step, broken):
     """Append broken samples, (path, reason), to the run's bad.jsonl."""
     if broken and ranks.rank % ranks.sp == 0:
@@ -650,19 +699,17 @@ class Trainer:
         self.stop = signal.Signals(number).name
 
     def loader(self):
-        pairs = Pairs(self.tables, self.curriculum, self.prepare)
+        if self.args.cache:
+            fits_cache(self.args, self.stage, self.tables)
+            pairs = CachedPairs(self.tables, self.curriculum, self.args.cache)
+        else:
+            pairs = Pairs(self.tables, self.curriculum, self.model.mllm.resize)
         order = Order(self.curriculum, self.stage, self.ranks, self.counts["step"])
         context = "fork" if self.args.workers else None  # a worker has the tokenizer of this process
         return torch.utils.data.DataLoader(
             pairs, None, sampler=order, num_workers=self.args.workers, multiprocessing_context=context,
             worker_init_fn=leave_signals_to_the_trainer,
         )  # fmt: skip
-
-    def prepare(self, batch):
-        """In a worker: what the MLLM will read."""
-        refs = batch["refs"] or [None] * len(batch["prompts"])
-        batch["requests"] = [self.model.mllm.prepare(*x) for x in zip(batch["prompts"], batch["source"], refs)]
-        return batch
 
     def step(self, loader):
         """One update -> its line of metrics; None if a signal came before its end: then it leaves no trace."""
@@ -704,22 +751,21 @@ class Trainer:
 
     def loss(self, batch):
         """The mean loss of a batch and the number of its tokens in the DiT."""
-        flow, model, device = FlowMatch(self.stage.shift), self.model, self.ranks.device
+        flow, model = FlowMatch(self.stage.shift), self.model
         draws = [draw(self.args.seed, number, flow, model.config.dit.bf16_timesteps) for number in batch["numbers"]]
-        with torch.no_grad():
-            encode = lambda clips: torch.cat([model.encode_frames(clip.to(device)) for clip in clips])
-            latents, source, ref = encode(batch["target"]), None, None
-            if self.stage.source:
-                source = encode(batch["source"])
-            if batch["refs"]:
-                low, size = self.stage.ref_shrink, batch["target"].shape[2:4]
-                shrinks = [low + (1 - low) * torch.rand((), generator=g).item() for g, _ in draws]
-                ref = encode([pad_reference(r, size, s)[None] for r, s in zip(batch["refs"], shrinks)])
-            noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g, _ in draws]).to(device)
-        t = torch.stack([t for _, t in draws]).to(device)
+        generators, t, chance = zip(*draws)
+        pictures = batch["pictures"]
+        if not self.args.cache:
+            pictures = [encode(model, self.stage, *sample, c) for sample, c in zip(pictures, chance)]
+        latents, source, ref = (
+            None if part[0] is None else torch.stack(part).to(self.ranks.device).float() for part in zip(*pictures)
+        )
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(self.ranks.device)
+        t = torch.stack(t).to(self.ranks.device)
+        requests = [model.mllm.assemble(prompt, *seen) for prompt, seen in zip(batch["prompts"], batch["visuals"])]
         frames = latents.shape[2] + (0 if ref is None else ref.shape[2])
         tokens = len(latents) * frames * math.prod(model.dit.grid(latents)[1:])
-        return self.module(batch["requests"], latents.float(), t, source, ref, noise, flow), tokens
+        return self.module(requests, latents, t, source if self.stage.source else None, ref, noise, flow), tokens
 
     def update(self, norm, paths, batch):
         """Step the optimizer, unless the gradient is not finite."""
@@ -778,7 +824,7 @@ class Trainer:
             row = rows[0]
             shape = bucket(measure_row(row, kind == "image"), self.stage.frames, self.stage.pixels[0])
             source, target = (read_frames(path, shape[0], shape[1:]) for path in (row.source, row.target))
-            ref = read_image(row.ref) if row.ref else None
+            ref = read_reference(row.ref) if row.ref else None
             with torch.no_grad(), gathered_root(self.model):
                 edited = self.model.edit(source, row.prompt, ref, self.args.sample_steps, shift=self.stage.shift)
             if self.ranks.first:
@@ -807,12 +853,21 @@ def gathered_root(model):
     return gathered() if hasattr(model, "unshard") else nullcontext()
 
 
-def draw(seed, number, flow, rounded):
-    """Generator and timestep of a sample by its number: the same however the run is divided or interrupted."""
+@torch.no_grad()
+def encode(model, stage, target, source, ref, chance):
+    """Latents (C, T, h, w) of target, source and reference. The reference is shrunk by a factor between the stage's
+    `ref_shrink` and 1, as `chance` in [0, 1) has it, and centred on white."""
+    if ref is not None:
+        ref = pad_reference(ref, target.shape[1:3], stage.ref_shrink + (1 - stage.ref_shrink) * chance)[None]
+    device = model.vae.conv1.weight.device
+    return tuple(None if x is None else model.encode_frames(x.to(device))[0] for x in (target, source, ref))
 
+
+def draw(seed, number, flow, rounded):
+    """Generator of the noise, timestep and a number in [0, 1) of a sample: the same however the run is divided."""
     generator = torch.Generator().manual_seed((seed << 40) + number)
     t = flow.timesteps(1000)[torch.randint(1000, (), generator=generator)]
-    return generator, t.bfloat16().float() if rounded else t
+    return generator, t.bfloat16().float() if rounded else t, torch.rand((), generator=generator).item()
 
 
 def learning_rate(stage, step):
