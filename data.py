@@ -49,10 +49,10 @@ def parse_arguments(argv=None):
 if __name__ == "__main__":
     parse_arguments()  # --help answers before torch is there
 
-import av  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
 
 GRID = 32  # pixels: the VAE's stride 16 (or 8) times the DiT's patch 2, and what every Kiwi-Edit size is floored to
 MAX_PIXELS = 720 * 1280
@@ -648,7 +648,8 @@ class CachedPairs(Pairs):
         tensors = read_shard(self.folder, kind, shape, place // SHARD, number)
         if not tensors:
             raise MediaError(f"{row.target}: could not be read when the cache was written")
-        visuals = {name[5:]: value for name, value in tensors.items() if name.startswith("mllm.")}
+        seen = {name.removeprefix("mllm."): value for name, value in tensors.items() if name.startswith("mllm.")}
+        visuals = {"source": seen.pop("source"), **seen}  # the request has them in this order
         mode = "ref" if row.ref else "image" if kind == "image" or shape[0] == 1 else "video"
         return tuple(tensors.get(name) for name in ("target", "source", "ref")), (mode, visuals)
 
@@ -667,7 +668,7 @@ def read_shard(folder, kind, shape, shard, row):
     path = shard_path(folder, kind, shape, shard)
     try:
         with safe_open(path, framework="pt") as file:
-            return {k.split(".", 1)[1]: file.get_tensor(k) for k in file.keys() if k.split(".", 1)[0] == str(row)}
+            return {k.split(".", 1)[1]: file.get_tensor(k) for k in file.keys() if k.startswith(f"{row}.")}  # noqa: SIM118
     except (SafetensorError, FileNotFoundError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); write it again with data.py cache") from None
 

@@ -165,23 +165,23 @@ def parse_arguments(argv=None):
 if __name__ == "__main__":
     parse_arguments()  # --help and slips of the pen answer before torch is there
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.distributed.checkpoint as dcp  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from torch.distributed.device_mesh import init_device_mesh  # noqa: E402
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: E402
-from torch.nn.parallel import DistributedDataParallel  # noqa: E402
-from torch.utils.checkpoint import checkpoint as recomputed  # noqa: E402
-from tqdm import tqdm  # noqa: E402
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recomputed
+from tqdm import tqdm
 
-from connectors import connector, inject_lora  # noqa: E402
-from data import (  # noqa: E402
+from connectors import connector, inject_lora
+from data import (
     SHARD, CachedPairs, Curriculum, MediaError, Mixture, Pairs, bucket, fill_buckets, find_table, fingerprint, measure_row,
     measure_rows, pad_reference, read_frames, read_reference, read_table, shard_path, whole_file, write_image, write_video,
 )  # fmt: skip
-from kernels import attention  # noqa: E402
-from model import (  # noqa: E402
+from kernels import attention
+from model import (
     PRESETS, WAN_BASE, FlowMatch, KiwiEdit, PatchEmbedder, TensorFiles, listed, load_weights, local_path,
     meta_parameters, mllm_sizes, read_json, read_weights, released_name,
 )  # fmt: skip
