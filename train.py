@@ -197,6 +197,8 @@ def main(argv=None):
         checkpoint = open_run(args, ranks)
         model = load_model(args, stage, ranks, checkpoint)
         curriculum, tables = open_data(args, stage, ranks)
+        if args.dry_run:
+            return describe(args, stage, ranks, model, curriculum)
         if args.write_cache:
             return write_cache(args, stage, ranks, model, curriculum, tables)
         trainer = Trainer(args, stage, ranks, model, curriculum, tables)
@@ -257,7 +259,7 @@ class Ranks:
 
     def __init__(self, args):
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        on_gpu = torch.cuda.is_available()
+        on_gpu = torch.cuda.is_available() and not args.dry_run
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu")
         if on_gpu:
             torch.cuda.set_device(self.device)
@@ -414,14 +416,17 @@ def load_model(args, stage, ranks, checkpoint):
         model = KiwiEdit(with_model_settings(config, args.set))
     files.device = ranks.device
     torch.manual_seed(args.seed)  # of what the weights lack
-    begin_additions(model, load_weights(model, files, partial=True, device=ranks.device), ranks.device)
+    if not args.dry_run:
+        begin_additions(model, load_weights(model, files, partial=True, device=ranks.device), ranks.device)
     if not has_lora(model.mllm):
         inject_lora(model.mllm.model.language_model, stage.lora_rank, stage.lora_targets)
     if stage.dit_lora_rank and not has_lora(model.dit):
         inject_lora(model.dit, stage.dit_lora_rank, ("q", "k", "v", "o", "ffn.0", "ffn.2"))
-    if checkpoint:
+    if checkpoint and not args.dry_run:
         load_weights(model, read_tensors(checkpoint / "weights.safetensors"), partial=True)
     choose_trained(model, stage)
+    if args.dry_run:
+        return model
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else ranks.dtype)
     if args.stage > 1 and not model.mllm.connector[2].weight.any() and ranks.first:
@@ -435,10 +440,11 @@ def read_start(args, ranks):
 
     out = Path(args.out)
     if args.init == "random":
+        config = replace(PRESETS[args.config], mllm=replace(PRESETS[args.config].mllm, folder=str(local_path(args.qwen))))
+        if args.dry_run:
+            return config, TensorFiles()
         if not (out / "init").exists() and ranks.first:
             torch.manual_seed(args.seed)
-            config = PRESETS[args.config]
-            config = replace(config, mllm=replace(config.mllm, folder=str(local_path(args.qwen))))
             KiwiEdit(with_model_settings(config, args.set)).save(out / "init")
         dist.barrier()
         return read_weights(out / "init")
@@ -529,7 +535,7 @@ def parallelise(model, args, ranks):
         for block in trained:
             block.forward = partial(recomputed, block.forward, use_reentrant=False)
     if ranks.parallel == "ddp":
-        return DistributedDataParallel(model) if ranks.world > 1 else model
+        return DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks.world > 1 else model
     policy = MixedPrecisionPolicy(param_dtype=ranks.dtype, reduce_dtype=trained_dtype(model), cast_forward_inputs=False)
     for block in trained:
         fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
@@ -615,7 +621,7 @@ def fits_cache(args, stage, tables):
 
 def report_bad(args, ranks, step, broken):
     """Append broken samples, (path, reason), to the run's bad.jsonl."""
-    if broken and ranks.rank % ranks.sp == 0:
+    if broken and not args.dry_run and ranks.rank % ranks.sp == 0:
         with (Path(args.out) / "bad.jsonl").open("a") as file:
             file.write("".join(json.dumps({"step": step, "path": p, "reason": r}) + "\n" for p, r in broken))
 
@@ -664,8 +670,14 @@ class Trainer:
     def train(self, checkpoint):
         if checkpoint:
             self.restore(checkpoint)
-        for name in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(name, self.ask_to_stop)
+        before = {name: signal.signal(name, self.ask_to_stop) for name in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            self.loop(checkpoint)
+        finally:
+            for name, handler in before.items():
+                signal.signal(name, handler)
+
+    def loop(self, checkpoint):
         out, stage, counts = Path(self.args.out), self.stage, self.counts
         if self.ranks.first:
             write_config(self.args, stage, self.model, out)
@@ -985,7 +997,7 @@ def open_run(args, ranks):
     out = Path(args.out)
     found = None
     if ranks.first:
-        out.mkdir(parents=True, exist_ok=True)
+        args.dry_run or out.mkdir(parents=True, exist_ok=True)
         found = valid_checkpoints(out)
         found = found[-1] if found else None
     found = ranks.from_first(found)
@@ -1080,6 +1092,68 @@ def machine_use(ranks, flops_s):
     peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
     use = {"memory_gib": torch.cuda.max_memory_allocated(ranks.device) / 2**30, "tflop_s": flops_s / 1e12}
     return use | ({"mfu": flops_s / ranks.world / peak} if peak else {})
+
+
+def describe(args, stage, ranks, model, curriculum):
+    """--dry-run: the stage, the sizes, the memory a rank will need, the shapes of the first batches."""
+    print(f"stage {args.stage} ({args.preset}): " + ", ".join(f"{k} {v}" for k, v in asdict(stage).items()))
+    parts = {"dit": model.dit, "mllm": model.mllm, "vae": model.vae, "embedders": torch.nn.ModuleList(model.embedders())}
+    for name, part in parts.items():
+        counts = [sum(p.numel() for p in part.parameters() if p.requires_grad == wanted) / 1e6 for wanted in (True, False)]
+        print(f"  {name:<10} {counts[0]:10.1f} M trained {counts[1]:10.1f} M frozen")
+    dp = ranks.dp
+    print(f"one update: {stage.global_batch} samples = {stage.batches // dp} forwards of {stage.batch} on {dp} data-parallel ranks")
+    shapes = {}
+    for n in range(min(stage.batches, 4096)):
+        _, kind, shape, _ = curriculum[n]
+        shapes[kind, shape] = shapes.get((kind, shape), 0) + 1
+    for (kind, (frames, height, width)), count in sorted(shapes.items()):
+        print(f"  {count:>6} {kind:<6} {frames} frames of {width}x{height}")
+    largest = max((shape for _, mixture in curriculum.phases for b in mixture.buckets.values() for shape in b), key=math.prod)
+    need = memory_estimate(model, stage, ranks, largest, args.checkpointing)
+    print(f"memory of a rank at {'x'.join(map(str, largest))}, {ranks.parallel} on {ranks.world}, "
+          f"{str(ranks.dtype)[6:]}: {sum(need.values()) / 2**30:.2f} GiB")  # fmt: skip
+    for name, size in need.items():
+        print(f"  {name:<12} {size / 2**30:10.2f} GiB")
+
+
+def memory_estimate(model, stage, ranks, shape, checkpointing):
+    """Bytes a rank needs, by purpose, for batches of `shape` (frames, height, width).
+
+    Activations: the input of every block, and what the backward of one block keeps inside it (of all blocks without
+    checkpointing), some 20 D + 4 F numbers a token with its gradients; the same for the language model.
+    """
+    size = torch.empty(0, dtype=ranks.dtype).element_size()
+    share = ranks.world if ranks.parallel == "fsdp" else 1
+    vae = sum(p.numel() for p in model.vae.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained - vae
+    blocks = [*model.dit.blocks, *model.mllm.model.language_model.layers]
+    sizes = sorted((sum(p.numel() for p in block.parameters()) for block in blocks), reverse=True)
+    gathered = (trained + frozen - sum(sizes) + sum(sizes[:2])) * size if ranks.parallel == "fsdp" else 0
+    c, (frames, height, width) = model.config.dit, shape
+    stride = model.config.vae.space_stride * c.patch_size[1]
+    tokens = stage.batch * (model.config.vae.latent_frames(frames) + (stage.ref > 0)) * height * width // stride**2 / ranks.sp
+    text = model.mllm.model.config.text_config
+    seen = max(model.mllm.num_queries.values()) + request_tokens(model.mllm, shape)
+    inside = [tokens * (20 * c.dim + 4 * c.ffn_dim), seen * (20 * text.hidden_size + 6 * text.intermediate_size)]
+    kept = [tokens * c.dim * c.num_layers, stage.batch * seen * text.hidden_size * text.num_hidden_layers]
+    if not checkpointing:
+        kept = [inside[0] * c.num_layers * 0.6, stage.batch * inside[1] * text.num_hidden_layers * 0.6]
+    return {
+        "weights": 4 * trained / share + size * (frozen / share + vae), "gathered": gathered,
+        "gradients": 4 * trained / share, "moments": 8 * trained / share, "average": 4 * trained / share * (stage.ema > 0),
+        "activations": (sum(kept) + max(inside)) * size,
+    }  # fmt: skip
+
+
+def request_tokens(mllm, shape):
+    """Visual tokens of a source of `shape`."""
+    frames, height, width = shape
+    mode = "image" if frames == 1 else "video"
+    blank = torch.zeros(1, height, width, 3, dtype=torch.uint8)
+    h, w = mllm.resize_source(blank, mode).shape[1:3]
+    return -(-min(frames, mllm.config.max_frames) // 2) * (h // 28) * (w // 28)
 
 
 def plot(run):
