@@ -263,7 +263,9 @@ class Ranks:
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu")
         if on_gpu:
             torch.cuda.set_device(self.device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **alone)
+        self.ours = not dist.is_initialized()  # who calls `main` several times may keep one group for all
+        if self.ours:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **alone)
         self.rank, self.world, self.sp = dist.get_rank(), dist.get_world_size(), args.sp
         if self.world % self.sp:
             raise ValueError(f"--sp {self.sp} does not divide the {self.world} processes")
@@ -307,7 +309,8 @@ class Ranks:
         return [value for box in boxes for value in box]
 
     def leave(self):
-        dist.destroy_process_group()
+        if self.ours:
+            dist.destroy_process_group()
 
 
 class Ulysses:
