@@ -1145,7 +1145,7 @@ def test_what_a_stage_saves_has_exactly_the_released_names_and_shapes(tmp_path, 
 
 
 def test_ddp_fsdp_and_sequence_parallelism_give_the_losses_of_one_process_and_resume_on_another_number(tmp_path, lesson):
-    short, long = ["steps=6", "pixels=4096,6144"], ["steps=20", "pixels=4096,6144", "ema=0.9"]
+    short, long = ["steps=3", "pixels=4096,6144"], ["steps=20", "pixels=4096,6144", "ema=0.9"]
     train.main(lessons(lesson, tmp_path / "one", "--save-every", "13", settings=long))
     runs = [lessons(lesson, tmp_path / name, "--save-every", "13", *flags, settings=settings) for name, flags, settings in (
         ("ddp", [], long), ("fsdp", ["--parallel", "fsdp"], long), ("sp", ["--sp", "2"], short),
@@ -1183,7 +1183,7 @@ def test_a_run_killed_at_any_point_goes_on_to_the_same_weights_bit_for_bit(tmp_p
         while process.poll() is None and not ((out / "metrics.jsonl").exists() and len(losses_so_far(out)) > before):
             time.sleep(0.01)
         time.sleep(dice.random() * 0.3)
-        if process.poll() is not None or kills == 4:
+        if process.poll() is not None or kills == 3:
             break
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -1294,7 +1294,7 @@ def test_a_full_disk_is_one_clear_line_and_leaves_no_half_checkpoint(tmp_path, l
 def test_a_dry_run_writes_nothing_and_a_plot_shows_the_losses(tmp_path, lesson, capsys):
     train.main(lessons(lesson, tmp_path / "run", "--dry-run"))
     said = capsys.readouterr().out
-    assert "M trained" in said and "9 frames of 96x64" in said and "GiB" in said and not (tmp_path / "run").exists()
+    assert "M trained" in said and "frames of 64x64" in said and "GiB" in said and not (tmp_path / "run").exists()
     flags = ["--sample-every", "2", "--sample-steps", "1"]
     train.main(lessons(lesson, tmp_path / "run", *flags, settings=["steps=2"]))
     train.main(["--plot", str(tmp_path / "run")])

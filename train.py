@@ -566,7 +566,8 @@ def open_data(args, stage, ranks):
         measured = measure_rows([rows[i] for i in mine], kind == "image")
         shapes[kind] = [shape for _, shape in sorted(ranks.gathered(list(zip(mine, measured))), key=lambda x: x[0])]
         broken = [(rows[i].target, shape) for i, shape in enumerate(shapes[kind]) if isinstance(shape, str)]
-        report_bad(args, ranks, 0, broken)
+        if ranks.first and not (Path(args.out) / "metrics.jsonl").exists():  # a run that resumes has logged them
+            report_bad(args, ranks, 0, broken)
         if 100 * len(broken) > args.max_bad * len(rows):
             raise ValueError(f"{len(broken)} of {len(rows)} {kind} rows cannot be read (--max-bad {args.max_bad:g}); "
                              f"the first: {broken[0][1]}")  # fmt: skip
@@ -609,7 +610,7 @@ def write_cache(args, stage, ranks, model, curriculum, tables):
     dist.barrier()
     if ranks.first:
         with whole_file(folder / "cache.json") as temporary:
-            temporary.write_text(json.dumps({"fingerprint": fingerprint(tables, stage.pixels, stage.frames)}))
+            temporary.write_text(json.dumps({"fingerprint": fingerprint(tables, stage.pixels, stage.frames, stage.source)}))
         print(folder)
 
 
@@ -618,7 +619,7 @@ def fits_cache(args, stage, tables):
     path = Path(args.cache) / "cache.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; `python data.py cache --out {args.cache} ...` writes it")
-    if read_json(path)["fingerprint"] != fingerprint(tables, stage.pixels, stage.frames):
+    if read_json(path)["fingerprint"] != fingerprint(tables, stage.pixels, stage.frames, stage.source):
         raise ValueError(f"{args.cache}: was written for other tables, pixels or frames; write another with data.py cache")
 
 
