@@ -95,7 +95,12 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with RMSNorm of q and k over the full width D, as in Wan."""
+    """Multi-head attention with RMSNorm of q and k over the full width D, as in Wan.
+
+    `attend`: what mixes the tokens; several ranks that share a sequence put their own there (train.py, `Ulysses`).
+    """
+
+    attend = staticmethod(attention)
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -115,7 +120,7 @@ class Attention(nn.Module):
     def forward(self, x, keys_values, rope=None):
         """Queries from x (B, N, D), keys and values from `keys_values` -> (B, N, D)."""
         q = rms_norm_rope(self.q(x), self.norm_q.weight, rope, self.num_heads, self.eps)
-        return self.o(attention(q, *keys_values).flatten(2))
+        return self.o(self.attend(q, *keys_values).flatten(2))
 
 
 class Block(nn.Module):

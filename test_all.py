@@ -7,10 +7,13 @@ skips aloud without them. diffusers, a second witness of the same architecture, 
 import ast
 import functools
 import importlib
+import csv
 import json
 import os
+import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,24 +26,25 @@ import av
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: the kernels run here too, interpreted
 
+import data
 import kernels
 import sample
+import train
 from connectors import (
     MLLMConfig, MLLMEncoder, fit_pixels, inject_lora, lora_state_dict, merge_lora, sample_frames, video_frame_sizes,
 )  # fmt: skip
 from data import (
-    MediaError, fit_frames, pad_reference, read_clip, read_image, usable_frames, whole_file, working_size, write_image,
-    write_video,
+    Curriculum, MediaError, Mixture, Pairs, bucket, fit_frames, measure_rows, pad_reference, read_clip, read_image,
+    read_table, usable_frames, whole_file, working_size, write_image, write_video,
 )  # fmt: skip
 from dit import DiT, DiTConfig, rope_3d
 from kernels.bench import diffusers_dit, diffusers_vae, diffusers_vae_name, table
-from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit, load_weights, meta_parameters, our_name
+from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit, load_weights, our_name, released_name
 from vae import VAE, VAEConfig
 
 HOUSE = Path(__file__).parent
@@ -139,7 +143,13 @@ def test_the_readme_s_figures_are_those_of_the_committed_benchmark():
     assert quoted >= 3
 
 
-@pytest.mark.parametrize("name", ["sample.py"])
+@pytest.mark.parametrize("line", readme_commands("train.py"))
+def test_the_readme_s_train_commands_parse(line):
+    words = shlex.split(line, comments=True)
+    train.parse_arguments(words[words.index("train.py") + 1 :])
+
+
+@pytest.mark.parametrize("name", ["sample.py", "train.py"])
 def test_every_flag_of_a_command_is_read(name):
     text = (HOUSE / name).read_text()
     flags = re.findall(r'add\((?:"-\w", )?"--([\w-]+)"', text)
@@ -634,6 +644,85 @@ def test_a_file_is_whole_or_absent(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_mixture_gives_each_row_once_an_epoch_in_the_ratio_asked_for_and_has_no_state():
+    buckets = {"image": {(1, 64, 64): list(range(10)), (1, 64, 96): [10, 11, 12]}, "video": {(9, 64, 64): list(range(5))}}
+    mixture = Mixture(buckets, {"image": 2, "video": 1, "ref": 0}, 2, seed=3)
+    batches = [mixture[n] for n in range(300)]
+    assert [kind for kind, *_ in batches[:6]] == ["image", "video", "image"] * 2
+    seen = [row for kind, _, rows in batches if kind == "image" for row in rows]
+    for row in range(13):  # 400 samples are 30.8 epochs; buckets of an odd size cut their batches across epochs
+        assert 29 <= seen.count(row) <= 32
+    assert sorted(seen[:26]) != sorted(range(13)) * 2 or sorted(seen[:26]) == sorted([*range(13)] * 2)
+    again = Mixture(buckets, {"image": 2, "video": 1}, 2, seed=3)
+    assert [again[n] for n in (299, 7, 100)] == [batches[n] for n in (299, 7, 100)]
+    assert [Mixture(buckets, {"image": 2, "video": 1}, 2, seed=4)[n] for n in range(9)] != batches[:9]
+
+
+def write_table(path, rows, ref=False):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["src_video", "tgt_video", "prompt", *["ref_image"] * ref], *rows])
+    return path
+
+
+def test_a_broken_sample_is_replaced_by_the_next_of_its_shape_and_reported(tmp_path):
+    for name in ("a.mp4", "b.mp4", "c.mp4"):
+        write_clip(tmp_path / name, moving_picture(9, 64, 64))
+    rows = read_table(write_table(tmp_path / "video.csv", [[n, n, "Mirror it."] for n in ("a.mp4", "b.mp4", "c.mp4")]), "video")
+    assert measure_rows(rows, still=False) == [(9, 64, 64)] * 3
+    mixture = Mixture({"video": {(9, 64, 64): [0, 1, 2]}}, {"video": 1}, 3, seed=0)
+    (tmp_path / "b.mp4").write_bytes((tmp_path / "b.mp4").read_bytes()[:900])
+    batch = Pairs({"video": rows}, Curriculum([(0, mixture)]), lambda source, ref: None)[0]
+    order = ["abc"[row] for row in mixture[0][2]]
+    assert [Path(p).stem for p in batch["paths"]] == ["c" if name == "b" else name for name in order]
+    assert [Path(path).name for path, _ in batch["bad"]] == ["b.mp4"] and "b.mp4" in batch["bad"][0][1]
+    for name in "ac":
+        (tmp_path / f"{name}.mp4").unlink()
+    assert "none of the 3" in Pairs({"video": rows}, Curriculum([(0, mixture)]), None)[0]["fatal"]
+
+
+@pytest.mark.parametrize("text, says", [
+    ("src_video,prompt\na.png,x\n", "no column tgt_video"), ("src_video,tgt_video,prompt\n", "has no rows"),
+    ("src_video,tgt_video,prompt\na.png,,x\n", "line 2: an empty field"), ("", "no column src_video"),
+    ("src_video,tgt_video,prompt\na.png,../../etc/passwd,x\n", "is outside of"),
+])  # fmt: skip
+def test_a_bad_table_is_refused_with_its_line(tmp_path, text, says):
+    (tmp_path / "image.csv").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        read_table(tmp_path / "image.csv", "image")
+
+
+def test_parquet_with_reference_bytes_gives_the_rows_that_a_csv_gives(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    write_image(tmp_path / "ref.png", moving_picture(1, 50, 40)[0])
+    content = (tmp_path / "ref.png").read_bytes()
+    columns = {"iid": ["1", "2", "3"], "prompt": ["x"] * 3, "src_video": ["a.mp4"] * 3, "tgt_video": ["b.mp4"] * 3,
+               "ref_image_bytes": [content, None, content]}  # fmt: skip
+    parquet.write_table(pyarrow.table(columns), tmp_path / "ref.parquet", row_group_size=2)
+    rows = read_table(tmp_path / "ref.parquet", "ref")
+    assert [row.source for row in rows] == [str(tmp_path / "a.mp4")] * 3
+    assert torch.equal(data.read_reference(rows[2].ref), moving_picture(1, 50, 40)[0])
+    with pytest.raises(MediaError, match="row 1 of group 0: has no ref_image_bytes"):
+        data.read_reference(rows[1].ref)
+
+
+def test_large_clips_share_a_few_shapes_and_small_ones_keep_theirs():
+    assert bucket((100, 480, 832), 81, 720 * 1280) == (81, 480, 832)
+    assert bucket((50, 1080, 1920), 81, 360_000) == bucket((49, 1070, 1930), 81, 360_000) == (49, 448, 800)
+
+
+def test_check_names_what_is_wrong_with_a_table(tmp_path, capsys):
+    write_clip(tmp_path / "a.mp4", moving_picture(9, 64, 64))
+    write_clip(tmp_path / "b.mp4", moving_picture(7, 64, 96))
+    (tmp_path / "c.mp4").write_text("no clip")
+    pairs = [["a.mp4", "a.mp4", "x"], ["a.mp4", "b.mp4", "x"], ["a.mp4", "c.mp4", "x"]]
+    with pytest.raises(SystemExit, match="2 rows have faults"):
+        data.main(["check", str(write_table(tmp_path / "video.csv", pairs))])
+    said = capsys.readouterr()
+    said = said.out + said.err
+    for words in ("b.mp4: has 7 frames, its source 9", "crops will not match", "c.mp4: cannot be decoded", "3 rows, 2 with faults"):
+        assert words in said
+
+
 # ------------------------------------------------------------------------------------------------ model.py
 
 
@@ -1056,3 +1145,256 @@ def test_an_interrupted_run_leaves_no_file(tmp_path, small_weights):
     process.send_signal(signal.SIGINT)
     assert process.wait(60) != 0 and "interrupted" in process.stderr.read()
     assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
+
+
+# ------------------------------------------------------------------------------------------------ train.py
+
+
+@pytest.fixture(scope="session")
+def lesson(tmp_path_factory, qwen_folder):
+    """A data set of some tiny pairs of every kind, and weights of a tiny model with two heads."""
+    folder = tmp_path_factory.mktemp("lesson")
+    tables = {"image.csv": [], "video.csv": [], "ref_video.csv": []}
+    for name, rows in tables.items():
+        for i in range(5):
+            frames = moving_picture(1 if name == "image.csv" else 5 + 4 * (i % 2), 64, 64 + 32 * (i % 3 == 0))
+            files = [f"{name[:-4]}_{i}_{part}.{'png' if len(frames) == 1 else 'mp4'}" for part in ("src", "tgt")]
+            for file, pixels in zip(files, (frames, 255 - frames)):
+                write_image(folder / file, pixels[0]) if len(frames) == 1 else write_video(folder / file, pixels, 8)
+            write_image(folder / f"ref_{i}.png", frames[0, : 40 + 7 * i])
+            rows.append([*files, f"Invert it, {i}.", *[f"ref_{i}.png"] * (name == "ref_video.csv")])
+        write_table(folder / name, rows, ref=name == "ref_video.csv")
+    torch.manual_seed(0)
+    mllm = MLLMConfig(str(qwen_folder), 48, 4, 4, 4, max_ref_tokens=4, max_pixels=64 * 64)
+    dit = tiny_dit(dim=48, ffn_dim=48, num_heads=2, in_dim=48, out_dim=48)
+    model = KiwiEdit(KiwiConfig(dit, VAEConfig(dim=4, dec_dim=4, z_dim=48, num_res_blocks=1), mllm))
+    randomise(model, 0.5).save(folder / "weights")
+    return folder
+
+
+SMALL = ["global_batch=4", "pixels=6144", "frames=9", "warmup=0", "lr=1e-3", "lora_rank=2"]
+
+
+def lessons(lesson, out, *flags, stage=3, weights="weights", settings=()):
+    """The command line of a small run."""
+    words = ["--stage", stage, "--data", lesson, "--out", out, "--weights", lesson / weights, "--workers", 0, *flags]
+    return [*map(str, words), "--set", *SMALL, *settings]
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def part_of(name):
+    if ".lora_" in name:
+        return "lora"
+    if name.startswith("dit."):
+        return "text_embedding" if ".text_embedding." in name else "dit"
+    return ".".join(name.split(".")[: 2 if name.startswith("mllm.") else 1])
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_step_changes_exactly_the_parameters_that_the_stage_trains(tmp_path, lesson, preset, stage):
+    args = train.parse_arguments(lessons(lesson, tmp_path, "--preset", preset, stage=stage, settings=["global_batch=6"]))
+    chosen = train.choose_stage(args)
+    ranks = train.Ranks(args)
+    try:
+        model = train.load_model(args, chosen, ranks, None)
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:  # zero at first, and then A would have no gradient
+                torch.nn.init.normal_(parameter)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        trainer = train.Trainer(args, chosen, ranks, model, *train.open_data(args, chosen, ranks))
+        assert trainer.step(iter(trainer.loader()))["skipped"] == 0
+    finally:
+        ranks.leave()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    expected = {"lora", "mllm.image_queries", "mllm.connector"}
+    expected |= {"mllm.video_queries", "dit", "source_embedder"} if stage > 1 else set()
+    expected |= {"mllm.ref_queries", "mllm.ref_connector", "ref_embedder"} if stage > 2 else set()
+    assert changed == {name for name in before if part_of(name) in expected}
+
+
+@golden
+@pytest.mark.parametrize("config, stage", [("5b", 1), ("5b", 2), ("5b", 3), ("14b", 1), ("14b", 2)])
+def test_what_a_stage_saves_has_exactly_the_released_names_and_shapes(tmp_path, real_qwen_folder, config, stage):
+    name = f"wan2{'2_5b' if config == '5b' else '1_14b'}"
+    args = train.parse_arguments(["--config", name, "--stage", str(stage), "--preset", "released", "--init", "random",
+                                  "--qwen", str(real_qwen_folder), "--out", str(tmp_path), "--dry-run"])  # fmt: skip
+    chosen = train.choose_stage(args)
+    ranks = train.Ranks(args)
+    try:
+        with torch.device("meta"):
+            model = train.load_model(args, chosen, ranks, None)
+    finally:
+        ranks.leave()
+    saved = {released_name(n): tuple(p.shape) for n, p in model.named_parameters() if train.belongs(n, chosen)}
+    assert saved == {n: tuple(t.shape) for n, t in manifest(f"trainable_{config}_stage{stage}").items()}
+    assert all(our_name(released_name(n)) == n for n, _ in model.named_parameters())
+
+
+def test_ddp_fsdp_and_sequence_parallelism_give_the_losses_of_one_process_and_resume_on_another_number(tmp_path, lesson):
+    short, long = ["steps=3", "pixels=4096,6144"], ["steps=20", "pixels=4096,6144", "ema=0.9"]
+    train.main(lessons(lesson, tmp_path / "one", "--save-every", "13", settings=long))
+    runs = [lessons(lesson, tmp_path / name, "--save-every", "13", *flags, settings=settings) for name, flags, settings in (
+        ("ddp", [], long), ("fsdp", ["--parallel", "fsdp"], long), ("sp", ["--sp", "2"], short),
+        ("half", ["--sp", "2", "--parallel", "fsdp", "--dtype", "bfloat16"], short))]  # fmt: skip
+    (tmp_path / "all.py").write_text(f"import sys\nsys.path.insert(0, {str(HOUSE)!r})\nimport train\n"
+                                     f"train.dist.init_process_group('gloo')\nfor words in {runs!r}:\n    train.main(words)\n"
+                                     "train.dist.destroy_process_group()\n")  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "all.py")]
+    done = subprocess.run(torchrun, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=150)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = torch.tensor(losses(tmp_path / "one"))
+    for name in ("ddp", "fsdp"):
+        assert len(losses(tmp_path / name)) == 20 and close(torch.tensor(losses(tmp_path / name)), one, 1e-5), name
+    train.main(lessons(lesson, tmp_path / "short", settings=short))
+    short_one = torch.tensor(losses(tmp_path / "short"))
+    assert close(torch.tensor(losses(tmp_path / "sp")), short_one, 1e-5)
+    assert close(torch.tensor(losses(tmp_path / "half")), short_one, 3e-2)
+    shutil.rmtree(tmp_path / "fsdp" / "step-000020")
+    train.main(lessons(lesson, tmp_path / "fsdp", "--resume", "auto", settings=long))  # 7 more steps on one process
+    assert close(torch.tensor(losses(tmp_path / "fsdp")), one, 1e-5)
+    for name in ("weights", "ema"):
+        a, b = (load_file(tmp_path / run / "step-000020" / f"{name}.safetensors") for run in ("one", "fsdp"))
+        assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+
+
+def test_a_run_killed_at_any_point_goes_on_to_the_same_weights_bit_for_bit(tmp_path, lesson):
+    settings = ["steps=7", "pixels=4096,6144"]
+    train.main(lessons(lesson, tmp_path / "whole", settings=settings))
+    dice, kills, out = random.Random(0), 0, tmp_path / "killed"
+    while True:
+        flags = ["--resume", "auto", "--save-every", "1", "--workers", kills % 3]
+        command = [sys.executable, str(HOUSE / "train.py"), *lessons(lesson, out, *flags, settings=settings)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        before = len(losses(out)) if (out / "metrics.jsonl").exists() else 0
+        while process.poll() is None and not ((out / "metrics.jsonl").exists() and len(losses_so_far(out)) > before):
+            time.sleep(0.01)
+        time.sleep(dice.random() * 0.3)
+        if process.poll() is not None or kills == 3:
+            break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert process.wait(100) == 0, process.stderr.read()
+    assert kills and losses(out) == losses(tmp_path / "whole")
+    a, b = (load_file(run / "step-000007" / "weights.safetensors") for run in (tmp_path / "whole", out))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert sorted(p.name for p in out.iterdir() if "step" in p.name) == ["step-000005", "step-000006", "step-000007"]
+
+
+def losses_so_far(out):
+    return [line for line in (out / "metrics.jsonl").read_text().split("\n")[:-1]]
+
+
+def test_a_signal_saves_the_last_whole_step_and_exits_with_success(tmp_path, lesson):
+    command = [sys.executable, str(HOUSE / "train.py"), *lessons(lesson, tmp_path / "run", "--workers", "1")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or len(losses_so_far(tmp_path / "run")) < 2:
+        time.sleep(0.02)
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGTERM)  # the workers too, as torchrun does
+    assert process.wait(60) == 0
+    steps = len(losses(tmp_path / "run"))
+    assert f"SIGTERM: step {steps} of" in process.stdout.read()
+    assert (tmp_path / "run" / f"step-{steps:06d}" / "train.json").is_file()
+
+
+def test_each_stage_starts_from_the_one_before_and_its_checkpoint_edits(tmp_path, lesson):
+    for stage in (1, 2, 3):
+        before = f"{tmp_path}/{stage - 1}" if stage > 1 else lesson / "weights"
+        train.main(lessons(lesson, tmp_path / str(stage), "--weights", before, stage=stage, settings=["steps=1"]))
+    checkpoint = tmp_path / "3" / "step-000001" / "weights.safetensors"
+    model = KiwiEdit.from_pretrained(checkpoint, dtype=torch.float32, base=lesson / "weights")
+    assert small_edit(model).shape == (6, 32, 64, 3)
+    first, last = (load_file(tmp_path / stage / "step-000001" / "weights.safetensors") for stage in "13")
+    name = "mllm.model.model.language_model.layers.0.self_attn.q_proj.lora_B.default.weight"
+    assert first[name].any() and not torch.equal(first[name], last[name]) and first.keys() < last.keys()
+
+
+def test_a_released_training_checkpoint_goes_on_training(tmp_path, lesson, qwen_folder):
+    checkpoint = save_training_layout(small_model(qwen_folder), tmp_path, stage=2)
+    flags = ["--weights", checkpoint, "--base", tmp_path / "wan", "--qwen", tmp_path / "qwen", "--config", "nano"]
+    train.main(lessons(lesson, tmp_path / "run", *flags, settings=["steps=1"]))
+    trained, before = load_file(tmp_path / "run" / "step-000001" / "weights.safetensors"), load_file(checkpoint)
+    assert before.keys() < trained.keys()  # references are new
+    assert all((trained[k] - before[k]).abs().max() < 0.01 for k in before)
+
+
+def test_training_from_a_cache_gives_the_same_losses(tmp_path, lesson):
+    settings = ["steps=3", "ref_shrink=1"]
+    train.main(lessons(lesson, tmp_path / "plain", settings=settings))
+    train.main(lessons(lesson, tmp_path / "cache", "--write-cache", tmp_path / "cache", settings=settings))
+    train.main(lessons(lesson, tmp_path / "run", "--cache", tmp_path / "cache", settings=settings))
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain")
+    with pytest.raises(ValueError, match="written for other tables, pixels or frames"):
+        train.main(lessons(lesson, tmp_path / "other", "--cache", tmp_path / "cache", settings=["steps=1", "frames=5"]))
+
+
+def test_broken_samples_are_logged_and_too_many_stop_the_run(tmp_path, lesson):
+    for file in lesson.glob("*.*"):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "video_1_tgt.mp4").write_bytes((tmp_path / "video_1_tgt.mp4").read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"1 of 5 video rows cannot be read \(--max-bad 5\).*video_1_tgt"):
+        train.main(lessons(lesson, tmp_path / "run", "--data", tmp_path))
+    train.main(lessons(lesson, tmp_path / "run2", "--data", tmp_path, "--max-bad", "30", settings=["steps=2"]))
+    line = json.loads((tmp_path / "run2" / "bad.jsonl").read_text())
+    assert line["path"].endswith("video_1_tgt.mp4") and "cannot be decoded" in line["reason"]
+
+
+def test_a_diverged_run_skips_steps_and_stops_with_the_sample(tmp_path, lesson, capsys):
+    with pytest.raises(ValueError, match=r"5 steps in a row were skipped.*_tgt\.(png|mp4)"):
+        train.main(lessons(lesson, tmp_path / "run", settings=["lr=1e30", "weight_decay=0"]))
+    assert "skipped: its gradient is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--set", "speed=2"], "Stage has no 'speed'; it has"), (["--set", "steps=many"], "not of the kind"),
+    (["--set", "schedule=never"], "expected constant, cosine or linear"), (["--sp", "2"], "does not divide the 1 processes"),
+    (["--weights", "nowhere"], "no such file or folder"), (["--data", "nowhere"], "has no image.csv"),
+    (["--dtype", "bfloat16", "--parallel", "ddp"], "take --parallel fsdp"), (["--set", "batch=3"], "not a multiple of batch"),
+    (["--resume", "nowhere"], "not a checkpoint folder"), (["--set", "paint.dim=3"], "there are model, dit, vae, mllm"),
+])  # fmt: skip
+def test_a_bad_request_to_train_is_one_clear_line(tmp_path, lesson, monkeypatch, words, says):
+    plain = lessons(lesson, tmp_path / "run", settings=words[1:] if words[0] == "--set" else [])
+    plain[plain.index("--set"):plain.index("--set")] = [] if words[0] == "--set" else words
+    monkeypatch.setattr(sys, "argv", ["train.py", *plain])
+    with pytest.raises(SystemExit) as exit_:
+        train.run()
+    assert says in exit_.value.code and "\n" not in exit_.value.code
+
+
+def test_without_weights_or_over_another_run_nothing_starts(tmp_path, lesson):
+    with pytest.raises(ValueError, match="nothing to start from; give --weights PATH, or --init random"):
+        train.main(["--config", "nano", "--stage", "1", "--data", str(lesson), "--out", str(tmp_path / "run")])
+    train.main(lessons(lesson, tmp_path / "run", settings=["steps=1"]))
+    with pytest.raises(ValueError, match="give --resume auto to continue"):
+        train.main(lessons(lesson, tmp_path / "run", settings=["steps=1"]))
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_no_half_checkpoint(tmp_path, lesson):
+    command = [sys.executable, str(HOUSE / "train.py"), *lessons(lesson, tmp_path / "run", settings=["steps=2"])]
+    done = subprocess.run(["bash", "-c", f"ulimit -f 100; {shlex.join(command)}"], capture_output=True, text=True)
+    assert done.returncode != 0 and "the checkpoint cannot be written" in done.stderr.splitlines()[-1]
+    assert train.valid_checkpoints(tmp_path / "run") == []
+
+
+def test_a_dry_run_writes_nothing_and_a_plot_shows_the_losses(tmp_path, lesson, capsys):
+    train.main(lessons(lesson, tmp_path / "run", "--dry-run"))
+    said = capsys.readouterr().out
+    assert "M trained" in said and "frames of 64x64" in said and "GiB" in said and not (tmp_path / "run").exists()
+    flags = ["--sample-every", "2", "--sample-steps", "1"]
+    train.main(lessons(lesson, tmp_path / "run", *flags, settings=["steps=2"]))
+    train.main(["--plot", str(tmp_path / "run")])
+    assert "<polyline" in (tmp_path / "run" / "loss.svg").read_text()
+    assert read_clip(tmp_path / "run" / "samples" / "step-000002-ref.mp4").frames.shape[2] == 3 * 96
+
+
+def test_the_help_of_train_and_data_answers_without_torch():
+    for name in ("train.py", "data.py"):
+        probe = f"import runpy, sys; sys.argv = [{name!r}, '--help']\ntry: runpy.run_path({name!r}, run_name='__main__')\n"
+        probe += "except SystemExit: assert not {'torch', 'av', 'transformers', 'numpy'} & sys.modules.keys()"
+        done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=HOUSE)
+        assert done.returncode == 0 and "examples:" in done.stdout, done.stderr
