@@ -226,6 +226,175 @@ def load_library(folder=None):
     return library
 
 
+# ------------------------------------------------------------------------------------------------ assets
+
+# npm packages: version, checksum of the archive, what their own text says of the licence.
+PACKAGES = {
+    "@lobehub/fluent-emoji-3d": (
+        "1.1.0",
+        "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
+        "MIT; Fluent Emoji by Microsoft, MIT",
+    ),
+    "emoji-datasource-google": (
+        "16.0.0",
+        "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
+        "MIT; Noto Emoji by Google, Apache-2.0",
+    ),
+    "@pmndrs/assets": (
+        "1.7.0",
+        "152bd218a3390703f184f0c6ce16e73c8f0a87f32d38530d418a09d33d8208dc",
+        "CC0-1.0; panoramas from Poly Haven, CC0",
+    ),
+}
+CATEGORIES = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects")
+NOT_THINGS = (
+    "clock face|symbol|sign$|moon symbol|globe|medal|calendar|speaker with|mailbox|envelope|banknote|chart|suit$|leaf flutter|"
+    "with cancellation|clinking|sunset over|sunrise|cityscape|bridge at|night with|milky way|foggy|fog$|silhouette|ceremony|"
+    "fork and knife|tickets?$|playing card|mahjong|arrow|battery$|pouring|speaker|smoking|placard|control knobs|level slider"
+)
+PLAIN_NAMES = {
+    "automobile": "car", "house building": "house", "aubergine": "eggplant", "ear of maize": "corn", "black scissors": "scissors",
+    "electric light bulb": "light bulb", "wrapped present": "present", "red apple": "apple", "slice of pizza": "pizza",
+    "white medium star": "star", "black sun with rays": "sun", "gem stone": "gem", "lady beetle": "ladybug",
+    "black telephone": "telephone", "spouting whale": "whale", "front-facing baby chick": "chick", "baby chick": "chick",
+    "office building": "office block", "billiards": "billiard ball", "direct hit": "dartboard", "racing car": "race car",
+    "mantelpiece clock": "clock", "headphone": "headphones", "optical disc": "compact disc", "hocho": "kitchen knife",
+    "steaming bowl": "bowl of noodles", "cooked rice": "bowl of rice", "shortcake": "cake", "beer mug": "beer",
+    "personal computer": "laptop", "mobile phone": "phone", "left-pointing magnifying glass": "magnifying glass",
+    "right-pointing magnifying glass": "magnifying glass", "recreational vehicle": "camper van", "bear face": "bear",
+    "oncoming automobile": "car", "oncoming bus": "bus", "oncoming taxi": "taxi", "oncoming police car": "police car",
+    "christmas tree": "christmas tree", "womans hat": "sun hat", "mans shoe": "brown shoe", "womans boots": "boot",
+    "womans sandal": "sandal", "womans clothes": "blouse", "tram car": "tram", "cooking": "frying pan", "closed lock with key": "lock",
+}  # fmt: skip
+PLACES_SHOWN = {
+    "apartment": "an empty apartment", "bridge": "a glass bridge", "city": "a city square", "dawn": "a rocky desert at dawn",
+    "esplanade": "a shopping mall", "forest": "a forest", "hall": "a ballroom", "lab": "a machine room", "lobby": "a lobby",
+    "night": "a field under the stars", "park": "a green meadow", "sky": "clouds above the sea", "studio": "a photo studio",
+    "sunrise": "a meadow at sunrise", "sunset": "an old town square", "venice": "a seaside road", "warehouse": "a warehouse",
+    "workshop": "a workshop",
+}  # fmt: skip
+
+
+def fetch_package(name, folder):
+    """An npm package's archive, fetched by npm and checked -> an open tarfile, whose members are read, not unpacked."""
+    import shutil
+    import subprocess
+    import tarfile
+
+    version, checksum, _ = PACKAGES[name]
+    archive = folder / f"{name.strip('@').replace('/', '-')}-{version}.tgz"
+    if not archive.is_file():
+        if not shutil.which("npm"):
+            raise FileNotFoundError(f"npm is not installed: install it, or put {archive.name} into {folder} yourself")
+        done = subprocess.run(
+            ["npm", "pack", "--silent", f"{name}@{version}"], cwd=folder, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise OSError(f"npm pack {name}@{version}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
+    if hashlib.sha256(archive.read_bytes()).hexdigest() != checksum:
+        raise ValueError(f"{archive}: is not the archive that was checked for its licence; delete it and try again")
+    return tarfile.open(archive)
+
+
+def decode_rgba(data, form):
+    """Picture bytes -> float (4, H, W) in [0, 1], not premultiplied; an opaque picture has alpha 1."""
+    import io
+
+    import av
+    import torch
+
+    with av.open(io.BytesIO(data), format=form) as container:
+        frame = next(container.decode(video=0))
+        if form == "exr_pipe":
+            rgb = torch.from_numpy(frame.to_ndarray(format="gbrpf32le")).float().movedim(-1, 0)
+            return torch.cat([rgb, torch.ones_like(rgb[:1])])
+        return torch.from_numpy(frame.to_ndarray(format="rgba")).float().movedim(-1, 0) / 255
+
+
+def sprite_image(data, form):
+    """An emoji's picture -> premultiplied uint8 (4, 128, 128)."""
+    import torch
+    import torch.nn.functional as F
+
+    image = decode_rgba(data, form)
+    image = torch.cat([image[:3] * image[3:], image[3:]])
+    image = F.interpolate(image[None], (SPRITE, SPRITE), mode="bilinear", antialias=True, align_corners=False)[0]
+    return (image.clamp(0, 1) * 255).round().byte()
+
+
+def panorama_image(data):
+    """An EXR panorama with linear light -> uint8 (3, H, W) as a camera would expose it."""
+    import torch
+    import torch.nn.functional as F
+
+    light = decode_rgba(data, "exr_pipe")[:3].nan_to_num()
+    bright = F.max_pool2d(light[None], 9, 1, 4)[0]
+    light = torch.where(
+        (light.amin(dim=0) <= 0) & (bright.amin(dim=0) > 0.5), bright, light
+    )  # lamps beyond half precision
+    light = light * 0.35 / (light + 1e-4).log().mean().exp()
+    return ((light * (1 + light / 9) / (1 + light)).clamp(0, 1) ** (1 / 2.2) * 255).round().byte()
+
+
+def plain_name(entry):
+    """What a person calls an emoji, from its Unicode name; None for what is no thing."""
+    import re
+
+    name = entry["name"].lower().replace("\u2019", "'")
+    if entry["category"] not in CATEGORIES or re.search(NOT_THINGS, name):
+        return None
+    name = PLAIN_NAMES.get(name, name.removesuffix(" face"))
+    return name if len(name.split()) <= 3 else None
+
+
+def fetch_assets(args):
+    """Fetch the packages and write assets.safetensors, index.json and LICENSES.txt to a folder."""
+    import base64
+    import re
+
+    import torch
+    from safetensors.torch import save_file
+    from tqdm import tqdm
+
+    from data import whole_file
+
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    fluent, noto, panoramas = (fetch_package(name, folder) for name in PACKAGES)
+    entries = json.load(noto.extractfile("package/emoji.json"))
+    drawn = {Path(m.name).stem: m for m in fluent.getmembers() if m.isreg() and m.name.endswith(".webp")}
+    sprites, index = [], []
+    for look, archive, find, form in (
+        ("fluent", fluent, lambda e: drawn.get(e["unified"].lower()), "webp_pipe"),
+        (
+            "noto",
+            noto,
+            lambda e: e["has_img_google"] and noto.getmember(f"package/img/google/64/{e['image']}"),
+            "png_pipe",
+        ),
+    ):
+        for entry in tqdm(sorted(entries, key=lambda e: e["sort_order"]), desc=look):
+            name, member = plain_name(entry), find(entry)
+            if name and member:
+                sprites.append(sprite_image(archive.extractfile(member).read(), form))
+                index.append({"name": name, "look": f"{look} {entry['name'].lower()}"})
+    photos = []
+    for place in PLACES_SHOWN:
+        text = panoramas.extractfile(f"package/hdri/{place}.exr.js").read().decode()
+        photos.append(panorama_image(base64.b64decode(re.search(r"base64,([A-Za-z0-9+/=]+)", text)[1])))
+    with whole_file(folder / "assets.safetensors") as path:
+        save_file({"sprites": torch.stack(sprites), "photos": torch.stack(photos)}, path)
+    with whole_file(folder / "LICENSES.txt") as path:
+        path.write_text("".join(f"{name} {version}: {licence}\n" for name, (version, _, licence) in PACKAGES.items()))
+    with whole_file(folder / "index.json") as path:  # last: its presence says that the folder is whole
+        path.write_text(
+            json.dumps({"sprites": index, "photos": [{"name": n} for n in PLACES_SHOWN.values()]}, indent=0)
+        )
+    print(
+        f"write       {folder}: {len(sprites)} sprites of {len({e['name'] for e in index})} names, {len(photos)} panoramas"
+    )
+
+
 # ------------------------------------------------------------------------------------------------ scenes
 
 
@@ -764,6 +933,9 @@ def parse_arguments(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("assets", help="fetch emoji and panoramas with npm (100 MB)").add_argument
+    add("out", metavar="DIR", help="a folder, outside the repository or ignored by it")
+
     add = commands.add_parser("data", help="draw clips and write the three CSVs").add_argument
     add("out", metavar="OUT", help="a folder")
     add("--assets", metavar="DIR", help="what `nano.py assets` filled (default: shapes and textures alone)")
@@ -786,7 +958,7 @@ def positive(text):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    {"data": make_data}[args.command](args)
+    {"assets": fetch_assets, "data": make_data}[args.command](args)
 
 
 def run():
