@@ -72,8 +72,10 @@ class Library:
         return sorted(name for name in self.sprites if (name in held) == (split == "test"))
 
     def photos_of(self, split):
-        held = held_out([p.name for p in self.photos])
-        return [p for p in self.photos if (p.name in held) == (split == "test")]
+        """The split's photographs, and apart from them its textures: (panoramas, flat ones)."""
+        groups = [[p for p in self.photos if p.panorama == panorama] for panorama in (True, False)]
+        held = [held_out([p.name for p in group]) for group in groups]
+        return [[p for p in group if (p.name in names) == (split == "test")] for group, names in zip(groups, held)]
 
 
 def held_out(names):
@@ -154,8 +156,9 @@ def draw_textures(count=48, size=256):
     for i in range(count):
         g = torch.Generator().manual_seed(i)
         colours = torch.rand(3, 3, generator=g)
+        colours = 0.15 + 0.7 * colours.lerp(colours.mean(dim=1, keepdim=True), 0.45)  # no louder than photographs
         spectrum = torch.fft.rfft2(torch.randn(2, size, size, generator=g))
-        steep = 1.0 + 1.2 * torch.rand(1, generator=g).item()
+        steep = 1.8 + torch.rand(1, generator=g).item()
         field_ = torch.fft.irfft2(spectrum / (frequency + 4 / size**2) ** (steep / 2), s=(size, size))
         a, b = (field_ / field_.std(dim=(1, 2), keepdim=True)).mul(1.2).sigmoid()[:, None]
         image = colours[0].view(3, 1, 1) * a + colours[1].view(3, 1, 1) * (1 - a)
@@ -253,7 +256,8 @@ NOT_THINGS = (
     "fork and knife|tickets?$|playing card|mahjong|arrow|battery$|pouring|speaker|smoking|placard|control knobs|level slider"
 )
 PLAIN_NAMES = {
-    "automobile": "car", "house building": "house", "aubergine": "eggplant", "ear of maize": "corn", "black scissors": "scissors",
+    "automobile": "car", "delivery truck": "truck", "deciduous tree": "tree", "long drum": "drum", "closed book": "book",
+    "basketball and hoop": "basketball", "house building": "house", "aubergine": "eggplant", "ear of maize": "corn", "black scissors": "scissors",
     "electric light bulb": "light bulb", "wrapped present": "present", "red apple": "apple", "slice of pizza": "pizza",
     "white medium star": "star", "black sun with rays": "sun", "gem stone": "gem", "lady beetle": "ladybug",
     "black telephone": "telephone", "spouting whale": "whale", "front-facing baby chick": "chick", "baby chick": "chick",
@@ -440,7 +444,7 @@ def draw_camera(rng, frames):
     x, y, zoom = torch.zeros(frames), torch.zeros(frames), torch.ones(frames)
     time = torch.linspace(0, 1, frames)
     if 0.25 < kind < 0.6:
-        x, y = float(rng.uniform(-0.35, 0.35)) * (time - 0.5), float(rng.uniform(-0.1, 0.1)) * (time - 0.5)
+        x, y = float(rng.uniform(-0.25, 0.25)) * (time - 0.5), float(rng.uniform(-0.1, 0.1)) * (time - 0.5)
     elif 0.6 <= kind < 0.8:
         zoom = 1 + float(rng.uniform(0.1, 0.35)) * (time if rng.random() < 0.5 else 1 - time)
     elif kind >= 0.8:
@@ -472,8 +476,8 @@ def draw_things(rng, sprites, frames):
         size = float(rng.uniform(0.34, 0.5)) * (1.15 if len(sprites) == 1 else 1.0)
         path = torch.stack(
             [
-                x + smooth_path(rng, frames, 0.22),
-                y + smooth_path(rng, frames, 0.12),
+                (x + smooth_path(rng, frames, 0.22)).clamp(-0.33, 0.33),
+                (y + smooth_path(rng, frames, 0.12)).clamp(-0.33, 0.33),
                 size * (1 + smooth_path(rng, frames, 0.25)),
                 float(rng.uniform(-0.15, 0.15)) + smooth_path(rng, frames, 0.5),
             ],
@@ -682,7 +686,7 @@ def wording(rng, task, split):
 
 
 def article(name):
-    if name.split()[-1].endswith("s") and name.split()[-1] not in ("bus", "cactus", "octopus", "cross"):
+    if name.endswith("s") and not name.endswith(("ss", "us")):
         return f"some {name}"
     return f"an {name}" if name[0] in "aeio" else f"a {name}"
 
@@ -710,8 +714,14 @@ def nameable(library, split):
     return shapes, common
 
 
+def draw_photo(rng, library, split, but=None):
+    panoramas, textures = library.photos_of(split)
+    photos = panoramas if panoramas and rng.random() < 0.7 else textures
+    return pick(rng, [p for p in photos if p is not but])
+
+
 def draw_scene(rng, library, split, frames, least=1):
-    photos, names = library.photos_of(split), library.names(split)
+    names = library.names(split)
     emoji = [n for n in names if n.split()[0] not in COLOURS] or names
     count = max(least, int(rng.choice([1, 2, 3], p=[0.45, 0.4, 0.15])))
     chosen = []
@@ -720,7 +730,7 @@ def draw_scene(rng, library, split, frames, least=1):
         if name not in chosen:
             chosen.append(name)
     things = draw_things(rng, [pick(rng, library.sprites[name]) for name in chosen], frames)
-    photo = pick(rng, photos)
+    photo = draw_photo(rng, library, split)
     return Scene(photo, draw_view(rng, photo), draw_camera(rng, frames), things)
 
 
@@ -770,7 +780,7 @@ def draw_edit(library, split, seed, index, frames, size):
         edit.target = Scene(photo, (0.0, 0.0, 0.7, False), scene.camera, scene.things)
         words["p"] = photo.name
     elif task == "background_ref":
-        photo = pick(rng, [p for p in library.photos_of(split) if p is not scene.photo])
+        photo = draw_photo(rng, library, split, but=scene.photo)
         edit.target = Scene(photo, draw_view(rng, photo), scene.camera, scene.things)
         shift = torch.tensor([[*rng.uniform(-0.08, 0.08, 2), rng.uniform(0.85, 1.0)]], dtype=torch.float32)
         edit.ref = render_background(
@@ -868,7 +878,7 @@ def write_example(out, library, split, seed, index, frames, size, fps):
     stem, ending = f"{edit.kind}/{index:06d}", "png" if still else "mp4"
     names = {"src_video": f"{stem}_src.{ending}", "tgt_video": f"{stem}_tgt.{ending}"}
     for name, clip in zip(names.values(), (source, target)):
-        write_image(out / name, clip[0]) if still else write_video(out / name, clip, fps)
+        write_image(out / name, clip[0]) if still else write_video(out / name, clip, fps, crf=4, pixel_format="yuv444p")
     if edit.ref is not None:
         names["ref_image"] = f"{stem}_ref.png"
         write_image(out / names["ref_image"], to_uint8(edit.ref[None])[0])
