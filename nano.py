@@ -933,6 +933,198 @@ def make_data(args):
     print(f"write       {len(rows)} clips, {out}/image.csv, video.csv, ref_video.csv, truth.jsonl")
 
 
+# ------------------------------------------------------------------------------------------------ pretraining
+
+
+def read_truth(folder):
+    path = Path(folder) / "truth.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: draw a world first, `python nano.py data {folder}`")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_frames(path):
+    """uint8 (T, H, W, 3) of a clip or picture of the world, at its own size."""
+    from data import read_clip, read_image
+
+    return read_clip(path).frames if path.suffix == ".mp4" else read_image(path)[None]
+
+
+class Trainer:
+    """AdamW on float32 masters of a module whose forward and backward run in bfloat16, in pieces that resume.
+
+    The learning rate rises over 2 % of the steps and falls as a cosine to 0 at the last, wherever pieces begin and end;
+    step n draws its batch from (seed, n), so pieces and one long run are the same training.
+    """
+
+    def __init__(self, name, module, folder, steps, rate, seed, device):
+        import torch
+
+        self.name, self.module, self.steps, self.rate, self.seed = name, module.to(device), steps, rate, seed
+        self.path, self.step, self.device = Path(folder) / f"{name}.pt", 0, device
+        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        self.names, self.parameters = zip(*named)
+        self.masters = [p.detach().float().clone() for p in self.parameters]
+        self.optimiser = torch.optim.AdamW(self.masters, rate, (0.9, 0.98), weight_decay=0.01)
+        if self.path.is_file():
+            state = torch.load(self.path, weights_only=True, map_location=device)
+            if list(state["masters"]) != list(self.names):
+                raise ValueError(f"{self.path}: is of another model; give another --out or delete it")
+            self.step = state["step"]
+            self.optimiser.load_state_dict(state["optimiser"])
+            for master, saved in zip(self.masters, state["masters"].values()):
+                master.copy_(saved)
+        for p, master in zip(self.parameters, self.masters):
+            p.data = master.bfloat16()
+
+    def generator(self):
+        import torch
+
+        return torch.Generator().manual_seed(1_000_003 * self.seed + self.step)
+
+    def run(self, loss_of, minutes):
+        """Steps until `minutes` are over or all are done. loss_of(generator) -> a scalar, and figures to show."""
+        import time
+
+        import torch
+        from tqdm import tqdm
+
+        begin, shown = time.time(), {}
+        with tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=5) as bar:
+            while self.step < self.steps and time.time() - begin < 60 * minutes:
+                rising, done = (self.step + 1) / (0.02 * self.steps), self.step / self.steps
+                self.optimiser.param_groups[0]["lr"] = self.rate * min(1, rising) * (1 + math.cos(math.pi * done)) / 2
+                loss, figures = loss_of(self.generator())
+                loss.backward()
+                for p, master in zip(self.parameters, self.masters):
+                    master.grad, p.grad = p.grad if p.grad is None else p.grad.float(), None
+                norm = float(torch.nn.utils.clip_grad_norm_(self.masters, 1.0))
+                if math.isfinite(norm):
+                    self.optimiser.step()
+                for p, master in zip(self.parameters, self.masters):
+                    p.data.copy_(master)
+                self.step += 1
+                for key, value in {"loss": loss, "norm": norm, **figures}.items():
+                    shown[key] = 0.98 * shown.get(key, float(value)) + 0.02 * float(value)
+                bar.set_postfix({key: f"{value:.4g}" for key, value in shown.items()}, refresh=False)
+                bar.update()
+                if self.step % 500 == 0:
+                    self.save()
+        self.save()
+        self.finish()
+        print(f"{self.name:<11} step {self.step} of {self.steps}, {time.time() - begin:.0f} s, {shown}")
+
+    def save(self):
+        import torch
+
+        from data import whole_file
+
+        state = {
+            "step": self.step,
+            "masters": dict(zip(self.names, self.masters)),
+            "optimiser": self.optimiser.state_dict(),
+        }
+        with whole_file(self.path) as path:
+            torch.save(state, path)
+
+    def finish(self):
+        """Put the float32 masters into the module."""
+        for p, master in zip(self.parameters, self.masters):
+            p.data = master.clone()
+
+
+def load_trained(name, module, folder):
+    """The weights that `pretrain NAME` has reached, into `module`. FileNotFoundError where it has not run."""
+    import torch
+
+    path = Path(folder) / f"{name}.pt"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: run `python nano.py pretrain {name}` first")
+    _, unexpected = module.load_state_dict(torch.load(path, weights_only=True)["masters"], strict=False)
+    if unexpected:
+        raise ValueError(f"{path}: is of another model ({unexpected[0]}, ...)")
+    return module.eval().requires_grad_(False)
+
+
+def rows_of(frames, wanted):
+    """Clips of the wanted indices as one batch in [-1, 1], (B, 3, T, H, W)."""
+    import torch
+
+    return torch.stack([frames[i] for i in wanted]).permute(0, 4, 1, 2, 3).float() * (2 / 255) - 1
+
+
+def reconstruct(vae, video, generator):
+    """Video through encoder, a sample of the posterior and decoder, not clamped -> (video, mean, log-variance)."""
+    import torch
+
+    from vae import chunks
+
+    mean, log_variance = vae.moments(video, chunk=99)
+    noise = torch.randn(mean.shape, generator=generator).to(mean)
+    z = vae.conv2(mean + noise * (0.5 * log_variance.clamp(-20, 10)).exp(), {})
+    state = {}
+    parts = [vae.decoder.up(vae.decoder.bottom(z[:, :, a:b], state), state) for a, b in chunks(z.shape[2], 99)]
+    return torch.cat(parts, dim=2), mean, log_variance
+
+
+def vae_loss(video, output, mean, log_variance):
+    """L1 of pixels and of their differences in space and time, and a little KL; and the PSNR."""
+    error = output.float() - video
+    loss = error.abs().mean()
+    for axis in (2, 3, 4):
+        if video.shape[axis] > 1:
+            loss = loss + 0.5 * error.diff(dim=axis).abs().mean()
+    mean, log_variance = mean.float(), log_variance.float().clamp(-20, 10)
+    divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    return loss + 1e-4 * divergence, {
+        "psnr": -10 * (error.detach().square().mean() / 4).log10(),
+        "kl": divergence.detach(),
+    }
+
+
+def pretrain_vae(args, rows, device):
+    """Reconstruction of the world's clips: still frames on three steps of four, whole clips on the fourth."""
+    import torch
+
+    from vae import VAE
+
+    folder = Path(args.data)
+    videos = [read_frames(folder / r[k]) for r in rows if r["kind"] != "image" for k in ("src_video", "tgt_video")]
+    stills = [read_frames(folder / r[k]) for r in rows if r["kind"] == "image" for k in ("src_video", "tgt_video")]
+    stills += [read_frames(folder / r["ref_image"])[:, ::2, ::2] for r in rows if "ref_image" in r]
+    vae = VAE(nano_config().vae)
+    trainer = Trainer("vae", vae, args.out, args.steps or 12000, 2e-3, args.seed, device)
+
+    def loss_of(generator):
+        clips = videos if trainer.step % 4 == 3 and videos else stills
+        wanted = torch.randint(len(clips), (args.batch or (8 if clips is videos else 16),), generator=generator)
+        video = rows_of(clips, wanted).to(device)
+        if trainer.step % 2:
+            video = video.flip(4)
+        return vae_loss(video, *reconstruct(vae, video.bfloat16(), generator))
+
+    trainer.run(loss_of, args.minutes)
+
+
+def nano_config(mllm_folder=None):
+    from dataclasses import replace
+
+    from model import PRESETS
+
+    config = PRESETS["nano"]
+    return config if mllm_folder is None else replace(config, mllm=replace(config.mllm, folder=str(mllm_folder)))
+
+
+def pretrain(args):
+    import torch
+
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = read_truth(args.data)
+    {"vae": pretrain_vae}[args.part](args, rows, device)
+
+
 # ------------------------------------------------------------------------------------------------ the command
 
 
@@ -956,6 +1148,15 @@ def parse_arguments(argv=None):
     add("--frames", type=positive, default=9, help="4k + 1 (default %(default)s)")
     add("--fps", type=positive, default=8, help="default %(default)s")
     add("--workers", type=positive, default=2, help="processes; the files are the same (default %(default)s)")
+
+    add = commands.add_parser("pretrain", help="train the parts that Kiwi-Edit starts from").add_argument
+    add("part", choices=("vae", "mllm", "dit"), help="in this order")
+    add("--data", required=True, metavar="DIR", help="what `nano.py data` wrote")
+    add("--out", required=True, metavar="DIR", help="states to resume from, and weights/ for `train.py --weights`")
+    add("--minutes", type=float, default=9, help="stop after so long; the next call goes on (default %(default)s)")
+    add("--steps", type=positive, help="of the whole training (default: 12000, 3000, 6000)")
+    add("--batch", type=positive, help="default: 16 stills or 8 clips, 8, 32")
+    add("--seed", type=int, default=0, help="default %(default)s")
     return parser.parse_args(argv)
 
 
@@ -968,7 +1169,7 @@ def positive(text):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    {"assets": fetch_assets, "data": make_data}[args.command](args)
+    {"assets": fetch_assets, "data": make_data, "pretrain": pretrain}[args.command](args)
 
 
 def run():
