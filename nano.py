@@ -886,7 +886,7 @@ def write_example(out, library, split, seed, index, frames, size, fps):
     write_image(out / f"{stem}_mask.png", rows)
     return {
         "index": index, "kind": edit.kind, "task": edit.task, "prompt": edit.prompt, **names, "mask": f"{stem}_mask.png",
-        "source_caption": describe(edit.source), "target_caption": describe(edit.target), "style": edit.style,
+        "source_caption": describe(edit.source), "target_caption": describe(edit.target) + (f", as {edit.style}" if edit.style else ""), "style": edit.style,
         "boxes": boxes(edit.source), "target_boxes": boxes(edit.target),
         "new": edit.new and {"name": edit.new.name, "look": edit.new.look},
         "photos": sorted({edit.source.photo.name, edit.target.photo.name}),
@@ -1092,8 +1092,8 @@ def pretrain_vae(args, rows, device):
     videos = [read_frames(folder / r[k]) for r in rows if r["kind"] != "image" for k in ("src_video", "tgt_video")]
     stills = [read_frames(folder / r[k]) for r in rows if r["kind"] == "image" for k in ("src_video", "tgt_video")]
     stills += [read_frames(folder / r["ref_image"])[:, ::2, ::2] for r in rows if "ref_image" in r]
-    vae = VAE(nano_config().vae)
-    trainer = Trainer("vae", vae, args.out, args.steps or 12000, 2e-3, args.seed, device)
+    vae = VAE(nano_config(args.out).vae)
+    trainer = Trainer("vae", vae, args.out, args.steps or 6000, 2e-3, args.seed, device)
 
     def loss_of(generator):
         clips = videos if trainer.step % 4 == 3 and videos else stills
@@ -1106,13 +1106,208 @@ def pretrain_vae(args, rows, device):
     trainer.run(loss_of, args.minutes)
 
 
-def nano_config(mllm_folder=None):
+SPECIAL_TOKENS = (
+    "endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "vision_start", "vision_end", "image_pad",
+    "video_pad",
+)  # fmt: skip
+QWEN = {
+    "model_type": "qwen2_5_vl", "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "num_hidden_layers": 4, "tie_word_embeddings": True, "max_position_embeddings": 4096,
+    "rope_scaling": {"type": "mrope", "mrope_section": [8, 8, 8]},
+    "vision_config": {
+        "depth": 4, "hidden_size": 128, "intermediate_size": 384, "num_heads": 4, "out_hidden_size": 192,
+        "fullatt_block_indexes": [1, 3],
+    },
+}  # fmt: skip
+VOCABULARY = 2048
+GRID = 16  # grounding answers count sixteenths of the frame
+CAPTION_TOKENS = 32
+
+
+def write_mllm_folder(folder, texts):
+    """Train the tokenizer on `texts` and write it and Qwen's config: what a hub folder of Qwen2.5-VL has."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from data import whole_file
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [AddedToken(f"<|{name}|>", special=True) for name in SPECIAL_TOKENS]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {"vision_start": "vision_start", "vision_end": "vision_end", "image": "image_pad", "video": "video_pad"}
+    ids = {f"{ours}_token_id": tokenizer.token_to_id(f"<|{name}|>") for ours, name in names.items()}
+    with whole_file(folder / "tokenizer.json") as path:
+        tokenizer.save(str(path))
+    with whole_file(folder / "config.json") as path:
+        path.write_text(json.dumps({**QWEN, **ids, "vocab_size": VOCABULARY}, indent=1))
+
+
+def nano_config(out, **vae_statistics):
+    """The preset, with the MLLM's folder under `out` and the latents' mean and std where they are known."""
     from dataclasses import replace
 
     from model import PRESETS
 
-    config = PRESETS["nano"]
-    return config if mllm_folder is None else replace(config, mllm=replace(config.mllm, folder=str(mllm_folder)))
+    nano = PRESETS["nano"]
+    vae, mllm = replace(nano.vae, **vae_statistics), replace(nano.mllm, folder=str(Path(out) / "mllm"))
+    return replace(nano, vae=vae, mllm=mllm)
+
+
+def conversation(rng, row, folder):
+    """What the MLLM is asked about a row and what it should answer -> (frames, question, reference, answer)."""
+    kind = rng.random()
+    if kind < 0.6:  # what Kiwi-Edit's system prompt asks for: the content, as the instruction would have it
+        ref = read_frames(folder / row["ref_image"])[0] if "ref_image" in row else None
+        return read_frames(folder / row["src_video"]), row["prompt"], ref, row["target_caption"]
+    side, column, places = pick(rng, (("source", "src_video", "boxes"), ("target", "tgt_video", "target_boxes")))
+    frames, places = read_frames(folder / row[column]), row[places]
+    if kind < 0.8 or not places:
+        return frames, "Describe this.", None, row[f"{side}_caption"]
+    name = pick(rng, sorted(places))
+    return frames, f"Where is the {name}?", None, " ".join(str(round(GRID * v)) for v in places[name])
+
+
+def answer_loss(encoder, conversations):
+    """Next-token cross-entropy of the answers, and the share of tokens that are right: one forward for the batch.
+
+    Sequences are padded at the end, where causal attention never looks.
+    """
+    from dataclasses import replace
+
+    import torch
+    import torch.nn.functional as F
+
+    from connectors import num_tokens
+
+    start, end = ([encoder.token(f"<|im_{which}|>")] for which in ("start", "end"))
+    embed = encoder.model.language_model.embed_tokens
+    requests = []
+    for frames, question, ref, answer in conversations:
+        inputs = encoder.prepare(question, frames, ref)
+        turn = inputs.pieces[-1] + start + encoder.ids("assistant\n")  # pieces end with the queries and the turn's end
+        requests.append(replace(inputs, pieces=[*inputs.pieces[:-2], turn, encoder.ids(answer) + end]))
+    grids = [grid for request in requests for grid in request.grids.values()]
+    pixels = torch.cat([p for request in requests for p in request.pixel_values.values()]).to(embed.weight)
+    seen = encoder.model.visual(pixels, grid_thw=torch.tensor(grids, device=pixels.device)).pooler_output
+    seen = iter(seen.split([num_tokens(grid) for grid in grids]))
+
+    def embedded(piece):
+        return next(seen) if isinstance(piece, str) else embed(torch.tensor(piece, device=pixels.device))
+
+    rows = [torch.cat([embedded(piece) for piece in request.pieces]) for request in requests]
+    positions = [encoder.position_ids(request)[:, 0].T for request in requests]  # (S, 3) each
+    pad = torch.nn.utils.rnn.pad_sequence
+    hidden = encoder.model.language_model(
+        inputs_embeds=pad(rows, batch_first=True),
+        position_ids=pad(positions, batch_first=True).permute(2, 0, 1).to(pixels.device),
+        use_cache=False,
+    ).last_hidden_state
+    answers = [request.pieces[-1] for request in requests]
+    before = [h[len(row) - len(answer) - 1 : len(row) - 1] for h, row, answer in zip(hidden, rows, answers)]
+    logits = (torch.cat(before) @ embed.weight.T).float()
+    wanted = torch.tensor([token for answer in answers for token in answer], device=logits.device)
+    return F.cross_entropy(logits, wanted), {"right": (logits.argmax(dim=1) == wanted).float().mean()}
+
+
+def pretrain_mllm(args, rows, device):
+    """Captions, captions of what an instruction asks for, and grounding, by next-token prediction."""
+    import numpy as np
+
+    from connectors import MLLMEncoder
+
+    if not (Path(args.out) / "mllm" / "config.json").is_file():
+        texts = (row[key] for row in rows for key in ("prompt", "source_caption", "target_caption"))
+        write_mllm_folder(Path(args.out) / "mllm", texts)
+    encoder = MLLMEncoder(nano_config(args.out).mllm)
+    for name, parameter in encoder.named_parameters():
+        parameter.requires_grad_(name.startswith("model."))
+    trainer = Trainer("mllm", encoder, args.out, args.steps or 3000, 1e-3, args.seed, device)
+
+    def loss_of(generator):
+        rng = np.random.default_rng([args.seed, trainer.step])
+        wanted = rng.integers(len(rows), size=args.batch or 8)
+        return answer_loss(encoder, [conversation(rng, rows[i], Path(args.data)) for i in wanted])
+
+    trainer.run(loss_of, args.minutes)
+
+
+def caption_features(encoder, captions):
+    """The MLLM's hidden states of captions, (B, CAPTION_TOKENS, hidden), zero after the end as Wan's T5 features are."""
+    import torch
+
+    device = encoder.model.language_model.embed_tokens.weight.device
+    ids = [encoder.ids(caption)[:CAPTION_TOKENS] for caption in captions]
+    length = torch.tensor([len(row) for row in ids], device=device)
+    padded = torch.tensor([row + [0] * (CAPTION_TOKENS - len(row)) for row in ids], device=device)
+    hidden = encoder.model.language_model(input_ids=padded, use_cache=False).last_hidden_state
+    return hidden * (torch.arange(CAPTION_TOKENS, device=device) < length[:, None])[..., None]
+
+
+def encode_world(args, rows, device):
+    """The posterior means of every target, made once per state of the VAE -> {"still": (N, z, 1, h, w), "video": ...}."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from tqdm import tqdm
+
+    from data import whole_file
+    from vae import VAE
+
+    out = Path(args.out)
+    vae = load_trained("vae", VAE(nano_config(out).vae), out).to(device)
+    step = torch.load(out / "vae.pt", weights_only=True, mmap=True)["step"]
+    path = out / f"latents_{Path(args.data).name}_{len(rows)}_{step}.safetensors"
+    if not path.is_file():
+        latents = {"still": [], "video": []}
+        for row in tqdm(rows, desc="encode", mininterval=5):
+            frames = read_frames(Path(args.data) / row["tgt_video"])
+            with torch.no_grad():
+                mean = vae.moments(rows_of([frames], [0]).to(device), chunk=99)[0].cpu()
+            latents["still" if len(frames) == 1 else "video"].append(mean)
+        with whole_file(path) as temporary:
+            save_file({name: torch.cat(parts).contiguous() for name, parts in latents.items() if parts}, temporary)
+    return load_file(path)
+
+
+def pretrain_dit(args, rows, device):
+    """Text to video: captions and clips of the world, by flow matching. Then the three parts become weights/."""
+    import torch
+
+    from model import FlowMatch, KiwiEdit
+
+    latents = encode_world(args, rows, device)
+    flat = torch.cat([z.transpose(0, 1).flatten(1) for z in latents.values()], dim=1)
+    mean, std = flat.mean(dim=1), flat.std(dim=1)
+    config = nano_config(args.out, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+    captions = {
+        "still": [r["target_caption"] for r in rows if r["kind"] == "image"],
+        "video": [r["target_caption"] for r in rows if r["kind"] != "image"],
+    }
+    model = KiwiEdit(config)
+    load_trained("vae", model.vae, args.out)
+    load_trained("mllm", model.mllm, args.out).to(device)
+    trainer = Trainer("dit", model.dit, args.out, args.steps or 6000, 1e-3, args.seed, device)
+    timesteps = FlowMatch().timesteps(1000)
+
+    def loss_of(generator):
+        kind = list(latents)[trainer.step % len(latents)]
+        wanted = torch.randint(len(captions[kind]), (args.batch or 32,), generator=generator)
+        clean = (latents[kind][wanted] - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
+        clean = clean.to(device, torch.bfloat16)
+        t = timesteps[torch.randint(1000, (len(wanted),), generator=generator)].to(device)
+        noise = torch.randn(clean.shape, generator=generator).to(clean)
+        with torch.no_grad():
+            features = caption_features(model.mllm, [captions[kind][i] for i in wanted])
+        return model.training_loss(clean, model.dit.text_embedding(features.to(clean)), t, noise=noise), {}
+
+    trainer.run(loss_of, args.minutes)
+    model.save(Path(args.out) / "weights")
+    print(f"write       {args.out}/weights: what train.py --weights starts from")
 
 
 def pretrain(args):
@@ -1122,7 +1317,7 @@ def pretrain(args):
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = read_truth(args.data)
-    {"vae": pretrain_vae}[args.part](args, rows, device)
+    {"vae": pretrain_vae, "mllm": pretrain_mllm, "dit": pretrain_dit}[args.part](args, rows, device)
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -1154,7 +1349,7 @@ def parse_arguments(argv=None):
     add("--data", required=True, metavar="DIR", help="what `nano.py data` wrote")
     add("--out", required=True, metavar="DIR", help="states to resume from, and weights/ for `train.py --weights`")
     add("--minutes", type=float, default=9, help="stop after so long; the next call goes on (default %(default)s)")
-    add("--steps", type=positive, help="of the whole training (default: 12000, 3000, 6000)")
+    add("--steps", type=positive, help="of the whole training (default: 6000, 3000, 6000)")
     add("--batch", type=positive, help="default: 16 stills or 8 clips, 8, 32")
     add("--seed", type=int, default=0, help="default %(default)s")
     return parser.parse_args(argv)
