@@ -928,6 +928,9 @@ def make_data(args):
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(row for row in rows if row["kind"] == kind)
+    world = {key: getattr(args, key) for key in ("assets", "split", "seed", "clips", "frames", "size", "fps")}
+    with whole_file(out / "world.json") as path:  # what an example's index needs to be drawn again
+        path.write_text(json.dumps(world))
     with whole_file(out / "truth.jsonl") as path:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(f"write       {len(rows)} clips, {out}/image.csv, video.csv, ref_video.csv, truth.jsonl")
@@ -1141,6 +1144,7 @@ def write_mllm_folder(folder, texts):
     tokenizer.train_from_iterator(texts, trainer)
     folder.mkdir(parents=True, exist_ok=True)
     names = {"vision_start": "vision_start", "vision_end": "vision_end", "image": "image_pad", "video": "video_pad"}
+    names["eos"] = "im_end"
     ids = {f"{ours}_token_id": tokenizer.token_to_id(f"<|{name}|>") for ours, name in names.items()}
     with whole_file(folder / "tokenizer.json") as path:
         tokenizer.save(str(path))
@@ -1219,10 +1223,11 @@ def pretrain_mllm(args, rows, device):
     """Captions, captions of what an instruction asks for, and grounding, by next-token prediction."""
     import numpy as np
 
-    from connectors import MLLMEncoder
+    from connectors import REFERENCE_HINT, SYSTEM_PROMPT, MLLMEncoder
 
     if not (Path(args.out) / "mllm" / "config.json").is_file():
-        texts = (row[key] for row in rows for key in ("prompt", "source_caption", "target_caption"))
+        texts = [row[key] for row in rows for key in ("prompt", "source_caption", "target_caption")]
+        texts += [SYSTEM_PROMPT, REFERENCE_HINT, "system\nuser\nassistant\n"] * 100
         write_mllm_folder(Path(args.out) / "mllm", texts)
     encoder = MLLMEncoder(nano_config(args.out).mllm)
     for name, parameter in encoder.named_parameters():
@@ -1320,6 +1325,204 @@ def pretrain(args):
     {"vae": pretrain_vae, "mllm": pretrain_mllm, "dit": pretrain_dit}[args.part](args, rows, device)
 
 
+# ------------------------------------------------------------------------------------------------ evaluation
+
+CANDIDATES = 20  # the right sprite among so many: chance is 5 %
+
+
+def region_psnr(a, b, region):
+    """PSNR in dB, at most 60, of uint8 (T, H, W, 3) where region (T, H, W) is true; nan where it is empty."""
+    error = ((a.double() - b.double()) / 255).square().mean(dim=-1)[region].mean()
+    return min(60.0, -10 * math.log10(max(float(error), 1e-6))) if region.any() else math.nan
+
+
+def region_ssim(a, b, region, window=7):
+    """SSIM of 7x7 windows whose middle lies in the region, averaged over windows and colours; nan where it is empty."""
+    import torch.nn.functional as F
+
+    def smooth(x):
+        return F.avg_pool2d(x, window, 1, window // 2, count_include_pad=False)
+
+    a, b = (x.permute(0, 3, 1, 2).double() / 255 for x in (a, b))
+    mean_a, mean_b = smooth(a), smooth(b)
+    var_a, var_b = smooth(a * a) - mean_a**2, smooth(b * b) - mean_b**2
+    covariance = smooth(a * b) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    ssim = (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    return float(ssim.mean(dim=1)[region].mean()) if region.any() else math.nan
+
+
+def measure(result, target, region):
+    return {
+        f"{name}_{where}": metric(result, target, part)
+        for name, metric in (("psnr", region_psnr), ("ssim", region_ssim))
+        for where, part in (("in", region), ("out", ~region))
+    }
+
+
+def with_sprite(edit, sprite):
+    """The target scene with another sprite in the place of what the edit brought; None: without it."""
+    from dataclasses import replace
+
+    things = list(edit.target.things)
+    after = edit.changed[1]
+    if after is None:  # a removal: put the thing back
+        return edit.source
+    if sprite is None:
+        things.pop(after)
+    else:
+        things[after] = replace(things[after], sprite=sprite)
+    return replace(edit.target, things=things)
+
+
+def nearest_sprite(edit, result, region, candidates):
+    """The candidate with which the scene, drawn anew, comes closest to `result` under the edited region."""
+    size, errors = result.shape[1], []
+    for sprite in candidates:
+        drawn = to_uint8(render(with_sprite(edit, sprite), size)[0])
+        errors.append(float((drawn.double() - result.double()).square().mean(dim=-1)[region].mean()))
+    return candidates[min(range(len(candidates)), key=errors.__getitem__)]
+
+
+def recognise(edit, library, split, result, region, index):
+    """Is what the edit asked for what one sees? -> {"right": bool, "look": bool, where there is another look}."""
+    import numpy as np
+
+    if not region.any() or edit.task not in ("change", "add", "subject", "subject_add"):
+        return {}
+    rng = np.random.default_rng([7, index])
+    names = library.names(split) if edit.ref is not None else [n for group in nameable(library, split) for n in group]
+    others = [name for name in names if name != edit.new.name]
+    others = [others[i] for i in rng.permutation(len(others))[: CANDIDATES - 1]]
+    candidates = [edit.new] + [pick(rng, library.sprites[name]) for name in others]
+    found = {"right": nearest_sprite(edit, result, region, candidates).name == edit.new.name}
+    looks = [sprite for sprite in library.sprites[edit.new.name] if sprite.look != edit.new.look]
+    if edit.ref is not None and looks:
+        found["look"] = nearest_sprite(edit, result, region, [edit.new, *looks]) is edit.new
+    return found
+
+
+def ceiling(model, frames):
+    """Frames through the VAE and back: what no edit in its latents can exceed."""
+    return model.decode_frames(model.encode_frames(frames))
+
+
+def evaluate_case(model, library, world, folder, row, steps):
+    """One case -> its measures by method, and a picture row (source, reference, edit, truth) of its middle frame."""
+    import torch
+
+    from data import pad_reference
+
+    source, target = (read_frames(folder / row[key]) for key in ("src_video", "tgt_video"))
+    size = source.shape[1]
+    region = read_frames(folder / row["mask"])[0, ..., 0].unflatten(0, (-1, size)) > 127
+    ref = read_frames(folder / row["ref_image"])[0] if "ref_image" in row else None
+    edit = draw_edit(library, world["split"], world["seed"], row["index"], world["frames"], world["size"])
+    results = {"edit": model.edit(source, row["prompt"], ref, steps, seed=row["index"]), "copy": source}
+    if ref is not None:
+        results["edit, no reference"] = model.edit(source, row["prompt"], None, steps, seed=row["index"])
+    results["ceiling"] = ceiling(model, target)
+    measures = {
+        method: measure(result, target, region) | recognise(edit, library, world["split"], result, region, row["index"])
+        for method, result in results.items()
+    }
+    shown = torch.full_like(source[0], 40) if ref is None else pad_reference(ref, (size, size))
+    middle = len(source) // 2
+    return measures, torch.cat([source[middle], shown, results["edit"][middle], target[middle]], dim=1)
+
+
+def summary(cases):
+    """Means by task and method, nan left out, as a Markdown table."""
+    columns = ("psnr_in", "ssim_in", "psnr_out", "ssim_out", "right", "look")
+    lines = ["| task | method | cases | PSNR in | SSIM in | PSNR out | SSIM out | right object | shown look |"]
+    lines.append("| --- " * 9 + "|")
+    for task in dict.fromkeys(case["task"] for case in cases):
+        of_task = [case["measures"] for case in cases if case["task"] == task]
+        for method in of_task[0]:
+            cells = []
+            for column in columns:
+                values = [float(m[method][column]) for m in of_task if column in m[method]]
+                values = [value for value in values if not math.isnan(value)]
+                mean = sum(values) / len(values) if values else None
+                text = "" if mean is None else f"{mean:.2f}" if column.startswith(("psnr", "ssim")) else f"{mean:.0%}"
+                cells.append(text)
+            lines.append(f"| {task} | {method} | {len(of_task)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def evaluate(args):
+    """Edit held-out cases and compare with the known truth: eval.json, eval.md, sheet.png under --out."""
+    import torch
+    from tqdm import tqdm
+
+    from data import whole_file, write_image
+    from model import KiwiEdit
+
+    folder, out = Path(args.data), Path(args.out)
+    rows = read_truth(folder)
+    if not (folder / "world.json").is_file():
+        raise FileNotFoundError(
+            f"{folder}/world.json is missing: draw the cases with `nano.py data {folder} --split test`"
+        )
+    world = json.loads((folder / "world.json").read_text())
+    if world["split"] != "test":
+        raise ValueError(f"{folder} is of the {world['split']} split: draw held-out cases with --split test")
+    rows = rows[: args.cases]
+    library = load_library(world["assets"] if args.assets is None else args.assets)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = KiwiEdit.from_pretrained(args.weights, device, torch.float32)
+    out.mkdir(parents=True, exist_ok=True)
+    cases, pictures = [], {}
+    for row in tqdm(rows, desc="eval", mininterval=5):
+        measures, picture = evaluate_case(model, library, world, folder, row, args.steps)
+        task = "subject" if row["task"] == "subject_add" else row["task"]
+        cases.append(
+            {"index": row["index"], "kind": row["kind"], "task": task, "prompt": row["prompt"], "measures": measures}
+        )
+        pictures.setdefault(task, []).append(picture)
+    table = summary(cases)
+    with whole_file(out / "eval.json") as path:
+        path.write_text(
+            json.dumps({"weights": args.weights, "world": world, "steps": args.steps, "cases": cases}, indent=0)
+        )
+    with whole_file(out / "eval.md") as path:
+        path.write_text(table)
+    sheet = [
+        torch.cat([*shown[:4], *[torch.zeros_like(shown[0])] * (4 - len(shown))], dim=1) for shown in pictures.values()
+    ]
+    write_image(out / "sheet.png", torch.cat(sheet).repeat_interleave(2, 0).repeat_interleave(2, 1))
+    print(
+        f"{table}write       {out}/eval.md, eval.json, sheet.png (source | reference | edit | truth, four cases a task)"
+    )
+
+
+def make_bench(args):
+    """Held-out reference cases in the layout of RefVIE-Bench: refvie_bench.yaml, videos/, refs/."""
+
+    from data import whole_file, write_image, write_video
+
+    out = Path(args.out)
+    for name in ("videos", "refs"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    library, lines, index = load_library(args.assets), [], MIXTURE.index("ref_video")
+    while len(lines) < args.items:
+        edit = draw_edit(library, "test", args.seed, index, args.frames, args.size)
+        name = f"{len(lines):03d}"
+        write_video(
+            out / "videos" / f"{name}_src.mp4", draw_frames(edit, args.size)[0], args.fps, crf=4, pixel_format="yuv444p"
+        )
+        write_image(out / "refs" / f"{name}.png", to_uint8(edit.ref[None])[0])
+        kind = "background" if edit.task == "background_ref" else "subject"
+        lines.append(
+            f"- src_video: videos/{name}_src.mp4\n  instruction: {json.dumps(edit.prompt)}\n"
+            f"  ref_img: refs/{name}.png\n  edit_type: {kind}\n"
+        )
+        index += len(MIXTURE)
+    with whole_file(out / "refvie_bench.yaml") as path:
+        path.write_text("".join(lines))
+    print(f"write       {len(lines)} items, {out}/refvie_bench.yaml")
+
+
 # ------------------------------------------------------------------------------------------------ the command
 
 
@@ -1335,14 +1538,15 @@ def parse_arguments(argv=None):
 
     add = commands.add_parser("data", help="draw clips and write the three CSVs").add_argument
     add("out", metavar="OUT", help="a folder")
-    add("--assets", metavar="DIR", help="what `nano.py assets` filled (default: shapes and textures alone)")
     add("--clips", type=positive, default=1000, help="images, videos and reference videos 2:1:1 (default %(default)s)")
-    add("--seed", type=int, default=0, help="default %(default)s")
     add("--split", choices=("train", "test"), default="train", help="default %(default)s")
-    add("--size", type=positive, default=64, help="pixels a side (default %(default)s)")
-    add("--frames", type=positive, default=9, help="4k + 1 (default %(default)s)")
-    add("--fps", type=positive, default=8, help="default %(default)s")
     add("--workers", type=positive, default=2, help="processes; the files are the same (default %(default)s)")
+    add_world(add)
+
+    add = commands.add_parser("bench", help="draw held-out reference cases in RefVIE-Bench's layout").add_argument
+    add("out", metavar="OUT", help="a folder")
+    add("--items", type=positive, default=24, help="default %(default)s")
+    add_world(add)
 
     add = commands.add_parser("pretrain", help="train the parts that Kiwi-Edit starts from").add_argument
     add("part", choices=("vae", "mllm", "dit"), help="in this order")
@@ -1352,7 +1556,23 @@ def parse_arguments(argv=None):
     add("--steps", type=positive, help="of the whole training (default: 6000, 3000, 6000)")
     add("--batch", type=positive, help="default: 16 stills or 8 clips, 8, 32")
     add("--seed", type=int, default=0, help="default %(default)s")
+
+    add = commands.add_parser("eval", help="measure weights on held-out cases whose truth is known").add_argument
+    add("--weights", required=True, metavar="PATH", help="a folder with trained weights")
+    add("--data", required=True, metavar="DIR", help="what `nano.py data --split test` wrote")
+    add("--out", required=True, metavar="DIR", help="for eval.md, eval.json and sheet.png")
+    add("--assets", metavar="DIR", help="default: where the data had them")
+    add("--cases", type=positive, default=400, help="at most so many (default %(default)s)")
+    add("--steps", type=positive, default=25, help="denoising steps (default %(default)s)")
     return parser.parse_args(argv)
+
+
+def add_world(add):
+    add("--assets", metavar="DIR", help="what `nano.py assets` filled (default: shapes and textures alone)")
+    add("--seed", type=int, default=0, help="default %(default)s")
+    add("--size", type=positive, default=64, help="pixels a side, a multiple of 32 (default %(default)s)")
+    add("--frames", type=positive, default=9, help="4k + 1 (default %(default)s)")
+    add("--fps", type=positive, default=8, help="default %(default)s")
 
 
 def positive(text):
@@ -1364,7 +1584,10 @@ def positive(text):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    {"assets": fetch_assets, "data": make_data, "pretrain": pretrain}[args.command](args)
+    if args.command in ("data", "bench") and (args.size % 32 or args.frames % 4 != 1):
+        raise ValueError(f"--size {args.size} --frames {args.frames}: a multiple of 32, and 4k + 1 (5, 9, 17, ...)")
+    commands = {"assets": fetch_assets, "data": make_data, "bench": make_bench, "pretrain": pretrain, "eval": evaluate}
+    commands[args.command](args)
 
 
 def run():
