@@ -89,7 +89,7 @@ def randomise(module, scale=1.0):
 # ------------------------------------------------------------------------------------------------ the house itself
 
 FLOORS = {
-    "kernels": 0, "dit": 1, "vae": 1, "connectors": 1, "data": 1, "model": 2,
+    "kernels": 0, "dit": 1, "vae": 1, "connectors": 1, "data": 1, "world": 1, "model": 2,
     "sample": 3, "train": 3, "judge": 3, "curate": 3, "nano": 3, "test_all": 4,
 }  # fmt: skip
 
