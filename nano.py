@@ -203,7 +203,7 @@ def write_example(out, library, split, seed, index, frames, size, fps):
     stem, ending = f"{edit.kind}/{index:06d}", "png" if still else "mp4"
     names = {"src_video": f"{stem}_src.{ending}", "tgt_video": f"{stem}_tgt.{ending}"}
     for name, clip in zip(names.values(), (source, target)):
-        write_image(out / name, clip[0]) if still else write_video(out / name, clip, fps, crf=4, pixel_format="yuv444p")
+        write_image(out / name, clip[0]) if still else write_video(out / name, clip, fps, exact=True)
     if edit.ref is not None:
         names["ref_image"] = f"{stem}_ref.png"
         write_image(out / names["ref_image"], to_uint8(edit.ref[None])[0])
@@ -874,9 +874,7 @@ def make_bench(args):
     while len(lines) < args.items:
         edit = draw_edit(library, "test", args.seed, index, args.frames, args.size)
         name = f"{len(lines):03d}"
-        write_video(
-            out / "videos" / f"{name}_src.mp4", draw_frames(edit, args.size)[0], args.fps, crf=4, pixel_format="yuv444p"
-        )
+        write_video(out / "videos" / f"{name}_src.mp4", draw_frames(edit, args.size)[0], args.fps, exact=True)
         write_image(out / "refs" / f"{name}.png", to_uint8(edit.ref[None])[0])
         kind = "background" if edit.task == "background_ref" else "subject"
         lines.append(
