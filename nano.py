@@ -347,7 +347,7 @@ class Trainer:
                 for p, master in zip(self.parameters, self.masters):
                     p.data.copy_(master.view_as(p))
                 self.step += 1
-                for key, value in {"loss": loss, "norm": norm, **figures}.items():
+                for key, value in {"loss": loss.detach(), "norm": norm, **figures}.items():
                     shown[key] = 0.98 * shown.get(key, float(value)) + 0.02 * float(value)
                 bar.set_postfix({key: f"{value:.4g}" for key, value in shown.items()}, refresh=False)
                 bar.update()

@@ -616,17 +616,22 @@ def to_uint8(frames):
 
 
 def draw_frames(edit, size):
-    """An edit -> source and target uint8 (T, size, size, 3) and the edited region bool (T, size, size)."""
+    """An edit -> source and target uint8 (T, size, size, 3) and the edited region bool (T, size, size).
+
+    The region is where the changed things and their shadows lie, or where the background shows; for a style everywhere.
+    """
     source, touched, visible = render(edit.source, size)
     if edit.style:
         return to_uint8(source), to_uint8(STYLES[edit.style](source)), torch.ones_like(source[:, 0], dtype=torch.bool)
     target, touched_target, _ = render(edit.target, size)
     if edit.task in ("background", "background_ref"):
-        covered = sum(visible) if visible else torch.zeros_like(source[:, :1])
-        return to_uint8(source), to_uint8(target), covered[:, 0] < 0.98
-    before, after = edit.changed
-    region = sum(t[i][:, 0] for t, i in ((touched, before), (touched_target, after)) if i is not None)
-    return to_uint8(source), to_uint8(target), region > 1 / 512
+        share = 1 - sum(visible, torch.zeros_like(source[:, :1]))
+    else:
+        before, after = edit.changed
+        share = sum(t[i] for t, i in ((touched, before), (touched_target, after)) if i is not None)
+    source, target = to_uint8(source), to_uint8(target)
+    region = (share[:, 0] > 1 / 512) | (source != target).any(dim=-1)  # a smaller share may still tip a rounding
+    return source, target, region
 
 
 # ------------------------------------------------------------------------------------------------ words for a scene
