@@ -235,9 +235,10 @@ def make_data(args):
     from multiprocessing import get_context
 
     from data import whole_file
-    from world import TASKS
+    from world import TASKS, read_index
 
     out = Path(args.out)
+    args.assets is None or read_index(args.assets)  # before workers start
     for kind in TASKS:
         (out / kind).mkdir(parents=True, exist_ok=True)
     jobs = [

@@ -1077,33 +1077,28 @@ def test_pretraining_in_pieces_is_one_training_and_its_weights_edit(tmp_path, na
 
 
 def test_a_small_denoiser_learns_two_edits_by_heart(tmp_path, library):
-    """Both of the same clip: only the instruction tells them apart. Latents are the pixels of 4x4 cells."""
-    edit = next(e for e in (world.draw_edit(library, "train", 1, i, 5, 32) for i in range(99)) if e.task == "remove")
-    source, removed, _ = world.draw_frames(edit, 32)
-
-    def cells(frames):
-        x = frames[::4].permute(0, 3, 1, 2).float() / 127.5 - 1  # (2, 3, 32, 32)
-        return F.pixel_unshuffle(x, 4).transpose(0, 1)[None]  # (1, 48, 2, 8, 8)
+    """Both of the same picture: only the instruction tells them apart. Latents are the pixels of 4x4 cells."""
+    edit = next(e for e in (world.draw_edit(library, "train", 1, i, 1, 32) for i in range(99)) if e.task == "change")
+    source, changed, _ = world.draw_frames(edit, 32)
+    pictures = [x.permute(0, 3, 1, 2).float() / 127.5 - 1 for x in (source, changed, 255 - source)]  # (1, 3, 32, 32)
+    before, *targets = (F.pixel_unshuffle(x, 4)[:, :, None] for x in pictures)  # (1, 48, 1, 8, 8)
+    clean, before = torch.cat(targets), before.expand(2, -1, -1, -1, -1)
 
     nano.write_mllm_folder(tmp_path / "mllm", [edit.prompt])
-    mllm = MLLMConfig(str(tmp_path / "mllm"), 128, 4, 4, 0, max_pixels=112 * 112 - 1)
     dit = DiTConfig(128, 256, 4, 2, 48, 48, freq_dim=32, text_dim=8, patch_size=(1, 1, 1))
-    model = KiwiEdit(KiwiConfig(dit, None, mllm))
+    model = KiwiEdit(KiwiConfig(dit, None, MLLMConfig(str(tmp_path / "mllm"), 128, 4, 0, 0)))
     torch.nn.init.normal_(model.mllm.connector[2].weight)
     with torch.no_grad():
         contexts = torch.cat([model.mllm(text, source) for text in (edit.prompt, "Show the negative.")])
-    clean, before = torch.cat([cells(removed), cells(255 - source)]), cells(source).expand(2, -1, -1, -1, -1)
-    optimiser = torch.optim.AdamW((p for name, p in model.named_parameters() if "mllm" not in name), 2e-3)
-    for _ in range(200):
+    optimiser = torch.optim.AdamW((p for name, p in model.named_parameters() if "mllm" not in name), 2e-3, (0.9, 0.98))
+    for _ in range(400):
         t = FlowMatch().timesteps(1000)[torch.randint(1000, (8,))]
-        batch = (x.repeat(4, *[1] * (x.ndim - 1)) for x in (clean, contexts, before))
-        latents, context, src = batch
-        model.training_loss(latents, context, t, src).backward()
+        model.training_loss(clean.repeat(4, 1, 1, 1, 1), contexts.repeat(4, 1, 1), t, before.repeat(4, 1, 1, 1, 1)).backward()
         optimiser.step()
         optimiser.zero_grad()
     result = model.denoise(torch.randn_like(clean), contexts, before, steps=10)
     error, copied = ((x - clean).square().flatten(1).mean(dim=1) for x in (result, before))
-    assert error[0] < copied[0] / 2 and error[1] < copied[1] / 20, (error, copied)
+    assert error[0] < copied[0] / 2 and error[1] < copied[1] / 8, (error, copied)
 
 
 @pytest.mark.parametrize("arguments, says", [

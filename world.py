@@ -195,17 +195,20 @@ def pattern_photo(rng, split):
             return Photo(name, draw_pattern(kind, a, b))
 
 
+def read_index(folder):
+    """What a folder of assets holds. FileNotFoundError where `nano.py assets` has not filled it."""
+    path = Path(folder) / "index.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: fill the folder with `python nano.py assets {folder}`")
+    return json.loads(path.read_text())
+
+
 def load_library(folder=None):
     """Shapes and textures and, where `folder` was filled by `nano.py assets`, emoji and photographs."""
     library = Library(draw_shapes(), draw_textures())
     if folder is None:
         return library
-    folder = Path(folder)
-    if not (folder / "index.json").is_file():
-        raise FileNotFoundError(
-            f"{folder}/index.json is missing: fill the folder with `python nano.py assets {folder}`"
-        )
-    index = json.loads((folder / "index.json").read_text())
+    index, folder = read_index(folder), Path(folder)
     images = load_file(folder / "assets.safetensors")
     for entry, image in zip(index["sprites"], images["sprites"]):
         name = entry["name"]
