@@ -454,7 +454,7 @@ def pretrain_vae(args, rows, device):
     stills += [read_frames(folder / r["ref_image"])[:, ::2, ::2] for r in rows if "ref_image" in r]
     vae = VAE(nano_config(args.out).vae)
     start_vae(vae)
-    trainer = Trainer("vae", vae, args.out, args.steps or 6000, 2e-3, args.seed, device)
+    trainer = Trainer("vae", vae, args.out, args.steps or 4000, 2e-3, args.seed, device)
 
     def loss_of(generator):
         clips = videos if trainer.step % 4 == 3 and videos else stills
@@ -592,11 +592,11 @@ def pretrain_mllm(args, rows, device):
     encoder = MLLMEncoder(nano_config(args.out).mllm)
     for name, parameter in encoder.named_parameters():
         parameter.requires_grad_(name.startswith("model."))
-    trainer = Trainer("mllm", encoder, args.out, args.steps or 3000, 1e-3, args.seed, device)
+    trainer = Trainer("mllm", encoder, args.out, args.steps or 1000, 1e-3, args.seed, device)
 
     def loss_of(generator):
         rng = np.random.default_rng([args.seed, trainer.step])
-        wanted = rng.integers(len(rows), size=args.batch or 8)
+        wanted = rng.integers(len(rows), size=args.batch or 16)
         return answer_loss(encoder, [conversation(rng, rows[i], Path(args.data)) for i in wanted])
 
     trainer.run(loss_of, args.minutes)
@@ -656,12 +656,12 @@ def pretrain_dit(args, rows, device):
     model = KiwiEdit(config)
     load_trained("vae", model.vae, args.out)
     load_trained("mllm", model.mllm, args.out).to(device)
-    trainer = Trainer("dit", model.dit, args.out, args.steps or 6000, 1e-3, args.seed, device)
+    trainer = Trainer("dit", model.dit, args.out, args.steps or 800, 1e-3, args.seed, device)
     timesteps = FlowMatch().timesteps(1000)
 
     def loss_of(generator):
         kind = list(latents)[trainer.step % len(latents)]
-        wanted = torch.randint(len(captions[kind]), (args.batch or 32,), generator=generator)
+        wanted = torch.randint(len(captions[kind]), (args.batch or 64,), generator=generator)
         clean = (latents[kind][wanted] - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
         clean = clean.to(device, torch.bfloat16)
         t = timesteps[torch.randint(1000, (len(wanted),), generator=generator)].to(device)
@@ -918,8 +918,8 @@ def parse_arguments(argv=None):
     add("--data", required=True, metavar="DIR", help="what `nano.py data` wrote")
     add("--out", required=True, metavar="DIR", help="states to resume from, and weights/ for `train.py --weights`")
     add("--minutes", type=float, default=9, help="stop after so long; the next call goes on (default %(default)s)")
-    add("--steps", type=positive, help="of the whole training (default: 6000, 3000, 6000)")
-    add("--batch", type=positive, help="default: 16 stills or 8 clips, 8, 32")
+    add("--steps", type=positive, help="of the whole training (default: 4000, 1000, 800)")
+    add("--batch", type=positive, help="default: 16 stills or 8 clips, 16, 64")
     add("--seed", type=int, default=0, help="default %(default)s")
 
     add = commands.add_parser("eval", help="measure weights on held-out cases whose truth is known").add_argument
