@@ -65,9 +65,10 @@ PRESETS = {
         MLLMConfig(QWEN_BASE, dit_dim=1536),
     ),
     "nano": KiwiConfig(
-        DiTConfig(dim=256, ffn_dim=1024, num_heads=8, num_layers=8, in_dim=48, out_dim=48, freq_dim=128, text_dim=256),
-        VAEConfig(dim=16, dec_dim=24, num_res_blocks=1),
-        MLLMConfig("weights/nano/mllm", 256, 16, 32, 48, max_ref_tokens=48, max_pixels=128 * 128),
+        DiTConfig(dim=256, ffn_dim=768, num_heads=8, num_layers=6, in_dim=32, out_dim=32, freq_dim=128, text_dim=192),
+        VAEConfig(dim=24, dec_dim=32, z_dim=32, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True)),
+        # just below 112x112 a frame of 64x64 is shown to the MLLM at 84x84, in 9 tokens; from there on at 336x336
+        MLLMConfig("weights/nano/mllm", 256, 16, 32, 48, max_ref_tokens=48, max_frames=4, max_pixels=112 * 112 - 1),
     ),
 }
 

@@ -5,9 +5,9 @@ skips aloud without them. diffusers, a second witness of the same architecture, 
 """
 
 import ast
+import csv
 import functools
 import importlib
-import csv
 import json
 import os
 import random
@@ -26,6 +26,7 @@ import av
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 if not torch.cuda.is_available():
@@ -33,8 +34,10 @@ if not torch.cuda.is_available():
 
 import data
 import kernels
+import nano
 import sample
 import train
+import world
 from connectors import (
     MLLMConfig, MLLMEncoder, fit_pixels, inject_lora, lora_state_dict, merge_lora, sample_frames, video_frame_sizes,
 )  # fmt: skip
@@ -100,7 +103,7 @@ def randomise(module, scale=1.0):
 # ------------------------------------------------------------------------------------------------ the house itself
 
 FLOORS = {
-    "kernels": 0, "dit": 1, "vae": 1, "connectors": 1, "data": 1, "model": 2,
+    "kernels": 0, "dit": 1, "vae": 1, "connectors": 1, "data": 1, "world": 1, "model": 2,
     "sample": 3, "train": 3, "judge": 3, "curate": 3, "nano": 3, "test_all": 4,
 }  # fmt: skip
 
@@ -149,7 +152,7 @@ def test_the_readme_s_train_commands_parse(line):
     train.parse_arguments(words[words.index("train.py") + 1 :])
 
 
-@pytest.mark.parametrize("name", ["sample.py", "train.py"])
+@pytest.mark.parametrize("name", ["sample.py", "train.py", "nano.py"])
 def test_every_flag_of_a_command_is_read(name):
     text = (HOUSE / name).read_text()
     flags = re.findall(r'add\((?:"-\w", )?"--([\w-]+)"', text)
@@ -1398,3 +1401,153 @@ def test_the_help_of_train_and_data_answers_without_torch():
         probe += "except SystemExit: assert not {'torch', 'av', 'transformers', 'numpy'} & sys.modules.keys()"
         done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=HOUSE)
         assert done.returncode == 0 and "examples:" in done.stdout, done.stderr
+# ------------------------------------------------------------------------------------------------ nano.py, world.py
+
+
+@pytest.fixture(scope="session")
+def library():
+    return world.load_library()
+
+
+@pytest.fixture(scope="session")
+def nano_data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nano") / "data"
+    nano.main(["data", str(folder), "--clips", "16", "--frames", "5", "--workers", "1"])
+    return folder
+
+
+def test_the_world_is_the_same_whoever_draws_it(tmp_path, nano_data):
+    nano.main(["data", str(tmp_path), "--clips", "16", "--frames", "5", "--workers", "2"])
+    files = sorted(path.relative_to(nano_data) for path in nano_data.rglob("*.*"))
+    assert len(files) == 4 * 4 + 4 * 3 + 8 * 3 + 5
+    for name in files:
+        assert (tmp_path / name).read_bytes() == (nano_data / name).read_bytes(), name
+
+
+def test_the_world_s_tables_are_those_of_the_real_data(nano_data):
+    for kind, count in {"image": 8, "video": 4, "ref_video": 4}.items():
+        rows = list(csv.DictReader((nano_data / f"{kind}.csv").open()))
+        columns = ["src_video", "tgt_video", "prompt"] + ["ref_image"] * (kind == "ref_video")
+        assert len(rows) == count and list(rows[0]) == columns
+        source, target = (read_clip(nano_data / rows[0][c]) for c in columns[:2])
+        assert source.frames.shape == target.frames.shape == (1 if kind == "image" else 5, 64, 64, 3)
+        assert source.still == (kind == "image") and rows[0]["prompt"]
+        if kind == "ref_video":
+            assert read_image(nano_data / rows[0]["ref_image"]).shape == (128, 128, 3)
+
+
+def test_outside_the_mask_nothing_changes_and_inside_something_does(library, nano_data):
+    for index in range(40):
+        edit = world.draw_edit(library, "train", 0, index, 5, 64)
+        source, target, region = world.draw_frames(edit, 64)
+        assert torch.equal(source[~region], target[~region]), edit.prompt
+        assert (source[region] != target[region]).float().mean() > 0.2, edit.prompt
+        if edit.task in ("add", "change", "remove", "subject", "subject_add"):
+            assert 0.01 < region.float().mean() < 0.5, edit.prompt
+    for row in map(json.loads, (nano_data / "truth.jsonl").read_text().splitlines()):
+        source, target = (nano.read_frames(nano_data / row[c]).int() for c in ("src_video", "tgt_video"))
+        region = nano.read_frames(nano_data / row["mask"])[0, ..., 0].unflatten(0, (-1, 64)) > 127
+        assert region.all() or (source - target)[~region].abs().float().mean() < 2, "the codec's share"
+
+
+def test_what_is_tested_was_never_trained_on(library):
+    train, test = ([world.draw_edit(library, split, 0, i, 1, 64) for i in range(200)] for split in ("train", "test"))
+
+    def seen(edits):
+        things = {thing.sprite.name for e in edits for thing in e.source.things}
+        photos = {scene.photo.name for e in edits for scene in (e.source, e.target) if "plain" not in scene.photo.name}
+        return things | photos | {e.new.name for e in edits if e.new}
+
+    assert not seen(train) & seen(test) and len(seen(test)) > 20
+    assert not {e.prompt for e in train} & {e.prompt for e in test}
+    assert library.names("train") and not set(library.names("train")) & set(library.names("test"))
+
+
+def test_a_perfect_edit_is_recognised_and_the_source_is_not(library):
+    for index in range(2, 42, 4):
+        edit = world.draw_edit(library, "test", 0, index, 5, 64)
+        source, target, region = world.draw_frames(edit, 64)
+        measures = nano.measure(target, target, region)
+        assert measures["psnr_in"] == 60 and measures["ssim_in"] == pytest.approx(1)
+        assert nano.region_psnr(source, target, region) < 40
+        if edit.new:
+            assert all(nano.recognise(edit, library, "test", target, region, index).values())
+            assert not all(nano.recognise(edit, library, "test", source, region, index).values())
+
+
+def test_the_psnr_of_a_region_ignores_the_rest():
+    a, region = torch.zeros(2, 8, 8, 3, dtype=torch.uint8), torch.zeros(2, 8, 8, dtype=torch.bool)
+    region[:, :4] = True
+    b = a.clone()
+    b[:, :4], b[:, 4:] = 51, 255
+    assert nano.region_psnr(a, b, region) == pytest.approx(-20 * np.log10(51 / 255))
+    assert np.isnan(nano.region_psnr(a, b, region & False))
+
+
+def run_pretrain(part, data, out, *more):
+    nano.main(["pretrain", part, "--data", str(data), "--out", str(out), "--steps", "2", "--batch", "2", *more])
+
+
+def test_pretraining_in_pieces_is_one_training_and_its_weights_edit(tmp_path, nano_data):
+    run_pretrain("vae", nano_data, tmp_path / "whole")
+    run_pretrain("vae", nano_data, tmp_path / "pieces", "--minutes", "0.0001")
+    assert torch.load(tmp_path / "pieces/vae.pt", weights_only=True)["step"] == 1
+    run_pretrain("vae", nano_data, tmp_path / "pieces")
+    whole, pieces = (torch.load(tmp_path / name / "vae.pt", weights_only=True)["masters"] for name in ("whole", "pieces"))
+    assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+    run_pretrain("mllm", nano_data, tmp_path / "whole")
+    run_pretrain("dit", nano_data, tmp_path / "whole")
+    model = KiwiEdit.from_pretrained(tmp_path / "whole/weights", dtype=torch.float32)
+    assert torch.equal(model.vae.encoder.conv1.weight, whole["encoder.conv1.weight"])
+    assert sum(p.numel() for p in model.parameters()) * 2 < 32e6, "what is shipped, in bfloat16"
+    tokenizer = model.mllm.tokenizer
+    text = "Replace the bicycle with the one shown, s'il vous plaît."
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    frames, ref = moving_picture(5, 64, 64), moving_picture(1, 50, 40)[0]
+    assert model.edit(frames, text, ref, steps=1).shape == frames.shape
+
+
+def test_a_small_denoiser_learns_two_edits_by_heart(tmp_path, library):
+    """Both of the same picture: only the instruction tells them apart. Latents are the pixels of 4x4 cells."""
+    edit = next(e for e in (world.draw_edit(library, "train", 1, i, 1, 32) for i in range(99)) if e.task == "change")
+    source, changed, _ = world.draw_frames(edit, 32)
+    pictures = [x.permute(0, 3, 1, 2).float() / 127.5 - 1 for x in (source, changed, 255 - source)]  # (1, 3, 32, 32)
+    before, *targets = (F.pixel_unshuffle(x, 4)[:, :, None] for x in pictures)  # (1, 48, 1, 8, 8)
+    clean, before = torch.cat(targets), before.expand(2, -1, -1, -1, -1)
+
+    nano.write_mllm_folder(tmp_path / "mllm", [edit.prompt])
+    dit = DiTConfig(128, 256, 4, 2, 48, 48, freq_dim=32, text_dim=8, patch_size=(1, 1, 1))
+    model = KiwiEdit(KiwiConfig(dit, None, MLLMConfig(str(tmp_path / "mllm"), 128, 4, 0, 0)))
+    torch.nn.init.normal_(model.mllm.connector[2].weight)
+    with torch.no_grad():
+        contexts = torch.cat([model.mllm(text, source) for text in (edit.prompt, "Show the negative.")])
+    optimiser = torch.optim.AdamW((p for name, p in model.named_parameters() if "mllm" not in name), 2e-3, (0.9, 0.98))
+    for _ in range(400):
+        t = FlowMatch().timesteps(1000)[torch.randint(1000, (8,))]
+        model.training_loss(clean.repeat(4, 1, 1, 1, 1), contexts.repeat(4, 1, 1), t, before.repeat(4, 1, 1, 1, 1)).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    result = model.denoise(torch.randn_like(clean), contexts, before, steps=10)
+    error, copied = ((x - clean).square().flatten(1).mean(dim=1) for x in (result, before))
+    assert error[0] < copied[0] / 2 and error[1] < copied[1] / 8, (error, copied)
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["data", "x", "--size", "50"], "multiple of 32"), (["data", "x", "--frames", "8"], "4k + 1"),
+    (["data", "x", "--assets", "."], "nano.py assets"), (["pretrain", "vae", "--data", "x", "--out", "y"], "nano.py data"),
+    (["eval", "--weights", "w", "--data", "x", "--out", "y"], "nano.py data"),
+])  # fmt: skip
+def test_what_nano_cannot_do_is_said_in_one_line(tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["nano.py", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        nano.run()
+    assert says in exit_.value.code and "\n" not in exit_.value.code
+
+
+def test_an_archive_that_is_not_the_checked_one_is_refused(tmp_path):
+    (tmp_path / "pmndrs-assets-1.7.0.tgz").write_bytes(b"other")
+    with pytest.raises(ValueError, match="not the archive"):
+        nano.fetch_package("@pmndrs/assets", tmp_path)
+    assert nano.plain_name({"name": "DOG FACE", "category": "Animals & Nature"}) == "dog"
+    assert nano.plain_name({"name": "Clock Face One Oclock", "category": "Travel & Places"}) is None
