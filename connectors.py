@@ -98,17 +98,18 @@ def resize_like_torchvision(frames, size):
     return x.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def patchify(frames):
+def patchify(frames, patch=14, mean=PIXEL_MEAN, std=PIXEL_STD):
     """uint8 frames (T, H, W, 3), H and W multiples of 28 -> (patches (t*h*w, 1176), grid (t, h, w)).
 
     A patch is 2 frames (an odd count repeats the last) x 14 x 14 pixels; 2x2 neighbours, which the vision
     tower merges to one token, follow one another. Values are normalised and rounded to bfloat16.
+    Another patch, mean and std are those of another Qwen (judges.py).
     """
-    x = (frames.float() - 255 * torch.tensor(PIXEL_MEAN)) / (255 * torch.tensor(PIXEL_STD))
+    x = (frames.float() - 255 * torch.tensor(mean)) / (255 * torch.tensor(std))
     if len(x) % 2:
         x = torch.cat([x, x[-1:]])
-    t, h, w = len(x) // 2, x.shape[1] // 14, x.shape[2] // 14
-    x = x.reshape(t, 2, h // 2, 2, 14, w // 2, 2, 14, 3)
+    t, h, w = len(x) // 2, x.shape[1] // patch, x.shape[2] // patch
+    x = x.reshape(t, 2, h // 2, 2, patch, w // 2, 2, patch, 3)
     x = x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7)  # (t, h/2, w/2, 2, 2, 3, 2, 14, 14)
     return x.reshape(t * h * w, -1).bfloat16(), (t, h, w)
 

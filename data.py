@@ -56,7 +56,8 @@ import torch.nn.functional as F
 
 GRID = 32  # pixels: the VAE's stride 16 (or 8) times the DiT's patch 2, and what every Kiwi-Edit size is floored to
 MAX_PIXELS = 720 * 1280
-VIDEO_CODEC = ("yuv420p", {"crf": "16", "preset": "medium"})
+VIDEO_CODEC = ("yuv420p", {"crf": "16", "preset": "medium"})  # near lossless
+SMALL_VIDEO_CODEC = ("yuv420p", {"crf": "28", "preset": "medium"})  # to look at on a page
 # For small pictures, on which the above costs 15 dB, and for bytes that depend on the frames alone: x264's mbtree reads
 # memory that nobody has written. Not every player shows yuv444p.
 EXACT_VIDEO_CODEC = ("yuv444p", {"crf": "4", "preset": "medium", "x264-params": "mbtree=0"})
@@ -272,13 +273,12 @@ def write_image(path, image):
         temporary.write_bytes(b"".join(bytes(packet) for packet in [*codec.encode(frame), *codec.encode(None)]))
 
 
-def write_video(path, frames, fps, audio_from=None, exact=False):
+def write_video(path, frames, fps, audio_from=None, codec=VIDEO_CODEC):
     """uint8 frames (T, H, W, 3), H and W even, to an h264 mp4 (BT.709) at `fps`.
 
     audio_from: a file whose sound, if it has any, is kept for the length of the clip. Sound that cannot be kept
-    is reported on stderr and does not cost the video. exact: nearly lossless, and the same bytes every time.
+    is reported on stderr and does not cost the video. codec: VIDEO_CODEC, SMALL_VIDEO_CODEC or EXACT_VIDEO_CODEC.
     """
-    codec = EXACT_VIDEO_CODEC if exact else VIDEO_CODEC
     fps = Fraction(fps).limit_denominator(1001000)
     with whole_file(path) as temporary:
         try:

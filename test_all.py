@@ -5,6 +5,7 @@ skips aloud without them. diffusers, a second witness of the same architecture, 
 """
 
 import ast
+import base64
 import csv
 import functools
 import importlib
@@ -17,9 +18,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from fractions import Fraction
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import av
@@ -33,7 +36,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: the kernels run here too, interpreted
 
 import data
+import judge
+import judges
 import kernels
+import metrics
 import nano
 import sample
 import train
@@ -103,7 +109,7 @@ def randomise(module, scale=1.0):
 # ------------------------------------------------------------------------------------------------ the house itself
 
 FLOORS = {
-    "kernels": 0, "dit": 1, "vae": 1, "connectors": 1, "data": 1, "world": 1, "model": 2,
+    "kernels": 0, "dit": 1, "vae": 1, "connectors": 1, "data": 1, "world": 1, "model": 2, "metrics": 2, "judges": 2,
     "sample": 3, "train": 3, "judge": 3, "curate": 3, "nano": 3, "test_all": 4,
 }  # fmt: skip
 
@@ -1551,3 +1557,541 @@ def test_an_archive_that_is_not_the_checked_one_is_refused(tmp_path):
         nano.fetch_package("@pmndrs/assets", tmp_path)
     assert nano.plain_name({"name": "DOG FACE", "category": "Animals & Nature"}) == "dog"
     assert nano.plain_name({"name": "Clock Face One Oclock", "category": "Travel & Places"}) is None
+# ------------------------------------------------------------------------------------------------ metrics.py, judges.py, judge.py
+
+
+def smooth_clip(colour, count=8, size=64):
+    """A coloured square that moves over a grey slope: uint8 (count, size, size, 3)."""
+    frames = torch.linspace(60, 160, size).repeat(count, size, 1)[..., None].repeat(1, 1, 1, 3)
+    for t in range(count):
+        frames[t, 16:48, 8 + 2 * t : 40 + 2 * t] = torch.tensor(colour, dtype=torch.float)
+    return frames.to(torch.uint8)
+
+
+RED, GREEN, BLUE = (220, 30, 30), (30, 200, 40), (40, 60, 220)
+
+
+def as_clip(colour, **more):
+    return metrics.as_float(smooth_clip(colour, **more))
+
+
+def test_metrics_know_the_copy_the_edit_the_wrong_reference_and_shuffled_frames():
+    source, edit, (red, green) = as_clip(BLUE), as_clip(RED), (as_clip(c)[:1, :, 16:48, 8:40] for c in (RED, GREEN))
+    copy, true = metrics.measure(source, source, [red]), metrics.measure(source, edit, [red, green])
+    assert copy["edit_strength"] == copy["edited_area"] == copy["reference_gain"] == copy["flicker_excess"] == 0
+    assert copy["preserved_psnr"] == 60 and copy["preserved_ssim"] == pytest.approx(1)
+    assert true["edited_area"] == pytest.approx(0.25, abs=0.06) and true["preserved_psnr"] == 60
+    assert true["reference_gain"] > 0.3 > true["control_wrong_gains"][0]
+    assert true["control_shuffled_flicker"] > 2 * true["flicker"]
+
+
+def test_a_small_edit_is_not_drowned_by_what_stayed():
+    source, ref = as_clip(BLUE, size=256), as_clip(RED)[:1, :, 16:48, 8:40]
+    edit = source.clone()
+    edit[:, :, 180:204, 200:224] = ref[..., :24, :24]
+    changed = metrics.reference_scores(source, edit, metrics.change_map(source, edit), [ref])[0]
+    everywhere = metrics.reference_scores(source, edit, torch.ones(8, 32, 32), [ref])[0]
+    assert changed[1] > 0.3 and changed[1] > everywhere[1] + 0.05
+
+
+def test_damage_to_what_should_stay_lowers_the_preserved_psnr_as_its_formula_says():
+    source, edit = as_clip(BLUE), as_clip(RED) + 0.02
+    expected = -20 * np.log10(0.02)
+    assert metrics.measure(source, edit)["preserved_psnr"] == pytest.approx(expected, abs=0.3)
+    noisy = (as_clip(RED) + 0.1 * torch.randn_like(source)).clamp(0, 1)
+    assert metrics.measure(source, noisy)["flicker_excess"] > 10
+
+
+def test_correlations_and_intervals_are_right_on_numbers_done_by_hand():
+    assert judge.spearman([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8)
+    assert judge.kendall([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(4 / 6)
+    assert judge.kendall([1, 1, 2], [1, 2, 3]) == pytest.approx(2 / 6**0.5) and judge.spearman([1, 1, 1], [1, 2, 3]) is None
+    values = np.random.default_rng(1).normal(3, 1, 400)
+    mean = judge.mean_of([list(values)])
+    assert mean.high - mean.low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
+    assert judge.mean_of([[1.0, 1.0], [3.0, 3.0]]).value == 2  # tasks weigh the same
+    assert judge.mean_of([[1.0, 2.0]], missing=1, allow_missing=False).value is None
+
+
+@pytest.mark.parametrize("line", readme_commands("judge.py"))
+def test_the_readme_s_judge_commands_parse(line):
+    words = shlex.split(line, comments=True)
+    judge.parse_arguments(words[words.index("judge.py") + 1 :])
+
+
+def test_every_flag_of_judge_is_read():
+    text = (HOUSE / "judge.py").read_text() + (HOUSE / "judges.py").read_text()
+    flags = re.findall(r'add\(\s*"--([\w-]+)"', text)
+    assert len(flags) > 25 and all(f"args.{flag.replace('-', '_')}" in text for flag in flags)
+
+
+NAMES = ["instruction_compliance", "consistency_detail", "visual_quality"]
+
+
+@pytest.mark.parametrize("text", [
+    '{"reasoning": "ok", "instruction_compliance": 4, "consistency_detail": 3, "visual_quality": 2}',
+    'Sure!\n```json\n{"visual_quality": 2, "consistency_detail": "3/5", "instruction_compliance": "**4**"}\n```\nDone.',
+    '{"scores": {"Instruction Compliance": 4, "consistency detail": 3.0, "visual_quality": "2 out of 5"}}',
+    "Brief reasoning: 2 hats, 5 dogs.\nVisual Quality & Stability: 2\n**Instruction Compliance**: **4/5**\nConsistency & Detail: 3"
+    .replace("Consistency & Detail", "Consistency Detail"),
+    '{"reasoning": "cut", "instruction_compliance": 4, "consistency_detail": 3, "visual_quality": 2',
+])  # fmt: skip
+def test_an_answer_is_read_by_its_names_whatever_stands_around_the_numbers(text):
+    assert judges.read_answer(text, NAMES) == dict(zip(NAMES, (4, 3, 2)))
+
+
+@pytest.mark.parametrize("text, says", [
+    ('{"instruction_compliance": 6, "consistency_detail": 3, "visual_quality": 2}', "6 is not a whole number"),
+    ('{"instruction_compliance": 3.5, "consistency_detail": 3, "visual_quality": 2}', "3.5 is not a whole"),
+    ('{"instruction_compliance": "8/10", "consistency_detail": 3, "visual_quality": 2}', "scale"),
+    ('{"instruction_compliance": true, "consistency_detail": 3, "visual_quality": 2}', "not a score"),
+    ('{"instruction_compliance": 4, "consistency_detail": 3, "visual_qu', "visual_quality is missing"),
+    ("Visual quality: 3\nVisual quality: 4\nInstruction compliance: 4\nConsistency detail: 1", "given twice"),
+    ("Instruction compliance: 3-4\nConsistency detail: 1\nVisual quality: 1", "instruction_compliance is missing"),
+    ("Instruction compliance: -4\nConsistency detail: 1\nVisual quality: 1", "-4 is not"),
+    ("I cannot judge this video.", "instruction_compliance is missing"), ("", "missing"),
+])  # fmt: skip
+def test_an_answer_without_a_possible_score_is_refused_and_never_guessed(text, says):
+    with pytest.raises(judges.Malformed, match=says):
+        judges.read_answer(text, NAMES)
+
+
+def write_refvie(folder, count=3):
+    """A benchmark in RefVIE-Bench's format with edits under the released names: sources blue, edits and refs red."""
+    (folder / "edits").mkdir(parents=True)
+    lines = []
+    for i in range(count):
+        task = "background" if i == count - 1 else "subject"
+        instruction = f"Replace the square by number {i}."
+        write_video(folder / f"{i}_src.mp4", smooth_clip(BLUE, 8 + i), 4)
+        write_image(folder / f"{i}.png", smooth_clip((220 - 40 * i, 30 + 50 * i, 30))[0])
+        write_video(folder / "edits" / f"{i}_{instruction[:10]}_{i}_src.mp4", smooth_clip(RED, 8 + i), 4)
+        lines += [f"- src_video: {i}_src.mp4", f'  instruction: "{instruction}"', f"  ref_img: {i}.png", f"  edit_type: {task}"]
+    (folder / "bench.yaml").write_text("\n".join(lines))
+    return folder
+
+
+def good_answer(request, scores=(4, 3, 2)):
+    names = [n for task in judge.REFERENCE_TASKS.values() for n in task[1] if f"\n{n}:" in request["text"]]
+    return json.dumps({"reasoning": "as seen", **dict(zip(names, scores))})
+
+
+class FakeJudge:
+    """A server in the shapes of Gemini and OpenAI. `say(request, nth)` gives the answer's text, or a special tuple:
+    ("status", code, headers), ("hang",), ("drop",), ("raw", bytes)."""
+
+    def __init__(self, say=lambda request, nth: good_answer(request)):
+        fake, self.say, self.requests, self.lock, self.over = self, say, [], threading.Lock(), threading.Event()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                fake.answer(self, fake.understand(self.path, self.headers, body))
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def understand(self, path, headers, body):
+        gemini = path.endswith(":generateContent")
+        text = body["systemInstruction"]["parts"][0]["text"] if gemini else body["messages"][0]["content"]
+        parts = body["contents"][0]["parts"] if gemini else body["messages"][1]["content"]
+        return dict(path=path, headers=dict(headers), gemini=gemini, text=text, parts=parts, item=text.split("\n")[-1])
+
+    def answer(self, handler, request):
+        with self.lock:
+            nth = sum(r["item"] == request["item"] for r in self.requests)
+            self.requests.append(request)
+        said = self.say(request, nth)
+        code, extra = 200, {}
+        if isinstance(said, str):
+            tokens = len(request["text"])
+            shape = {"choices": [{"message": {"content": said}}], "usage": {"prompt_tokens": tokens, "completion_tokens": 9}}
+            if request["gemini"]:
+                usage = {"promptTokenCount": tokens, "candidatesTokenCount": 9}
+                shape = {"candidates": [{"content": {"parts": [{"text": said}]}}], "usageMetadata": usage}
+            data = json.dumps(shape).encode()
+        elif said[0] == "status":
+            code, extra, data = said[1], said[2], b"API key not valid. " * (said[1] == 400) + str(request["headers"]).encode()
+        elif said[0] == "raw":
+            data = said[1]
+        elif said[0] == "dribble":
+            handler.send_response(200)
+            handler.end_headers()
+            for _ in range(200):
+                self.over.wait(0.02)
+                handler.wfile.write(b" ")
+            return
+        else:
+            if said[0] == "hang":
+                self.over.wait(20)
+            handler.connection.close()
+            return
+        try:
+            handler.send_response(code)
+            for name, value in {"Content-Length": len(data), **extra}.items():
+                handler.send_header(name, str(value))
+            handler.end_headers()
+            handler.wfile.write(data)
+            request["served"] = True
+        except OSError:
+            pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture(scope="session")
+def refvie_original(tmp_path_factory):
+    return write_refvie(tmp_path_factory.mktemp("bench") / "refvie")
+
+
+@pytest.fixture
+def refvie(tmp_path, refvie_original):
+    return Path(shutil.copytree(refvie_original, tmp_path / "refvie"))
+
+
+def score(folder, fake, *more, judge_="openai:m", out="out"):
+    arguments = ["score", "--bench", "refvie", folder / "bench.yaml", "--edits", folder / "edits", "--judge", judge_,
+                 "--endpoint", fake.url, "--wait", 0.01, "--out", folder / out, *more]  # fmt: skip
+    judge.main(list(map(str, arguments)))
+
+
+def lines_of(folder, out="out"):
+    lines = [json.loads(line) for line in (folder / out / "answers.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == "answer" and "metrics" not in line]
+
+
+@pytest.mark.parametrize("judge_, key", [("gemini-x", "GEMINI_API_KEY"), ("openai:m", "OPENAI_API_KEY")])
+def test_a_judge_gets_the_media_at_an_explicit_rate_and_the_key_stays_out_of_every_file(refvie, monkeypatch, judge_, key):
+    monkeypatch.setenv(key, "secret-key-123")
+    busy_once = lambda request, nth: ("status", 429, {"Retry-After": "0"}) if nth == 0 else good_answer(request)
+    with FakeJudge(busy_once) as fake:
+        score(refvie, fake, "--mode", "strict", "--controls", 0, judge_=judge_)
+        request = fake.requests[-1]
+    assert "secret" not in request["path"] and "secret-key-123" in str(request["headers"])
+    if judge_ == "gemini-x":
+        videos = [p for p in request["parts"] if "videoMetadata" in p]
+        assert len(videos) == 2 and all(p["videoMetadata"] == {"fps": 4.0} for p in videos)
+        assert base64.b64decode(videos[1]["inlineData"]["data"]) in [p.read_bytes() for p in (refvie / "edits").iterdir()]
+    else:
+        pictures = [p for p in request["parts"] if p["type"] == "image_url"]
+        count = 8 + int(re.search(r"number (.)", request["item"])[1])  # frames of the clips, which have 4 a second too
+        assert len(pictures) == 1 + 2 * count
+    written = b"".join(p.read_bytes() for p in (refvie / "out").rglob("*") if p.is_file())
+    assert b"HTTP 429" in written and b"secret-key-123" not in written
+
+
+def test_the_hierarchy_is_enforced_in_code_and_its_breaches_are_counted(refvie):
+    with FakeJudge(lambda request, nth: good_answer(request, (2, 5, 1))) as fake:
+        score(refvie, fake, "--controls", 0)
+    text = (refvie / "out" / "refvie.md").read_text()
+    assert "broke the hierarchy in 3 of 3 answers" in text
+    assert [line["scores"].popitem()[1] for line in lines_of(refvie)] == [1] * 3  # the raw answers stay as they were
+    assert (refvie / "out" / "refvie.csv").read_text().splitlines()[1].split(",")[3:6] == ["2.0000", "2.0000", "1.0000"]
+
+
+TROUBLES = {
+    "429 storm": lambda n: ("status", 429, {}) if n < 3 else None,
+    "503": lambda n: ("status", 503, {}) if n < 2 else None,
+    "drop": lambda n: ("drop",) if n < 2 else None,
+    "hang": lambda n: ("hang",) if n < 1 else None,
+    "half an answer": lambda n: ("raw", b'{"choices": [{"mess') if n < 1 else None,
+    "out of range": lambda n: '{"identity_consistency": 9, "temporal_consistency": 1, "physical_integration": 1}' if n < 1 else None,
+    "refusal": lambda n: "I cannot help with that.",
+    "another shape": lambda n: ("raw", b'{"choices": "none"}') if n < 1 else None,
+    "bad request": lambda n: ("status", 413, {}),
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_every_trouble_ends_in_the_right_score_or_in_a_report_and_nothing_is_lost(refvie, trouble, capsys):
+    def say(request, nth):
+        bad = TROUBLES[trouble](nth) if "number 1" in request["item"] else None
+        return good_answer(request) if bad is None else bad
+
+    with FakeJudge(say) as fake:
+        run = lambda *more: score(refvie, fake, "--controls", 0, "--deadline", 0.7, "--retries", 3, *more)
+        if trouble not in ("refusal", "bad request"):
+            run()
+            assert "0 cut off" in capsys.readouterr().out
+        else:
+            with pytest.raises(SystemExit, match="1 of 3 items have no result"):
+                run()
+            assert "(1 missing)" in (refvie / "out" / "refvie.md").read_text()
+            before = len(fake.requests)  # a refusal may be a mood, a bad request stays bad
+            assert sum("number 1" in r["item"] for r in fake.requests) == (4 if trouble == "refusal" else 1)
+            run("--allow-missing")
+            asked_again = {request["item"] for request in fake.requests[before:]}
+            assert len(asked_again) == 1 and "4.00 (1 missing)" in (refvie / "out" / "refvie.md").read_text()
+    lines = lines_of(refvie)
+    assert len(lines) == len(fake.requests) and all(line["ok"] or line["error"] for line in lines)
+    assert {line["item"] for line in lines if line["ok"]} >= {"0", "2"}
+
+
+@pytest.mark.parametrize("how", ["hang", "dribble"])
+def test_a_server_that_hangs_or_dribbles_meets_the_deadline(how):
+    with FakeJudge(lambda request, nth: (how,)) as fake, pytest.raises(judges.TryAgain, match=r"no answer within 0\.3 s"):
+        judges.post(fake.url + "/chat/completions", {}, {"messages": [{"content": "x"}, {"content": []}]}, 0.3)
+
+
+@pytest.mark.parametrize("code, says", [(401, "refuses the key"), (400, "refuses the key"), (404, "no such model")])
+def test_a_refused_key_or_model_stops_the_run_at_once(refvie, monkeypatch, code, says):
+    monkeypatch.setenv("OPENAI_API_KEY", "wrong-key-9")
+    with FakeJudge(lambda request, nth: ("status", code, {})) as fake:
+        with pytest.raises(SystemExit, match=says) as stopped:
+            score(refvie, fake, "--repeats", 5, "--concurrency", 2)
+        assert len(fake.requests) <= 2 and "wrong-key" not in str(stopped.value)
+
+
+def test_a_server_that_is_not_there_is_not_asked_a_hundred_times(refvie):
+    with FakeJudge() as fake:
+        pass
+    with pytest.raises(SystemExit, match="cannot be reached"):
+        score(refvie, fake, "--repeats", 30, "--retries", 1)
+    assert len(lines_of(refvie)) < 20
+
+
+def test_the_key_is_not_carried_to_where_a_server_redirects(refvie, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key-123")
+    with FakeJudge() as other, FakeJudge(lambda request, nth: ("status", 302, {"Location": other.url})) as fake:
+        with pytest.raises(SystemExit, match="3 of 3 items have no result"):
+            score(refvie, fake, "--controls", 0)
+        assert len(fake.requests) == 3 and not other.requests
+
+
+def test_a_judge_that_was_not_shown_the_videos_is_found_out(refvie):
+    with FakeJudge() as fake:
+        fake.understand = (lambda old: lambda *a: {**old(*a), "text": ""})(fake.understand)
+        fake.say = lambda request, nth: '{"identity_consistency": 4, "temporal_consistency": 3, "physical_integration": 2}'
+        with pytest.raises(SystemExit):
+            score(refvie, fake, "--controls", 0, "--retries", 0)
+    assert all("dropped the videos" in line["error"] for line in lines_of(refvie))
+
+
+def test_after_kill_9_a_rerun_pays_for_no_item_twice(refvie):
+    served = threading.Event()
+
+    def say(request, nth):
+        if sum(r.get("served", False) for r in fake.requests) >= 3 and not served.is_set():
+            return ("hang",)
+        return good_answer(request)
+
+    with FakeJudge(say) as fake:
+        arguments = ["score", "--bench", "refvie", "bench.yaml", "--edits", "edits", "--judge", "openai:m", "--endpoint", fake.url,
+                     "--repeats", "3", "--controls", "0", "--concurrency", "1"]  # fmt: skip
+        process = subprocess.Popen([sys.executable, str(HOUSE / "judge.py"), *arguments, "--out", "out"], cwd=refvie,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        path, until = refvie / "out" / "answers.jsonl", time.time() + 60
+        while time.time() < until and (not path.exists() or path.read_text().count('"scores"') < 3 or len(fake.requests) < 4):
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
+        served.set()
+        with path.open("a") as file:
+            file.write('{"event": "answer", "ok": true, "key": "ha')  # as a crash in the middle of a line leaves it
+        score(refvie, fake, "--repeats", 3, "--controls", 0)
+    paid = [request for request in fake.requests if request.get("served")]
+    assert len(paid) == 9 and len(lines_of_whole(path)) == 9
+    assert "1 cut off (perhaps paid)" in (refvie / "out" / "refvie.md").read_text()
+
+
+def lines_of_whole(path):
+    """The keys that were answered, each once; broken lines are passed over as judge.py does."""
+    found = []
+    for line in path.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    keys = [line["key"] for line in found if line["event"] == "answer" and "scores" in line]
+    assert len(keys) == len(set(keys))
+    return keys
+
+
+def seeing(refvie):
+    """A judge with eyes: it knows the copy, the wrong reference and shuffled frames by their bytes."""
+    def say(request, nth):
+        number = re.search(r"number (.)", request["item"])[1]
+        media = [base64.b64decode(p["inlineData"]["data"]) for p in request["parts"] if "inlineData" in p]
+        ref, source, edit = media
+        if edit == source or ref != (refvie / f"{number}.png").read_bytes():
+            return good_answer(request, (1, 1, 1))
+        return good_answer(request, (5, 5, 5) if edit in [p.read_bytes() for p in (refvie / "edits").iterdir()] else (5, 1, 1))
+
+    return say
+
+
+def test_known_answers_hold_for_a_judge_with_eyes_and_not_for_a_blind_one(refvie, monkeypatch):
+    monkeypatch.setenv("GEMINI_API_KEY", "k")
+    for out, say, held in (("seeing", seeing(refvie), 2), ("blind", lambda request, nth: good_answer(request, (5, 5, 5)), 0)):
+        with FakeJudge(say) as fake:
+            score(refvie, fake, "--controls", 2, judge_="gemini-x", out=out)
+        text = (refvie / out / "refvie.md").read_text()
+        table = text[text.index("Controls of the judge") : text.index("## Metrics")]
+        assert re.findall(r"\| (\d) \| (\d) \|", table) == [(str(held), "2")] * 3
+
+
+def test_repeats_give_a_spread_and_human_scores_a_correlation(refvie):
+    (refvie / "people.csv").write_text("item,quality\n0,1\n1,3\n2,5\n")
+    say = lambda request, nth: good_answer(request, [int(re.search(r"number (.)", request["item"])[1]) + 1 + nth % 2] * 3)
+    with FakeJudge(say) as fake:
+        score(refvie, fake, "--repeats", 2, "--controls", 0, "--human", refvie / "people.csv")
+    text = (refvie / "out" / "refvie.md").read_text()
+    assert "mean over items: 0.71" in text and "| quality | mean score | 3 | 1.00 | 1.00 |" in text
+
+
+@pytest.mark.parametrize("taste, expected", [("first", "| 0 | 0 | 3 | 3 | 3 |"), ("red", "| 3 | 0 | 0 | 0 | 3 |")])
+def test_comparison_counts_a_win_only_in_both_orders(refvie, monkeypatch, taste, expected):
+    monkeypatch.setenv("GEMINI_API_KEY", "k")
+    (refvie / "other").mkdir()
+    for path in (refvie / "edits").iterdir():
+        write_video(refvie / "other" / path.name, smooth_clip(GREEN, len(read_clip(path).frames)), 4)
+
+    def say(request, nth):
+        videos = [base64.b64decode(p["inlineData"]["data"]) for p in request["parts"] if "videoMetadata" in p]
+        red = [p.read_bytes() for p in (refvie / "edits").iterdir()]
+        return json.dumps({"winner": "1" if taste == "first" or videos[1] in red else "2"})
+
+    with FakeJudge(say) as fake:
+        judge.main(["compare", "--bench", "refvie", str(refvie / "bench.yaml"), str(refvie / "edits"), str(refvie / "other"),
+                    "--judge", "gemini-x", "--endpoint", fake.url, "--out", str(refvie / "out")])  # fmt: skip
+    assert expected in (refvie / "out" / "refvie_compare.md").read_text()
+
+
+def test_a_missing_and_a_broken_edit_are_counted_and_shown(refvie, capsys):
+    edits = sorted((refvie / "edits").iterdir())
+    (refvie / "1.png").write_bytes(b"no picture")
+    edits[0].unlink()
+    edits[1].write_bytes(edits[1].read_bytes()[:100])
+    arguments = ["score", "--bench", "refvie", str(refvie / "bench.yaml"), "--edits", str(refvie / "edits"), "--out", str(refvie / "out"),
+                 "--endpoint", "https://me:p%40ss@host/v1"]  # fmt: skip
+    with pytest.raises(SystemExit, match="2 of 3 items have no result"):
+        judge.main(arguments)
+    text = (refvie / "out" / "refvie.md").read_text()
+    assert "p%40ss" not in text and "missing: " in text and "unreadable: " in text and "| background | 1 of 1 |" in text
+    assert "| subject | 0 of 2 | - (2 missing)" in text
+    page = (refvie / "out" / "refvie.html").read_text()
+    assert "data:image/jpeg;base64," in page and not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_averages_of_the_released_score_files_are_theirs_and_ours_are_equal_where_the_rule_was_kept(tmp_path, capsys):
+    answer = "Brief reasoning: fine.\nInstruction Compliance: {}\nVisual Quality & Stability: {}\nConsistency & Detail Fidelity: {}"
+    rows = [("global_style", (4, 3, 2)), ("global_style", (5, 5, 5)), ("local_add", (2, 2, 1))]
+    line = lambda task, s: json.dumps({"scores": list(s), "prompt": "p", "edited_type": task, "result": answer.format(*s)})
+    path = tmp_path / "openve_g_score.jsonl"
+    path.write_text("\n".join(line(*row) for row in rows))
+    judge.main(["averages", str(path)])
+    text = capsys.readouterr().out
+    assert "| global_style | 4.0000 | 4.00 [" in text and "| local_add | 1.6667 | 1.67 |" in text
+    assert "| mean of the tasks | 2.8333 | 2.83 |" in text and "| mean of all scores | 3.2222 | 3.22 [" in text
+    named = "Physical Integration & Tracking: 1\nIdentity Consistency & Compliance: 3\nTemporal Consistency & Texture Fidelity: 2"
+    path.write_text(json.dumps({"scores": [1, 3, 2], "result": named, "subtask": "subject", "meta_info": {}}))
+    judge.main(["averages", str(path)])
+    assert "| subject | 2.0000 | 2.00 | 1 | 0 | 0 |" in capsys.readouterr().out  # by name: nothing was broken
+    path.write_text(line("local_add", (2, 5, 1)))
+    judge.main(["averages", str(path)])
+    assert "| local_add | 2.6667 | 1.67 | 1 | 0 | 1 |" in capsys.readouterr().out
+
+
+def test_benchmarks_are_read_in_their_own_formats_and_lead_nowhere_else(tmp_path):
+    rows = "original_video,prompt,edited_type\nvideos/a.mp4,Add a hat.,local_add\nvideos/b.mp4,Zoom in.,camera_edit\n"
+    (tmp_path / "b.csv").write_text(rows)
+    (item,) = judge.read_bench("openve", tmp_path / "b.csv", "edits")
+    assert (item.edit, item.task, item.source) == (Path("edits/a_edited.mp4"), "local_add", tmp_path / "videos/a.mp4")
+    (tmp_path / "i.json").write_text('{"12": {"id": "animal/7.jpg", "prompt": "Add a hat.", "edit_type": "add"}}')
+    assert judge.read_bench("imgedit", tmp_path / "i.json", "edits")[0].edit == Path("edits/add/127.jpg")
+    (tmp_path / "b.csv").write_text(rows.replace("videos/a", "../a"))
+    with pytest.raises(judge.JudgeError, match="leads out of"):
+        judge.read_bench("openve", tmp_path / "b.csv", "edits")
+    with pytest.raises(judge.JudgeError, match="right"):
+        judge.read_bench("refvie", tmp_path / "i.json", "edits")
+
+
+def test_run_makes_the_edits_under_the_released_names_each_once_and_in_shards(refvie, small_weights, monkeypatch, capsys):
+    arguments = ["run", "--bench", "refvie", str(refvie / "bench.yaml"), "--weights", str(small_weights), "--edits",
+                 str(refvie / "new"), "--steps", "1", "--device", "cpu"]  # fmt: skip
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        judge.main(arguments)
+    assert sorted(p.name for p in (refvie / "new").iterdir()) == sorted(p.name for p in (refvie / "edits").iterdir())
+    judge.main(arguments)
+    assert "0 of 1 edits to make" in capsys.readouterr().out
+
+
+@demo
+def test_metrics_rank_real_edits_above_the_copy_and_a_wrong_reference(tmp_path):
+    path = SHARED / "demo" / "refvie_bench.yaml"
+    args = ["score", "--bench", "refvie", str(path), "--edits", str(SHARED / "demo" / "edits" / "refvie"), "--out", str(tmp_path)]
+    judge.main(args)
+    text = (tmp_path / "refvie.md").read_text()
+    held = {what: int(n) for what, n in re.findall(r"\| (reference_gain[^|]*) \| (\d) \| 6 \|", text)}
+    assert len(held) == 2 and all(n >= 5 for n in held.values())
+
+
+def tiny_local_judge(folder, kind):
+    """A folder with a random Qwen2.5-VL or Qwen3-VL of some 100,000 weights."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    write_qwen_folder(folder)
+    tokenizer = judges.json.loads((folder / "tokenizer.json").read_text())
+    ids = {t["content"]: t["id"] for t in tokenizer["added_tokens"]}
+    special = {f"{n}_token_id": ids[f"<|{n}|>" if n.startswith("vision") else f"<|{n}_pad|>"]
+               for n in ("vision_start", "vision_end", "image", "video")}  # fmt: skip
+    text = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2,
+                vocab_size=max(ids.values()) + 1, rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4})  # fmt: skip
+    vision = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=32)
+    if kind == "qwen2_5_vl":
+        config = Qwen2_5_VLConfig(text_config=text, vision_config={**vision, "fullatt_block_indexes": [0]}, **special)
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    else:
+        extra = dict(deepstack_visual_indexes=[0], num_position_embeddings=16)
+        config = Qwen3VLConfig(text_config={**text, "head_dim": 16}, vision_config={**vision, **extra}, **special)
+        model = Qwen3VLForConditionalGeneration(config)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("fps, expected", [(1, [0, 1, 2, 3]), (4, [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5]), (99, 28)])
+def test_frames_for_a_judge_stand_where_its_frame_rate_says(tmp_path, fps, expected):
+    write_video(tmp_path / "v.mp4", smooth_clip(BLUE, 28, 32), 8)
+    frames, seconds = judges.sampled_frames(tmp_path / "v.mp4", fps)
+    assert len(frames) == len(seconds) == (28 if fps == 99 else len(expected) if fps == 1 else 14)
+    assert fps == 99 or seconds[: len(expected)] == expected
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_local_judge_numbers_and_generates_as_transformers_does(tmp_path, kind):
+    write_image(tmp_path / "ref.png", smooth_clip(RED)[0])
+    write_video(tmp_path / "v.mp4", smooth_clip(BLUE), 4)
+    folder = tiny_local_judge(tmp_path / "judge", kind)
+    ours = judges.Local(folder, judge.parse_arguments(["score", "x", "--bench", "refvie", "--edits", "x", "--max-tokens", "8", "--device", "cpu"]))
+    media = [("Reference image", tmp_path / "ref.png"), ("Edited video", tmp_path / "v.mp4")]
+    ids, positions, pixels = ours.prepare("Judge it.", media, 4.0)
+    frames = judges.sampled_frames(tmp_path / "v.mp4", 4.0)[0]
+    seen = pixels["pixel_values_videos"].reshape(4, 2, 2, 2, 2, 3, 2, ours.patch, ours.patch).permute(0, 6, 1, 3, 7, 2, 4, 8, 5)
+    seen = seen.reshape(8, 4 * ours.patch, 4 * ours.patch, 3) * torch.tensor(ours.std) + torch.tensor(ours.mean)
+    assert (seen * 255 - F.interpolate(frames.permute(0, 3, 1, 2).float(), seen.shape[1:3]).permute(0, 2, 3, 1)).abs().mean() < 6
+    kinds = torch.zeros_like(ids)
+    kinds[ids == ours.token("<|image_pad|>")], kinds[ids == ours.token("<|video_pad|>")] = 1, 2
+    if kind == "qwen3_vl":  # transformers numbers what follows a Qwen2.5-VL video otherwise than it was trained (FACTS.md)
+        theirs = ours.mllm.model.get_rope_index(ids, kinds, pixels["image_grid_thw"], pixels["video_grid_thw"])[0]
+        assert torch.equal(positions, theirs)
+        expected = ours.mllm.generate(ids, mm_token_type_ids=kinds, **pixels, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        expected = [t for t in expected.tolist() if t not in ours.ends]
+        assert ours.ask("Judge it.", media, 4.0).text == ours.tokenizer.decode(expected)
+    else:
+        grid = pixels["video_grid_thw"][0].tolist()
+        video = positions[0, 0][kinds[0] == 2]
+        assert video.unique().diff().tolist() == [1] * (grid[0] - 1)  # 2 positions a second, 4 frames a second, 2 a step
+        assert ours.ask("Judge it.", media, 4.0).tokens_in == ids.shape[1]
