@@ -129,17 +129,21 @@ def readme_commands(program):
     return [line for block in blocks for line in block.splitlines() if re.match(rf"(python|torchrun .*) {program}", line)]
 
 
-@pytest.mark.parametrize("line", readme_commands("sample.py"))
-def test_the_readme_s_sample_commands_parse(line):
+COMMANDS = (sample, train, judge, nano)
+
+
+@pytest.mark.parametrize("command, line", [(c, line) for c in COMMANDS for line in readme_commands(f"{c.__name__}.py")])
+def test_the_readme_s_commands_parse(command, line):
     words = shlex.split(line, comments=True)
-    sample.parse_arguments(words[words.index("sample.py") + 1 :])
+    command.parse_arguments(words[words.index(f"{command.__name__}.py") + 1 :])
 
 
 def test_the_readme_points_at_code_that_exists():
-    pointers = re.findall(r"`((?:model|dit|vae|connectors|data|kernels|train|judge|judges|metrics|nano|world)\.[A-Za-z_.]+)`", (HOUSE / "README.md").read_text())
+    pointers = re.findall(rf"`((?:{'|'.join(FLOORS)})\.[A-Za-z_.]+)`", (HOUSE / "README.md").read_text())
     for pointer in pointers:
         module, *names = pointer.split(".")
-        assert pointer.endswith(".py") or functools.reduce(getattr, names, importlib.import_module(module)), pointer
+        if names[-1] not in ("py", "jsonl"):  # a file's name
+            assert functools.reduce(getattr, names, importlib.import_module(module)), pointer
 
 
 def test_the_readme_s_figures_are_those_of_the_committed_benchmark():
@@ -152,15 +156,9 @@ def test_the_readme_s_figures_are_those_of_the_committed_benchmark():
     assert quoted >= 3
 
 
-@pytest.mark.parametrize("line", readme_commands("train.py"))
-def test_the_readme_s_train_commands_parse(line):
-    words = shlex.split(line, comments=True)
-    train.parse_arguments(words[words.index("train.py") + 1 :])
-
-
-@pytest.mark.parametrize("name", ["sample.py", "train.py", "nano.py"])
-def test_every_flag_of_a_command_is_read(name):
-    text = (HOUSE / name).read_text()
+@pytest.mark.parametrize("command", (sample, train, nano), ids=lambda command: command.__name__)
+def test_every_flag_of_a_command_is_read(command):
+    text = (HOUSE / f"{command.__name__}.py").read_text()
     flags = re.findall(r'add\((?:"-\w", )?"--([\w-]+)"', text)
     assert flags and all(f"args.{flag.replace('-', '_')}" in text for flag in flags)
 
