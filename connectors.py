@@ -171,9 +171,10 @@ class MLLMEncoder(nn.Module):
 
     def prepare(self, instruction, source, ref=None) -> MLLMInputs:
         """Text, patches and grids of a request; arguments as for `forward`."""
-        instruction = instruction.strip()
-        if not instruction:
-            raise ValueError('the instruction is empty: say what to change, e.g. "replace the car"')
+        return self.assemble(instruction, *self.resize(source, ref))
+
+    def resize(self, source, ref=None):
+        """-> mode and the pictures as the vision tower takes them, {name: uint8 (T, H, W, 3)}; arguments as `forward`."""
         source = as_frames(source, "source")
         refs = [] if ref is None else [as_frames(r, "ref")[:1] for r in (ref if isinstance(ref, list) else [ref])]
         mode = "ref" if refs else "image" if len(source) == 1 else "video"
@@ -183,7 +184,14 @@ class MLLMEncoder(nn.Module):
         for i, image in enumerate(refs):
             size = fit_pixels(*image.shape[1:3], 28, 4 * 28 * 28, 28 * 28 * self.config.max_ref_tokens)
             visuals[f"ref{i}"] = resize_like_pillow(image, size)
-        text = instruction + (REFERENCE_HINT if refs else "")
+        return mode, visuals
+
+    def assemble(self, instruction, mode, visuals) -> MLLMInputs:
+        """The request of an instruction and what `resize` made of its pictures."""
+        instruction = instruction.strip()
+        if not instruction:
+            raise ValueError('the instruction is empty: say what to change, e.g. "replace the car"')
+        text = instruction + (REFERENCE_HINT if mode == "ref" else "")
 
         start, end, vision_start, vision_end = (
             [self.token(f"<|{name}|>")] for name in ("im_start", "im_end", "vision_start", "vision_end")

@@ -17,7 +17,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import MediaError, fit_frames, pad_reference, read_clip, read_image, resize, write_image, write_video
+from data import (
+    SMALL_VIDEO_CODEC, MediaError, fit_frames, pad_reference, read_clip, read_image, resize, write_image, write_video,
+)  # fmt: skip
 
 BLOCK = 8  # pixels a side at the working size: smaller shifts than this are mostly averaged away
 CHANGED = (6 / 255, 20 / 255)  # the threshold between kept and changed lies in between: invisible, and plain to see
@@ -254,7 +256,8 @@ def write_media(media, source, edit, fps, ref_path=None, height=128):
         strip = torch.cat([strip, pad_reference(read_image(ref_path), (2 * height, 2 * height))], 1)
     write_image(media.with_suffix(".jpg"), strip)
     if len(edit) > 1:
-        write_video(media.with_suffix(".mp4"), torch.cat([resize(x, size) for x in (source, edit)], 2), fps, crf=28)
+        both = torch.cat([resize(x, size) for x in (source, edit)], 2)
+        write_video(media.with_suffix(".mp4"), both, fps, codec=SMALL_VIDEO_CODEC)
 
 
 def write_shuffled(path, edit_path):

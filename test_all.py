@@ -6,8 +6,12 @@ skips aloud without them. diffusers, a second witness of the same architecture, 
 
 import ast
 import base64
+import csv
+import functools
+import importlib
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -28,19 +32,28 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: the kernels run here too, interpreted
+
+import data
 import judge
 import judges
+import kernels
 import metrics
+import nano
 import sample
+import train
+import world
 from connectors import (
     MLLMConfig, MLLMEncoder, fit_pixels, inject_lora, lora_state_dict, merge_lora, sample_frames, video_frame_sizes,
 )  # fmt: skip
 from data import (
-    MediaError, fit_frames, pad_reference, read_clip, read_image, usable_frames, whole_file, working_size, write_image,
-    write_video,
+    Curriculum, MediaError, Mixture, Pairs, bucket, fit_frames, measure_rows, pad_reference, read_clip, read_image,
+    read_table, usable_frames, whole_file, working_size, write_image, write_video,
 )  # fmt: skip
 from dit import DiT, DiTConfig, rope_3d
-from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit, load_weights, meta_parameters, our_name
+from kernels.bench import diffusers_dit, diffusers_vae, diffusers_vae_name, table
+from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit, load_weights, our_name, released_name
 from vae import VAE, VAEConfig
 
 HOUSE = Path(__file__).parent
@@ -96,7 +109,7 @@ def randomise(module, scale=1.0):
 # ------------------------------------------------------------------------------------------------ the house itself
 
 FLOORS = {
-    "kernels": 0, "dit": 1, "vae": 1, "connectors": 1, "data": 1, "model": 2, "metrics": 2, "judges": 2,
+    "kernels": 0, "dit": 1, "vae": 1, "connectors": 1, "data": 1, "world": 1, "model": 2, "metrics": 2, "judges": 2,
     "sample": 3, "train": 3, "judge": 3, "curate": 3, "nano": 3, "test_all": 4,
 }  # fmt: skip
 
@@ -116,17 +129,138 @@ def readme_commands(program):
     return [line for block in blocks for line in block.splitlines() if re.match(rf"(python|torchrun .*) {program}", line)]
 
 
-@pytest.mark.parametrize("line", readme_commands("sample.py"))
-def test_the_readme_s_sample_commands_parse(line):
+COMMANDS = (sample, train, judge, nano)
+
+
+@pytest.mark.parametrize("command, line", [(c, line) for c in COMMANDS for line in readme_commands(f"{c.__name__}.py")])
+def test_the_readme_s_commands_parse(command, line):
     words = shlex.split(line, comments=True)
-    sample.parse_arguments(words[words.index("sample.py") + 1 :])
+    command.parse_arguments(words[words.index(f"{command.__name__}.py") + 1 :])
 
 
-@pytest.mark.parametrize("name", ["sample.py"])
-def test_every_flag_of_a_command_is_read(name):
-    text = (HOUSE / name).read_text()
+def test_the_readme_points_at_code_that_exists():
+    pointers = re.findall(rf"`((?:{'|'.join(FLOORS)})\.[A-Za-z_.]+)`", (HOUSE / "README.md").read_text())
+    for pointer in pointers:
+        module, *names = pointer.split(".")
+        if names[-1] not in ("py", "jsonl"):  # a file's name
+            assert functools.reduce(getattr, names, importlib.import_module(module)), pointer
+
+
+def test_the_readme_s_figures_are_those_of_the_committed_benchmark():
+    readme, quoted = (HOUSE / "README.md").read_text(), 0
+    for path in (HOUSE / "bench").glob("*.json"):
+        for section, results in json.loads(path.read_text()).items():
+            if section in ("dit", "vae", "memory"):
+                quoted += 1
+                assert table(results["rows"]) in readme, f"{section} of {path.name}: paste its table"
+    assert quoted >= 3
+
+
+@pytest.mark.parametrize("command", (sample, train, nano), ids=lambda command: command.__name__)
+def test_every_flag_of_a_command_is_read(command):
+    text = (HOUSE / f"{command.__name__}.py").read_text()
     flags = re.findall(r'add\((?:"-\w", )?"--([\w-]+)"', text)
     assert flags and all(f"args.{flag.replace('-', '_')}" in text for flag in flags)
+
+
+# ------------------------------------------------------------------------------------------------ kernels/
+# On a GPU the kernels as they are, else under Triton's interpreter (which has no bfloat16 constants, so no bfloat16).
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+LOADS = {"pointers": (False, False), "tma": (True, False), "specialised": (True, True)}  # TMA, SPECIALISE
+
+
+@pytest.fixture
+def triton_backend():
+    """The kernels; what one of them forgets to write is NaN."""
+    pytest.importorskip("triton")
+    kernels.set_backend("triton")
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
+    kernels.set_backend("auto")
+
+
+@pytest.fixture(params=LOADS)
+def one_kind_of_load(request, monkeypatch):
+    """Attention with one of its ways to load: on a GPU in its own configurations, else in small blocks."""
+    tma, specialise = LOADS[request.param]
+    if DEVICE == "cuda" and tma and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("TMA and warp specialisation are for Hopper")
+    module = sys.modules["kernels.attention"]
+    for name, configs in module.CONFIGS.items():
+        kind = (tma, specialise) if name == "attention_forward" else (tma,)
+        real = [config for config in configs if config[2:-2] == kind]
+        monkeypatch.setitem(module.CONFIGS, name, real if DEVICE == "cuda" else [(16, 32, *kind, 4, 1)])
+    module.compiled.cache_clear()
+    yield
+    module.compiled.cache_clear()
+
+
+def agrees_with_float64(function, *inputs):
+    """A function of `kernels` on the backend chosen, forward and backward, against the float64 definition."""
+    results = []
+    for dtype in (None, torch.float64):
+        leaves = [x.to(device=DEVICE, dtype=dtype or x.dtype).detach().requires_grad_() for x in inputs]
+        kernels.set_backend("triton" if dtype is None else "ref")
+        outputs = function(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        weights = [torch.linspace(-1, 1, o.numel(), device=DEVICE, dtype=o.dtype).view_as(o).sin() for o in outputs]
+        results.append([*outputs, *torch.autograd.grad(outputs, leaves, weights)])
+    tol = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}[inputs[0].dtype]
+    return all(actual.dtype != torch.float64 and close(actual, exact, tol) for actual, exact in zip(*results))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_matches_float64_at_lengths_with_tails(triton_backend, one_kind_of_load, dtype):
+    lengths = [(37, 53, 2, 64), (33, 64, 1, 128), (5, 7, 3, 16)] + [(300, 515, 2, 128)] * (DEVICE == "cuda")
+    for queries, keys, heads, dim in lengths:
+        q, k, v = (torch.randn(2, n, heads, dim).to(dtype) for n in (queries, keys, keys))
+        assert agrees_with_float64(kernels.attention, q, k, v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_fused_norms_match_float64_at_widths_with_tails(triton_backend, dtype):
+    grid, heads, D = (2, 3, 4), 3, 72
+    x, y = (torch.randn(2, 24, D).to(dtype) for _ in range(2))
+    gate, shift, scale = (torch.randn(2, 1, D) for _ in range(3))
+    shared, rope = torch.randn(1, 1, D), rope_3d(grid, D // heads, torch.device(DEVICE))
+    assert agrees_with_float64(lambda x, w: kernels.rms_norm_rope(x, w, rope, heads, 1e-6), x, torch.randn(D).to(dtype))
+    assert agrees_with_float64(lambda x, w: kernels.rms_norm_rope(x, w, None, heads, 1e-6), x, torch.randn(D).to(dtype))
+    assert agrees_with_float64(lambda x, *m: kernels.layer_norm_modulate(x, *m, 1e-6), x, shift, scale)
+    assert agrees_with_float64(kernels.gate_residual, x, y, gate)
+    assert agrees_with_float64(lambda *all: kernels.gate_residual_norm(*all, 1e-6), x, y, gate, shared, scale)
+    assert agrees_with_float64(lambda x, y, *m: kernels.gate_residual_norm(x, y, None, *m, 1e-6), x, y, shift, shared)
+
+
+def test_a_dit_trains_on_the_kernels_as_on_the_definitions(triton_backend):
+    model = randomise(DiT(tiny_dit(num_layers=1))).to(DEVICE)
+    assert agrees_with_float64(
+        lambda x, context: model.to(x.dtype)(x, torch.tensor([300.0, 40.0], device=DEVICE), context),
+        torch.randn(2, 16, 2, 4, 6), torch.randn(2, 5, 64),
+    )  # fmt: skip
+
+
+def test_the_kernels_register_as_operators_that_autograd_and_compile_accept(triton_backend):
+    q, k, v = (torch.randn(1, n, 2, 16, device=DEVICE, requires_grad=True) for n in (5, 7, 7))
+    x, weight = (torch.randn(*s, 32, device=DEVICE, requires_grad=True) for s in ((1, 5), ()))
+    gate = torch.randn(1, 1, 32, device=DEVICE)
+    for op, arguments in (("attention", (q, k, v)), ("rms_norm_rope", (x, weight, None, None, 2, 1e-6)),
+                          ("residual_norm", (x, x.detach(), gate, gate, gate, 1e-6))):  # fmt: skip
+        torch.library.opcheck(getattr(torch.ops.nanokiwi, op), arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_backend_that_cannot_run_is_refused_and_auto_takes_what_can(monkeypatch):
+    q = torch.randn(1, 4, 2, 16)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="auto, ref, sdpa, triton"):
+        kernels.set_backend("cuda")
+    assert kernels.choose(q) == "sdpa"
+    kernels.set_backend("triton")
+    with pytest.raises(RuntimeError, match="needs a GPU"):
+        kernels.attention(q, q, q)
+    kernels.set_backend("auto")
 
 
 # ------------------------------------------------------------------------------------------------ dit.py
@@ -166,11 +300,8 @@ def test_rope_and_the_time_embedding_match_the_release_in_float64():
 
 
 def test_the_dit_agrees_with_diffusers_and_in_bfloat16_is_no_further_from_float32():
-    diffusers = pytest.importorskip("diffusers")
-    theirs = randomise(diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=32, in_channels=16, out_channels=16, text_dim=24,
-        freq_dim=32, ffn_dim=96, num_layers=2, cross_attn_norm=True, eps=1e-6, rope_max_seq_len=64,
-    ))  # fmt: skip
+    pytest.importorskip("diffusers")
+    theirs = randomise(diffusers_dit(tiny_dit()))
     ours, t = DiT(tiny_dit()), torch.tensor([625.0, 40.0])
     load_weights(ours, theirs.state_dict())
     x, text, out = torch.randn(2, 16, 3, 6, 10), torch.randn(2, 7, 24), {}
@@ -219,42 +350,12 @@ def test_the_vae_matches_the_release_at_every_length_and_chunk(version, chunk):
         assert close(decoded, cases[f"decode.{frames}.video"])
 
 
-def diffusers_vae_name(name, version):
-    """Wan's name of a VAE parameter -> diffusers' name."""
-    for wan, theirs in (
-        (r"residual\.0\.", "norm1."), (r"residual\.2\.", "conv1."), (r"residual\.3\.", "norm2."),
-        (r"residual\.6\.", "conv2."), (r"shortcut", "conv_shortcut"), (r"middle\.0", "mid_block.resnets.0"),
-        (r"middle\.1", "mid_block.attentions.0"), (r"middle\.2", "mid_block.resnets.1"), (r"head\.0", "norm_out"),
-        (r"head\.2", "conv_out"), (r"coder\.conv1", "coder.conv_in"), (r"^conv1", "quant_conv"),
-        (r"^conv2", "post_quant_conv"),
-    ):  # fmt: skip
-        name = re.sub(wan, theirs, name)
-    if version == "2.2":
-        name = re.sub(r"downsamples\.(\d)\.downsamples\.\d\.(resample|time)", r"down_blocks.\1.downsampler.\2", name)
-        name = re.sub(r"upsamples\.(\d)\.upsamples\.\d\.(resample|time)", r"up_blocks.\1.upsampler.\2", name)
-        name = re.sub(r"downsamples\.(\d)\.downsamples\.(\d)", r"down_blocks.\1.resnets.\2", name)
-        return re.sub(r"upsamples\.(\d)\.upsamples\.(\d)", r"up_blocks.\1.resnets.\2", name)
-    name = name.replace("downsamples", "down_blocks")
-    per_level = 3  # num_res_blocks 1: two residual blocks and the upsampling
-    flat = re.search(r"upsamples\.(\d+)", name)
-    if not flat:
-        return name
-    level, place = divmod(int(flat[1]), per_level)
-    inner = "upsamplers.0" if place == per_level - 1 else f"resnets.{place}"
-    return name.replace(flat[0], f"up_blocks.{level}.{inner}")
-
-
 @pytest.mark.parametrize("version", ["2.2", "2.1"])
 def test_the_vae_agrees_with_diffusers(version):
-    diffusers = pytest.importorskip("diffusers")
-    config = tiny_vae(version)
-    extra = dict(is_residual=True, patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=16)
-    theirs = diffusers.AutoencoderKLWan(
-        base_dim=8, decoder_base_dim=config.decoder_dim, z_dim=12, num_res_blocks=1, latents_mean=[0.0] * 12,
-        latents_std=[1.0] * 12, **(extra if version == "2.2" else {}),
-    ).eval()  # fmt: skip
-    ours = randomise(VAE(config))
-    theirs.load_state_dict({diffusers_vae_name(k, version): v for k, v in ours.state_dict().items()})
+    pytest.importorskip("diffusers")
+    ours = randomise(VAE(tiny_vae(version)))
+    theirs = diffusers_vae(ours.config).eval()
+    theirs.load_state_dict({diffusers_vae_name(k, ours.config): v for k, v in ours.state_dict().items()})
     video = torch.rand(1, 3, 9, 32, 48) * 2 - 1
     with torch.no_grad():
         latents = ours.encode(video)
@@ -548,6 +649,85 @@ def test_a_file_is_whole_or_absent(tmp_path):
         temporary.write_bytes(b"half")
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mixture_gives_each_row_once_an_epoch_in_the_ratio_asked_for_and_has_no_state():
+    buckets = {"image": {(1, 64, 64): list(range(10)), (1, 64, 96): [10, 11, 12]}, "video": {(9, 64, 64): list(range(5))}}
+    mixture = Mixture(buckets, {"image": 2, "video": 1, "ref": 0}, 2, seed=3)
+    batches = [mixture[n] for n in range(300)]
+    assert [kind for kind, *_ in batches[:6]] == ["image", "video", "image"] * 2
+    seen = [row for kind, _, rows in batches if kind == "image" for row in rows]
+    for row in range(13):  # 400 samples are 30.8 epochs; buckets of an odd size cut their batches across epochs
+        assert 29 <= seen.count(row) <= 32
+    assert sorted(seen[:26]) != sorted(range(13)) * 2 or sorted(seen[:26]) == sorted([*range(13)] * 2)
+    again = Mixture(buckets, {"image": 2, "video": 1}, 2, seed=3)
+    assert [again[n] for n in (299, 7, 100)] == [batches[n] for n in (299, 7, 100)]
+    assert [Mixture(buckets, {"image": 2, "video": 1}, 2, seed=4)[n] for n in range(9)] != batches[:9]
+
+
+def write_table(path, rows, ref=False):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["src_video", "tgt_video", "prompt", *["ref_image"] * ref], *rows])
+    return path
+
+
+def test_a_broken_sample_is_replaced_by_the_next_of_its_shape_and_reported(tmp_path):
+    for name in ("a.mp4", "b.mp4", "c.mp4"):
+        write_clip(tmp_path / name, moving_picture(9, 64, 64))
+    rows = read_table(write_table(tmp_path / "video.csv", [[n, n, "Mirror it."] for n in ("a.mp4", "b.mp4", "c.mp4")]), "video")
+    assert measure_rows(rows, still=False) == [(9, 64, 64)] * 3
+    mixture = Mixture({"video": {(9, 64, 64): [0, 1, 2]}}, {"video": 1}, 3, seed=0)
+    (tmp_path / "b.mp4").write_bytes((tmp_path / "b.mp4").read_bytes()[:900])
+    batch = Pairs({"video": rows}, Curriculum([(0, mixture)]), lambda source, ref: None)[0]
+    order = ["abc"[row] for row in mixture[0][2]]
+    assert [Path(p).stem for p in batch["paths"]] == ["c" if name == "b" else name for name in order]
+    assert [Path(path).name for path, _ in batch["bad"]] == ["b.mp4"] and "b.mp4" in batch["bad"][0][1]
+    for name in "ac":
+        (tmp_path / f"{name}.mp4").unlink()
+    assert "none of the 3" in Pairs({"video": rows}, Curriculum([(0, mixture)]), None)[0]["fatal"]
+
+
+@pytest.mark.parametrize("text, says", [
+    ("src_video,prompt\na.png,x\n", "no column tgt_video"), ("src_video,tgt_video,prompt\n", "has no rows"),
+    ("src_video,tgt_video,prompt\na.png,,x\n", "line 2: an empty field"), ("", "no column src_video"),
+    ("src_video,tgt_video,prompt\na.png,../../etc/passwd,x\n", "is outside of"),
+])  # fmt: skip
+def test_a_bad_table_is_refused_with_its_line(tmp_path, text, says):
+    (tmp_path / "image.csv").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        read_table(tmp_path / "image.csv", "image")
+
+
+def test_parquet_with_reference_bytes_gives_the_rows_that_a_csv_gives(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    write_image(tmp_path / "ref.png", moving_picture(1, 50, 40)[0])
+    content = (tmp_path / "ref.png").read_bytes()
+    columns = {"iid": ["1", "2", "3"], "prompt": ["x"] * 3, "src_video": ["a.mp4"] * 3, "tgt_video": ["b.mp4"] * 3,
+               "ref_image_bytes": [content, None, content]}  # fmt: skip
+    parquet.write_table(pyarrow.table(columns), tmp_path / "ref.parquet", row_group_size=2)
+    rows = read_table(tmp_path / "ref.parquet", "ref")
+    assert [row.source for row in rows] == [str(tmp_path / "a.mp4")] * 3
+    assert torch.equal(data.read_reference(rows[2].ref), moving_picture(1, 50, 40)[0])
+    with pytest.raises(MediaError, match="row 1 of group 0: has no ref_image_bytes"):
+        data.read_reference(rows[1].ref)
+
+
+def test_large_clips_share_a_few_shapes_and_small_ones_keep_theirs():
+    assert bucket((100, 480, 832), 81, 720 * 1280) == (81, 480, 832)
+    assert bucket((50, 1080, 1920), 81, 360_000) == bucket((49, 1070, 1930), 81, 360_000) == (49, 448, 800)
+
+
+def test_check_names_what_is_wrong_with_a_table(tmp_path, capsys):
+    write_clip(tmp_path / "a.mp4", moving_picture(9, 64, 64))
+    write_clip(tmp_path / "b.mp4", moving_picture(7, 64, 96))
+    (tmp_path / "c.mp4").write_text("no clip")
+    pairs = [["a.mp4", "a.mp4", "x"], ["a.mp4", "b.mp4", "x"], ["a.mp4", "c.mp4", "x"]]
+    with pytest.raises(SystemExit, match="2 rows have faults"):
+        data.main(["check", str(write_table(tmp_path / "video.csv", pairs))])
+    said = capsys.readouterr()
+    said = said.out + said.err
+    for words in ("b.mp4: has 7 frames, its source 9", "crops will not match", "c.mp4: cannot be decoded", "3 rows, 2 with faults"):
+        assert words in said
 
 
 # ------------------------------------------------------------------------------------------------ model.py
@@ -974,6 +1154,407 @@ def test_an_interrupted_run_leaves_no_file(tmp_path, small_weights):
     assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
 
 
+# ------------------------------------------------------------------------------------------------ train.py
+
+
+@pytest.fixture(scope="session")
+def lesson(tmp_path_factory, qwen_folder):
+    """A data set of some tiny pairs of every kind, and weights of a tiny model with two heads."""
+    folder = tmp_path_factory.mktemp("lesson")
+    tables = {"image.csv": [], "video.csv": [], "ref_video.csv": []}
+    for name, rows in tables.items():
+        for i in range(5):
+            frames = moving_picture(1 if name == "image.csv" else 5 + 4 * (i % 2), 64, 64 + 32 * (i % 3 == 0))
+            files = [f"{name[:-4]}_{i}_{part}.{'png' if len(frames) == 1 else 'mp4'}" for part in ("src", "tgt")]
+            for file, pixels in zip(files, (frames, 255 - frames)):
+                write_image(folder / file, pixels[0]) if len(frames) == 1 else write_video(folder / file, pixels, 8)
+            write_image(folder / f"ref_{i}.png", frames[0, : 40 + 7 * i])
+            rows.append([*files, f"Invert it, {i}.", *[f"ref_{i}.png"] * (name == "ref_video.csv")])
+        write_table(folder / name, rows, ref=name == "ref_video.csv")
+    torch.manual_seed(0)
+    mllm = MLLMConfig(str(qwen_folder), 48, 4, 4, 4, max_ref_tokens=4, max_pixels=64 * 64)
+    dit = tiny_dit(dim=48, ffn_dim=48, num_heads=2, in_dim=48, out_dim=48)
+    model = KiwiEdit(KiwiConfig(dit, VAEConfig(dim=4, dec_dim=4, z_dim=48, num_res_blocks=1), mllm))
+    randomise(model, 0.5).save(folder / "weights")
+    return folder
+
+
+SMALL = ["global_batch=4", "pixels=6144", "frames=9", "warmup=0", "lr=1e-3", "lora_rank=2"]
+
+
+def lessons(lesson, out, *flags, stage=3, weights="weights", settings=()):
+    """The command line of a small run."""
+    words = ["--stage", stage, "--data", lesson, "--out", out, "--weights", lesson / weights, "--workers", 0, *flags]
+    return [*map(str, words), "--set", *SMALL, *settings]
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def part_of(name):
+    if ".lora_" in name:
+        return "lora"
+    if name.startswith("dit."):
+        return "text_embedding" if ".text_embedding." in name else "dit"
+    return ".".join(name.split(".")[: 2 if name.startswith("mllm.") else 1])
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_step_changes_exactly_the_parameters_that_the_stage_trains(tmp_path, lesson, preset, stage):
+    args = train.parse_arguments(lessons(lesson, tmp_path, "--preset", preset, stage=stage, settings=["global_batch=6"]))
+    chosen = train.choose_stage(args)
+    ranks = train.Ranks(args)
+    try:
+        model = train.load_model(args, chosen, ranks, None)
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:  # zero at first, and then A would have no gradient
+                torch.nn.init.normal_(parameter)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        trainer = train.Trainer(args, chosen, ranks, model, *train.open_data(args, chosen, ranks))
+        assert trainer.step(iter(trainer.loader()))["skipped"] == 0
+    finally:
+        ranks.leave()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    expected = {"lora", "mllm.image_queries", "mllm.connector"}
+    expected |= {"mllm.video_queries", "dit", "source_embedder"} if stage > 1 else set()
+    expected |= {"mllm.ref_queries", "mllm.ref_connector", "ref_embedder"} if stage > 2 else set()
+    assert changed == {name for name in before if part_of(name) in expected}
+
+
+@golden
+@pytest.mark.parametrize("config, stage", [("5b", 1), ("5b", 2), ("5b", 3), ("14b", 1), ("14b", 2)])
+def test_what_a_stage_saves_has_exactly_the_released_names_and_shapes(tmp_path, real_qwen_folder, config, stage):
+    name = f"wan2{'2_5b' if config == '5b' else '1_14b'}"
+    args = train.parse_arguments(["--config", name, "--stage", str(stage), "--preset", "released", "--init", "random",
+                                  "--qwen", str(real_qwen_folder), "--out", str(tmp_path), "--dry-run"])  # fmt: skip
+    chosen = train.choose_stage(args)
+    ranks = train.Ranks(args)
+    try:
+        with torch.device("meta"):
+            model = train.load_model(args, chosen, ranks, None)
+    finally:
+        ranks.leave()
+    saved = {released_name(n): tuple(p.shape) for n, p in model.named_parameters() if train.belongs(n, chosen)}
+    assert saved == {n: tuple(t.shape) for n, t in manifest(f"trainable_{config}_stage{stage}").items()}
+    assert all(our_name(released_name(n)) == n for n, _ in model.named_parameters())
+
+
+def test_ddp_fsdp_and_sequence_parallelism_give_the_losses_of_one_process_and_resume_on_another_number(tmp_path, lesson):
+    short, long = ["steps=3", "pixels=4096,6144"], ["steps=20", "pixels=4096,6144", "ema=0.9"]
+    train.main(lessons(lesson, tmp_path / "one", "--save-every", "13", settings=long))
+    runs = [lessons(lesson, tmp_path / name, "--save-every", "13", *flags, settings=settings) for name, flags, settings in (
+        ("ddp", [], long), ("fsdp", ["--parallel", "fsdp"], long), ("sp", ["--sp", "2"], short),
+        ("half", ["--sp", "2", "--parallel", "fsdp", "--dtype", "bfloat16"], short))]  # fmt: skip
+    (tmp_path / "all.py").write_text(f"import sys\nsys.path.insert(0, {str(HOUSE)!r})\nimport train\n"
+                                     f"train.dist.init_process_group('gloo')\nfor words in {runs!r}:\n    train.main(words)\n"
+                                     "train.dist.destroy_process_group()\n")  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "all.py")]
+    done = subprocess.run(torchrun, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=150)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = torch.tensor(losses(tmp_path / "one"))
+    for name in ("ddp", "fsdp"):
+        assert len(losses(tmp_path / name)) == 20 and close(torch.tensor(losses(tmp_path / name)), one, 1e-5), name
+    train.main(lessons(lesson, tmp_path / "short", settings=short))
+    short_one = torch.tensor(losses(tmp_path / "short"))
+    assert close(torch.tensor(losses(tmp_path / "sp")), short_one, 1e-5)
+    assert close(torch.tensor(losses(tmp_path / "half")), short_one, 3e-2)
+    shutil.rmtree(tmp_path / "fsdp" / "step-000020")
+    train.main(lessons(lesson, tmp_path / "fsdp", "--resume", "auto", settings=long))  # 7 more steps on one process
+    assert close(torch.tensor(losses(tmp_path / "fsdp")), one, 1e-5)
+    for name in ("weights", "ema"):
+        a, b = (load_file(tmp_path / run / "step-000020" / f"{name}.safetensors") for run in ("one", "fsdp"))
+        assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+
+
+def test_a_run_killed_at_any_point_goes_on_to_the_same_weights_bit_for_bit(tmp_path, lesson):
+    settings = ["steps=7", "pixels=4096,6144"]
+    train.main(lessons(lesson, tmp_path / "whole", settings=settings))
+    dice, kills, out = random.Random(0), 0, tmp_path / "killed"
+    while True:
+        flags = ["--resume", "auto", "--save-every", "1", "--workers", kills % 3]
+        command = [sys.executable, str(HOUSE / "train.py"), *lessons(lesson, out, *flags, settings=settings)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        before = len(losses(out)) if (out / "metrics.jsonl").exists() else 0
+        while process.poll() is None and not ((out / "metrics.jsonl").exists() and len(losses_so_far(out)) > before):
+            time.sleep(0.01)
+        time.sleep(dice.random() * 0.3)
+        if process.poll() is not None or kills == 3:
+            break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert process.wait(100) == 0, process.stderr.read()
+    assert kills and losses(out) == losses(tmp_path / "whole")
+    a, b = (load_file(run / "step-000007" / "weights.safetensors") for run in (tmp_path / "whole", out))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert sorted(p.name for p in out.iterdir() if "step" in p.name) == ["step-000005", "step-000006", "step-000007"]
+
+
+def losses_so_far(out):
+    return [line for line in (out / "metrics.jsonl").read_text().split("\n")[:-1]]
+
+
+def test_a_signal_saves_the_last_whole_step_and_exits_with_success(tmp_path, lesson):
+    command = [sys.executable, str(HOUSE / "train.py"), *lessons(lesson, tmp_path / "run", "--workers", "1")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or len(losses_so_far(tmp_path / "run")) < 2:
+        time.sleep(0.02)
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGTERM)  # the workers too, as torchrun does
+    assert process.wait(60) == 0
+    steps = len(losses(tmp_path / "run"))
+    assert f"SIGTERM: step {steps} of" in process.stdout.read()
+    assert (tmp_path / "run" / f"step-{steps:06d}" / "train.json").is_file()
+
+
+def test_each_stage_starts_from_the_one_before_and_its_checkpoint_edits(tmp_path, lesson):
+    for stage in (1, 2, 3):
+        before = f"{tmp_path}/{stage - 1}" if stage > 1 else lesson / "weights"
+        train.main(lessons(lesson, tmp_path / str(stage), "--weights", before, stage=stage, settings=["steps=1"]))
+    checkpoint = tmp_path / "3" / "step-000001" / "weights.safetensors"
+    model = KiwiEdit.from_pretrained(checkpoint, dtype=torch.float32, base=lesson / "weights")
+    assert small_edit(model).shape == (6, 32, 64, 3)
+    first, last = (load_file(tmp_path / stage / "step-000001" / "weights.safetensors") for stage in "13")
+    name = "mllm.model.model.language_model.layers.0.self_attn.q_proj.lora_B.default.weight"
+    assert first[name].any() and not torch.equal(first[name], last[name]) and first.keys() < last.keys()
+
+
+def test_a_released_training_checkpoint_goes_on_training(tmp_path, lesson, qwen_folder):
+    checkpoint = save_training_layout(small_model(qwen_folder), tmp_path, stage=2)
+    flags = ["--weights", checkpoint, "--base", tmp_path / "wan", "--qwen", tmp_path / "qwen", "--config", "nano"]
+    train.main(lessons(lesson, tmp_path / "run", *flags, settings=["steps=1"]))
+    trained, before = load_file(tmp_path / "run" / "step-000001" / "weights.safetensors"), load_file(checkpoint)
+    assert before.keys() < trained.keys()  # references are new
+    assert all((trained[k] - before[k]).abs().max() < 0.01 for k in before)
+
+
+def test_training_from_a_cache_gives_the_same_losses(tmp_path, lesson):
+    settings = ["steps=3", "ref_shrink=1"]
+    train.main(lessons(lesson, tmp_path / "plain", settings=settings))
+    train.main(lessons(lesson, tmp_path / "cache", "--write-cache", tmp_path / "cache", settings=settings))
+    train.main(lessons(lesson, tmp_path / "run", "--cache", tmp_path / "cache", settings=settings))
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain")
+    with pytest.raises(ValueError, match="written for other tables, pixels or frames"):
+        train.main(lessons(lesson, tmp_path / "other", "--cache", tmp_path / "cache", settings=["steps=1", "frames=5"]))
+
+
+def test_broken_samples_are_logged_and_too_many_stop_the_run(tmp_path, lesson):
+    for file in lesson.glob("*.*"):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "video_1_tgt.mp4").write_bytes((tmp_path / "video_1_tgt.mp4").read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"1 of 5 video rows cannot be read \(--max-bad 5\).*video_1_tgt"):
+        train.main(lessons(lesson, tmp_path / "run", "--data", tmp_path))
+    train.main(lessons(lesson, tmp_path / "run2", "--data", tmp_path, "--max-bad", "30", settings=["steps=2"]))
+    line = json.loads((tmp_path / "run2" / "bad.jsonl").read_text())
+    assert line["path"].endswith("video_1_tgt.mp4") and "cannot be decoded" in line["reason"]
+
+
+def test_a_diverged_run_skips_steps_and_stops_with_the_sample(tmp_path, lesson, capsys):
+    with pytest.raises(ValueError, match=r"5 steps in a row were skipped.*_tgt\.(png|mp4)"):
+        train.main(lessons(lesson, tmp_path / "run", settings=["lr=1e30", "weight_decay=0"]))
+    assert "skipped: its gradient is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--set", "speed=2"], "Stage has no 'speed'; it has"), (["--set", "steps=many"], "not of the kind"),
+    (["--set", "schedule=never"], "expected constant, cosine or linear"), (["--sp", "2"], "does not divide the 1 processes"),
+    (["--weights", "nowhere"], "no such file or folder"), (["--data", "nowhere"], "has no image.csv"),
+    (["--dtype", "bfloat16", "--parallel", "ddp"], "take --parallel fsdp"), (["--set", "batch=3"], "not a multiple of batch"),
+    (["--resume", "nowhere"], "not a checkpoint folder"), (["--set", "paint.dim=3"], "there are model, dit, vae, mllm"),
+])  # fmt: skip
+def test_a_bad_request_to_train_is_one_clear_line(tmp_path, lesson, monkeypatch, words, says):
+    plain = lessons(lesson, tmp_path / "run", settings=words[1:] if words[0] == "--set" else [])
+    plain[plain.index("--set"):plain.index("--set")] = [] if words[0] == "--set" else words
+    monkeypatch.setattr(sys, "argv", ["train.py", *plain])
+    with pytest.raises(SystemExit) as exit_:
+        train.run()
+    assert says in exit_.value.code and "\n" not in exit_.value.code
+
+
+def test_without_weights_or_over_another_run_nothing_starts(tmp_path, lesson):
+    with pytest.raises(ValueError, match="nothing to start from; give --weights PATH, or --init random"):
+        train.main(["--config", "nano", "--stage", "1", "--data", str(lesson), "--out", str(tmp_path / "run")])
+    train.main(lessons(lesson, tmp_path / "run", settings=["steps=1"]))
+    with pytest.raises(ValueError, match="give --resume auto to continue"):
+        train.main(lessons(lesson, tmp_path / "run", settings=["steps=1"]))
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_no_half_checkpoint(tmp_path, lesson):
+    command = [sys.executable, str(HOUSE / "train.py"), *lessons(lesson, tmp_path / "run", settings=["steps=2"])]
+    done = subprocess.run(["bash", "-c", f"ulimit -f 100; {shlex.join(command)}"], capture_output=True, text=True)
+    assert done.returncode != 0 and "the checkpoint cannot be written" in done.stderr.splitlines()[-1]
+    assert train.valid_checkpoints(tmp_path / "run") == []
+
+
+def test_a_dry_run_writes_nothing_and_a_plot_shows_the_losses(tmp_path, lesson, capsys):
+    train.main(lessons(lesson, tmp_path / "run", "--dry-run"))
+    said = capsys.readouterr().out
+    assert "M trained" in said and "frames of 64x64" in said and "GiB" in said and not (tmp_path / "run").exists()
+    flags = ["--sample-every", "2", "--sample-steps", "1"]
+    train.main(lessons(lesson, tmp_path / "run", *flags, settings=["steps=2"]))
+    train.main(["--plot", str(tmp_path / "run")])
+    assert "<polyline" in (tmp_path / "run" / "loss.svg").read_text()
+    assert read_clip(tmp_path / "run" / "samples" / "step-000002-ref.mp4").frames.shape[2] == 3 * 96
+
+
+def test_the_help_of_train_and_data_answers_without_torch():
+    for name in ("train.py", "data.py"):
+        probe = f"import runpy, sys; sys.argv = [{name!r}, '--help']\ntry: runpy.run_path({name!r}, run_name='__main__')\n"
+        probe += "except SystemExit: assert not {'torch', 'av', 'transformers', 'numpy'} & sys.modules.keys()"
+        done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=HOUSE)
+        assert done.returncode == 0 and "examples:" in done.stdout, done.stderr
+# ------------------------------------------------------------------------------------------------ nano.py, world.py
+
+
+@pytest.fixture(scope="session")
+def library():
+    return world.load_library()
+
+
+@pytest.fixture(scope="session")
+def nano_data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nano") / "data"
+    nano.main(["data", str(folder), "--clips", "16", "--frames", "5", "--workers", "1"])
+    return folder
+
+
+def test_the_world_is_the_same_whoever_draws_it(tmp_path, nano_data):
+    nano.main(["data", str(tmp_path), "--clips", "16", "--frames", "5", "--workers", "2"])
+    files = sorted(path.relative_to(nano_data) for path in nano_data.rglob("*.*"))
+    assert len(files) == 4 * 4 + 4 * 3 + 8 * 3 + 5
+    for name in files:
+        assert (tmp_path / name).read_bytes() == (nano_data / name).read_bytes(), name
+
+
+def test_the_world_s_tables_are_those_of_the_real_data(nano_data):
+    for kind, count in {"image": 8, "video": 4, "ref_video": 4}.items():
+        rows = list(csv.DictReader((nano_data / f"{kind}.csv").open()))
+        columns = ["src_video", "tgt_video", "prompt"] + ["ref_image"] * (kind == "ref_video")
+        assert len(rows) == count and list(rows[0]) == columns
+        source, target = (read_clip(nano_data / rows[0][c]) for c in columns[:2])
+        assert source.frames.shape == target.frames.shape == (1 if kind == "image" else 5, 64, 64, 3)
+        assert source.still == (kind == "image") and rows[0]["prompt"]
+        if kind == "ref_video":
+            assert read_image(nano_data / rows[0]["ref_image"]).shape == (128, 128, 3)
+
+
+def test_outside_the_mask_nothing_changes_and_inside_something_does(library, nano_data):
+    for index in range(40):
+        edit = world.draw_edit(library, "train", 0, index, 5, 64)
+        source, target, region = world.draw_frames(edit, 64)
+        assert torch.equal(source[~region], target[~region]), edit.prompt
+        assert (source[region] != target[region]).float().mean() > 0.2, edit.prompt
+        if edit.task in ("add", "change", "remove", "subject", "subject_add"):
+            assert 0.01 < region.float().mean() < 0.5, edit.prompt
+    for row in map(json.loads, (nano_data / "truth.jsonl").read_text().splitlines()):
+        source, target = (nano.read_frames(nano_data / row[c]).int() for c in ("src_video", "tgt_video"))
+        region = nano.read_frames(nano_data / row["mask"])[0, ..., 0].unflatten(0, (-1, 64)) > 127
+        assert region.all() or (source - target)[~region].abs().float().mean() < 2, "the codec's share"
+
+
+def test_what_is_tested_was_never_trained_on(library):
+    train, test = ([world.draw_edit(library, split, 0, i, 1, 64) for i in range(200)] for split in ("train", "test"))
+
+    def seen(edits):
+        things = {thing.sprite.name for e in edits for thing in e.source.things}
+        photos = {scene.photo.name for e in edits for scene in (e.source, e.target) if "plain" not in scene.photo.name}
+        return things | photos | {e.new.name for e in edits if e.new}
+
+    assert not seen(train) & seen(test) and len(seen(test)) > 20
+    assert not {e.prompt for e in train} & {e.prompt for e in test}
+    assert library.names("train") and not set(library.names("train")) & set(library.names("test"))
+
+
+def test_a_perfect_edit_is_recognised_and_the_source_is_not(library):
+    for index in range(2, 42, 4):
+        edit = world.draw_edit(library, "test", 0, index, 5, 64)
+        source, target, region = world.draw_frames(edit, 64)
+        measures = nano.measure(target, target, region)
+        assert measures["psnr_in"] == 60 and measures["ssim_in"] == pytest.approx(1)
+        assert nano.region_psnr(source, target, region) < 40
+        if edit.new:
+            assert all(nano.recognise(edit, library, "test", target, region, index).values())
+            assert not all(nano.recognise(edit, library, "test", source, region, index).values())
+
+
+def test_the_psnr_of_a_region_ignores_the_rest():
+    a, region = torch.zeros(2, 8, 8, 3, dtype=torch.uint8), torch.zeros(2, 8, 8, dtype=torch.bool)
+    region[:, :4] = True
+    b = a.clone()
+    b[:, :4], b[:, 4:] = 51, 255
+    assert nano.region_psnr(a, b, region) == pytest.approx(-20 * np.log10(51 / 255))
+    assert np.isnan(nano.region_psnr(a, b, region & False))
+
+
+def run_pretrain(part, data, out, *more):
+    nano.main(["pretrain", part, "--data", str(data), "--out", str(out), "--steps", "2", "--batch", "2", *more])
+
+
+def test_pretraining_in_pieces_is_one_training_and_its_weights_edit(tmp_path, nano_data):
+    run_pretrain("vae", nano_data, tmp_path / "whole")
+    run_pretrain("vae", nano_data, tmp_path / "pieces", "--minutes", "0.0001")
+    assert torch.load(tmp_path / "pieces/vae.pt", weights_only=True)["step"] == 1
+    run_pretrain("vae", nano_data, tmp_path / "pieces")
+    whole, pieces = (torch.load(tmp_path / name / "vae.pt", weights_only=True)["masters"] for name in ("whole", "pieces"))
+    assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+    run_pretrain("mllm", nano_data, tmp_path / "whole")
+    run_pretrain("dit", nano_data, tmp_path / "whole")
+    model = KiwiEdit.from_pretrained(tmp_path / "whole/weights", dtype=torch.float32)
+    assert torch.equal(model.vae.encoder.conv1.weight, whole["encoder.conv1.weight"])
+    assert sum(p.numel() for p in model.parameters()) * 2 < 32e6, "what is shipped, in bfloat16"
+    tokenizer = model.mllm.tokenizer
+    text = "Replace the bicycle with the one shown, s'il vous plaît."
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    frames, ref = moving_picture(5, 64, 64), moving_picture(1, 50, 40)[0]
+    assert model.edit(frames, text, ref, steps=1).shape == frames.shape
+
+
+def test_a_small_denoiser_learns_two_edits_by_heart(tmp_path, library):
+    """Both of the same picture: only the instruction tells them apart. Latents are the pixels of 4x4 cells."""
+    edit = next(e for e in (world.draw_edit(library, "train", 1, i, 1, 32) for i in range(99)) if e.task == "change")
+    source, changed, _ = world.draw_frames(edit, 32)
+    pictures = [x.permute(0, 3, 1, 2).float() / 127.5 - 1 for x in (source, changed, 255 - source)]  # (1, 3, 32, 32)
+    before, *targets = (F.pixel_unshuffle(x, 4)[:, :, None] for x in pictures)  # (1, 48, 1, 8, 8)
+    clean, before = torch.cat(targets), before.expand(2, -1, -1, -1, -1)
+
+    nano.write_mllm_folder(tmp_path / "mllm", [edit.prompt])
+    dit = DiTConfig(128, 256, 4, 2, 48, 48, freq_dim=32, text_dim=8, patch_size=(1, 1, 1))
+    model = KiwiEdit(KiwiConfig(dit, None, MLLMConfig(str(tmp_path / "mllm"), 128, 4, 0, 0)))
+    torch.nn.init.normal_(model.mllm.connector[2].weight)
+    with torch.no_grad():
+        contexts = torch.cat([model.mllm(text, source) for text in (edit.prompt, "Show the negative.")])
+    optimiser = torch.optim.AdamW((p for name, p in model.named_parameters() if "mllm" not in name), 2e-3, (0.9, 0.98))
+    for _ in range(400):
+        t = FlowMatch().timesteps(1000)[torch.randint(1000, (8,))]
+        model.training_loss(clean.repeat(4, 1, 1, 1, 1), contexts.repeat(4, 1, 1), t, before.repeat(4, 1, 1, 1, 1)).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    result = model.denoise(torch.randn_like(clean), contexts, before, steps=10)
+    error, copied = ((x - clean).square().flatten(1).mean(dim=1) for x in (result, before))
+    assert error[0] < copied[0] / 2 and error[1] < copied[1] / 8, (error, copied)
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["data", "x", "--size", "50"], "multiple of 32"), (["data", "x", "--frames", "8"], "4k + 1"),
+    (["data", "x", "--assets", "."], "nano.py assets"), (["pretrain", "vae", "--data", "x", "--out", "y"], "nano.py data"),
+    (["eval", "--weights", "w", "--data", "x", "--out", "y"], "nano.py data"),
+])  # fmt: skip
+def test_what_nano_cannot_do_is_said_in_one_line(tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["nano.py", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        nano.run()
+    assert says in exit_.value.code and "\n" not in exit_.value.code
+
+
+def test_an_archive_that_is_not_the_checked_one_is_refused(tmp_path):
+    (tmp_path / "pmndrs-assets-1.7.0.tgz").write_bytes(b"other")
+    with pytest.raises(ValueError, match="not the archive"):
+        nano.fetch_package("@pmndrs/assets", tmp_path)
+    assert nano.plain_name({"name": "DOG FACE", "category": "Animals & Nature"}) == "dog"
+    assert nano.plain_name({"name": "Clock Face One Oclock", "category": "Travel & Places"}) is None
 # ------------------------------------------------------------------------------------------------ metrics.py, judges.py, judge.py
 
 

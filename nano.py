@@ -1,0 +1,970 @@
+"""Train a small Kiwi-Edit from nothing, in a world whose truth is known: `python nano.py data OUT`, then `pretrain`.
+
+    assets    emoji and panoramas, once                         -> a folder outside the repository
+    data      clips of the world (world.py)                     -> mp4, png, image.csv, video.csv, ref_video.csv, truth.jsonl
+    pretrain  a VAE, a Qwen2.5-VL and a text-to-video DiT, the stand-ins for what the paper starts from -> weights/
+    (train.py runs the paper's three stages on these data and weights)
+    eval      edits of held-out clips against their truth       -> eval.md, eval.json, sheet.png
+    bench     held-out reference edits in RefVIE-Bench's layout -> refvie_bench.yaml for judge.py
+
+What exists only because the real weights are 20 GB lives here and in world.py.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import math
+import sys
+from pathlib import Path
+
+EXAMPLES = """examples:
+  python nano.py assets assets && python nano.py data nano_train --assets assets --clips 4000
+  python nano.py data tiny --clips 8                    shapes and textures alone: no asset is needed
+"""
+
+
+# ------------------------------------------------------------------------------------------------ assets
+
+# npm packages: version, what their own text says of the licence, checksum of the archive.
+PACKAGES = {
+    "@lobehub/fluent-emoji-3d": ("1.1.0", "MIT; Fluent Emoji by Microsoft, MIT",
+        "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"),
+    "emoji-datasource-google": ("16.0.0", "MIT; Noto Emoji by Google, Apache-2.0",
+        "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438"),
+    "@pmndrs/assets": ("1.7.0", "CC0-1.0; panoramas from Poly Haven, CC0",
+        "152bd218a3390703f184f0c6ce16e73c8f0a87f32d38530d418a09d33d8208dc"),
+}  # fmt: skip
+CATEGORIES = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects")
+NOT_THINGS = (
+    "clock face|symbol|sign$|moon symbol|globe|medal|calendar|speaker with|mailbox|envelope|banknote|chart|suit$|leaf flutter|"
+    "with cancellation|clinking|sunset over|sunrise|cityscape|bridge at|night with|milky way|foggy|fog$|silhouette|ceremony|"
+    "fork and knife|tickets?$|playing card|mahjong|arrow|battery$|pouring|speaker|smoking|placard|control knobs|level slider"
+)
+PLAIN_NAMES = {
+    "automobile": "car", "delivery truck": "truck", "deciduous tree": "tree", "long drum": "drum", "closed book": "book",
+    "basketball and hoop": "basketball", "house building": "house", "aubergine": "eggplant", "ear of maize": "corn", "black scissors": "scissors",
+    "electric light bulb": "light bulb", "wrapped present": "present", "red apple": "apple", "slice of pizza": "pizza",
+    "white medium star": "star", "black sun with rays": "sun", "gem stone": "gem", "lady beetle": "ladybug",
+    "black telephone": "telephone", "spouting whale": "whale", "front-facing baby chick": "chick", "baby chick": "chick",
+    "office building": "office block", "billiards": "billiard ball", "direct hit": "dartboard", "racing car": "race car",
+    "mantelpiece clock": "clock", "headphone": "headphones", "optical disc": "compact disc", "hocho": "kitchen knife",
+    "steaming bowl": "bowl of noodles", "cooked rice": "bowl of rice", "shortcake": "cake", "beer mug": "beer",
+    "personal computer": "laptop", "mobile phone": "phone", "left-pointing magnifying glass": "magnifying glass",
+    "right-pointing magnifying glass": "magnifying glass", "recreational vehicle": "camper van", "bear face": "bear",
+    "oncoming automobile": "car", "oncoming bus": "bus", "oncoming taxi": "taxi", "oncoming police car": "police car",
+    "christmas tree": "christmas tree", "womans hat": "sun hat", "mans shoe": "brown shoe", "womans boots": "boot",
+    "womans sandal": "sandal", "womans clothes": "blouse", "tram car": "tram", "cooking": "frying pan", "closed lock with key": "lock",
+}  # fmt: skip
+PLACES_SHOWN = {
+    "apartment": "an empty apartment", "bridge": "a glass bridge", "city": "a city square", "dawn": "a rocky desert at dawn",
+    "esplanade": "a shopping mall", "forest": "a forest", "hall": "a ballroom", "lab": "a machine room", "lobby": "a lobby",
+    "night": "a field under the stars", "park": "a green meadow", "sky": "clouds above the sea", "studio": "a photo studio",
+    "sunrise": "a meadow at sunrise", "sunset": "an old town square", "venice": "a seaside road", "warehouse": "a warehouse",
+    "workshop": "a workshop",
+}  # fmt: skip
+
+
+def fetch_package(name, folder):
+    """An npm package's archive, fetched by npm and checked -> an open tarfile, whose members are read, not unpacked."""
+    import shutil
+    import subprocess
+    import tarfile
+
+    version, _, checksum = PACKAGES[name]
+    archive = folder / f"{name.strip('@').replace('/', '-')}-{version}.tgz"
+    if not archive.is_file():
+        if not shutil.which("npm"):
+            raise FileNotFoundError(f"npm is not installed: install it, or put {archive.name} into {folder} yourself")
+        done = subprocess.run(
+            ["npm", "pack", "--silent", f"{name}@{version}"], cwd=folder, capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            raise OSError(f"npm pack {name}@{version}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
+    if hashlib.sha256(archive.read_bytes()).hexdigest() != checksum:
+        raise ValueError(f"{archive}: is not the archive that was checked for its licence; delete it and try again")
+    return tarfile.open(archive)
+
+
+def decode_rgba(data, form):
+    """Picture bytes -> float (4, H, W) in [0, 1], not premultiplied; an opaque picture has alpha 1."""
+    import io
+
+    import av
+    import torch
+
+    with av.open(io.BytesIO(data), format=form) as container:
+        frame = next(container.decode(video=0))
+        if form == "exr_pipe":
+            rgb = torch.from_numpy(frame.to_ndarray(format="gbrpf32le")).float().movedim(-1, 0)
+            return torch.cat([rgb, torch.ones_like(rgb[:1])])
+        return torch.from_numpy(frame.to_ndarray(format="rgba")).float().movedim(-1, 0) / 255
+
+
+def sprite_image(data, form):
+    """An emoji's picture -> premultiplied uint8 (4, 128, 128)."""
+    import torch
+    import torch.nn.functional as F
+
+    from world import SPRITE
+
+    image = decode_rgba(data, form)
+    image = torch.cat([image[:3] * image[3:], image[3:]])
+    image = F.interpolate(image[None], (SPRITE, SPRITE), mode="bilinear", antialias=True, align_corners=False)[0]
+    return (image.clamp(0, 1) * 255).round().byte()
+
+
+def panorama_image(data):
+    """An EXR panorama with linear light -> uint8 (3, H, W) as a camera would expose it."""
+    import torch
+    import torch.nn.functional as F
+
+    light = decode_rgba(data, "exr_pipe")[:3].nan_to_num()
+    bright = F.max_pool2d(light[None], 9, 1, 4)[0]
+    light = torch.where(
+        (light.amin(dim=0) <= 0) & (bright.amin(dim=0) > 0.5), bright, light
+    )  # lamps beyond half precision
+    light = light * 0.35 / (light + 1e-4).log().mean().exp()
+    return ((light * (1 + light / 9) / (1 + light)).clamp(0, 1) ** (1 / 2.2) * 255).round().byte()
+
+
+def plain_name(entry):
+    """What a person calls an emoji, from its Unicode name; None for what is no thing."""
+    import re
+
+    name = entry["name"].lower().replace("\u2019", "'")
+    if entry["category"] not in CATEGORIES or re.search(NOT_THINGS, name):
+        return None
+    name = PLAIN_NAMES.get(name, name.removesuffix(" face"))
+    return name if len(name.split()) <= 3 else None
+
+
+def fetch_assets(args):
+    """Fetch the packages and write assets.safetensors, index.json and LICENSES.txt to a folder."""
+    import base64
+    import re
+
+    import torch
+    from safetensors.torch import save_file
+    from tqdm import tqdm
+
+    from data import whole_file
+
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    fluent, noto, panoramas = (fetch_package(name, folder) for name in PACKAGES)
+    entries = json.load(noto.extractfile("package/emoji.json"))
+    drawn = {Path(m.name).stem: m for m in fluent.getmembers() if m.isreg() and m.name.endswith(".webp")}
+    sprites, index = [], []
+    for look, archive, find, form in (
+        ("fluent", fluent, lambda e: drawn.get(e["unified"].lower()), "webp_pipe"),
+        (
+            "noto",
+            noto,
+            lambda e: e["has_img_google"] and noto.getmember(f"package/img/google/64/{e['image']}"),
+            "png_pipe",
+        ),
+    ):
+        for entry in tqdm(sorted(entries, key=lambda e: e["sort_order"]), desc=look):
+            name, member = plain_name(entry), find(entry)
+            if name and member:
+                sprites.append(sprite_image(archive.extractfile(member).read(), form))
+                index.append({"name": name, "look": f"{look} {entry['name'].lower()}"})
+    photos = []
+    for place in PLACES_SHOWN:
+        text = panoramas.extractfile(f"package/hdri/{place}.exr.js").read().decode()
+        photos.append(panorama_image(base64.b64decode(re.search(r"base64,([A-Za-z0-9+/=]+)", text)[1])))
+    with whole_file(folder / "assets.safetensors") as path:
+        save_file({"sprites": torch.stack(sprites), "photos": torch.stack(photos)}, path)
+    with whole_file(folder / "LICENSES.txt") as path:
+        path.write_text("".join(f"{name} {version}: {licence}\n" for name, (version, licence, _) in PACKAGES.items()))
+    with whole_file(folder / "index.json") as path:  # last: its presence says that the folder is whole
+        path.write_text(
+            json.dumps({"sprites": index, "photos": [{"name": n} for n in PLACES_SHOWN.values()]}, indent=0)
+        )
+    print(
+        f"write       {folder}: {len(sprites)} sprites of {len({e['name'] for e in index})} names, {len(photos)} panoramas"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ data
+
+
+def write_example(out, library, split, seed, index, frames, size, fps):
+    """Draw clip `index` and write its files under `out` -> its line of truth.jsonl."""
+    import torch
+
+    from data import EXACT_VIDEO_CODEC, write_image, write_video
+    from world import boxes, describe, draw_edit, draw_frames, to_uint8
+
+    edit = draw_edit(library, split, seed, index, frames, size)
+    source, target, mask = draw_frames(edit, size)
+    still = edit.kind == "image"
+    stem, ending = f"{edit.kind}/{index:06d}", "png" if still else "mp4"
+    names = {"src_video": f"{stem}_src.{ending}", "tgt_video": f"{stem}_tgt.{ending}"}
+    for name, clip in zip(names.values(), (source, target)):
+        write_image(out / name, clip[0]) if still else write_video(out / name, clip, fps, None, EXACT_VIDEO_CODEC)
+    if edit.ref is not None:
+        names["ref_image"] = f"{stem}_ref.png"
+        write_image(out / names["ref_image"], to_uint8(edit.ref[None])[0])
+    rows = mask.flatten(0, 1)[..., None].expand(-1, -1, 3).to(torch.uint8) * 255
+    write_image(out / f"{stem}_mask.png", rows)
+    return {
+        "index": index, "kind": edit.kind, "task": edit.task, "prompt": edit.prompt, **names, "mask": f"{stem}_mask.png",
+        "source_caption": describe(edit.source), "target_caption": describe(edit.target) + (f", as {edit.style}" if edit.style else ""), "style": edit.style,
+        "boxes": boxes(edit.source), "target_boxes": boxes(edit.target),
+        "new": edit.new and {"name": edit.new.name, "look": edit.new.look},
+        "photos": sorted({edit.source.photo.name, edit.target.photo.name}),
+    }  # fmt: skip
+
+
+def write_share(job):
+    """A worker's share of the clips: every `step`th from `first`."""
+    import torch
+
+    from world import load_library
+
+    out, assets, split, seed, first, step, count, frames, size, fps = job
+    torch.set_num_threads(1)
+    library = load_library(assets)
+    return [write_example(out, library, split, seed, i, frames, size, fps) for i in range(first, count, step)]
+
+
+def make_data(args):
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    from data import whole_file
+    from world import TASKS, read_index
+
+    out = Path(args.out)
+    args.assets is None or read_index(args.assets)  # before workers start
+    for kind in TASKS:
+        (out / kind).mkdir(parents=True, exist_ok=True)
+    jobs = [
+        (out, args.assets, args.split, args.seed, i, args.workers, args.clips, args.frames, args.size, args.fps)
+        for i in range(args.workers)
+    ]
+    if args.workers == 1:
+        shares = [write_share(jobs[0])]
+    else:
+        with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
+            shares = list(pool.map(write_share, jobs))
+    rows = sorted((row for share in shares for row in share), key=lambda row: row["index"])
+    for kind in TASKS:
+        columns = ["src_video", "tgt_video", "prompt"] + ["ref_image"] * (kind == "ref_video")
+        with whole_file(out / f"{kind}.csv") as path, path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(row for row in rows if row["kind"] == kind)
+    world = {key: getattr(args, key) for key in ("assets", "split", "seed", "clips", "frames", "size", "fps")}
+    with whole_file(out / "world.json") as path:  # what an example's index needs to be drawn again
+        path.write_text(json.dumps(world))
+    with whole_file(out / "truth.jsonl") as path:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    print(f"write       {len(rows)} clips, {out}/image.csv, video.csv, ref_video.csv, truth.jsonl")
+
+
+# ------------------------------------------------------------------------------------------------ pretraining
+
+
+def read_truth(folder):
+    path = Path(folder) / "truth.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: draw a world first, `python nano.py data {folder}`")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def read_frames(path):
+    """uint8 (T, H, W, 3) of a clip or picture of the world, at its own size."""
+    from data import read_clip, read_image
+
+    return read_clip(path).frames if path.suffix == ".mp4" else read_image(path)[None]
+
+
+class Trainer:
+    """Float32 masters of a module whose forward and backward run in bfloat16, trained in pieces that resume.
+
+    Muon updates the matrices (a convolution's kernels are rows of one), AdamW the rest: at 160 steps the VAE has 22.3 dB
+    with it and 19.4 dB with AdamW alone, for an eighth more time.
+
+    The learning rate rises over 2 % of the steps and falls as a cosine to 0 at the last, wherever pieces begin and end;
+    step n draws its batch from (seed, n), so pieces and one long run are the same training.
+    """
+
+    def __init__(self, name, module, folder, steps, rate, seed, device):
+        import torch
+
+        self.name, self.module, self.steps, self.rate, self.seed = name, module.to(device), steps, rate, seed
+        self.path, self.step, self.device = Path(folder) / f"{name}.pt", 0, device
+        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        self.names, self.parameters = zip(*named)
+        self.masters = [p.detach().float().flatten(1 if p.ndim > 1 else 0).clone() for p in self.parameters]
+        matrices, rest = [], []
+        for n, p, master in zip(self.names, self.parameters, self.masters):
+            (matrices if is_matrix(n, p) else rest).append(master)
+        self.optimisers = [
+            torch.optim.Muon(matrices, rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, rate, (0.9, 0.98), weight_decay=0.01),
+        ]
+        if self.path.is_file():
+            state = torch.load(self.path, weights_only=True, map_location=device)
+            if list(state["masters"]) != list(self.names):
+                raise ValueError(f"{self.path}: is of another model; give another --out or delete it")
+            self.step = state["step"]
+            for optimiser, saved in zip(self.optimisers, state["optimisers"]):
+                optimiser.load_state_dict(saved)
+            for master, saved in zip(self.masters, state["masters"].values()):
+                master.copy_(saved.view_as(master))
+        for p, master in zip(self.parameters, self.masters):
+            p.data = master.view_as(p).bfloat16()
+
+    def generator(self):
+        import torch
+
+        return torch.Generator().manual_seed(1_000_003 * self.seed + self.step)
+
+    def run(self, loss_of, minutes):
+        """Steps until `minutes` are over or all are done. loss_of(generator) -> a scalar, and figures to show."""
+        import time
+
+        import torch
+        from tqdm import tqdm
+
+        begin, shown = time.time(), {}
+        with tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=5) as bar:
+            while self.step < self.steps and time.time() - begin < 60 * minutes:
+                rising, done = (self.step + 1) / (0.02 * self.steps), self.step / self.steps
+                for optimiser in self.optimisers:
+                    optimiser.param_groups[0]["lr"] = self.rate * min(1, rising) * (1 + math.cos(math.pi * done)) / 2
+                loss, figures = loss_of(self.generator())
+                loss.backward()
+                for p, master in zip(self.parameters, self.masters):
+                    master.grad, p.grad = p.grad if p.grad is None else p.grad.float().view_as(master), None
+                norm = float(torch.nn.utils.clip_grad_norm_(self.masters, 1.0))
+                if math.isfinite(norm):
+                    for optimiser in self.optimisers:
+                        optimiser.step()
+                for p, master in zip(self.parameters, self.masters):
+                    p.data.copy_(master.view_as(p))
+                self.step += 1
+                for key, value in {"loss": loss.detach(), "norm": norm, **figures}.items():
+                    shown[key] = 0.98 * shown.get(key, float(value)) + 0.02 * float(value)
+                bar.set_postfix({key: f"{value:.4g}" for key, value in shown.items()}, refresh=False)
+                bar.update()
+                if self.step % 500 == 0:
+                    self.save()
+        self.save()
+        self.finish()
+        print(f"{self.name:<11} step {self.step} of {self.steps}, {time.time() - begin:.0f} s, {shown}")
+
+    def save(self):
+        import torch
+
+        from data import whole_file
+
+        masters = {n: m.view_as(p) for n, p, m in zip(self.names, self.parameters, self.masters)}
+        state = {"step": self.step, "masters": masters, "optimisers": [o.state_dict() for o in self.optimisers]}
+        with whole_file(self.path) as path:
+            torch.save(state, path)
+
+    def finish(self):
+        """Put the float32 masters into the module."""
+        for p, master in zip(self.parameters, self.masters):
+            p.data = master.view_as(p).clone()
+
+
+def is_matrix(name, parameter):
+    """Whether Muon may orthogonalise its updates: not a table of vectors, not a row."""
+    table = "embed_tokens" in name or "modulation" in name
+    return not table and parameter.ndim > 1 and min(len(parameter), parameter[0].numel()) > 1
+
+
+def load_trained(name, module, folder):
+    """The weights that `pretrain NAME` has reached, into `module`. FileNotFoundError where it has not run."""
+    import torch
+
+    path = Path(folder) / f"{name}.pt"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: run `python nano.py pretrain {name}` first")
+    _, unexpected = module.load_state_dict(torch.load(path, weights_only=True)["masters"], strict=False)
+    if unexpected:
+        raise ValueError(f"{path}: is of another model ({unexpected[0]}, ...)")
+    return module.eval().requires_grad_(False)
+
+
+def rows_of(frames, wanted):
+    """Clips of the wanted indices as one batch in [-1, 1], (B, 3, T, H, W)."""
+    import torch
+
+    return torch.stack([frames[i] for i in wanted]).permute(0, 4, 1, 2, 3).float() * (2 / 255) - 1
+
+
+def reconstruct(vae, video, generator):
+    """Video through encoder, a sample of the posterior and decoder, not clamped -> (video, mean, log-variance)."""
+    import torch
+
+    from vae import chunks
+
+    mean, log_variance = vae.moments(video, chunk=99)
+    noise = torch.randn(mean.shape, generator=generator).to(mean)
+    z = vae.conv2(mean + noise * (0.5 * log_variance.clamp(-20, 10)).exp(), {})
+    state = {}
+    parts = [vae.decoder.up(vae.decoder.bottom(z[:, :, a:b], state), state) for a, b in chunks(z.shape[2], 99)]
+    return torch.cat(parts, dim=2), mean, log_variance
+
+
+def start_vae(vae):
+    """Weights from which few steps go far, in place: residual branches add nothing, so that the shortcuts carry the
+    picture, and the posterior is narrow, so that the decoder sees it (after 160 steps of AdamW 18.7 dB instead of 16.7)."""
+    import torch
+
+    with torch.no_grad():
+        for name, parameter in vae.named_parameters():
+            if ".residual.6." in name or ".proj." in name:
+                parameter.zero_()
+        vae.conv1.bias[vae.config.z_dim :] -= 6
+
+
+def vae_loss(video, output, mean, log_variance):
+    """L1 and squared error of pixels, L1 of their differences in space and time, and a little KL; and the PSNR."""
+    error = output.float() - video
+    squared = error.square().mean()
+    loss = error.abs().mean() + 5 * squared
+    for axis in (2, 3, 4):
+        if video.shape[axis] > 1:
+            loss = loss + 0.25 * error.diff(dim=axis).abs().mean()
+    mean, log_variance = mean.float(), log_variance.float().clamp(-20, 10)
+    divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    return loss + 1e-4 * divergence, {
+        "psnr": -10 * (squared.detach() / 4).log10(),
+        "kl": divergence.detach(),
+    }
+
+
+def pretrain_vae(args, rows, device):
+    """Reconstruction of the world's clips: still frames on three steps of four, whole clips on the fourth."""
+    import torch
+
+    from vae import VAE
+
+    folder = Path(args.data)
+    videos = [read_frames(folder / r[k]) for r in rows if r["kind"] != "image" for k in ("src_video", "tgt_video")]
+    stills = [read_frames(folder / r[k]) for r in rows if r["kind"] == "image" for k in ("src_video", "tgt_video")]
+    stills += [read_frames(folder / r["ref_image"])[:, ::2, ::2] for r in rows if "ref_image" in r]
+    vae = VAE(nano_config(args.out).vae)
+    start_vae(vae)
+    trainer = Trainer("vae", vae, args.out, args.steps or 4000, 2e-3, args.seed, device)
+
+    def loss_of(generator):
+        clips = videos if trainer.step % 4 == 3 and videos else stills
+        wanted = torch.randint(len(clips), (args.batch or (8 if clips is videos else 16),), generator=generator)
+        video = rows_of(clips, wanted).to(device)
+        if trainer.step % 2:
+            video = video.flip(4)
+        return vae_loss(video, *reconstruct(vae, video.bfloat16(), generator))
+
+    trainer.run(loss_of, args.minutes)
+
+
+SPECIAL_TOKENS = (
+    "endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "vision_start", "vision_end", "image_pad",
+    "video_pad",
+)  # fmt: skip
+QWEN = {
+    "model_type": "qwen2_5_vl", "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "num_hidden_layers": 4, "tie_word_embeddings": True, "max_position_embeddings": 4096,
+    "rope_scaling": {"type": "mrope", "mrope_section": [8, 8, 8]},
+    "vision_config": {
+        "depth": 4, "hidden_size": 128, "intermediate_size": 384, "num_heads": 4, "out_hidden_size": 192,
+        "fullatt_block_indexes": [1, 3],
+    },
+}  # fmt: skip
+VOCABULARY = 2048
+GRID = 16  # grounding answers count sixteenths of the frame
+CAPTION_TOKENS = 32
+
+
+def write_mllm_folder(folder, texts):
+    """Train the tokenizer on `texts` and write it and Qwen's config: what a hub folder of Qwen2.5-VL has."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from data import whole_file
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [AddedToken(f"<|{name}|>", special=True) for name in SPECIAL_TOKENS]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {"vision_start": "vision_start", "vision_end": "vision_end", "image": "image_pad", "video": "video_pad"}
+    names["eos"] = "im_end"
+    ids = {f"{ours}_token_id": tokenizer.token_to_id(f"<|{name}|>") for ours, name in names.items()}
+    with whole_file(folder / "tokenizer.json") as path:
+        tokenizer.save(str(path))
+    with whole_file(folder / "config.json") as path:
+        path.write_text(json.dumps({**QWEN, **ids, "vocab_size": VOCABULARY}, indent=1))
+
+
+def nano_config(out, **vae_statistics):
+    """The preset, with the MLLM's folder under `out` and the latents' mean and std where they are known."""
+    from dataclasses import replace
+
+    from model import PRESETS
+
+    nano = PRESETS["nano"]
+    vae, mllm = replace(nano.vae, **vae_statistics), replace(nano.mllm, folder=str(Path(out) / "mllm"))
+    return replace(nano, vae=vae, mllm=mllm)
+
+
+def conversation(rng, row, folder):
+    """What the MLLM is asked about a row and what it should answer -> (frames, question, reference, answer)."""
+    from world import pick
+
+    kind = rng.random()
+    if kind < 0.6:  # what Kiwi-Edit's system prompt asks for: the content, as the instruction would have it
+        ref = read_frames(folder / row["ref_image"])[0] if "ref_image" in row else None
+        return read_frames(folder / row["src_video"]), row["prompt"], ref, row["target_caption"]
+    side, column, places = pick(rng, (("source", "src_video", "boxes"), ("target", "tgt_video", "target_boxes")))
+    frames, places = read_frames(folder / row[column]), row[places]
+    if kind < 0.8 or not places:
+        return frames, "Describe this.", None, row[f"{side}_caption"]
+    name = pick(rng, sorted(places))
+    return frames, f"Where is the {name}?", None, " ".join(str(round(GRID * v)) for v in places[name])
+
+
+def answer_loss(encoder, conversations):
+    """Next-token cross-entropy of the answers, and the share of tokens that are right: one forward for the batch.
+
+    Sequences are padded at the end, where causal attention never looks.
+    """
+    from dataclasses import replace
+
+    import torch
+    import torch.nn.functional as F
+
+    from connectors import num_tokens
+
+    start, end = ([encoder.token(f"<|im_{which}|>")] for which in ("start", "end"))
+    embed = encoder.model.language_model.embed_tokens
+    requests = []
+    for frames, question, ref, answer in conversations:
+        inputs = encoder.prepare(question, frames, ref)
+        turn = inputs.pieces[-1] + start + encoder.ids("assistant\n")  # pieces end with the queries and the turn's end
+        requests.append(replace(inputs, pieces=[*inputs.pieces[:-2], turn, encoder.ids(answer) + end]))
+    grids = [grid for request in requests for grid in request.grids.values()]
+    pixels = torch.cat([p for request in requests for p in request.pixel_values.values()]).to(embed.weight)
+    seen = encoder.model.visual(pixels, grid_thw=torch.tensor(grids, device=pixels.device)).pooler_output
+    seen = iter(seen.split([num_tokens(grid) for grid in grids]))
+
+    def embedded(piece):
+        return next(seen) if isinstance(piece, str) else embed(torch.tensor(piece, device=pixels.device))
+
+    rows = [torch.cat([embedded(piece) for piece in request.pieces]) for request in requests]
+    positions = [encoder.position_ids(request)[:, 0].T for request in requests]  # (S, 3) each
+    pad = torch.nn.utils.rnn.pad_sequence
+    hidden = encoder.model.language_model(
+        inputs_embeds=pad(rows, batch_first=True),
+        position_ids=pad(positions, batch_first=True).permute(2, 0, 1).to(pixels.device),
+        use_cache=False,
+    ).last_hidden_state
+    answers = [request.pieces[-1] for request in requests]
+    before = [h[len(row) - len(answer) - 1 : len(row) - 1] for h, row, answer in zip(hidden, rows, answers)]
+    logits = (torch.cat(before) @ embed.weight.T).float()
+    wanted = torch.tensor([token for answer in answers for token in answer], device=logits.device)
+    return F.cross_entropy(logits, wanted), {"right": (logits.argmax(dim=1) == wanted).float().mean()}
+
+
+def pretrain_mllm(args, rows, device):
+    """Captions, captions of what an instruction asks for, and grounding, by next-token prediction."""
+    import numpy as np
+
+    from connectors import REFERENCE_HINT, SYSTEM_PROMPT, MLLMEncoder
+
+    if not (Path(args.out) / "mllm" / "config.json").is_file():
+        texts = [row[key] for row in rows for key in ("prompt", "source_caption", "target_caption")]
+        texts += [SYSTEM_PROMPT, REFERENCE_HINT, "system\nuser\nassistant\n"] * 100
+        write_mllm_folder(Path(args.out) / "mllm", texts)
+    encoder = MLLMEncoder(nano_config(args.out).mllm)
+    for name, parameter in encoder.named_parameters():
+        parameter.requires_grad_(name.startswith("model."))
+    trainer = Trainer("mllm", encoder, args.out, args.steps or 1000, 1e-3, args.seed, device)
+
+    def loss_of(generator):
+        rng = np.random.default_rng([args.seed, trainer.step])
+        wanted = rng.integers(len(rows), size=args.batch or 16)
+        return answer_loss(encoder, [conversation(rng, rows[i], Path(args.data)) for i in wanted])
+
+    trainer.run(loss_of, args.minutes)
+
+
+def caption_features(encoder, captions):
+    """The MLLM's hidden states of captions, (B, CAPTION_TOKENS, hidden), zero after the end as Wan's T5 features are."""
+    import torch
+
+    device = encoder.model.language_model.embed_tokens.weight.device
+    ids = [encoder.ids(caption)[:CAPTION_TOKENS] for caption in captions]
+    length = torch.tensor([len(row) for row in ids], device=device)
+    padded = torch.tensor([row + [0] * (CAPTION_TOKENS - len(row)) for row in ids], device=device)
+    hidden = encoder.model.language_model(input_ids=padded, use_cache=False).last_hidden_state
+    return hidden * (torch.arange(CAPTION_TOKENS, device=device) < length[:, None])[..., None]
+
+
+def encode_world(args, rows, device):
+    """The posterior means of every target, made once per state of the VAE -> {"still": (N, z, 1, h, w), "video": ...}."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from tqdm import tqdm
+
+    from data import whole_file
+    from vae import VAE
+
+    out = Path(args.out)
+    vae = load_trained("vae", VAE(nano_config(out).vae), out).to(device)
+    step = torch.load(out / "vae.pt", weights_only=True, mmap=True)["step"]
+    path = out / f"latents_{Path(args.data).name}_{len(rows)}_{step}.safetensors"
+    if not path.is_file():
+        latents = {"still": [], "video": []}
+        for row in tqdm(rows, desc="encode", mininterval=5):
+            frames = read_frames(Path(args.data) / row["tgt_video"])
+            with torch.no_grad():
+                mean = vae.moments(rows_of([frames], [0]).to(device), chunk=99)[0].cpu()
+            latents["still" if len(frames) == 1 else "video"].append(mean)
+        with whole_file(path) as temporary:
+            save_file({name: torch.cat(parts).contiguous() for name, parts in latents.items() if parts}, temporary)
+    return load_file(path)
+
+
+def pretrain_dit(args, rows, device):
+    """Text to video: captions and clips of the world, by flow matching. Then the three parts become weights/."""
+    import torch
+
+    from model import FlowMatch, KiwiEdit
+
+    latents = encode_world(args, rows, device)
+    flat = torch.cat([z.transpose(0, 1).flatten(1) for z in latents.values()], dim=1)
+    mean, std = flat.mean(dim=1), flat.std(dim=1)
+    config = nano_config(args.out, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+    captions = {
+        "still": [r["target_caption"] for r in rows if r["kind"] == "image"],
+        "video": [r["target_caption"] for r in rows if r["kind"] != "image"],
+    }
+    model = KiwiEdit(config)
+    load_trained("vae", model.vae, args.out)
+    load_trained("mllm", model.mllm, args.out).to(device)
+    trainer = Trainer("dit", model.dit, args.out, args.steps or 800, 1e-3, args.seed, device)
+    timesteps = FlowMatch().timesteps(1000)
+
+    def loss_of(generator):
+        kind = list(latents)[trainer.step % len(latents)]
+        wanted = torch.randint(len(captions[kind]), (args.batch or 64,), generator=generator)
+        clean = (latents[kind][wanted] - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
+        clean = clean.to(device, torch.bfloat16)
+        t = timesteps[torch.randint(1000, (len(wanted),), generator=generator)].to(device)
+        noise = torch.randn(clean.shape, generator=generator).to(clean)
+        with torch.no_grad():
+            features = caption_features(model.mllm, [captions[kind][i] for i in wanted])
+        return model.training_loss(clean, model.dit.text_embedding(features.to(clean)), t, noise=noise), {}
+
+    trainer.run(loss_of, args.minutes)
+    model.save(Path(args.out) / "weights")
+    print(f"write       {args.out}/weights: what train.py --weights starts from")
+
+
+def pretrain(args):
+    import torch
+
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = read_truth(args.data)
+    {"vae": pretrain_vae, "mllm": pretrain_mllm, "dit": pretrain_dit}[args.part](args, rows, device)
+
+
+# ------------------------------------------------------------------------------------------------ evaluation
+
+CANDIDATES = 20  # the right sprite among so many: chance is 5 %
+
+
+def region_psnr(a, b, region):
+    """PSNR in dB, at most 60, of uint8 (T, H, W, 3) where region (T, H, W) is true; nan where it is empty."""
+    error = ((a.double() - b.double()) / 255).square().mean(dim=-1)[region].mean()
+    return min(60.0, -10 * math.log10(max(float(error), 1e-6))) if region.any() else math.nan
+
+
+def region_ssim(a, b, region, window=7):
+    """SSIM of 7x7 windows whose middle lies in the region, averaged over windows and colours; nan where it is empty."""
+    import torch.nn.functional as F
+
+    def smooth(x):
+        return F.avg_pool2d(x, window, 1, window // 2, count_include_pad=False)
+
+    a, b = (x.permute(0, 3, 1, 2).double() / 255 for x in (a, b))
+    mean_a, mean_b = smooth(a), smooth(b)
+    var_a, var_b = smooth(a * a) - mean_a**2, smooth(b * b) - mean_b**2
+    covariance = smooth(a * b) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    ssim = (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
+    return float(ssim.mean(dim=1)[region].mean()) if region.any() else math.nan
+
+
+def measure(result, target, region):
+    return {
+        f"{name}_{where}": metric(result, target, part)
+        for name, metric in (("psnr", region_psnr), ("ssim", region_ssim))
+        for where, part in (("in", region), ("out", ~region))
+    }
+
+
+def with_sprite(edit, sprite):
+    """The target scene with another sprite in the place of what the edit brought; None: without it."""
+    from dataclasses import replace
+
+    things = list(edit.target.things)
+    after = edit.changed[1]
+    if after is None:  # a removal: put the thing back
+        return edit.source
+    if sprite is None:
+        things.pop(after)
+    else:
+        things[after] = replace(things[after], sprite=sprite)
+    return replace(edit.target, things=things)
+
+
+def nearest_sprite(edit, result, region, candidates):
+    """The candidate with which the scene, drawn anew, comes closest to `result` under the edited region."""
+    from world import render, to_uint8
+
+    size, errors = result.shape[1], []
+    for sprite in candidates:
+        drawn = to_uint8(render(with_sprite(edit, sprite), size)[0])
+        errors.append(float((drawn.double() - result.double()).square().mean(dim=-1)[region].mean()))
+    return candidates[min(range(len(candidates)), key=errors.__getitem__)]
+
+
+def recognise(edit, library, split, result, region, index):
+    """Is what the edit asked for what one sees? -> {"right": bool, "look": bool, where there is another look}."""
+    import numpy as np
+
+    from world import nameable, pick
+
+    if not region.any() or edit.task not in ("change", "add", "subject", "subject_add"):
+        return {}
+    rng = np.random.default_rng([7, index])
+    names = library.names(split) if edit.ref is not None else [n for group in nameable(library, split) for n in group]
+    others = [name for name in names if name != edit.new.name]
+    others = [others[i] for i in rng.permutation(len(others))[: CANDIDATES - 1]]
+    candidates = [edit.new] + [pick(rng, library.sprites[name]) for name in others]
+    found = {"right": nearest_sprite(edit, result, region, candidates).name == edit.new.name}
+    looks = [sprite for sprite in library.sprites[edit.new.name] if sprite.look != edit.new.look]
+    if edit.ref is not None and looks:
+        found["look"] = nearest_sprite(edit, result, region, [edit.new, *looks]) is edit.new
+    return found
+
+
+def ceiling(model, frames):
+    """Frames through the VAE and back: what no edit in its latents can exceed."""
+    return model.decode_frames(model.encode_frames(frames))
+
+
+def evaluate_case(model, library, world, folder, row, steps):
+    """One case -> its measures by method, and a picture row (source, reference, edit, truth) of its middle frame."""
+    import torch
+
+    from data import pad_reference
+    from world import draw_edit
+
+    source, target = (read_frames(folder / row[key]) for key in ("src_video", "tgt_video"))
+    size = source.shape[1]
+    region = read_frames(folder / row["mask"])[0, ..., 0].unflatten(0, (-1, size)) > 127
+    ref = read_frames(folder / row["ref_image"])[0] if "ref_image" in row else None
+    edit = draw_edit(library, world["split"], world["seed"], row["index"], world["frames"], world["size"])
+    results = {"edit": model.edit(source, row["prompt"], ref, steps, seed=row["index"]), "copy": source}
+    if ref is not None:
+        results["edit, no reference"] = model.edit(source, row["prompt"], None, steps, seed=row["index"])
+    results["ceiling"] = ceiling(model, target)
+    measures = {
+        method: measure(result, target, region) | recognise(edit, library, world["split"], result, region, row["index"])
+        for method, result in results.items()
+    }
+    shown = torch.full_like(source[0], 40) if ref is None else pad_reference(ref, (size, size))
+    middle = len(source) // 2
+    return measures, torch.cat([source[middle], shown, results["edit"][middle], target[middle]], dim=1)
+
+
+def summary(cases):
+    """Means by task and method, nan left out, as a Markdown table."""
+    columns = ("psnr_in", "ssim_in", "psnr_out", "ssim_out", "right", "look")
+    lines = ["| task | method | cases | PSNR in | SSIM in | PSNR out | SSIM out | right object | shown look |"]
+    lines.append("| --- " * 9 + "|")
+    for task in dict.fromkeys(case["task"] for case in cases):
+        of_task = [case["measures"] for case in cases if case["task"] == task]
+        for method in of_task[0]:
+            cells = []
+            for column in columns:
+                values = [float(m[method][column]) for m in of_task if column in m[method]]
+                values = [value for value in values if not math.isnan(value)]
+                mean = sum(values) / len(values) if values else None
+                text = "" if mean is None else f"{mean:.2f}" if column.startswith(("psnr", "ssim")) else f"{mean:.0%}"
+                cells.append(text)
+            lines.append(f"| {task} | {method} | {len(of_task)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def evaluate(args):
+    """Edit held-out cases and compare with the known truth: eval.json, eval.md, sheet.png under --out."""
+    import torch
+    from tqdm import tqdm
+
+    from data import whole_file, write_image
+    from model import KiwiEdit
+    from world import load_library
+
+    folder, out = Path(args.data), Path(args.out)
+    rows = read_truth(folder)
+    if not (folder / "world.json").is_file():
+        raise FileNotFoundError(
+            f"{folder}/world.json is missing: draw the cases with `nano.py data {folder} --split test`"
+        )
+    world = json.loads((folder / "world.json").read_text())
+    if world["split"] != "test":
+        raise ValueError(f"{folder} is of the {world['split']} split: draw held-out cases with --split test")
+    rows = rows[: args.cases]
+    library = load_library(world["assets"] if args.assets is None else args.assets)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = KiwiEdit.from_pretrained(args.weights, device, torch.float32)
+    out.mkdir(parents=True, exist_ok=True)
+    cases, pictures = [], {}
+    for row in tqdm(rows, desc="eval", mininterval=5):
+        measures, picture = evaluate_case(model, library, world, folder, row, args.steps)
+        task = "subject" if row["task"] == "subject_add" else row["task"]
+        cases.append(
+            {"index": row["index"], "kind": row["kind"], "task": task, "prompt": row["prompt"], "measures": measures}
+        )
+        pictures.setdefault(task, []).append(picture)
+    table = summary(cases)
+    with whole_file(out / "eval.json") as path:
+        path.write_text(
+            json.dumps({"weights": args.weights, "world": world, "steps": args.steps, "cases": cases}, indent=0)
+        )
+    with whole_file(out / "eval.md") as path:
+        path.write_text(table)
+    sheet = [
+        torch.cat([*shown[:4], *[torch.zeros_like(shown[0])] * (4 - len(shown))], dim=1) for shown in pictures.values()
+    ]
+    write_image(out / "sheet.png", torch.cat(sheet).repeat_interleave(2, 0).repeat_interleave(2, 1))
+    print(
+        f"{table}write       {out}/eval.md, eval.json, sheet.png (source | reference | edit | truth, four cases a task)"
+    )
+
+
+def make_bench(args):
+    """Held-out reference cases in the layout of RefVIE-Bench: refvie_bench.yaml, videos/, refs/."""
+
+    from data import EXACT_VIDEO_CODEC, whole_file, write_image, write_video
+    from world import MIXTURE, draw_edit, draw_frames, load_library, to_uint8
+
+    out = Path(args.out)
+    for name in ("videos", "refs"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    library, lines, index = load_library(args.assets), [], MIXTURE.index("ref_video")
+    while len(lines) < args.items:
+        edit = draw_edit(library, "test", args.seed, index, args.frames, args.size)
+        name = f"{len(lines):03d}"
+        source = draw_frames(edit, args.size)[0]
+        write_video(out / "videos" / f"{name}_src.mp4", source, args.fps, None, EXACT_VIDEO_CODEC)
+        write_image(out / "refs" / f"{name}.png", to_uint8(edit.ref[None])[0])
+        kind = "background" if edit.task == "background_ref" else "subject"
+        lines.append(
+            f"- src_video: videos/{name}_src.mp4\n  instruction: {json.dumps(edit.prompt)}\n"
+            f"  ref_img: refs/{name}.png\n  edit_type: {kind}\n"
+        )
+        index += len(MIXTURE)
+    with whole_file(out / "refvie_bench.yaml") as path:
+        path.write_text("".join(lines))
+    print(f"write       {len(lines)} items, {out}/refvie_bench.yaml")
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(
+        description="A small world to learn editing in.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("assets", help="fetch emoji and panoramas with npm (100 MB)").add_argument
+    add("out", metavar="DIR", help="a folder, outside the repository or ignored by it")
+
+    add = commands.add_parser("data", help="draw clips and write the three CSVs").add_argument
+    add("out", metavar="OUT", help="a folder")
+    add("--clips", type=positive, default=1000, help="images, videos and reference videos 2:1:1 (default %(default)s)")
+    add("--split", choices=("train", "test"), default="train", help="default %(default)s")
+    add("--workers", type=positive, default=2, help="processes; the files are the same (default %(default)s)")
+    add_world(add)
+
+    add = commands.add_parser("bench", help="draw held-out reference cases in RefVIE-Bench's layout").add_argument
+    add("out", metavar="OUT", help="a folder")
+    add("--items", type=positive, default=24, help="default %(default)s")
+    add_world(add)
+
+    add = commands.add_parser("pretrain", help="train the parts that Kiwi-Edit starts from").add_argument
+    add("part", choices=("vae", "mllm", "dit"), help="in this order")
+    add("--data", required=True, metavar="DIR", help="what `nano.py data` wrote")
+    add("--out", required=True, metavar="DIR", help="states to resume from, and weights/ for `train.py --weights`")
+    add("--minutes", type=float, default=9, help="stop after so long; the next call goes on (default %(default)s)")
+    add("--steps", type=positive, help="of the whole training (default: 4000, 1000, 800)")
+    add("--batch", type=positive, help="default: 16 stills or 8 clips, 16, 64")
+    add("--seed", type=int, default=0, help="default %(default)s")
+
+    add = commands.add_parser("eval", help="measure weights on held-out cases whose truth is known").add_argument
+    add("--weights", required=True, metavar="PATH", help="a folder with trained weights")
+    add("--data", required=True, metavar="DIR", help="what `nano.py data --split test` wrote")
+    add("--out", required=True, metavar="DIR", help="for eval.md, eval.json and sheet.png")
+    add("--assets", metavar="DIR", help="default: where the data had them")
+    add("--cases", type=positive, default=400, help="at most so many (default %(default)s)")
+    add("--steps", type=positive, default=25, help="denoising steps (default %(default)s)")
+    return parser.parse_args(argv)
+
+
+def add_world(add):
+    add("--assets", metavar="DIR", help="what `nano.py assets` filled (default: shapes and textures alone)")
+    add("--seed", type=int, default=0, help="default %(default)s")
+    add("--size", type=positive, default=64, help="pixels a side, a multiple of 32 (default %(default)s)")
+    add("--frames", type=positive, default=9, help="4k + 1 (default %(default)s)")
+    add("--fps", type=positive, default=8, help="default %(default)s")
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    if args.command in ("data", "bench") and (args.size % 32 or args.frames % 4 != 1):
+        raise ValueError(f"--size {args.size} --frames {args.frames}: a multiple of 32, and 4k + 1 (5, 9, 17, ...)")
+    commands = {"assets": fetch_assets, "data": make_data, "bench": make_bench, "pretrain": pretrain, "eval": evaluate}
+    commands[args.command](args)
+
+
+def run():
+    """main, with every foreseeable failure as one line on stderr and an exit code that is not 0."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nnano.py: interrupted; what was finished is kept")
+    except (ValueError, OSError) as error:
+        sys.exit(f"nano.py: {error}")
+
+
+if __name__ == "__main__":
+    run()

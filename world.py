@@ -1,0 +1,659 @@
+"""The world that nano learns editing in: named sprites and photographs, scenes of them, and edits whose truth is known.
+
+    Library (sprites by name, photographs) -> Scene: a background under a moving camera, things on their paths
+      -> Edit: the scene before and after one change, its instruction, perhaps a reference picture
+      -> frames uint8 (T, H, W, 3) before and after, and the edited region bool (T, H, W)
+
+Everything is drawn with torch at twice the size and averaged: camera motion, soft shadows, occlusion. An edit depends
+on (seed, split, index) alone. Objects, photographs and wordings of the test split never occur in training, with one
+exception that language forces: a thing that only its name describes must be one that training has named, or a new
+pair of a known colour and a known shape.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+TASKS = {
+    "image": ("style", "background", "change", "remove", "add"),
+    "video": ("style", "background", "change", "remove", "add"),
+    "ref_video": ("subject", "background_ref", "subject", "subject_add"),
+}
+MIXTURE = ("image", "video", "ref_video", "image")  # as the paper's third stage: 2:1:1
+COLOURS = {
+    "red": (0.85, 0.12, 0.12), "green": (0.15, 0.65, 0.2), "blue": (0.15, 0.3, 0.85), "yellow": (0.98, 0.85, 0.1),
+    "orange": (0.98, 0.5, 0.05), "purple": (0.5, 0.15, 0.7), "pink": (0.98, 0.5, 0.7), "white": (0.96, 0.96, 0.96),
+    "black": (0.08, 0.08, 0.09), "brown": (0.45, 0.27, 0.12), "turquoise": (0.1, 0.75, 0.75), "grey": (0.5, 0.5, 0.52),
+}  # fmt: skip
+COMMON = (
+    "dog cat cow tiger rabbit horse monkey pig elephant penguin fish turtle octopus frog panda fox lion bear owl duck "
+    "butterfly crab snail whale car bus bicycle taxi tractor truck train rocket airplane sailboat helicopter balloon "
+    "apple banana strawberry watermelon lemon pineapple grapes tomato carrot broccoli hamburger pizza doughnut cake "
+    "cactus rose tulip sunflower mushroom tree house tent umbrella guitar trumpet drum crown camera clock television "
+    "basketball trophy teddy_bear kite snowman cloud sun star gem key bell book chair door"
+)
+SPRITE = 128  # pixels a side of a stored sprite
+TEST_SHARE = 6  # one name in six is held out
+
+
+# ------------------------------------------------------------------------------------------------ what there is to see
+
+
+@dataclass
+class Sprite:
+    name: str
+    look: str  # which artist drew it: one name has several looks
+    levels: list  # premultiplied RGBA (4, n, n) float in [0, 1], n = 128, 64, 32, 16
+
+
+@dataclass
+class Photo:
+    name: str  # what an instruction calls it, e.g. "a forest"
+    image: object  # (3, H, W) float in [0, 1]
+    panorama: bool = False  # equirectangular, or flat and repeated without end
+
+
+@dataclass
+class Library:
+    sprites: dict = field(default_factory=dict)  # name -> [Sprite], the first is the look that its name alone calls for
+    photos: list = field(default_factory=list)
+
+    def names(self, split):
+        held = held_out(self.sprites)
+        return sorted(name for name in self.sprites if (name in held) == (split == "test"))
+
+    def photos_of(self, split):
+        """The split's photographs, and apart from them its textures: (panoramas, flat ones)."""
+        groups = [[p for p in self.photos if p.panorama == panorama] for panorama in (True, False)]
+        held = [held_out([p.name for p in group]) for group in groups]
+        return [[p for p in group if (p.name in names) == (split == "test")] for group, names in zip(groups, held)]
+
+
+def held_out(names):
+    """One name in TEST_SHARE, by the order of their hashes: known without a list, the same on every machine."""
+    ranked = sorted(set(names), key=lambda name: hashlib.sha256(name.encode()).digest())
+    return set(ranked[: len(ranked) // TEST_SHARE])
+
+
+def pyramid(image):
+    """A sprite and its halves, so that no warp has to skip pixels."""
+    levels = [image]
+    while levels[-1].shape[-1] > 16:
+        levels.append(F.avg_pool2d(levels[-1][None], 2)[0])
+    return levels
+
+
+def shape_distances(x, y):
+    """Signed distances (negative inside) of some plane shapes about the origin, on a grid in [-1, 1]."""
+    radius, angle = (x * x + y * y).sqrt(), torch.atan2(x, -y)
+
+    def polygon(corners):
+        sector = 2 * math.pi / corners
+        return radius * (torch.remainder(angle + sector / 2, sector) - sector / 2).cos() - 0.8 * math.cos(sector / 2)
+
+    points = torch.remainder(angle, 2 * math.pi / 5) - math.pi / 5
+    heart_x, heart_y = x.abs() / 0.75, -y / 0.75
+    return {
+        "circle": radius - 0.8,
+        "square": torch.maximum(x.abs(), y.abs()) - 0.68,
+        "triangle": polygon(3) + 0.02,
+        "diamond": x.abs() + y.abs() - 0.9,
+        "hexagon": polygon(6),
+        "star": radius * (points.cos() + 0.75 * points.abs().sin() * -1 + 0.75 * math.sin(math.pi / 5)) - 0.62,
+        "ring": (radius - 0.6).abs() - 0.22,
+        "cross": torch.minimum(
+            torch.maximum(x.abs() - 0.25, y.abs() - 0.8), torch.maximum(y.abs() - 0.25, x.abs() - 0.8)
+        ),
+        "heart": ((heart_x**2 + heart_y**2 - 1) ** 3 - heart_x**2 * heart_y**3) * 0.4,
+        "moon": torch.maximum(radius - 0.8, 0.62 - ((x - 0.38) ** 2 + (y + 0.1) ** 2).sqrt()),
+        "arrow": torch.minimum(
+            torch.maximum(x - 0.1, y.abs() - 0.22).maximum(-0.8 - x), torch.maximum(x + y.abs() * 1.1 - 0.85, -0.05 - x)
+        ),
+        "bar": torch.maximum(x.abs() - 0.85, y.abs() - 0.3),
+    }
+
+
+def draw_shapes():
+    """Twelve shapes in twelve colours, each in two looks: sprites that need no asset and whose names compose."""
+    axis = (torch.arange(SPRITE * 2) + 0.5) / SPRITE - 1
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    sprites = {}
+    for shape, distance in shape_distances(x, y).items():
+        alpha = (0.5 - distance * SPRITE).clamp(0, 1)
+        rim = (0.5 - (distance + 0.09) * SPRITE).clamp(0, 1)
+        for colour, rgb in COLOURS.items():
+            rgb = torch.tensor(rgb).view(3, 1, 1)
+            shaded = rgb * (0.95 - 0.3 * y) + 0.25 * (-((x + 0.3) ** 2 + (y + 0.35) ** 2) * 8).exp()
+            striped = rgb * rim + (1 - rim) * (0.25 + 0.5 * (1 - rgb)) - 0.2 * ((x + y) * 14).sin().gt(0.3) * rim
+            for look, body in (("shaded", shaded), ("striped", striped)):
+                image = torch.cat([body.clamp(0, 1) * alpha, alpha[None]])
+                image = torch.nn.functional.avg_pool2d(image[None], 2)[0]
+                sprites.setdefault(f"{colour} {shape}", []).append(Sprite(f"{colour} {shape}", look, pyramid(image)))
+    return sprites
+
+
+def draw_textures(count=48, size=256):
+    """Seamless cloudy textures in three colours each, as backgrounds that need no asset."""
+    frequency = torch.fft.fftfreq(size)[:, None].square() + torch.fft.rfftfreq(size)[None].square()
+    photos = []
+    for i in range(count):
+        g = torch.Generator().manual_seed(i)
+        colours = torch.rand(3, 3, generator=g)
+        colours = 0.15 + 0.7 * colours.lerp(colours.mean(dim=1, keepdim=True), 0.45)  # no louder than photographs
+        spectrum = torch.fft.rfft2(torch.randn(2, size, size, generator=g))
+        steep = 1.8 + torch.rand(1, generator=g).item()
+        field_ = torch.fft.irfft2(spectrum / (frequency + 4 / size**2) ** (steep / 2), s=(size, size))
+        a, b = (field_ / field_.std(dim=(1, 2), keepdim=True)).mul(1.2).sigmoid()[:, None]
+        image = colours[0].view(3, 1, 1) * a + colours[1].view(3, 1, 1) * (1 - a)
+        photos.append(
+            Photo(f"texture {i}", (image * (0.4 + 0.6 * b) + colours[2].view(3, 1, 1) * 0.4 * (1 - b)).clamp(0, 1))
+        )
+    return photos
+
+
+def draw_pattern(kind, first, second, size=128):
+    """A seamless pattern of two named colours: a background that words alone describe to the pixel."""
+    axis = (torch.arange(size) + 0.5) / size
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    soft = size / 8  # edges as wide as an eighth of a cell's pixel: anti-aliased when drawn small
+
+    def wave(phase):
+        return ((2 * math.pi * phase).sin() * soft / 4).clamp(-0.5, 0.5) + 0.5
+
+    mix = {
+        "plain": torch.zeros_like(x),
+        "stripes": wave(4 * x),
+        "checkerboard": (wave(2 * x) - wave(2 * y)).abs(),
+        "dots": (((4 * x % 1 - 0.5) ** 2 + (4 * y % 1 - 0.5) ** 2).sqrt().sub(0.3).mul(-soft / 2)).clamp(-0.5, 0.5)
+        + 0.5,
+        "gradient": (1 - (2 * math.pi * y).cos()) / 2,
+    }[kind]
+    a, b = (torch.tensor(COLOURS[c]).view(3, 1, 1) for c in (first, second))
+    return a * (1 - mix) + b * mix
+
+
+PATTERN_WORDS = {
+    "plain": "a plain {a} wall", "stripes": "{a} and {b} stripes", "checkerboard": "a checkerboard of {a} and {b}",
+    "dots": "{b} dots on {a}", "gradient": "a smooth gradient from {a} to {b}",
+}  # fmt: skip
+
+
+def pattern_photo(rng, split):
+    """A pattern whose words belong to the split."""
+    while True:
+        kind = pick(rng, list(PATTERN_WORDS))
+        a, b = (list(COLOURS)[i] for i in rng.choice(len(COLOURS), 2, replace=False))
+        name = PATTERN_WORDS[kind].format(a=a, b=b)
+        if kind == "plain" or (hashlib.sha256(name.encode()).digest()[0] % TEST_SHARE == 0) == (split == "test"):
+            return Photo(name, draw_pattern(kind, a, b))
+
+
+def read_index(folder):
+    """What a folder of assets holds. FileNotFoundError where `nano.py assets` has not filled it."""
+    path = Path(folder) / "index.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: fill the folder with `python nano.py assets {folder}`")
+    return json.loads(path.read_text())
+
+
+def load_library(folder=None):
+    """Shapes and textures and, where `folder` was filled by `nano.py assets`, emoji and photographs."""
+    library = Library(draw_shapes(), draw_textures())
+    if folder is None:
+        return library
+    index, folder = read_index(folder), Path(folder)
+    images = load_file(folder / "assets.safetensors")
+    for entry, image in zip(index["sprites"], images["sprites"]):
+        name = entry["name"]
+        library.sprites.setdefault(name, []).append(Sprite(name, entry["look"], pyramid(image.float() / 255)))
+    panoramas = [Photo(e["name"], image.float() / 255, True) for e, image in zip(index["photos"], images["photos"])]
+    library.photos = panoramas + library.photos[: len(panoramas)]
+    return library
+
+
+# ------------------------------------------------------------------------------------------------ scenes
+
+
+@dataclass
+class Thing:
+    """An object in a scene. `path`: per frame x, y (in frame widths from the middle), size (of the frame), angle."""
+
+    sprite: Sprite
+    path: object  # (T, 4) float32
+    flip: bool = False
+
+
+@dataclass
+class Scene:
+    photo: Photo
+    view: tuple  # where the camera starts: (yaw, pitch, field of view) or (x, y, scale), and whether it is mirrored
+    camera: object  # (T, 3) float32: x, y in frame widths, and zoom
+    things: list
+
+
+def pick(rng, options):
+    return options[int(rng.integers(len(options)))]
+
+
+def smooth_path(rng, frames, amount):
+    """(T,) a drift, a swing or no motion at all, of about `amount`."""
+    time = torch.linspace(0, 1, frames)
+    kind = rng.random()
+    size = float(rng.uniform(-amount, amount))
+    if kind < 0.3:
+        return torch.zeros(frames)
+    if kind < 0.7:
+        return size * (time - 0.5)
+    return size / 2 * (2 * math.pi * (float(rng.uniform(0.5, 1.2)) * time + float(rng.random()))).sin()
+
+
+def draw_camera(rng, frames):
+    kind = rng.random()
+    x, y, zoom = torch.zeros(frames), torch.zeros(frames), torch.ones(frames)
+    time = torch.linspace(0, 1, frames)
+    if 0.25 < kind < 0.6:
+        x, y = float(rng.uniform(-0.25, 0.25)) * (time - 0.5), float(rng.uniform(-0.1, 0.1)) * (time - 0.5)
+    elif 0.6 <= kind < 0.8:
+        zoom = 1 + float(rng.uniform(0.1, 0.35)) * (time if rng.random() < 0.5 else 1 - time)
+    elif kind >= 0.8:
+        x, y = (torch.from_numpy(rng.normal(0, 0.008, frames).cumsum().astype("float32")) for _ in "xy")
+    return torch.stack([x, y, zoom], dim=1)
+
+
+def draw_view(rng, photo):
+    if photo.panorama:
+        return (
+            float(rng.uniform(-180, 180)),
+            float(rng.uniform(-8, 6)),
+            float(rng.uniform(65, 85)),
+            bool(rng.integers(2)),
+        )
+    return float(rng.random()), float(rng.random()), float(rng.uniform(0.5, 0.8)), bool(rng.integers(2))
+
+
+def draw_things(rng, sprites, frames):
+    """Things apart from one another, larger ones where there are fewer."""
+    slots = [(-0.25, 0.05), (0.25, 0.05), (0.0, 0.2), (0.0, -0.22)]
+    order = rng.permutation(2 if len(sprites) < 3 else 4)
+    things = []
+    for sprite, slot in zip(sprites, order):
+        x, y = slots[slot] if len(sprites) > 1 else (float(rng.uniform(-0.22, 0.22)), float(rng.uniform(-0.1, 0.2)))
+        x, y = (v + float(rng.uniform(-0.06, 0.06)) for v in (x, y))
+        size = float(rng.uniform(0.34, 0.5)) * (1.15 if len(sprites) == 1 else 1.0)
+        path = torch.stack(
+            [
+                (x + smooth_path(rng, frames, 0.22)).clamp(-0.33, 0.33),
+                (y + smooth_path(rng, frames, 0.12)).clamp(-0.33, 0.33),
+                size * (1 + smooth_path(rng, frames, 0.25)),
+                float(rng.uniform(-0.15, 0.15)) + smooth_path(rng, frames, 0.5),
+            ],
+            dim=1,
+        )
+        things.append(Thing(sprite, path, bool(rng.integers(2))))
+    return things
+
+
+def render_background(scene, size):
+    """(T, 3, size, size): the photograph as the camera sees it."""
+    x, y, zoom = (v.view(-1, 1, 1) for v in scene.camera.unbind(dim=1))
+    axis = (torch.arange(size) + 0.5) / size - 0.5
+    row, column = torch.meshgrid(axis, axis, indexing="ij")
+    u, v = column / zoom + x, row / zoom + y  # (T, size, size), in frame widths
+    first, second, extent, mirrored = scene.view
+    u = -u if mirrored else u
+    image = scene.photo.image
+    height, width = image.shape[1:]
+    if scene.photo.panorama:
+        yaw, pitch, focal = math.radians(first), math.radians(second), 0.5 / math.tan(math.radians(extent) / 2)
+        forward, up = focal * math.cos(pitch) + v * math.sin(pitch), focal * math.sin(pitch) - v * math.cos(pitch)
+        longitude = torch.atan2(u, forward) + yaw
+        latitude = torch.atan2(up, (u * u + forward * forward).sqrt())
+        column, row = longitude / (2 * math.pi), 0.5 - latitude / math.pi
+    else:
+        column, row = u * extent + first, v * extent + second
+    image = F.pad(image[None], (1, 1, 1, 1), mode="circular") if not scene.photo.panorama else wrap_panorama(image)
+    grid = torch.stack(
+        [
+            ((column % 1) * width + 1) / (width + 2) * 2 - 1,
+            ((row % 1 if not scene.photo.panorama else row) * height + 1) / (height + 2) * 2 - 1,
+        ],
+        dim=-1,
+    )
+    return F.grid_sample(image.expand(len(grid), -1, -1, -1), grid, align_corners=False, padding_mode="border")
+
+
+def wrap_panorama(image):
+    return F.pad(F.pad(image[None], (1, 1, 0, 0), mode="circular"), (0, 0, 1, 1), mode="replicate")
+
+
+def render_thing(thing, camera, size, shadow=False):
+    """(T, 4, size, size), premultiplied: a sprite on its path as the camera sees it; or its shadow's alpha (T, 1, ...)."""
+    x, y, extent, angle = thing.path.unbind(dim=1)
+    zoom = camera[:, 2]
+    x, y, extent = (x - camera[:, 0]) * zoom, (y - camera[:, 1]) * zoom, extent * zoom
+    if shadow:
+        x, y, extent = x + 0.06 * extent, y + 0.1 * extent, extent * 1.06
+    needed = float(extent.max()) * size
+    level = thing.sprite.levels[
+        -1 if shadow else max(i for i, im in enumerate(thing.sprite.levels) if i == 0 or im.shape[-1] >= needed)
+    ]
+    axis = (torch.arange(size) + 0.5) / size - 0.5
+    row, column = torch.meshgrid(axis, axis, indexing="ij")
+    dx, dy = column - x.view(-1, 1, 1), row - y.view(-1, 1, 1)
+    cos, sin = (angle.cos() / extent).view(-1, 1, 1), (angle.sin() / extent).view(-1, 1, 1)
+    u, v = 2 * (cos * dx + sin * dy), 2 * (cos * dy - sin * dx)
+    grid = torch.stack([-u if thing.flip else u, v], dim=-1)
+    image = level[3:] if shadow else level
+    return F.grid_sample(image.expand(len(grid), -1, -1, -1), grid, align_corners=False)
+
+
+SHADOW = 0.35
+
+
+def render(scene, size):
+    """A scene's frames (T, 3, size, size) and, of each thing, the share of a pixel that it or its shadow changes
+    and the share that is visible, each (T, 1, size, size). Drawn at twice the size and averaged."""
+    frames = render_background(scene, 2 * size)
+    touched, visible = [], []
+    for thing in scene.things:
+        shade = SHADOW * render_thing(thing, scene.camera, 2 * size, shadow=True)
+        layer = render_thing(thing, scene.camera, 2 * size)
+        alpha = layer[:, 3:]
+        frames = frames * (1 - shade) * (1 - alpha) + layer[:, :3]
+        touched = [t * (1 - alpha) for t in touched] + [1 - (1 - shade) * (1 - alpha)]
+        visible = [v * (1 - alpha) for v in visible] + [alpha]
+    return F.avg_pool2d(frames, 2), [F.avg_pool2d(t, 2) for t in touched], [F.avg_pool2d(v, 2) for v in visible]
+
+
+# ------------------------------------------------------------------------------------------------ edits
+
+
+def grey(x):
+    return (x * x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1, keepdim=True)
+
+
+def blurred(x, radius):
+    for _ in range(3):
+        x = F.avg_pool2d(F.pad(x, (radius,) * 4, mode="replicate"), 2 * radius + 1, stride=1)
+    return x
+
+
+def edges(x):
+    g = F.pad(grey(x), (1, 1, 1, 1), mode="replicate")
+    return ((g[..., 1:-1, 2:] - g[..., 1:-1, :-2]).abs() + (g[..., 2:, 1:-1] - g[..., :-2, 1:-1]).abs()).clamp(0, 1)
+
+
+def tinted(x, *rgb):
+    return x * x.new_tensor(rgb).view(3, 1, 1)
+
+
+def pixelated(x):
+    cell = x.shape[-1] // 16
+    return F.interpolate(F.avg_pool2d(x, cell), scale_factor=cell, mode="nearest")
+
+
+STYLES = {
+    "night": lambda x: tinted(x**1.3, 0.28, 0.34, 0.62),
+    "a black and white film": lambda x: ((grey(x) - 0.5) * 1.15 + 0.5).expand_as(x),
+    "an old sepia photograph": lambda x: tinted(grey(x).expand_as(x), 1.05, 0.85, 0.62),
+    "sunset": lambda x: tinted(x, 1.15, 0.72, 0.5) + x.new_tensor([0.1, 0.03, 0.0]).view(3, 1, 1),
+    "winter": lambda x: tinted(0.45 * x + 0.55 * grey(x), 0.85, 0.95, 1.1) * 0.7 + 0.3,
+    "a pencil sketch": lambda x: (0.97 - 2.5 * edges(x)).expand_as(x),
+    "pixel art": pixelated,
+    "a comic book": lambda x: (blurred(x, 1) * 3.999).floor() / 3 * (1 - 1.6 * edges(x)).clamp(0.1, 1),
+    "a photographic negative": lambda x: 1 - x,
+    "a misty morning": lambda x: 0.42 * blurred(x, 1) + 0.5,
+    "an infrared camera": lambda x: tinted(grey(x), 1.6, 0, 0) + tinted((grey(x) * 2 - 0.6).clamp(0, 1), 0, 0.9, 0)
+    + tinted(1 - grey(x), 0, 0, 0.8),
+    "a neon sign": lambda x: 0.15 * tinted(x, 0.6, 0.3, 1) + 2.2 * tinted(edges(x), 0.3, 1, 0.95),
+}  # fmt: skip
+
+PLACES = {
+    "on the left": (-0.26, 0.08), "on the right": (0.26, 0.08), "in the middle": (0.0, 0.05), "at the top": (0.0, -0.25),
+    "at the bottom": (0.0, 0.27), "in the top left corner": (-0.27, -0.26), "in the top right corner": (0.27, -0.26),
+    "in the bottom left corner": (-0.27, 0.27), "in the bottom right corner": (0.27, 0.27),
+}  # fmt: skip
+
+# What people write. Of each list the last third is for the test split alone.
+WORDINGS = {
+    "style": (
+        "Make it look like {s}.", "Turn this into {s}.", "Give the {clip} the look of {s}.", "Restyle everything as {s}.",
+        "I want this to look like {s}", "Change the style to {s}.", "Render the whole {clip} as {s}.", "Let it be {s}.",
+        "Could you make the {clip} resemble {s}?", "Transform the scene into {s}.", "Apply the style of {s} to everything.",
+        "Show all of this as {s}.",
+    ),
+    "background": (
+        "Replace the background with {p}.", "Change the background to {p}.", "Put {p} behind everything.",
+        "Make the background {p}.", "Use {p} as the background.", "Swap the backdrop for {p}.",
+        "Set it in front of {p}.", "The background should be {p}.", "Keep the objects, but let the background be {p}.",
+        "Exchange what is behind the objects for {p}.", "I would like {p} in the background.", "Move everything in front of {p}.",
+    ),
+    "change": (
+        "Replace the {a} with {b}.", "Swap the {a} for {b}.", "Turn the {a} into {b}.", "Change the {a} to {b}.",
+        "Make the {a} become {b}.", "I want {b} instead of the {a}.", "Put {b} where the {a} is.",
+        "Instead of the {a} show {b}.", "Exchange the {a} for {b}.", "Substitute {b} for the {a}.",
+        "Let {b} take the place of the {a}.", "The {a} should be {b} now.",
+    ),
+    "remove": (
+        "Remove the {a}.", "Get rid of the {a}.", "Delete the {a} from the {clip}.", "Take the {a} away.", "Erase the {a}.",
+        "Take out the {a}, please.", "I don't want the {a} in there.", "Clear the {a} away.", "Make the {a} disappear.",
+        "The {a} has to go.", "Without the {a}, please.", "Cut the {a} out of the {clip}.",
+    ),
+    "add": (
+        "Add {b} {w}.", "Put {b} {w}.", "Place {b} {w}.", "Insert {b} {w}.", "I want {b} {w}.", "Let there be {b} {w}.",
+        "There should be {b} {w}.", "Draw {b} {w}.", "Show {b} {w} as well.", "Let {b} appear {w}.",
+        "Could you set {b} {w}?", "Also put in {b} {w}.",
+    ),
+    "subject": (
+        "Replace the {a} with the object shown.", "Swap the {a} for the one in the picture.",
+        "Turn the {a} into the thing from the reference.", "Put the shown object where the {a} is.",
+        "Change the {a} to what the reference shows.", "Replace the {a} with the {b} from the image.",
+        "Swap the {a} for this {b}.", "Use the pictured {b} instead of the {a}.", "Let the shown {b} take the place of the {a}.",
+        "Exchange the {a} for the object in the reference.", "The {a} should become what is pictured.",
+        "Substitute the {b} in the picture for the {a}.",
+    ),
+    "subject_add": (
+        "Add the object shown {w}.", "Put the one in the picture {w}.", "Place the thing from the reference {w}.",
+        "Insert this {b} {w}.", "I want the shown {b} {w}.", "Put what the reference shows {w}.", "Add the {b} from the image {w}.",
+        "Let the pictured object be {w}.", "Let the object in the picture appear {w}.", "Set the pictured {b} {w}.",
+        "Also show this object {w}.", "The shown {b} should be {w}.",
+    ),
+    "background_ref": (
+        "Replace the background with the one shown.", "Change the background to the reference.",
+        "Put the scene from the picture behind everything.", "Use the picture as the background.",
+        "Swap the backdrop for the place in the image.", "Make the background look like the reference.",
+        "Set it in the place that is shown.", "Let the background be the one pictured.", "Move everything to the pictured place.",
+        "The background should be the scene in the reference.", "Exchange the backdrop for this picture.",
+        "Keep the objects and use this place behind them.",
+    ),
+}  # fmt: skip
+
+
+def wording(rng, task, split):
+    options = WORDINGS[task]
+    held = len(options) // 3
+    return pick(rng, options[-held:] if split == "test" else options[:-held])
+
+
+def article(name):
+    if name.endswith("s") and not name.endswith(("ss", "us")):
+        return f"some {name}"
+    return f"an {name}" if name[0] in "aeio" else f"a {name}"
+
+
+@dataclass
+class Edit:
+    """One example: the scene before and after, and the words for it."""
+
+    kind: str  # the CSV it goes to
+    task: str
+    prompt: str
+    source: Scene
+    target: Scene
+    style: str | None = None  # a key of STYLES: the target is the source, restyled
+    ref: object = None  # (3, n, n) float
+    changed: tuple = ()  # indices of the things that differ in (source, target), None where there is none
+    new: Sprite | None = None  # what a change or addition brings
+
+
+def nameable(library, split):
+    """Sprites that a text may call for: of common things the first look, and the split's coloured shapes."""
+    shapes = [n for n in library.names(split) if n.split()[0] in COLOURS and len(library.sprites[n]) == 2]
+    known = library.names("train")
+    common = [n.replace("_", " ") for n in COMMON.split() if n.replace("_", " ") in known]
+    return shapes, common
+
+
+def draw_photo(rng, library, split, but=None):
+    panoramas, textures = library.photos_of(split)
+    photos = panoramas if panoramas and rng.random() < 0.7 else textures
+    return pick(rng, [p for p in photos if p is not but])
+
+
+def draw_scene(rng, library, split, frames, least=1):
+    names = library.names(split)
+    emoji = [n for n in names if n.split()[0] not in COLOURS] or names
+    count = max(least, int(rng.choice([1, 2, 3], p=[0.45, 0.4, 0.15])))
+    chosen = []
+    while len(chosen) < count:
+        name = pick(rng, emoji if rng.random() < 0.75 else names)
+        if name not in chosen:
+            chosen.append(name)
+    things = draw_things(rng, [pick(rng, library.sprites[name]) for name in chosen], frames)
+    photo = draw_photo(rng, library, split)
+    return Scene(photo, draw_view(rng, photo), draw_camera(rng, frames), things)
+
+
+def nameable_sprite(rng, library, split, without):
+    shapes, common = nameable(library, split)
+    while True:
+        names = common if common and rng.random() < 0.6 else shapes
+        sprite = library.sprites[pick(rng, names)][0]
+        if sprite.name not in without:
+            return sprite
+
+
+def show_reference(rng, sprite, size):
+    """A picture (3, size, size) of a sprite in another pose: turned, mirrored, of another size, on white or a pale tone."""
+    path = torch.tensor(
+        [[*rng.uniform(-0.06, 0.06, 2), rng.uniform(0.6, 0.9), rng.uniform(-0.4, 0.4)]], dtype=torch.float32
+    )
+    layer = render_thing(Thing(sprite, path, bool(rng.integers(2))), torch.tensor([[0.0, 0.0, 1.0]]), size)[0]
+    paper = (
+        torch.ones(3, 1, 1)
+        if rng.random() < 0.6
+        else torch.tensor(rng.uniform(0.6, 1, 3), dtype=torch.float32).view(3, 1, 1)
+    )
+    return paper * (1 - layer[3:]) + layer[:3]
+
+
+def draw_edit(library, split, seed, index, frames, size):
+    """Clip `index` of a data set: everything about it is drawn from (seed, split, index)."""
+    rng = np.random.default_rng([seed, split == "test", index])
+    kind = MIXTURE[index % len(MIXTURE)]
+    task = pick(rng, TASKS[kind])
+    frames = 1 if kind == "image" else frames
+    scene = draw_scene(rng, library, split, frames)
+    names = [thing.sprite.name for thing in scene.things]
+    words = {"clip": "picture" if kind == "image" else "video"}
+    edit = Edit(kind, task, "", scene, scene)
+
+    if task == "style":
+        edit.style = words["s"] = pick(rng, list(STYLES))
+    elif task == "background":
+        photo = pattern_photo(rng, split)
+        edit.target = Scene(photo, (0.0, 0.0, 0.7, False), scene.camera, scene.things)
+        words["p"] = photo.name
+    elif task == "background_ref":
+        photo = draw_photo(rng, library, split, but=scene.photo)
+        edit.target = Scene(photo, draw_view(rng, photo), scene.camera, scene.things)
+        shift = torch.tensor([[*rng.uniform(-0.08, 0.08, 2), rng.uniform(0.85, 1.0)]], dtype=torch.float32)
+        edit.ref = render_background(
+            Scene(photo, edit.target.view, shift + scene.camera[:1] * torch.tensor([1, 1, 0]), []), 2 * size
+        )[0]
+    elif task in ("add", "subject_add"):
+        words["w"] = pick(rng, list(PLACES))
+        edit.new = new = (
+            pick(rng, library.sprites[pick(rng, [n for n in library.names(split) if n not in names])])
+            if task == "subject_add"
+            else nameable_sprite(rng, library, split, names)
+        )
+        x, y = PLACES[words["w"]]
+        path = torch.tensor([x, y, 0.4, 0.0]).repeat(frames, 1)
+        away = [t for t in scene.things if ((t.path[:, :2] - path[:, :2]).norm(dim=1) > 0.3).all()]
+        edit.source = Scene(scene.photo, scene.view, scene.camera, away)
+        edit.target = Scene(scene.photo, scene.view, scene.camera, [*away, Thing(new, path)])
+        edit.changed, words["b"] = (None, len(away)), new.name if task == "subject_add" else article(new.name)
+    else:
+        which = int(rng.integers(len(names)))
+        old = scene.things[which]
+        words["a"], edit.changed = names[which], (which, None)
+        things = list(scene.things)
+        if task == "remove":
+            things.pop(which)
+        else:
+            edit.new = (
+                pick(rng, library.sprites[pick(rng, [n for n in library.names(split) if n not in names])])
+                if task == "subject"
+                else nameable_sprite(rng, library, split, names)
+            )
+            things[which] = Thing(edit.new, old.path)
+            edit.changed = (which, which)
+            words["b"] = edit.new.name if task == "subject" else article(edit.new.name)
+        edit.target = Scene(scene.photo, scene.view, scene.camera, things)
+    if task.startswith("subject"):
+        edit.ref = show_reference(rng, edit.new, 2 * size)
+    edit.prompt = wording(rng, task, split).format(**words)
+    return edit
+
+
+def to_uint8(frames):
+    return (frames.clamp(0, 1) * 255).round().to(torch.uint8).movedim(-3, -1).contiguous()
+
+
+def draw_frames(edit, size):
+    """An edit -> source and target uint8 (T, size, size, 3) and the edited region bool (T, size, size).
+
+    The region is where the changed things and their shadows lie, or where the background shows; for a style everywhere.
+    """
+    source, touched, visible = render(edit.source, size)
+    if edit.style:
+        return to_uint8(source), to_uint8(STYLES[edit.style](source)), torch.ones_like(source[:, 0], dtype=torch.bool)
+    target, touched_target, _ = render(edit.target, size)
+    if edit.task in ("background", "background_ref"):
+        share = 1 - sum(visible, torch.zeros_like(source[:, :1]))
+    else:
+        before, after = edit.changed
+        share = sum(t[i] for t, i in ((touched, before), (touched_target, after)) if i is not None)
+    source, target = to_uint8(source), to_uint8(target)
+    region = (share[:, 0] > 1 / 512) | (source != target).any(dim=-1)  # a smaller share may still tip a rounding
+    return source, target, region
+
+
+# ------------------------------------------------------------------------------------------------ words for a scene
+
+
+def describe(scene):
+    """A caption of a scene in plain words."""
+    things = " and ".join(article(t.sprite.name) for t in scene.things)
+    place = "" if scene.photo.name.startswith("texture") else f" in front of {scene.photo.name}"
+    return (things or "nothing") + place
+
+
+def boxes(scene):
+    """Per thing its box on the first frame, (x0, y0, x1, y1) in frame widths; things may leave the frame."""
+    out = {}
+    for thing in scene.things:
+        x, y, size = (float(v) for v in thing.path[0, :3])
+        zoom = float(scene.camera[0, 2])
+        x, y = (x - float(scene.camera[0, 0])) * zoom + 0.5, (y - float(scene.camera[0, 1])) * zoom + 0.5
+        half = size * zoom / 2
+        out[thing.sprite.name] = [round(min(max(v, 0), 1), 3) for v in (x - half, y - half, x + half, y + half)]
+    return out
