@@ -1618,12 +1618,6 @@ def test_correlations_and_intervals_are_right_on_numbers_done_by_hand():
     assert judge.mean_of([[1.0, 2.0]], missing=1, allow_missing=False).value is None
 
 
-@pytest.mark.parametrize("line", readme_commands("judge.py"))
-def test_the_readme_s_judge_commands_parse(line):
-    words = shlex.split(line, comments=True)
-    judge.parse_arguments(words[words.index("judge.py") + 1 :])
-
-
 def test_every_flag_of_judge_is_read():
     text = (HOUSE / "judge.py").read_text() + (HOUSE / "judges.py").read_text()
     flags = re.findall(r'add\(\s*"--([\w-]+)"', text)
