@@ -233,7 +233,7 @@ def reencoded(frames, fps):
         if len(frames) == 1:
             write_image(Path(folder) / "x.jpg", frames[0])
             return read_image(Path(folder) / "x.jpg")[None]
-        write_video(Path(folder) / "x.mp4", frames, fps, crf=28)
+        write_video(Path(folder) / "x.mp4", frames, fps, codec=SMALL_VIDEO_CODEC)
         return read_clip(Path(folder) / "x.mp4", len(frames), frames[0].numel()).frames
 
 
