@@ -48,6 +48,7 @@ judges (--judge):
 LEFT_OUT = ("creative_edit", "camera_edit", "subtitle_edit")  # of OpenVE-Bench, as in the paper and the release
 MODES = {"official": 1.0, "strict": 4.0}  # frames a second that the judge sees
 TOKENS_PER_FRAME = 258  # Gemini's usual count; other judges differ
+SMALL_FRAME = 3 * 256 * 256  # values: such frames (the nano model's) lose 15 dB to the usual codec (data.py)
 MAX_WAIT = 60.0  # seconds, the longest pause between two tries
 
 
@@ -1029,7 +1030,7 @@ def run(args):
     """`judge.py run`: the edits themselves, one process a GPU under torchrun, taken up where it stopped."""
     import torch
 
-    from data import MediaError, read_clip, read_image, write_image, write_video
+    from data import EXACT_VIDEO_CODEC, VIDEO_CODEC, MediaError, read_clip, read_image, write_image, write_video
     from model import KiwiEdit
 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -1047,7 +1048,10 @@ def run(args):
             ref = read_image(item.ref) if item.ref and args.ref else None
             edited = model.edit(clip.frames, item.instruction, ref, steps=args.steps, seed=args.seed, tile=args.tile)
             item.edit.parent.mkdir(parents=True, exist_ok=True)
-            write_image(item.edit, edited[0]) if clip.still else write_video(item.edit, edited, clip.fps, item.source)
+            codec = EXACT_VIDEO_CODEC if edited[0].numel() <= SMALL_FRAME else VIDEO_CODEC
+            write_image(item.edit, edited[0]) if clip.still else write_video(
+                item.edit, edited, clip.fps, item.source, codec
+            )
             print(f"[{rank}/{world}] {item.edit}", flush=True)
         except (MediaError, ValueError) as error:
             failed += 1

@@ -2024,6 +2024,8 @@ def test_run_makes_the_edits_under_the_released_names_each_once_and_in_shards(re
         monkeypatch.setenv("WORLD_SIZE", "2")
         judge.main(arguments)
     assert sorted(p.name for p in (refvie / "new").iterdir()) == sorted(p.name for p in (refvie / "edits").iterdir())
+    with av.open(str(next((refvie / "new").iterdir()))) as small:
+        assert small.streams.video[0].pix_fmt == "yuv444p"  # so that the metrics see the model and not the codec
     judge.main(arguments)
     assert "0 of 1 edits to make" in capsys.readouterr().out
 
