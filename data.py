@@ -253,7 +253,7 @@ def writable(path):
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise MediaError(f"{path}: cannot be written ({error.strerror}); choose another place with -o") from None
+        raise MediaError(f"{path}: cannot be written ({error.strerror}); choose another place for the output") from None
 
 
 def write_image(path, image):
