@@ -539,16 +539,12 @@ def parallelise(model, args, ranks):
             block.forward = partial(recomputed, block.forward, use_reentrant=False)
     if ranks.parallel == "ddp":
         return DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks.world > 1 else model
-    policy = MixedPrecisionPolicy(param_dtype=ranks.dtype, reduce_dtype=trained_dtype(model), cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=ranks.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in trained:
         fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
     # The vision tower is called once a picture, which would not be as often on every rank: the root gathers it. The VAE
     # is called by itself and before the rest: it stays whole.
     return fully_shard(model, mesh=ranks.mesh, mp_policy=policy, ignored_params=set(model.vae.parameters()))
-
-
-def trained_dtype(model):
-    return next(p.dtype for p in model.parameters() if p.requires_grad)
 
 
 # The data
@@ -857,16 +853,13 @@ def leave_signals_to_the_trainer(worker):
         signal.signal(name, signal.SIG_IGN)
 
 
+@contextmanager
 def gathered_root(model):
-    """Parts of a sharded model are about to be called one by one: gather what lies outside of the blocks."""
-
-    @contextmanager
-    def gathered():
-        model.unshard()
-        yield
-        model.reshard()
-
-    return gathered() if hasattr(model, "unshard") else nullcontext()
+    """Parts of a model are called one by one: of a sharded one, gather what lies outside of the blocks."""
+    sharded = hasattr(model, "unshard")
+    sharded and model.unshard()
+    yield
+    sharded and model.reshard()
 
 
 @torch.no_grad()
@@ -1115,8 +1108,10 @@ def describe(args, stage, ranks, model, curriculum):
         print(f"  {count:>6} {kind:<6} {frames} frames of {width}x{height}")
     largest = max((shape for _, mixture in curriculum.phases for b in mixture.buckets.values() for shape in b), key=math.prod)
     need = memory_estimate(model, stage, ranks, largest, args.checkpointing)
-    print(f"memory of a rank at {'x'.join(map(str, largest))}, {ranks.parallel} on {ranks.world}, "
-          f"{str(ranks.dtype)[6:]}: {sum(need.values()) / 2**30:.2f} GiB")  # fmt: skip
+    saving = need.pop("snapshot")
+    print(f"memory of a rank at {'x'.join(map(str, largest))}, {ranks.parallel} on {ranks.world}, {str(ranks.dtype)[6:]}: "
+          f"{sum(need.values()) / 2**30:.2f} GiB; while a checkpoint is written {saving / 2**30:.2f} GiB of host memory more, "
+          "without gradients and activations")  # fmt: skip
     for name, size in need.items():
         print(f"  {name:<12} {size / 2**30:10.2f} GiB")
 
@@ -1148,6 +1143,7 @@ def memory_estimate(model, stage, ranks, shape, checkpointing):
         "weights": 4 * trained / share + size * (frozen / share + vae), "gathered": gathered,
         "gradients": 4 * trained / share, "moments": 8 * trained / share, "average": 4 * trained / share * (stage.ema > 0),
         "activations": (sum(kept) + max(inside)) * size,
+        "snapshot": (8 + 4 * (stage.ema > 0)) * trained / share + 4 * trained * ranks.first,
     }  # fmt: skip
 
 
