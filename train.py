@@ -33,7 +33,8 @@ EXAMPLES = """examples:
 
 where training starts (--weights): a run of this program (its last checkpoint), a checkpoint folder of one, a folder
   that nanoKiwi saved, the released diffusers layout, or a released training checkpoint (.safetensors) over --base and
-  --qwen. Without it: --base and --qwen alone, or, with --init random, nothing but --qwen's config and tokenizer.
+  --qwen. Without it: --base and --qwen alone (nano: weights/nano), or, with --init random, nothing but --qwen's config
+  and tokenizer.
 several processes (torchrun): data parallel by --parallel, and --sp N of them share each sequence.
 a run is watched by metrics.jsonl, TensorBoard if installed, and `python train.py --plot RUN` (an SVG).
 """
@@ -41,6 +42,7 @@ ALIGN = ("lora", "mllm.image_queries", "mllm.connector")
 EDIT = (*ALIGN, "mllm.video_queries", "dit", "source_embedder", "source_scale")
 REFER = (*EDIT, "mllm.ref_queries", "mllm.ref_connector", "ref_embedder")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+NANO = Path(__file__).parent / "weights" / "nano"
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16
 
 
@@ -451,6 +453,8 @@ def read_start(args, ranks):
             KiwiEdit(with_model_settings(config, args.set)).save(out / "init")
         dist.barrier()
         return read_weights(out / "init")
+    if args.weights is None and args.config == "nano" and NANO.exists():
+        args.weights = str(NANO)
     hub = {"wan22_5b": WAN_BASE, "wan21_14b": "Wan-AI/Wan2.1-T2V-14B", "wan21_1_3b": "Wan-AI/Wan2.1-T2V-1.3B"}
     base = args.base or hub.get(args.config)
     if args.weights is None and base is None:
@@ -823,7 +827,12 @@ class Trainer:
 
     def restore(self, checkpoint):
         """Counters, moments and averaged weights; the weights themselves are loaded with the model."""
-        self.counts.update(read_json(checkpoint / "train.json")["counts"])
+        saved = read_json(checkpoint / "train.json")
+        self.counts.update(saved["counts"])
+        now = json.loads(json.dumps(asdict(self.stage)))
+        changed = [f"{key} {old} -> {now[key]}" for key, old in saved["stage"].items() if now.get(key) != old]
+        if changed and self.ranks.first:
+            print(f"warning: not as when {checkpoint} was written: {', '.join(changed)}", file=sys.stderr)
         state = {"optimizer": self.optimizer_state(), "ema": self.ema}
         dcp.load(state, checkpoint_id=checkpoint / "state")
         for p in self.trained.values():
