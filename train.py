@@ -142,19 +142,40 @@ def parse_arguments(argv=None):
     add("--base", metavar="PATH|HUB_ID", help="Wan's weights (default: those of --config on the hub)")
     add("--qwen", default="Qwen/Qwen2.5-VL-3B-Instruct", metavar="PATH|HUB_ID", help="default %(default)s")
     add("--init", choices=("weights", "random"), default="weights", help="random: no weights at all")
-    add("--resume", metavar="auto|PATH", help="continue from the run's last checkpoint if there is one, or from this one")
-    add("--seed", type=int, default=0, help="order of the data, noise and what is not in the weights (default %(default)s)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of computing; the trained weights are float32 (default: by device)")
+    add(
+        "--resume",
+        metavar="auto|PATH",
+        help="continue from the run's last checkpoint if there is one, or from this one",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="order of the data, noise and what is not in the weights (default %(default)s)",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of computing; the trained weights are float32 (default: by device)",
+    )
     add("--parallel", choices=("ddp", "fsdp"), help="how ranks share the work (default: fsdp on GPUs, ddp on CPUs)")
     add("--sp", type=int, default=1, metavar="N", help="ranks that share a sequence (Ulysses; default %(default)s)")
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute blocks in the backward")
     add("--cache", metavar="DIR", help="take latents from here, where `python data.py cache` wrote them")
     add("--write-cache", metavar="DIR", help="write them there, and train nothing (what `python data.py cache` calls)")
     add("--workers", type=int, default=2, help="processes a rank that decode (default %(default)s)")
-    add("--max-bad", type=float, default=5.0, metavar="PERCENT", help="stop if more samples are broken (default %(default)s)")
+    add(
+        "--max-bad",
+        type=float,
+        default=5.0,
+        metavar="PERCENT",
+        help="stop if more samples are broken (default %(default)s)",
+    )
     add("--save-every", type=int, default=500, metavar="STEPS", help="default %(default)s")
     add("--keep", type=int, default=3, metavar="K", help="checkpoints that stay (default %(default)s)")
-    add("--sample-every", type=int, default=0, metavar="STEPS", help="edit the first row of each table (default: never)")
+    add(
+        "--sample-every", type=int, default=0, metavar="STEPS", help="edit the first row of each table (default: never)"
+    )
     add("--sample-steps", type=int, default=20, metavar="STEPS", help="denoising steps of that (default %(default)s)")
     add("--dry-run", action="store_true", help="print the stage, sizes, memory and first batches; train nothing")
     add("--plot", metavar="RUN", help="draw the losses of a run to RUN/loss.svg, nothing else")
@@ -279,7 +300,9 @@ class Ranks:
         self.parallel = args.parallel or ("fsdp" if on_gpu else "ddp")
         self.dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
         if self.dtype != torch.float32 and self.parallel == "ddp":
-            raise ValueError("--dtype bfloat16 keeps float32 master weights by FSDP2: take --parallel fsdp, also on one GPU")
+            raise ValueError(
+                "--dtype bfloat16 keeps float32 master weights by FSDP2: take --parallel fsdp, also on one GPU"
+            )
 
     @property
     def first(self):
@@ -413,7 +436,6 @@ def load_model(args, stage, ranks, checkpoint):
     """The model with the weights to start from, LoRA in place, trained parts in float32 and the rest in `dtype`, and
     exactly what the stage trains requiring gradients."""
 
-
     config, files = read_start(args, ranks)
     sizes = {**preset_sizes(args, config), **{k: v for k, v in mllm_sizes(files, {}).items() if v}}
     config = replace(config, mllm=replace(config.mllm, **sizes))
@@ -445,7 +467,9 @@ def read_start(args, ranks):
 
     out = Path(args.out)
     if args.init == "random":
-        config = replace(PRESETS[args.config], mllm=replace(PRESETS[args.config].mllm, folder=str(local_path(args.qwen))))
+        config = replace(
+            PRESETS[args.config], mllm=replace(PRESETS[args.config].mllm, folder=str(local_path(args.qwen)))
+        )
         if args.dry_run:
             return config, TensorFiles()
         if not (out / "init").exists() and ranks.first:
@@ -488,7 +512,6 @@ def preset_sizes(args, config):
 
 def begin_additions(model, missing, device):
     """Give what Kiwi-Edit adds, where the weights lack it, its initial value. ValueError if anything else is missing."""
-
 
     hidden = model.mllm.model.language_model.embed_tokens.embedding_dim
     fresh = {
@@ -533,7 +556,6 @@ def belongs(name, stage):
 
 def parallelise(model, args, ranks):
     """Activation checkpointing, sequence parallelism and DDP or FSDP2 -> the module to call."""
-
 
     trained = [*model.dit.blocks, *model.mllm.model.language_model.layers]
     if ranks.sp > 1:
@@ -589,7 +611,9 @@ def write_cache(args, stage, ranks, model, curriculum, tables):
     shards = [(kind, shape, k, rows[k * SHARD : (k + 1) * SHARD]) for _, mixture in curriculum.phases
               for kind, buckets in mixture.buckets.items() for shape, rows in buckets.items()
               for k in range(-(-len(rows) // SHARD))]  # fmt: skip
-    for kind, shape, k, rows in tqdm(shards[ranks.rank :: ranks.world], desc="cache", unit="file", disable=not ranks.first):
+    for kind, shape, k, rows in tqdm(
+        shards[ranks.rank :: ranks.world], desc="cache", unit="file", disable=not ranks.first
+    ):
         path, tensors = shard_path(folder, kind, shape, k), {"": torch.zeros(0)}
         if path.is_file():
             continue
@@ -601,8 +625,12 @@ def write_cache(args, stage, ranks, model, curriculum, tables):
             except MediaError as error:
                 report_bad(args, ranks, 0, [(row.target, str(error))])
                 continue
-            parts = zip(("target", "source", "ref"), encode(model, stage, target, source, ref, random.Random(number).random()))
-            tensors |= {f"{number}.{name}": latents.cpu().contiguous() for name, latents in parts if latents is not None}
+            parts = zip(
+                ("target", "source", "ref"), encode(model, stage, target, source, ref, random.Random(number).random())
+            )
+            tensors |= {
+                f"{number}.{name}": latents.cpu().contiguous() for name, latents in parts if latents is not None
+            }
             for name, frames in model.mllm.resize(source, ref)[1].items():
                 tensors[f"{number}.mllm.{name}"] = frames.contiguous()
         with whole_file(path) as temporary:
@@ -610,7 +638,9 @@ def write_cache(args, stage, ranks, model, curriculum, tables):
     dist.barrier()
     if ranks.first:
         with whole_file(folder / "cache.json") as temporary:
-            temporary.write_text(json.dumps({"fingerprint": fingerprint(tables, stage.pixels, stage.frames, stage.source)}))
+            temporary.write_text(
+                json.dumps({"fingerprint": fingerprint(tables, stage.pixels, stage.frames, stage.source)})
+            )
         print(folder)
 
 
@@ -620,7 +650,9 @@ def fits_cache(args, stage, tables):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; `python data.py cache --out {args.cache} ...` writes it")
     if read_json(path)["fingerprint"] != fingerprint(tables, stage.pixels, stage.frames, stage.source):
-        raise ValueError(f"{args.cache}: was written for other tables, pixels or frames; write another with data.py cache")
+        raise ValueError(
+            f"{args.cache}: was written for other tables, pixels or frames; write another with data.py cache"
+        )
 
 
 def report_bad(args, ranks, step, broken):
@@ -657,7 +689,9 @@ class Trainer:
 
     def __init__(self, args, stage, ranks, model, curriculum, tables):
         if stage.batches % ranks.dp:
-            raise ValueError(f"global_batch / batch is {stage.batches}, not a multiple of {ranks.dp} data-parallel ranks")
+            raise ValueError(
+                f"global_batch / batch is {stage.batches}, not a multiple of {ranks.dp} data-parallel ranks"
+            )
         self.args, self.stage, self.ranks, self.model = args, stage, ranks, model
         self.curriculum, self.tables = curriculum, tables
         self.counts = {"step": 0, "updates": 0, "samples": 0, "tokens": 0, "bad": 0, "skipped": 0, "seconds": 0.0}
@@ -688,23 +722,28 @@ class Trainer:
             cut_log(out / "metrics.jsonl", counts["step"])
             cut_log(out / "bad.jsonl", counts["step"])
         loader = iter(self.loader())
-        with Log(out, self.ranks.first) as log, tqdm(
-            total=stage.steps, initial=counts["step"], desc=f"stage {self.args.stage}", disable=not self.ranks.first
-        ) as bar:
+        with (
+            Log(out, self.ranks.first) as log,
+            tqdm(
+                total=stage.steps, initial=counts["step"], desc=f"stage {self.args.stage}", disable=not self.ranks.first
+            ) as bar,
+        ):
             while counts["step"] < stage.steps:
                 line = self.step(loader)
                 if line is None:
                     break
                 self.saver.check()
                 log.write(line)
-                bar.set_postfix(loss=f"{line['loss']:.4f}", lr=f"{line['lr']:.1e}", samples_s=f"{line['samples_s']:.2f}")
+                bar.set_postfix(
+                    loss=f"{line['loss']:.4f}", lr=f"{line['lr']:.1e}", samples_s=f"{line['samples_s']:.2f}"
+                )
                 bar.update()
                 step = counts["step"]
                 if step % self.args.save_every == 0 and step < stage.steps:
                     self.save()
                 if self.args.sample_every and step % self.args.sample_every == 0:
                     self.sample(step)
-        if not checkpoint or self.saver.path(counts["step"]) != checkpoint:
+        if counts["step"] not in self.saver.steps:
             self.save()
         self.saver.wait()
         if self.ranks.first:
@@ -790,8 +829,9 @@ class Trainer:
             self.counts["updates"] += 1
             self.trouble = 0
             if self.ema:
-
-                torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.trained.values()], 1 - self.stage.ema)
+                torch._foreach_lerp_(
+                    list(self.ema.values()), [p.detach() for p in self.trained.values()], 1 - self.stage.ema
+                )
         else:
             self.counts["skipped"] += 1
             self.trouble += 1
@@ -799,14 +839,22 @@ class Trainer:
             suspects = ", ".join(paths[:4]) or "none has a loss that is not finite; the last was " + batch["paths"][0]
             message = f"step {self.counts['step'] + 1} skipped: its gradient is {norm}; samples: {suspects}"
             if self.trouble == 5:
-                raise ValueError(f"5 steps in a row were skipped, the loss has diverged: lower lr, or look at the data. {message}")
+                raise ValueError(
+                    f"5 steps in a row were skipped, the loss has diverged: lower lr, or look at the data. {message}"
+                )
             if self.ranks.first:
                 print(f"warning: {message}", file=sys.stderr)
         self.optimizer.zero_grad()
 
     def count(self, tokens, bad, seconds):
         counts = self.counts
-        for name, value in {"step": 1, "samples": self.stage.global_batch, "tokens": tokens, "bad": bad, "seconds": seconds}.items():
+        for name, value in {
+            "step": 1,
+            "samples": self.stage.global_batch,
+            "tokens": tokens,
+            "bad": bad,
+            "seconds": seconds,
+        }.items():
             counts[name] += value
         if 100 * counts["bad"] > self.args.max_bad * max(counts["samples"], 100):
             raise ValueError(f"{counts['bad']:.0f} of {counts['samples']} samples could not be read, more than --max-bad "
@@ -827,6 +875,8 @@ class Trainer:
 
     def restore(self, checkpoint):
         """Counters, moments and averaged weights; the weights themselves are loaded with the model."""
+        if checkpoint.parent.resolve() == Path(self.args.out).resolve():
+            self.saver.steps.add(int(checkpoint.name.removeprefix("step-")))
         saved = read_json(checkpoint / "train.json")
         self.counts.update(saved["counts"])
         now = json.loads(json.dumps(asdict(self.stage)))
@@ -850,7 +900,9 @@ class Trainer:
                 edited = self.model.edit(source, row.prompt, ref, self.args.sample_steps, shift=self.stage.shift)
             if self.ranks.first:
                 picture = torch.cat([source, edited, target], dim=2)
-                path = Path(self.args.out) / "samples" / f"step-{step:06d}-{kind}{'.png' if kind == 'image' else '.mp4'}"
+                path = (
+                    Path(self.args.out) / "samples" / f"step-{step:06d}-{kind}{'.png' if kind == 'image' else '.mp4'}"
+                )
                 path.parent.mkdir(exist_ok=True)
                 write_image(path, picture[0]) if kind == "image" else write_video(path, picture, 15)
         self.model.train()
@@ -911,6 +963,7 @@ class Checkpoints:
     def __init__(self, out, keep, ranks):
         self.out, self.keep, self.ranks = out, keep, ranks
         self.thread, self.error = None, None
+        self.steps = set()  # that are on disk, or will be
         if ranks.first:
             for left in [*out.glob(".step-*")]:  # of a run that was killed
                 shutil.rmtree(left)
@@ -921,6 +974,7 @@ class Checkpoints:
 
     def save(self, counts, stage, model, moments, ema):
         self.wait()
+        self.steps.add(counts["step"])
         weights = {name: p for name, p in model.named_parameters() if belongs(name, stage)}
         snapshot = {
             "weights": self.whole(weights), "ema": self.whole({**weights, **ema} if ema else {}),
@@ -990,7 +1044,11 @@ def find_checkpoint(path):
     """The checkpoint that a run's folder or a checkpoint's own folder stands for; None if it is neither."""
     if (path / "train.json").is_file():
         return path
-    if path.is_dir() and (path / "config.json").is_file() and read_json(path / "config.json").get("format") == "nanokiwi run":
+    if (
+        path.is_dir()
+        and (path / "config.json").is_file()
+        and read_json(path / "config.json").get("format") == "nanokiwi run"
+    ):
         found = valid_checkpoints(path)
         if not found:
             raise FileNotFoundError(f"{path}: this run has no checkpoint yet")
@@ -1014,6 +1072,8 @@ def open_run(args, ranks):
     checkpoint = find_checkpoint(Path(args.resume))
     if checkpoint is None:
         raise FileNotFoundError(f"--resume {args.resume}: not a checkpoint folder; give auto or RUN/step-NNNNNN")
+    if found and found.name > checkpoint.name:  # they would be taken for this run's last
+        raise ValueError(f"{out} has later checkpoints than {checkpoint}: move them away, or give another --out")
     return checkpoint
 
 
@@ -1092,7 +1152,6 @@ def machine_use(ranks, flops_s):
     """Model FLOPs utilisation and peak memory, on a GPU; on a CPU the process's peak memory alone."""
 
     if ranks.device.type != "cuda":
-
         return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "tflop_s": flops_s / 1e12}
     name = torch.cuda.get_device_name(ranks.device)
     peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
@@ -1103,19 +1162,30 @@ def machine_use(ranks, flops_s):
 def describe(args, stage, ranks, model, curriculum):
     """--dry-run: the stage, the sizes, the memory a rank will need, the shapes of the first batches."""
     print(f"stage {args.stage} ({args.preset}): " + ", ".join(f"{k} {v}" for k, v in asdict(stage).items()))
-    parts = {"dit": model.dit, "mllm": model.mllm, "vae": model.vae, "embedders": torch.nn.ModuleList(model.embedders())}
+    parts = {
+        "dit": model.dit,
+        "mllm": model.mllm,
+        "vae": model.vae,
+        "embedders": torch.nn.ModuleList(model.embedders()),
+    }
     for name, part in parts.items():
-        counts = [sum(p.numel() for p in part.parameters() if p.requires_grad == wanted) / 1e6 for wanted in (True, False)]
+        counts = [
+            sum(p.numel() for p in part.parameters() if p.requires_grad == wanted) / 1e6 for wanted in (True, False)
+        ]
         print(f"  {name:<10} {counts[0]:10.1f} M trained {counts[1]:10.1f} M frozen")
     dp = ranks.dp
-    print(f"one update: {stage.global_batch} samples = {stage.batches // dp} forwards of {stage.batch} on {dp} data-parallel ranks")
+    print(
+        f"one update: {stage.global_batch} samples = {stage.batches // dp} forwards of {stage.batch} on {dp} data-parallel ranks"
+    )
     shapes = {}
     for n in range(min(stage.batches, 4096)):
         _, kind, shape, _ = curriculum[n]
         shapes[kind, shape] = shapes.get((kind, shape), 0) + 1
     for (kind, (frames, height, width)), count in sorted(shapes.items()):
         print(f"  {count:>6} {kind:<6} {frames} frames of {width}x{height}")
-    largest = max((shape for _, mixture in curriculum.phases for b in mixture.buckets.values() for shape in b), key=math.prod)
+    largest = max(
+        (shape for _, mixture in curriculum.phases for b in mixture.buckets.values() for shape in b), key=math.prod
+    )
     need = memory_estimate(model, stage, ranks, largest, args.checkpointing)
     saving = need.pop("snapshot")
     print(f"memory of a rank at {'x'.join(map(str, largest))}, {ranks.parallel} on {ranks.world}, {str(ranks.dtype)[6:]}: "
@@ -1141,7 +1211,14 @@ def memory_estimate(model, stage, ranks, shape, checkpointing):
     gathered = (trained + frozen - sum(sizes) + sum(sizes[:2])) * size if ranks.parallel == "fsdp" else 0
     c, (frames, height, width) = model.config.dit, shape
     stride = model.config.vae.space_stride * c.patch_size[1]
-    tokens = stage.batch * (model.config.vae.latent_frames(frames) + (stage.ref > 0)) * height * width // stride**2 / ranks.sp
+    tokens = (
+        stage.batch
+        * (model.config.vae.latent_frames(frames) + (stage.ref > 0))
+        * height
+        * width
+        // stride**2
+        / ranks.sp
+    )
     text = model.mllm.model.config.text_config
     seen = max(model.mllm.num_queries.values()) + request_tokens(model.mllm, shape)
     inside = [tokens * (20 * c.dim + 4 * c.ffn_dim), seen * (20 * text.hidden_size + 6 * text.intermediate_size)]
