@@ -1224,6 +1224,16 @@ def test_each_stage_starts_from_the_one_before_and_its_checkpoint_edits(tmp_path
     assert first[name].any() and not torch.equal(first[name], last[name]) and first.keys() < last.keys()
 
 
+@pytest.mark.parametrize("how", ["add_learned", "add_unscaled", "add_shared_patch_embed", "channel_concat"])
+def test_every_ablation_of_the_source_trains_from_the_same_weights(tmp_path, lesson, how):
+    train.main(lessons(lesson, tmp_path / "run", stage=2, settings=["steps=1", f"model.source={how}", "mllm.context=queries"]))
+    trained = load_file(tmp_path / "run" / "step-000001" / "weights.safetensors")
+    if how == "channel_concat":  # the weights' own half, and a half that started from zero
+        own, source = trained["dit.patch_embedding.weight"].split(48, dim=1)
+        assert own.abs().max() > 0.01 > source.abs().max() > 0
+    assert ("source_scale.weight" in trained) == (how == "add_learned")
+
+
 def test_a_released_training_checkpoint_goes_on_training(tmp_path, lesson, qwen_folder):
     checkpoint = save_training_layout(small_model(qwen_folder), tmp_path, stage=2)
     flags = ["--weights", checkpoint, "--base", tmp_path / "wan", "--qwen", tmp_path / "qwen", "--config", "nano"]

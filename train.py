@@ -49,7 +49,6 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4
 @dataclass(frozen=True)
 class Stage:
     """What a stage trains, on what, and how (paper, Section 5.1; FACTS.md, "Training")."""
-
     trains: tuple[str, ...]  # parts by name; "lora" is the language model's, "dit.lora" the DiT's
     image: int = 1  # shares of the mixture
     video: int = 0
@@ -435,7 +434,6 @@ class Join(torch.autograd.Function):
 def load_model(args, stage, ranks, checkpoint):
     """The model with the weights to start from, LoRA in place, trained parts in float32 and the rest in `dtype`, and
     exactly what the stage trains requiring gradients."""
-
     config, files = read_start(args, ranks)
     sizes = {**preset_sizes(args, config), **{k: v for k, v in mllm_sizes(files, {}).items() if v}}
     config = replace(config, mllm=replace(config.mllm, **sizes))
@@ -444,7 +442,12 @@ def load_model(args, stage, ranks, checkpoint):
     files.device = ranks.device
     torch.manual_seed(args.seed)  # of what the weights lack
     if not args.dry_run:
-        begin_additions(model, load_weights(model, files, partial=True, device=ranks.device), ranks.device)
+        widened = fit_to_ablation(model, files)
+        missing = load_weights(model, files, partial=True, device=ranks.device)
+        if widened is not None:
+            model.dit.patch_embedding.weight = torch.nn.Parameter(widened)
+            missing.remove("dit.patch_embedding.weight")
+        begin_additions(model, missing, ranks.device)
     if not has_lora(model.mllm):
         inject_lora(model.mllm.model.language_model, stage.lora_rank, stage.lora_targets)
     if stage.dit_lora_rank and not has_lora(model.dit):
@@ -464,7 +467,6 @@ def load_model(args, stage, ranks, checkpoint):
 
 def read_start(args, ranks):
     """Config and files of the weights to start from."""
-
     out = Path(args.out)
     if args.init == "random":
         config = replace(
@@ -489,7 +491,6 @@ def read_start(args, ranks):
 
 def read_weights_or_run(path, base, qwen):
     """`model.read_weights`, which also takes a run of ours or a checkpoint of one: it lies over what the run began with."""
-
     checkpoint = find_checkpoint(Path(path)) if path else None
     if checkpoint is None:
         return read_weights(path, base, qwen)
@@ -502,9 +503,21 @@ def read_weights_or_run(path, base, qwen):
     return config, files
 
 
+def fit_to_ablation(model, files):
+    """Leave out of the files what another way to inject the source (paper, Table 4) has no place for. -> for channel
+    concatenation the patch embedding, with zeros for the source's channels where the weights have none; else None."""
+    own, optional = model.state_dict().keys(), ("source_embedder.", "source_scale.")
+    files.places = {n: place for n, place in files.places.items() if n in own or not n.startswith(optional)}
+    name, wanted = "dit.patch_embedding.weight", model.dit.patch_embedding.weight.shape
+    if name not in files or files.shape(name) == tuple(wanted) or files.shape(name)[1] * 2 != wanted[1]:
+        return None
+    weight = files[name]
+    del files.places[name]
+    return torch.cat([weight, torch.zeros_like(weight)], dim=1)
+
+
 def preset_sizes(args, config):
     """Query counts for the kinds of data that the weights were not trained for yet."""
-
     preset = PRESETS[args.config].mllm
     names = ("num_image_queries", "num_video_queries", "num_ref_queries", "max_ref_tokens")
     return {name: getattr(config.mllm, name) or getattr(preset, name) for name in names}
@@ -512,7 +525,6 @@ def preset_sizes(args, config):
 
 def begin_additions(model, missing, device):
     """Give what Kiwi-Edit adds, where the weights lack it, its initial value. ValueError if anything else is missing."""
-
     hidden = model.mllm.model.language_model.embed_tokens.embedding_dim
     fresh = {
         "source_embedder": lambda: PatchEmbedder(model.config.dit), "ref_embedder": lambda: PatchEmbedder(model.config.dit),
@@ -556,7 +568,6 @@ def belongs(name, stage):
 
 def parallelise(model, args, ranks):
     """Activation checkpointing, sequence parallelism and DDP or FSDP2 -> the module to call."""
-
     trained = [*model.dit.blocks, *model.mllm.model.language_model.layers]
     if ranks.sp > 1:
         Ulysses(model.dit, ranks.sequence)
@@ -578,7 +589,6 @@ def parallelise(model, args, ranks):
 
 def open_data(args, stage, ranks):
     """The tables of the stage's kinds of data, and the order in which their rows come."""
-
     own = {"image": args.image_csv, "video": args.video_csv, "ref": args.ref_csv}
     kinds = [kind for kind, share in stage.ratio.items() if share]
     tables = {kind: read_table(own[kind] or find_table(args.data, kind), kind, args.base_path) for kind in kinds}
@@ -1119,7 +1129,6 @@ class Log:
 
 def cut_log(path, step):
     """Drop the lines after a step, which will be trained again, and a last one that is not whole."""
-
     if path.is_file():
         lines = [line for line in path.read_text().split("\n")[:-1] if json.loads(line)["step"] <= step]
         with whole_file(path) as temporary:
@@ -1128,7 +1137,6 @@ def cut_log(path, step):
 
 def write_config(args, stage, model, out):
     """What the run was asked for, resolved: config.json."""
-
     config = {"format": "nanokiwi run", "args": vars(args), "stage": asdict(stage), "model": asdict(model.config)}
     with whole_file(out / "config.json") as temporary:
         temporary.write_text(json.dumps(config, indent=1))
@@ -1150,7 +1158,6 @@ def batch_flops(model, stage, batch, tokens):
 
 def machine_use(ranks, flops_s):
     """Model FLOPs utilisation and peak memory, on a GPU; on a CPU the process's peak memory alone."""
-
     if ranks.device.type != "cuda":
         return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "tflop_s": flops_s / 1e12}
     name = torch.cuda.get_device_name(ranks.device)
@@ -1244,7 +1251,6 @@ def request_tokens(mllm, shape):
 
 def plot(run):
     """Draw metrics.jsonl as loss.svg."""
-
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; --plot takes the folder of a run")
