@@ -1228,6 +1228,8 @@ def test_each_stage_starts_from_the_one_before_and_its_checkpoint_edits(tmp_path
 def test_every_ablation_of_the_source_trains_from_the_same_weights(tmp_path, lesson, how):
     train.main(lessons(lesson, tmp_path / "run", stage=2, settings=["steps=1", f"model.source={how}", "mllm.context=queries"]))
     trained = load_file(tmp_path / "run" / "step-000001" / "weights.safetensors")
+    train.main(["--export", str(tmp_path / "run"), "--out", str(tmp_path / "model")])
+    assert small_edit(KiwiEdit.from_pretrained(tmp_path / "model", dtype=torch.float32), ref=False).shape == (6, 32, 64, 3)
     if how == "channel_concat":  # the weights' own half, and a half that started from zero
         own, source = trained["dit.patch_embedding.weight"].split(48, dim=1)
         assert own.abs().max() > 0.01 > source.abs().max() > 0

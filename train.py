@@ -49,6 +49,7 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4
 @dataclass(frozen=True)
 class Stage:
     """What a stage trains, on what, and how (paper, Section 5.1; FACTS.md, "Training")."""
+
     trains: tuple[str, ...]  # parts by name; "lora" is the language model's, "dit.lora" the DiT's
     image: int = 1  # shares of the mixture
     video: int = 0
@@ -177,9 +178,14 @@ def parse_arguments(argv=None):
     )
     add("--sample-steps", type=int, default=20, metavar="STEPS", help="denoising steps of that (default %(default)s)")
     add("--dry-run", action="store_true", help="print the stage, sizes, memory and first batches; train nothing")
+    add(
+        "--export",
+        metavar="RUN",
+        help="write a run's last checkpoint as a whole model to --out, LoRA merged; nothing else",
+    )
     add("--plot", metavar="RUN", help="draw the losses of a run to RUN/loss.svg, nothing else")
     args = parser.parse_args(argv)
-    if not args.plot and (args.stage is None or args.out is None):
+    if not args.plot and (args.out is None or args.stage is None and not args.export):
         parser.error("--stage and --out are needed")
     return args
 
@@ -197,22 +203,26 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
-from connectors import connector, inject_lora
+from connectors import MLLMConfig, connector, inject_lora, merge_lora
 from data import (
     SHARD, CachedPairs, Curriculum, MediaError, Mixture, Pairs, bucket, fill_buckets, find_table, fingerprint, measure_row,
     measure_rows, pad_reference, read_frames, read_reference, read_table, shard_path, whole_file, write_image, write_video,
 )  # fmt: skip
+from dit import DiTConfig
 from kernels import attention
 from model import (
-    PRESETS, WAN_BASE, FlowMatch, KiwiEdit, PatchEmbedder, TensorFiles, listed, load_weights, local_path,
+    PRESETS, QWEN_BASE, WAN_BASE, FlowMatch, KiwiConfig, KiwiEdit, PatchEmbedder, TensorFiles, listed, load_weights, local_path,
     meta_parameters, mllm_sizes, read_json, read_weights, released_name,
 )  # fmt: skip
+from vae import VAEConfig
 
 
 def main(argv=None):
     args = parse_arguments(argv)
     if args.plot:
         return plot(Path(args.plot))
+    if args.export:
+        return export(Path(args.export), Path(args.out))
     stage = choose_stage(args)
     ranks = Ranks(args)
     try:
@@ -437,17 +447,8 @@ def load_model(args, stage, ranks, checkpoint):
     config, files = read_start(args, ranks)
     sizes = {**preset_sizes(args, config), **{k: v for k, v in mllm_sizes(files, {}).items() if v}}
     config = replace(config, mllm=replace(config.mllm, **sizes))
-    with meta_parameters():
-        model = KiwiEdit(with_model_settings(config, args.set))
-    files.device = ranks.device
     torch.manual_seed(args.seed)  # of what the weights lack
-    if not args.dry_run:
-        widened = fit_to_ablation(model, files)
-        missing = load_weights(model, files, partial=True, device=ranks.device)
-        if widened is not None:
-            model.dit.patch_embedding.weight = torch.nn.Parameter(widened)
-            missing.remove("dit.patch_embedding.weight")
-        begin_additions(model, missing, ranks.device)
+    model = start_model(with_model_settings(config, args.set), None if args.dry_run else files, ranks.device)
     if not has_lora(model.mllm):
         inject_lora(model.mllm.model.language_model, stage.lora_rank, stage.lora_targets)
     if stage.dit_lora_rank and not has_lora(model.dit):
@@ -463,6 +464,36 @@ def load_model(args, stage, ranks, checkpoint):
         print("warning: the Query Connector is untrained, so stage 1 was left out; the paper measured 1.47/3.01 without "
               "it against 2.84/3.98 (Table 5)", file=sys.stderr)  # fmt: skip
     return model.train()
+
+
+def start_model(config, files, device):
+    """A model with the weights of `files`, and initial values for what they lack of Kiwi-Edit. files None: on meta."""
+    with meta_parameters():
+        model = KiwiEdit(config)
+    if files is None:
+        return model
+    files.device = device
+    widened = fit_to_ablation(model, files)
+    missing = load_weights(model, files, partial=True, device=device)
+    if widened is not None:
+        model.dit.patch_embedding.weight = torch.nn.Parameter(widened)
+        missing.remove("dit.patch_embedding.weight")
+    begin_additions(model, missing, device)
+    return model
+
+
+def export(run, folder):
+    """The last checkpoint of a run as a whole model, LoRA merged, in a folder that sample.py takes."""
+    checkpoint = find_checkpoint(run)
+    if checkpoint is None:
+        raise FileNotFoundError(f"--export {run}: not the folder of a run or of a checkpoint")
+    values = read_json(checkpoint.parent / "config.json")["model"]
+    parts = DiTConfig(**values["dit"]), VAEConfig(**values["vae"]), MLLMConfig(**values["mllm"])
+    files = read_weights_or_run(checkpoint, WAN_BASE, QWEN_BASE)[1]
+    model = start_model(KiwiConfig(*parts, values["source"], values["ref_pad_first"]), files, "cpu")
+    merge_lora(model)
+    model.save(folder)
+    print(folder)
 
 
 def read_start(args, ranks):
