@@ -1269,6 +1269,19 @@ def test_broken_samples_are_logged_and_too_many_stop_the_run(tmp_path, lesson):
     assert line["path"].endswith("video_1_tgt.mp4") and "cannot be decoded" in line["reason"]
 
 
+def test_noise_and_timestep_depend_on_the_seed_and_the_sample_and_on_nothing_else():
+    taken = {}
+    for seed in (0, 1):
+        for number in (0, 1, 2**33):
+            torch.manual_seed(number)
+            generator, t, chance = train.draw(seed, number, FlowMatch(), rounded=False)
+            taken[seed, number] = (t.item(), chance, torch.randn(3, generator=generator).tolist())
+    again = train.draw(1, 2**33, FlowMatch(), rounded=False)
+    assert taken[1, 2**33] == (again[1].item(), again[2], torch.randn(3, generator=again[0]).tolist())
+    for a, b in zip(taken.values(), list(taken.values())[1:]):
+        assert a[0] != b[0] and a[1] != b[1] and a[2] != b[2]
+
+
 def test_a_diverged_run_skips_steps_and_stops_with_the_sample(tmp_path, lesson, capsys):
     with pytest.raises(ValueError, match=r"5 steps in a row were skipped.*_tgt\.(png|mp4)"):
         train.main(lessons(lesson, tmp_path / "run", settings=["lr=1e30", "weight_decay=0"]))

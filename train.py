@@ -586,7 +586,7 @@ def has_lora(module):
 def choose_trained(model, stage):
     """Set requires_grad for exactly what the stage trains."""
     for name, parameter in model.named_parameters():
-        # Wan's projection of T5 features is saved with the DiT and never used: weight decay alone would change it
+        # Wan's projection of T5 features is saved with the DiT and never used: DDP would wait for its gradient
         parameter.requires_grad_(belongs(name, stage) and not name.startswith("dit.text_embedding."))
 
 
@@ -976,7 +976,8 @@ def encode(model, stage, target, source, ref, chance):
 
 def draw(seed, number, flow, rounded):
     """Generator of the noise, timestep and a number in [0, 1) of a sample: the same however the run is divided."""
-    generator = torch.Generator().manual_seed((seed << 40) + number)
+    # scattered by Python's generator: torch's reads the lower 32 bits of a seed alone
+    generator = torch.Generator().manual_seed(random.Random(f"{seed} {number}").getrandbits(32))
     t = flow.timesteps(1000)[torch.randint(1000, (), generator=generator)]
     return generator, t.bfloat16().float() if rounded else t, torch.rand((), generator=generator).item()
 
