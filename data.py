@@ -40,7 +40,9 @@ def parse_arguments(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="read every file of the tables and report what is wrong")
     check.add_argument("tables", nargs="+", metavar="TABLE", help="image.csv, video.csv, ref_video.csv or parquet")
-    check.add_argument("--base-path", metavar="DIR", help="what the paths in the tables start from (default: its folder)")
+    check.add_argument(
+        "--base-path", metavar="DIR", help="what the paths in the tables start from (default: its folder)"
+    )
     cache = commands.add_parser("cache", help="write VAE latents; other arguments are those of train.py")
     cache.add_argument("--out", required=True, metavar="DIR", help="the cache")
     return parser.parse_known_args(argv)
@@ -530,7 +532,7 @@ class Mixture:
     def __init__(self, buckets, ratio, size, seed):
         self.buckets, self.size, self.seed = buckets, size, seed
         self.pattern = interleave({kind: share for kind, share in ratio.items() if share})
-        self.epochs = {}  # (kind, epoch) -> its batches, the last few that were asked for
+        self.orders = {}  # what was shuffled last: (kind, epoch) -> batches, (kind, epoch, shape) -> rows
 
     def __getitem__(self, number):
         turn, place = divmod(number, len(self.pattern))
@@ -553,29 +555,25 @@ class Mixture:
 
     def batches(self, kind, epoch):
         """The epoch's batches (shape, number in the shape's bucket), shuffled."""
-        if (kind, epoch) not in self.epochs:
-            found = []
-            for shape, rows in self.buckets[kind].items():
-                found += [(shape, i) for i in range(epoch * len(rows) // self.size, (epoch + 1) * len(rows) // self.size)]
-            random.Random(f"{self.seed} {kind} {epoch}").shuffle(found)
-            self.epochs[kind, epoch] = found
-            while len(self.epochs) > 8:
-                del self.epochs[next(iter(self.epochs))]
-        return self.epochs[kind, epoch]
+        found = []
+        for shape, rows in self.buckets[kind].items():
+            found += [(shape, i) for i in range(epoch * len(rows) // self.size, (epoch + 1) * len(rows) // self.size)]
+        return self.shuffled(found, kind, epoch)
 
     def row(self, kind, shape, j):
         """Row j of a bucket's endless row of shuffled epochs."""
         rows = self.buckets[kind][shape]
         epoch, place = divmod(j, len(rows))
-        return self.shuffled(kind, shape, epoch)[place]
+        return self.shuffled(rows, kind, epoch, shape)[place]
 
-    def shuffled(self, kind, shape, epoch):
-        key = (kind, shape, epoch)
-        if key not in self.epochs:
-            order = list(self.buckets[kind][shape])
-            random.Random(f"{self.seed} {kind} {shape} {epoch}").shuffle(order)
-            self.epochs[key] = order
-        return self.epochs[key]
+    def shuffled(self, values, kind, epoch, *more):
+        """The values in the order of an epoch; orders of epochs long past are dropped."""
+        key = (kind, epoch, *more)
+        if key not in self.orders:
+            self.orders = {k: order for k, order in self.orders.items() if k[0] != kind or k[1] >= epoch - 1}
+            order = self.orders[key] = list(values)
+            random.Random(f"{self.seed} {key}").shuffle(order)
+        return self.orders[key]
 
 
 def interleave(ratio):
@@ -622,7 +620,8 @@ class Pairs(torch.utils.data.Dataset):
     def add(self, batch, bucket, number):
         """Add a row, or the next in its bucket that can be read."""
         start, reason = bucket.index(number), ""
-        for candidate in bucket[start:] + bucket[:start]:
+        for i in range(len(bucket)):
+            candidate = bucket[(start + i) % len(bucket)]
             row = self.tables[batch["kind"]][candidate]
             try:
                 pictures, visuals = self.read(row, batch["kind"], batch["shape"], bucket, candidate)
@@ -630,10 +629,17 @@ class Pairs(torch.utils.data.Dataset):
                 reason = str(error)
                 batch["bad"].append((row.target, reason))
                 continue
-            for name, value in (("prompts", row.prompt), ("paths", row.target), ("pictures", pictures), ("visuals", visuals)):
+            for name, value in (
+                ("prompts", row.prompt),
+                ("paths", row.target),
+                ("pictures", pictures),
+                ("visuals", visuals),
+            ):
                 batch[name].append(value)
             return
-        raise MediaError(f"none of the {len(bucket)} samples of {batch['kind']} {batch['shape']} can be read; the last: {reason}")
+        raise MediaError(
+            f"none of the {len(bucket)} samples of {batch['kind']} {batch['shape']} can be read; the last: {reason}"
+        )
 
     def read(self, row, kind, shape, bucket, number):
         target, source = (read_frames(path, shape[0], shape[1:]) for path in (row.target, row.source))
@@ -680,7 +686,9 @@ def read_shard(folder, kind, shape, shard, row):
 
 def fingerprint(tables, *settings):
     """What a cache depends on, as a short text."""
-    text = repr((settings, {kind: [(r.source, r.target, r.prompt) for r in rows] for kind, rows in sorted(tables.items())}))
+    text = repr(
+        (settings, {kind: [(r.source, r.target, r.prompt) for r in rows] for kind, rows in sorted(tables.items())})
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -705,6 +713,7 @@ def find_table(folder, kind):
 
 
 # Commands
+
 
 def main(argv=None):
     args, rest = parse_arguments(argv)

@@ -33,7 +33,8 @@ EXAMPLES = """examples:
 
 where training starts (--weights): a run of this program (its last checkpoint), a checkpoint folder of one, a folder
   that nanoKiwi saved, the released diffusers layout, or a released training checkpoint (.safetensors) over --base and
-  --qwen. Without it: --base and --qwen alone, or, with --init random, nothing but --qwen's config and tokenizer.
+  --qwen. Without it: --base and --qwen alone (nano: weights/nano), or, with --init random, nothing but --qwen's config
+  and tokenizer.
 several processes (torchrun): data parallel by --parallel, and --sp N of them share each sequence.
 a run is watched by metrics.jsonl, TensorBoard if installed, and `python train.py --plot RUN` (an SVG).
 """
@@ -41,6 +42,7 @@ ALIGN = ("lora", "mllm.image_queries", "mllm.connector")
 EDIT = (*ALIGN, "mllm.video_queries", "dit", "source_embedder", "source_scale")
 REFER = (*EDIT, "mllm.ref_queries", "mllm.ref_connector", "ref_embedder")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+NANO = Path(__file__).parent / "weights" / "nano"
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16
 
 
@@ -140,24 +142,50 @@ def parse_arguments(argv=None):
     add("--base", metavar="PATH|HUB_ID", help="Wan's weights (default: those of --config on the hub)")
     add("--qwen", default="Qwen/Qwen2.5-VL-3B-Instruct", metavar="PATH|HUB_ID", help="default %(default)s")
     add("--init", choices=("weights", "random"), default="weights", help="random: no weights at all")
-    add("--resume", metavar="auto|PATH", help="continue from the run's last checkpoint if there is one, or from this one")
-    add("--seed", type=int, default=0, help="order of the data, noise and what is not in the weights (default %(default)s)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of computing; the trained weights are float32 (default: by device)")
+    add(
+        "--resume",
+        metavar="auto|PATH",
+        help="continue from the run's last checkpoint if there is one, or from this one",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="order of the data, noise and what is not in the weights (default %(default)s)",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of computing; the trained weights are float32 (default: by device)",
+    )
     add("--parallel", choices=("ddp", "fsdp"), help="how ranks share the work (default: fsdp on GPUs, ddp on CPUs)")
     add("--sp", type=int, default=1, metavar="N", help="ranks that share a sequence (Ulysses; default %(default)s)")
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute blocks in the backward")
     add("--cache", metavar="DIR", help="take latents from here, where `python data.py cache` wrote them")
     add("--write-cache", metavar="DIR", help="write them there, and train nothing (what `python data.py cache` calls)")
     add("--workers", type=int, default=2, help="processes a rank that decode (default %(default)s)")
-    add("--max-bad", type=float, default=5.0, metavar="PERCENT", help="stop if more samples are broken (default %(default)s)")
+    add(
+        "--max-bad",
+        type=float,
+        default=5.0,
+        metavar="PERCENT",
+        help="stop if more samples are broken (default %(default)s)",
+    )
     add("--save-every", type=int, default=500, metavar="STEPS", help="default %(default)s")
     add("--keep", type=int, default=3, metavar="K", help="checkpoints that stay (default %(default)s)")
-    add("--sample-every", type=int, default=0, metavar="STEPS", help="edit the first row of each table (default: never)")
+    add(
+        "--sample-every", type=int, default=0, metavar="STEPS", help="edit the first row of each table (default: never)"
+    )
     add("--sample-steps", type=int, default=20, metavar="STEPS", help="denoising steps of that (default %(default)s)")
     add("--dry-run", action="store_true", help="print the stage, sizes, memory and first batches; train nothing")
+    add(
+        "--export",
+        metavar="RUN",
+        help="write a run's last checkpoint as a whole model to --out, LoRA merged; nothing else",
+    )
     add("--plot", metavar="RUN", help="draw the losses of a run to RUN/loss.svg, nothing else")
     args = parser.parse_args(argv)
-    if not args.plot and (args.stage is None or args.out is None):
+    if not args.plot and (args.out is None or args.stage is None and not args.export):
         parser.error("--stage and --out are needed")
     return args
 
@@ -175,22 +203,26 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
-from connectors import connector, inject_lora
+from connectors import MLLMConfig, connector, inject_lora, merge_lora
 from data import (
     SHARD, CachedPairs, Curriculum, MediaError, Mixture, Pairs, bucket, fill_buckets, find_table, fingerprint, measure_row,
     measure_rows, pad_reference, read_frames, read_reference, read_table, shard_path, whole_file, write_image, write_video,
 )  # fmt: skip
+from dit import DiTConfig
 from kernels import attention
 from model import (
-    PRESETS, WAN_BASE, FlowMatch, KiwiEdit, PatchEmbedder, TensorFiles, listed, load_weights, local_path,
+    PRESETS, QWEN_BASE, WAN_BASE, FlowMatch, KiwiConfig, KiwiEdit, PatchEmbedder, TensorFiles, listed, load_weights, local_path,
     meta_parameters, mllm_sizes, read_json, read_weights, released_name,
 )  # fmt: skip
+from vae import VAEConfig
 
 
 def main(argv=None):
     args = parse_arguments(argv)
     if args.plot:
         return plot(Path(args.plot))
+    if args.export:
+        return export(Path(args.export), Path(args.out))
     stage = choose_stage(args)
     ranks = Ranks(args)
     try:
@@ -277,7 +309,9 @@ class Ranks:
         self.parallel = args.parallel or ("fsdp" if on_gpu else "ddp")
         self.dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
         if self.dtype != torch.float32 and self.parallel == "ddp":
-            raise ValueError("--dtype bfloat16 keeps float32 master weights by FSDP2: take --parallel fsdp, also on one GPU")
+            raise ValueError(
+                "--dtype bfloat16 keeps float32 master weights by FSDP2: take --parallel fsdp, also on one GPU"
+            )
 
     @property
     def first(self):
@@ -410,17 +444,11 @@ class Join(torch.autograd.Function):
 def load_model(args, stage, ranks, checkpoint):
     """The model with the weights to start from, LoRA in place, trained parts in float32 and the rest in `dtype`, and
     exactly what the stage trains requiring gradients."""
-
-
     config, files = read_start(args, ranks)
     sizes = {**preset_sizes(args, config), **{k: v for k, v in mllm_sizes(files, {}).items() if v}}
     config = replace(config, mllm=replace(config.mllm, **sizes))
-    with meta_parameters():
-        model = KiwiEdit(with_model_settings(config, args.set))
-    files.device = ranks.device
     torch.manual_seed(args.seed)  # of what the weights lack
-    if not args.dry_run:
-        begin_additions(model, load_weights(model, files, partial=True, device=ranks.device), ranks.device)
+    model = start_model(with_model_settings(config, args.set), None if args.dry_run else files, ranks.device)
     if not has_lora(model.mllm):
         inject_lora(model.mllm.model.language_model, stage.lora_rank, stage.lora_targets)
     if stage.dit_lora_rank and not has_lora(model.dit):
@@ -438,12 +466,43 @@ def load_model(args, stage, ranks, checkpoint):
     return model.train()
 
 
+def start_model(config, files, device):
+    """A model with the weights of `files`, and initial values for what they lack of Kiwi-Edit. files None: on meta."""
+    with meta_parameters():
+        model = KiwiEdit(config)
+    if files is None:
+        return model
+    files.device = device
+    widened = fit_to_ablation(model, files)
+    missing = load_weights(model, files, partial=True, device=device)
+    if widened is not None:
+        model.dit.patch_embedding.weight = torch.nn.Parameter(widened)
+        missing.remove("dit.patch_embedding.weight")
+    begin_additions(model, missing, device)
+    return model
+
+
+def export(run, folder):
+    """The last checkpoint of a run as a whole model, LoRA merged, in a folder that sample.py takes."""
+    checkpoint = find_checkpoint(run)
+    if checkpoint is None:
+        raise FileNotFoundError(f"--export {run}: not the folder of a run or of a checkpoint")
+    values = read_json(checkpoint.parent / "config.json")["model"]
+    parts = DiTConfig(**values["dit"]), VAEConfig(**values["vae"]), MLLMConfig(**values["mllm"])
+    files = read_weights_or_run(checkpoint, WAN_BASE, QWEN_BASE)[1]
+    model = start_model(KiwiConfig(*parts, values["source"], values["ref_pad_first"]), files, "cpu")
+    merge_lora(model)
+    model.save(folder)
+    print(folder)
+
+
 def read_start(args, ranks):
     """Config and files of the weights to start from."""
-
     out = Path(args.out)
     if args.init == "random":
-        config = replace(PRESETS[args.config], mllm=replace(PRESETS[args.config].mllm, folder=str(local_path(args.qwen))))
+        config = replace(
+            PRESETS[args.config], mllm=replace(PRESETS[args.config].mllm, folder=str(local_path(args.qwen)))
+        )
         if args.dry_run:
             return config, TensorFiles()
         if not (out / "init").exists() and ranks.first:
@@ -451,6 +510,8 @@ def read_start(args, ranks):
             KiwiEdit(with_model_settings(config, args.set)).save(out / "init")
         dist.barrier()
         return read_weights(out / "init")
+    if args.weights is None and args.config == "nano" and NANO.exists():
+        args.weights = str(NANO)
     hub = {"wan22_5b": WAN_BASE, "wan21_14b": "Wan-AI/Wan2.1-T2V-14B", "wan21_1_3b": "Wan-AI/Wan2.1-T2V-1.3B"}
     base = args.base or hub.get(args.config)
     if args.weights is None and base is None:
@@ -461,7 +522,6 @@ def read_start(args, ranks):
 
 def read_weights_or_run(path, base, qwen):
     """`model.read_weights`, which also takes a run of ours or a checkpoint of one: it lies over what the run began with."""
-
     checkpoint = find_checkpoint(Path(path)) if path else None
     if checkpoint is None:
         return read_weights(path, base, qwen)
@@ -474,9 +534,21 @@ def read_weights_or_run(path, base, qwen):
     return config, files
 
 
+def fit_to_ablation(model, files):
+    """Leave out of the files what another way to inject the source (paper, Table 4) has no place for. -> for channel
+    concatenation the patch embedding, with zeros for the source's channels where the weights have none; else None."""
+    own, optional = model.state_dict().keys(), ("source_embedder.", "source_scale.")
+    files.places = {n: place for n, place in files.places.items() if n in own or not n.startswith(optional)}
+    name, wanted = "dit.patch_embedding.weight", model.dit.patch_embedding.weight.shape
+    if name not in files or files.shape(name) == tuple(wanted) or files.shape(name)[1] * 2 != wanted[1]:
+        return None
+    weight = files[name]
+    del files.places[name]
+    return torch.cat([weight, torch.zeros_like(weight)], dim=1)
+
+
 def preset_sizes(args, config):
     """Query counts for the kinds of data that the weights were not trained for yet."""
-
     preset = PRESETS[args.config].mllm
     names = ("num_image_queries", "num_video_queries", "num_ref_queries", "max_ref_tokens")
     return {name: getattr(config.mllm, name) or getattr(preset, name) for name in names}
@@ -484,8 +556,6 @@ def preset_sizes(args, config):
 
 def begin_additions(model, missing, device):
     """Give what Kiwi-Edit adds, where the weights lack it, its initial value. ValueError if anything else is missing."""
-
-
     hidden = model.mllm.model.language_model.embed_tokens.embedding_dim
     fresh = {
         "source_embedder": lambda: PatchEmbedder(model.config.dit), "ref_embedder": lambda: PatchEmbedder(model.config.dit),
@@ -516,7 +586,7 @@ def has_lora(module):
 def choose_trained(model, stage):
     """Set requires_grad for exactly what the stage trains."""
     for name, parameter in model.named_parameters():
-        # Wan's projection of T5 features is saved with the DiT and never used: weight decay alone would change it
+        # Wan's projection of T5 features is saved with the DiT and never used: DDP would wait for its gradient
         parameter.requires_grad_(belongs(name, stage) and not name.startswith("dit.text_embedding."))
 
 
@@ -529,8 +599,6 @@ def belongs(name, stage):
 
 def parallelise(model, args, ranks):
     """Activation checkpointing, sequence parallelism and DDP or FSDP2 -> the module to call."""
-
-
     trained = [*model.dit.blocks, *model.mllm.model.language_model.layers]
     if ranks.sp > 1:
         Ulysses(model.dit, ranks.sequence)
@@ -539,7 +607,7 @@ def parallelise(model, args, ranks):
             block.forward = partial(recomputed, block.forward, use_reentrant=False)
     if ranks.parallel == "ddp":
         return DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks.world > 1 else model
-    policy = MixedPrecisionPolicy(param_dtype=ranks.dtype, reduce_dtype=trained_dtype(model), cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=ranks.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in trained:
         fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
     # The vision tower is called once a picture, which would not be as often on every rank: the root gathers it. The VAE
@@ -547,16 +615,11 @@ def parallelise(model, args, ranks):
     return fully_shard(model, mesh=ranks.mesh, mp_policy=policy, ignored_params=set(model.vae.parameters()))
 
 
-def trained_dtype(model):
-    return next(p.dtype for p in model.parameters() if p.requires_grad)
-
-
 # The data
 
 
 def open_data(args, stage, ranks):
     """The tables of the stage's kinds of data, and the order in which their rows come."""
-
     own = {"image": args.image_csv, "video": args.video_csv, "ref": args.ref_csv}
     kinds = [kind for kind, share in stage.ratio.items() if share]
     tables = {kind: read_table(own[kind] or find_table(args.data, kind), kind, args.base_path) for kind in kinds}
@@ -589,7 +652,9 @@ def write_cache(args, stage, ranks, model, curriculum, tables):
     shards = [(kind, shape, k, rows[k * SHARD : (k + 1) * SHARD]) for _, mixture in curriculum.phases
               for kind, buckets in mixture.buckets.items() for shape, rows in buckets.items()
               for k in range(-(-len(rows) // SHARD))]  # fmt: skip
-    for kind, shape, k, rows in tqdm(shards[ranks.rank :: ranks.world], desc="cache", unit="file", disable=not ranks.first):
+    for kind, shape, k, rows in tqdm(
+        shards[ranks.rank :: ranks.world], desc="cache", unit="file", disable=not ranks.first
+    ):
         path, tensors = shard_path(folder, kind, shape, k), {"": torch.zeros(0)}
         if path.is_file():
             continue
@@ -601,8 +666,12 @@ def write_cache(args, stage, ranks, model, curriculum, tables):
             except MediaError as error:
                 report_bad(args, ranks, 0, [(row.target, str(error))])
                 continue
-            parts = zip(("target", "source", "ref"), encode(model, stage, target, source, ref, random.Random(number).random()))
-            tensors |= {f"{number}.{name}": latents.cpu().contiguous() for name, latents in parts if latents is not None}
+            parts = zip(
+                ("target", "source", "ref"), encode(model, stage, target, source, ref, random.Random(number).random())
+            )
+            tensors |= {
+                f"{number}.{name}": latents.cpu().contiguous() for name, latents in parts if latents is not None
+            }
             for name, frames in model.mllm.resize(source, ref)[1].items():
                 tensors[f"{number}.mllm.{name}"] = frames.contiguous()
         with whole_file(path) as temporary:
@@ -610,7 +679,9 @@ def write_cache(args, stage, ranks, model, curriculum, tables):
     dist.barrier()
     if ranks.first:
         with whole_file(folder / "cache.json") as temporary:
-            temporary.write_text(json.dumps({"fingerprint": fingerprint(tables, stage.pixels, stage.frames, stage.source)}))
+            temporary.write_text(
+                json.dumps({"fingerprint": fingerprint(tables, stage.pixels, stage.frames, stage.source)})
+            )
         print(folder)
 
 
@@ -620,7 +691,9 @@ def fits_cache(args, stage, tables):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; `python data.py cache --out {args.cache} ...` writes it")
     if read_json(path)["fingerprint"] != fingerprint(tables, stage.pixels, stage.frames, stage.source):
-        raise ValueError(f"{args.cache}: was written for other tables, pixels or frames; write another with data.py cache")
+        raise ValueError(
+            f"{args.cache}: was written for other tables, pixels or frames; write another with data.py cache"
+        )
 
 
 def report_bad(args, ranks, step, broken):
@@ -657,7 +730,9 @@ class Trainer:
 
     def __init__(self, args, stage, ranks, model, curriculum, tables):
         if stage.batches % ranks.dp:
-            raise ValueError(f"global_batch / batch is {stage.batches}, not a multiple of {ranks.dp} data-parallel ranks")
+            raise ValueError(
+                f"global_batch / batch is {stage.batches}, not a multiple of {ranks.dp} data-parallel ranks"
+            )
         self.args, self.stage, self.ranks, self.model = args, stage, ranks, model
         self.curriculum, self.tables = curriculum, tables
         self.counts = {"step": 0, "updates": 0, "samples": 0, "tokens": 0, "bad": 0, "skipped": 0, "seconds": 0.0}
@@ -688,23 +763,28 @@ class Trainer:
             cut_log(out / "metrics.jsonl", counts["step"])
             cut_log(out / "bad.jsonl", counts["step"])
         loader = iter(self.loader())
-        with Log(out, self.ranks.first) as log, tqdm(
-            total=stage.steps, initial=counts["step"], desc=f"stage {self.args.stage}", disable=not self.ranks.first
-        ) as bar:
+        with (
+            Log(out, self.ranks.first) as log,
+            tqdm(
+                total=stage.steps, initial=counts["step"], desc=f"stage {self.args.stage}", disable=not self.ranks.first
+            ) as bar,
+        ):
             while counts["step"] < stage.steps:
                 line = self.step(loader)
                 if line is None:
                     break
                 self.saver.check()
                 log.write(line)
-                bar.set_postfix(loss=f"{line['loss']:.4f}", lr=f"{line['lr']:.1e}", samples_s=f"{line['samples_s']:.2f}")
+                bar.set_postfix(
+                    loss=f"{line['loss']:.4f}", lr=f"{line['lr']:.1e}", samples_s=f"{line['samples_s']:.2f}"
+                )
                 bar.update()
                 step = counts["step"]
                 if step % self.args.save_every == 0 and step < stage.steps:
                     self.save()
                 if self.args.sample_every and step % self.args.sample_every == 0:
                     self.sample(step)
-        if not checkpoint or self.saver.path(counts["step"]) != checkpoint:
+        if counts["step"] not in self.saver.steps:
             self.save()
         self.saver.wait()
         if self.ranks.first:
@@ -790,8 +870,9 @@ class Trainer:
             self.counts["updates"] += 1
             self.trouble = 0
             if self.ema:
-
-                torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.trained.values()], 1 - self.stage.ema)
+                torch._foreach_lerp_(
+                    list(self.ema.values()), [p.detach() for p in self.trained.values()], 1 - self.stage.ema
+                )
         else:
             self.counts["skipped"] += 1
             self.trouble += 1
@@ -799,14 +880,22 @@ class Trainer:
             suspects = ", ".join(paths[:4]) or "none has a loss that is not finite; the last was " + batch["paths"][0]
             message = f"step {self.counts['step'] + 1} skipped: its gradient is {norm}; samples: {suspects}"
             if self.trouble == 5:
-                raise ValueError(f"5 steps in a row were skipped, the loss has diverged: lower lr, or look at the data. {message}")
+                raise ValueError(
+                    f"5 steps in a row were skipped, the loss has diverged: lower lr, or look at the data. {message}"
+                )
             if self.ranks.first:
                 print(f"warning: {message}", file=sys.stderr)
         self.optimizer.zero_grad()
 
     def count(self, tokens, bad, seconds):
         counts = self.counts
-        for name, value in {"step": 1, "samples": self.stage.global_batch, "tokens": tokens, "bad": bad, "seconds": seconds}.items():
+        for name, value in {
+            "step": 1,
+            "samples": self.stage.global_batch,
+            "tokens": tokens,
+            "bad": bad,
+            "seconds": seconds,
+        }.items():
             counts[name] += value
         if 100 * counts["bad"] > self.args.max_bad * max(counts["samples"], 100):
             raise ValueError(f"{counts['bad']:.0f} of {counts['samples']} samples could not be read, more than --max-bad "
@@ -827,7 +916,14 @@ class Trainer:
 
     def restore(self, checkpoint):
         """Counters, moments and averaged weights; the weights themselves are loaded with the model."""
-        self.counts.update(read_json(checkpoint / "train.json")["counts"])
+        if checkpoint.parent.resolve() == Path(self.args.out).resolve():
+            self.saver.steps.add(int(checkpoint.name.removeprefix("step-")))
+        saved = read_json(checkpoint / "train.json")
+        self.counts.update(saved["counts"])
+        now = json.loads(json.dumps(asdict(self.stage)))
+        changed = [f"{key} {old} -> {now[key]}" for key, old in saved["stage"].items() if now.get(key) != old]
+        if changed and self.ranks.first:
+            print(f"warning: not as when {checkpoint} was written: {', '.join(changed)}", file=sys.stderr)
         state = {"optimizer": self.optimizer_state(), "ema": self.ema}
         dcp.load(state, checkpoint_id=checkpoint / "state")
         for p in self.trained.values():
@@ -845,7 +941,9 @@ class Trainer:
                 edited = self.model.edit(source, row.prompt, ref, self.args.sample_steps, shift=self.stage.shift)
             if self.ranks.first:
                 picture = torch.cat([source, edited, target], dim=2)
-                path = Path(self.args.out) / "samples" / f"step-{step:06d}-{kind}{'.png' if kind == 'image' else '.mp4'}"
+                path = (
+                    Path(self.args.out) / "samples" / f"step-{step:06d}-{kind}{'.png' if kind == 'image' else '.mp4'}"
+                )
                 path.parent.mkdir(exist_ok=True)
                 write_image(path, picture[0]) if kind == "image" else write_video(path, picture, 15)
         self.model.train()
@@ -857,16 +955,13 @@ def leave_signals_to_the_trainer(worker):
         signal.signal(name, signal.SIG_IGN)
 
 
+@contextmanager
 def gathered_root(model):
-    """Parts of a sharded model are about to be called one by one: gather what lies outside of the blocks."""
-
-    @contextmanager
-    def gathered():
-        model.unshard()
-        yield
-        model.reshard()
-
-    return gathered() if hasattr(model, "unshard") else nullcontext()
+    """Parts of a model are called one by one: of a sharded one, gather what lies outside of the blocks."""
+    sharded = hasattr(model, "unshard")
+    sharded and model.unshard()
+    yield
+    sharded and model.reshard()
 
 
 @torch.no_grad()
@@ -881,7 +976,8 @@ def encode(model, stage, target, source, ref, chance):
 
 def draw(seed, number, flow, rounded):
     """Generator of the noise, timestep and a number in [0, 1) of a sample: the same however the run is divided."""
-    generator = torch.Generator().manual_seed((seed << 40) + number)
+    # scattered by Python's generator: torch's reads the lower 32 bits of a seed alone
+    generator = torch.Generator().manual_seed(random.Random(f"{seed} {number}").getrandbits(32))
     t = flow.timesteps(1000)[torch.randint(1000, (), generator=generator)]
     return generator, t.bfloat16().float() if rounded else t, torch.rand((), generator=generator).item()
 
@@ -909,6 +1005,7 @@ class Checkpoints:
     def __init__(self, out, keep, ranks):
         self.out, self.keep, self.ranks = out, keep, ranks
         self.thread, self.error = None, None
+        self.steps = set()  # that are on disk, or will be
         if ranks.first:
             for left in [*out.glob(".step-*")]:  # of a run that was killed
                 shutil.rmtree(left)
@@ -919,6 +1016,7 @@ class Checkpoints:
 
     def save(self, counts, stage, model, moments, ema):
         self.wait()
+        self.steps.add(counts["step"])
         weights = {name: p for name, p in model.named_parameters() if belongs(name, stage)}
         snapshot = {
             "weights": self.whole(weights), "ema": self.whole({**weights, **ema} if ema else {}),
@@ -988,7 +1086,11 @@ def find_checkpoint(path):
     """The checkpoint that a run's folder or a checkpoint's own folder stands for; None if it is neither."""
     if (path / "train.json").is_file():
         return path
-    if path.is_dir() and (path / "config.json").is_file() and read_json(path / "config.json").get("format") == "nanokiwi run":
+    if (
+        path.is_dir()
+        and (path / "config.json").is_file()
+        and read_json(path / "config.json").get("format") == "nanokiwi run"
+    ):
         found = valid_checkpoints(path)
         if not found:
             raise FileNotFoundError(f"{path}: this run has no checkpoint yet")
@@ -1012,6 +1114,8 @@ def open_run(args, ranks):
     checkpoint = find_checkpoint(Path(args.resume))
     if checkpoint is None:
         raise FileNotFoundError(f"--resume {args.resume}: not a checkpoint folder; give auto or RUN/step-NNNNNN")
+    if found and found.name > checkpoint.name:  # they would be taken for this run's last
+        raise ValueError(f"{out} has later checkpoints than {checkpoint}: move them away, or give another --out")
     return checkpoint
 
 
@@ -1057,7 +1161,6 @@ class Log:
 
 def cut_log(path, step):
     """Drop the lines after a step, which will be trained again, and a last one that is not whole."""
-
     if path.is_file():
         lines = [line for line in path.read_text().split("\n")[:-1] if json.loads(line)["step"] <= step]
         with whole_file(path) as temporary:
@@ -1066,7 +1169,6 @@ def cut_log(path, step):
 
 def write_config(args, stage, model, out):
     """What the run was asked for, resolved: config.json."""
-
     config = {"format": "nanokiwi run", "args": vars(args), "stage": asdict(stage), "model": asdict(model.config)}
     with whole_file(out / "config.json") as temporary:
         temporary.write_text(json.dumps(config, indent=1))
@@ -1088,9 +1190,7 @@ def batch_flops(model, stage, batch, tokens):
 
 def machine_use(ranks, flops_s):
     """Model FLOPs utilisation and peak memory, on a GPU; on a CPU the process's peak memory alone."""
-
     if ranks.device.type != "cuda":
-
         return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "tflop_s": flops_s / 1e12}
     name = torch.cuda.get_device_name(ranks.device)
     peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
@@ -1101,22 +1201,35 @@ def machine_use(ranks, flops_s):
 def describe(args, stage, ranks, model, curriculum):
     """--dry-run: the stage, the sizes, the memory a rank will need, the shapes of the first batches."""
     print(f"stage {args.stage} ({args.preset}): " + ", ".join(f"{k} {v}" for k, v in asdict(stage).items()))
-    parts = {"dit": model.dit, "mllm": model.mllm, "vae": model.vae, "embedders": torch.nn.ModuleList(model.embedders())}
+    parts = {
+        "dit": model.dit,
+        "mllm": model.mllm,
+        "vae": model.vae,
+        "embedders": torch.nn.ModuleList(model.embedders()),
+    }
     for name, part in parts.items():
-        counts = [sum(p.numel() for p in part.parameters() if p.requires_grad == wanted) / 1e6 for wanted in (True, False)]
+        counts = [
+            sum(p.numel() for p in part.parameters() if p.requires_grad == wanted) / 1e6 for wanted in (True, False)
+        ]
         print(f"  {name:<10} {counts[0]:10.1f} M trained {counts[1]:10.1f} M frozen")
     dp = ranks.dp
-    print(f"one update: {stage.global_batch} samples = {stage.batches // dp} forwards of {stage.batch} on {dp} data-parallel ranks")
+    print(
+        f"one update: {stage.global_batch} samples = {stage.batches // dp} forwards of {stage.batch} on {dp} data-parallel ranks"
+    )
     shapes = {}
     for n in range(min(stage.batches, 4096)):
         _, kind, shape, _ = curriculum[n]
         shapes[kind, shape] = shapes.get((kind, shape), 0) + 1
     for (kind, (frames, height, width)), count in sorted(shapes.items()):
         print(f"  {count:>6} {kind:<6} {frames} frames of {width}x{height}")
-    largest = max((shape for _, mixture in curriculum.phases for b in mixture.buckets.values() for shape in b), key=math.prod)
+    largest = max(
+        (shape for _, mixture in curriculum.phases for b in mixture.buckets.values() for shape in b), key=math.prod
+    )
     need = memory_estimate(model, stage, ranks, largest, args.checkpointing)
-    print(f"memory of a rank at {'x'.join(map(str, largest))}, {ranks.parallel} on {ranks.world}, "
-          f"{str(ranks.dtype)[6:]}: {sum(need.values()) / 2**30:.2f} GiB")  # fmt: skip
+    saving = need.pop("snapshot")
+    print(f"memory of a rank at {'x'.join(map(str, largest))}, {ranks.parallel} on {ranks.world}, {str(ranks.dtype)[6:]}: "
+          f"{sum(need.values()) / 2**30:.2f} GiB; while a checkpoint is written {saving / 2**30:.2f} GiB of host memory more, "
+          "without gradients and activations")  # fmt: skip
     for name, size in need.items():
         print(f"  {name:<12} {size / 2**30:10.2f} GiB")
 
@@ -1137,7 +1250,14 @@ def memory_estimate(model, stage, ranks, shape, checkpointing):
     gathered = (trained + frozen - sum(sizes) + sum(sizes[:2])) * size if ranks.parallel == "fsdp" else 0
     c, (frames, height, width) = model.config.dit, shape
     stride = model.config.vae.space_stride * c.patch_size[1]
-    tokens = stage.batch * (model.config.vae.latent_frames(frames) + (stage.ref > 0)) * height * width // stride**2 / ranks.sp
+    tokens = (
+        stage.batch
+        * (model.config.vae.latent_frames(frames) + (stage.ref > 0))
+        * height
+        * width
+        // stride**2
+        / ranks.sp
+    )
     text = model.mllm.model.config.text_config
     seen = max(model.mllm.num_queries.values()) + request_tokens(model.mllm, shape)
     inside = [tokens * (20 * c.dim + 4 * c.ffn_dim), seen * (20 * text.hidden_size + 6 * text.intermediate_size)]
@@ -1148,6 +1268,7 @@ def memory_estimate(model, stage, ranks, shape, checkpointing):
         "weights": 4 * trained / share + size * (frozen / share + vae), "gathered": gathered,
         "gradients": 4 * trained / share, "moments": 8 * trained / share, "average": 4 * trained / share * (stage.ema > 0),
         "activations": (sum(kept) + max(inside)) * size,
+        "snapshot": (8 + 4 * (stage.ema > 0)) * trained / share + 4 * trained * ranks.first,
     }  # fmt: skip
 
 
@@ -1162,7 +1283,6 @@ def request_tokens(mllm, shape):
 
 def plot(run):
     """Draw metrics.jsonl as loss.svg."""
-
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; --plot takes the folder of a run")
