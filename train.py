@@ -132,13 +132,13 @@ def parse_arguments(argv=None):
     add("--stage", type=int, choices=(1, 2, 3), help="1 align, 2 edit, 3 edit with references")
     add("--preset", choices=list(STAGES), default="paper", help="whose numbers (default %(default)s)")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="steps=100 lr=1e-4 model.source=add_unscaled ...")
-    add("--data", metavar="DIR", help="has image.csv, video.csv, ref_video.csv (or .parquet), as the stage needs them")
+    add("--data", default="data", metavar="DIR", help="has image.csv, video.csv, ref_video.csv (or .parquet) (default %(default)s)")
     add("--image-csv", metavar="FILE", help="this instead of DIR/image.csv")
     add("--video-csv", metavar="FILE", help="likewise")
     add("--ref-csv", metavar="FILE", help="likewise")
     add("--base-path", metavar="DIR", help="what the paths in the tables start from (default: the table's folder)")
-    add("--out", metavar="RUN", help="folder of the run: config.json, metrics.jsonl, checkpoints")
-    add("--weights", metavar="PATH|HUB_ID", help="where to start (see below)")
+    add("--out", metavar="RUN", help="folder of the run: config.json, metrics.jsonl, checkpoints (default: runs/STAGE)")
+    add("--weights", metavar="PATH|HUB_ID", help="where to start (see below; default, without --out: the run before)")
     add("--base", metavar="PATH|HUB_ID", help="Wan's weights (default: those of --config on the hub)")
     add("--qwen", default="Qwen/Qwen2.5-VL-3B-Instruct", metavar="PATH|HUB_ID", help="default %(default)s")
     add("--init", choices=("weights", "random"), default="weights", help="random: no weights at all")
@@ -185,8 +185,14 @@ def parse_arguments(argv=None):
     )
     add("--plot", metavar="RUN", help="draw the losses of a run to RUN/loss.svg, nothing else")
     args = parser.parse_args(argv)
-    if not args.plot and (args.out is None or args.stage is None and not args.export):
-        parser.error("--stage and --out are needed")
+    if args.export and args.out is None:
+        parser.error("--export needs --out")
+    if not args.plot and not args.export and args.stage is None:
+        parser.error("--stage is needed")
+    if args.out is None and args.stage:
+        args.out, before = f"runs/{args.stage}", Path(f"runs/{args.stage - 1}")
+        if args.weights is None and args.init == "weights" and before.is_dir():
+            args.weights = str(before)
     return args
 
 
@@ -227,8 +233,8 @@ def main(argv=None):
     ranks = Ranks(args)
     try:
         checkpoint = open_run(args, ranks)
+        curriculum, tables = open_data(args, stage, ranks)  # first: a slip here should not cost the loading of 5B
         model = load_model(args, stage, ranks, checkpoint)
-        curriculum, tables = open_data(args, stage, ranks)
         if args.dry_run:
             return describe(args, stage, ranks, model, curriculum)
         if args.write_cache:
