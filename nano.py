@@ -4,6 +4,7 @@
     data      clips of the world (world.py)                     -> mp4, png, image.csv, video.csv, ref_video.csv, truth.jsonl
     pretrain  a VAE, a Qwen2.5-VL and a text-to-video DiT, the stand-ins for what the paper starts from -> weights/
     (train.py runs the paper's three stages on these data and weights)
+    ship      the last stage's checkpoint over those weights    -> weights/nano in bfloat16
     eval      edits of held-out clips against their truth       -> eval.md, eval.json, sheet.png
     bench     held-out reference edits in RefVIE-Bench's layout -> refvie_bench.yaml for judge.py
 
@@ -20,7 +21,9 @@ from pathlib import Path
 
 EXAMPLES = """examples:
   python nano.py assets assets && python nano.py data nano_train --assets assets --clips 4000
-  python nano.py data tiny --clips 8                    shapes and textures alone: no asset is needed
+  python nano.py data tiny --clips 8                    (shapes and textures alone: no asset is needed)
+  python nano.py pretrain vae --data nano_train --out pre --minutes 9                    (then mllm, then dit)
+  python nano.py eval --weights weights/nano --data nano_test --out report
 """
 
 
@@ -862,6 +865,25 @@ def evaluate(args):
     )
 
 
+def ship(args):
+    """A training checkpoint over what it started from, LoRA merged, in bfloat16: the folder that sample.py takes."""
+    import torch
+    from safetensors.torch import load_file
+
+    from connectors import merge_lora
+    from model import KiwiEdit, load_weights
+
+    checkpoint = Path(args.checkpoint)
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"{checkpoint}: no such file; give weights.safetensors of a train.py checkpoint")
+    model = KiwiEdit.from_pretrained(args.weights, dtype=torch.float32)
+    load_weights(model, load_file(checkpoint), partial=True)
+    merge_lora(model)
+    model.to(torch.bfloat16).save(args.out)
+    size = sum(path.stat().st_size for path in Path(args.out).rglob("*.*") if path.is_file())
+    print(f"write       {args.out}: {size / 1e6:.1f} MB")
+
+
 def make_bench(args):
     """Held-out reference cases in the layout of RefVIE-Bench: refvie_bench.yaml, videos/, refs/."""
 
@@ -922,6 +944,11 @@ def parse_arguments(argv=None):
     add("--batch", type=positive, help="default: 16 stills or 8 clips, 16, 64")
     add("--seed", type=int, default=0, help="default %(default)s")
 
+    add = commands.add_parser("ship", help="make a training checkpoint a folder of weights of its own").add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="weights.safetensors of a train.py checkpoint")
+    add("--weights", required=True, metavar="DIR", help="what `pretrain` wrote, from which training started")
+    add("--out", required=True, metavar="DIR", help="e.g. weights/nano")
+
     add = commands.add_parser("eval", help="measure weights on held-out cases whose truth is known").add_argument
     add("--weights", required=True, metavar="PATH", help="a folder with trained weights")
     add("--data", required=True, metavar="DIR", help="what `nano.py data --split test` wrote")
@@ -951,7 +978,14 @@ def main(argv=None):
     args = parse_arguments(argv)
     if args.command in ("data", "bench") and (args.size % 32 or args.frames % 4 != 1):
         raise ValueError(f"--size {args.size} --frames {args.frames}: a multiple of 32, and 4k + 1 (5, 9, 17, ...)")
-    commands = {"assets": fetch_assets, "data": make_data, "bench": make_bench, "pretrain": pretrain, "eval": evaluate}
+    commands = {
+        "assets": fetch_assets,
+        "data": make_data,
+        "bench": make_bench,
+        "pretrain": pretrain,
+        "ship": ship,
+        "eval": evaluate,
+    }
     commands[args.command](args)
 
 
