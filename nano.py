@@ -334,7 +334,7 @@ class Trainer:
         import torch
         from tqdm import tqdm
 
-        begin, shown = time.time(), {}
+        begin, shown, skipped = time.time(), {}, 0
         with tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=5) as bar:
             while self.step < self.steps and time.time() - begin < 60 * minutes:
                 rising, done = (self.step + 1) / (0.02 * self.steps), self.step / self.steps
@@ -345,21 +345,26 @@ class Trainer:
                 for p, master in zip(self.parameters, self.masters):
                     master.grad, p.grad = p.grad if p.grad is None else p.grad.float().view_as(master), None
                 norm = float(torch.nn.utils.clip_grad_norm_(self.masters, 1.0))
-                if math.isfinite(norm):
-                    for optimiser in self.optimisers:
-                        optimiser.step()
+                self.step += 1
+                bar.update()
+                if not math.isfinite(norm):
+                    skipped += 1
+                    continue
+                for optimiser in self.optimisers:
+                    optimiser.step()
                 for p, master in zip(self.parameters, self.masters):
                     p.data.copy_(master.view_as(p))
-                self.step += 1
                 for key, value in {"loss": loss.detach(), "norm": norm, **figures}.items():
                     shown[key] = 0.98 * shown.get(key, float(value)) + 0.02 * float(value)
                 bar.set_postfix({key: f"{value:.4g}" for key, value in shown.items()}, refresh=False)
-                bar.update()
                 if self.step % 500 == 0:
                     self.save()
         self.save()
         self.finish()
-        print(f"{self.name:<11} step {self.step} of {self.steps}, {time.time() - begin:.0f} s, {shown}")
+        figures = ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
+        print(
+            f"{self.name:<11} step {self.step} of {self.steps}, {time.time() - begin:.0f} s, {skipped} skipped, {figures}"
+        )
 
     def save(self):
         import torch
