@@ -98,17 +98,18 @@ def resize_like_torchvision(frames, size):
     return x.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def patchify(frames):
+def patchify(frames, patch=14, mean=PIXEL_MEAN, std=PIXEL_STD):
     """uint8 frames (T, H, W, 3), H and W multiples of 28 -> (patches (t*h*w, 1176), grid (t, h, w)).
 
     A patch is 2 frames (an odd count repeats the last) x 14 x 14 pixels; 2x2 neighbours, which the vision
     tower merges to one token, follow one another. Values are normalised and rounded to bfloat16.
+    Another patch, mean and std are those of another Qwen (judges.py).
     """
-    x = (frames.float() - 255 * torch.tensor(PIXEL_MEAN)) / (255 * torch.tensor(PIXEL_STD))
+    x = (frames.float() - 255 * torch.tensor(mean)) / (255 * torch.tensor(std))
     if len(x) % 2:
         x = torch.cat([x, x[-1:]])
-    t, h, w = len(x) // 2, x.shape[1] // 14, x.shape[2] // 14
-    x = x.reshape(t, 2, h // 2, 2, 14, w // 2, 2, 14, 3)
+    t, h, w = len(x) // 2, x.shape[1] // patch, x.shape[2] // patch
+    x = x.reshape(t, 2, h // 2, 2, patch, w // 2, 2, patch, 3)
     x = x.permute(0, 2, 5, 3, 6, 8, 1, 4, 7)  # (t, h/2, w/2, 2, 2, 3, 2, 14, 14)
     return x.reshape(t * h * w, -1).bfloat16(), (t, h, w)
 
@@ -170,9 +171,10 @@ class MLLMEncoder(nn.Module):
 
     def prepare(self, instruction, source, ref=None) -> MLLMInputs:
         """Text, patches and grids of a request; arguments as for `forward`."""
-        instruction = instruction.strip()
-        if not instruction:
-            raise ValueError('the instruction is empty: say what to change, e.g. "replace the car"')
+        return self.assemble(instruction, *self.resize(source, ref))
+
+    def resize(self, source, ref=None):
+        """-> mode and the pictures as the vision tower takes them, {name: uint8 (T, H, W, 3)}; arguments as `forward`."""
         source = as_frames(source, "source")
         refs = [] if ref is None else [as_frames(r, "ref")[:1] for r in (ref if isinstance(ref, list) else [ref])]
         mode = "ref" if refs else "image" if len(source) == 1 else "video"
@@ -182,7 +184,14 @@ class MLLMEncoder(nn.Module):
         for i, image in enumerate(refs):
             size = fit_pixels(*image.shape[1:3], 28, 4 * 28 * 28, 28 * 28 * self.config.max_ref_tokens)
             visuals[f"ref{i}"] = resize_like_pillow(image, size)
-        text = instruction + (REFERENCE_HINT if refs else "")
+        return mode, visuals
+
+    def assemble(self, instruction, mode, visuals) -> MLLMInputs:
+        """The request of an instruction and what `resize` made of its pictures."""
+        instruction = instruction.strip()
+        if not instruction:
+            raise ValueError('the instruction is empty: say what to change, e.g. "replace the car"')
+        text = instruction + (REFERENCE_HINT if mode == "ref" else "")
 
         start, end, vision_start, vision_end = (
             [self.token(f"<|{name}|>")] for name in ("im_start", "im_end", "vision_start", "vision_end")

@@ -3,18 +3,51 @@
     file -> decode, rotate, alpha over white -> constant frame rate -> crop to the aspect, resize (H, W in 32s)
          -> Clip.frames uint8 (T, H, W, 3), T = 4k + 1
     frames -> h264 mp4 with the source's frame rate and sound, or a still picture
+    image.csv, video.csv, ref_video.csv -> rows -> buckets of one shape -> batches in an order fixed by the seed
 
 Sizes and resizing follow the released inference (FACTS.md, "Frames and sizes"); frame rate and sound, which
 the release drops, are kept. Files are written under a temporary name and renamed when whole.
 """
 
+import argparse
+import csv
+import hashlib
+import io
 import math
 import os
+import random
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
+
+EXAMPLES = """examples:
+  python data.py check data/nano/image.csv data/nano/ref_video.csv      # before a long run
+  python data.py cache --stage 2 --config nano --data data/nano --weights weights/nano --out cache/2
+  python train.py --stage 2 --config nano --data data/nano --weights weights/nano --cache cache/2 --out runs/2
+"""
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Check tables of editing pairs, or encode them once for all training.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    check = commands.add_parser("check", help="read every file of the tables and report what is wrong")
+    check.add_argument("tables", nargs="+", metavar="TABLE", help="image.csv, video.csv, ref_video.csv or parquet")
+    check.add_argument("--base-path", metavar="DIR", help="what the paths in the tables start from (default: its folder)")
+    cache = commands.add_parser("cache", help="write VAE latents; other arguments are those of train.py")
+    cache.add_argument("--out", required=True, metavar="DIR", help="the cache")
+    return parser.parse_known_args(argv)
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help answers before torch is there
 
 import av
 import numpy as np
@@ -23,7 +56,8 @@ import torch.nn.functional as F
 
 GRID = 32  # pixels: the VAE's stride 16 (or 8) times the DiT's patch 2, and what every Kiwi-Edit size is floored to
 MAX_PIXELS = 720 * 1280
-VIDEO_CODEC = ("yuv420p", {"crf": "16", "preset": "medium"})
+VIDEO_CODEC = ("yuv420p", {"crf": "16", "preset": "medium"})  # near lossless
+SMALL_VIDEO_CODEC = ("yuv420p", {"crf": "28", "preset": "medium"})  # to look at on a page
 # For small pictures, on which the above costs 15 dB, and for bytes that depend on the frames alone: x264's mbtree reads
 # memory that nobody has written. Not every player shows yuv444p.
 EXACT_VIDEO_CODEC = ("yuv444p", {"crf": "4", "preset": "medium", "x264-params": "mbtree=0"})
@@ -83,12 +117,12 @@ def resize(frames, size):
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-def pad_reference(image, size):
-    """A reference picture uint8 (H, W, 3), fitted into `size` (h, w) and centred on white: (h, w, 3)."""
+def pad_reference(image, size, shrink=1.0):
+    """A reference picture uint8 (H, W, 3), fitted into `size` (h, w), shrunk, and centred on white: (h, w, 3)."""
     height, width = size
     H, W = image.shape[:2]
     h, w = (round(H / W * width), width) if W / H > width / height else (height, round(W / H * height))
-    h, w = max(h, 1), max(w, 1)
+    h, w = max(round(h * shrink), 1), max(round(w * shrink), 1)
     top, left = round((height - h) / 2), round((width - w) / 2)
     out = torch.full((height, width, 3), 255, dtype=torch.uint8)
     out[top : top + h, left : left + w] = resize(image[None], (h, w))[0]
@@ -96,13 +130,14 @@ def pad_reference(image, size):
 
 
 @contextmanager
-def open_media(path):
-    """Open a file for reading and yield (container, its picture stream); every PyAV error becomes a MediaError."""
+def open_media(path, content=None):
+    """Open a file, or its content as bytes, and yield (container, its picture stream); every PyAV error becomes a
+    MediaError."""
     path = Path(path)
-    if not path.is_file():
+    if content is None and not path.is_file():
         raise MediaError(f"{path}: no such file")
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path) if content is None else io.BytesIO(content)) as container:
             # an mp3's cover art is a video stream to ffmpeg, but not a clip
             streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
             if not streams:
@@ -110,8 +145,8 @@ def open_media(path):
             yield container, streams[0]
     except (av.error.FFmpegError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        with path.open("rb") as file:
-            animated_webp = b"ANIM" in file.read(64)
+        head = path.open("rb").read(64) if content is None else content[:64]
+        animated_webp = b"ANIM" in head
         if animated_webp:
             reason = "an animated WebP, which FFmpeg does not read: convert it to GIF or mp4"
         raise MediaError(f"{path}: cannot be decoded ({reason}); is it whole, and a video or image?") from None
@@ -186,9 +221,10 @@ def read_clip(path, max_frames=81, max_pixels=MAX_PIXELS):
     return Clip(frames, fps, still and len(frames) == 1, source_size, str(path))
 
 
-def read_image(path):
-    """A picture file, or the first frame of a video, as uint8 (H, W, 3). MediaError where that fails."""
-    with open_media(path) as (container, stream):
+def read_image(path, content=None):
+    """A picture file (or its content, bytes), or the first frame of a video, as uint8 (H, W, 3). MediaError where that
+    fails."""
+    with open_media(path, content) as (container, stream):
         for _, rgb in decode(path, container, stream):
             return rgb
     raise MediaError(f"{path}: has no frames")
@@ -237,13 +273,12 @@ def write_image(path, image):
         temporary.write_bytes(b"".join(bytes(packet) for packet in [*codec.encode(frame), *codec.encode(None)]))
 
 
-def write_video(path, frames, fps, audio_from=None, exact=False):
+def write_video(path, frames, fps, audio_from=None, codec=VIDEO_CODEC):
     """uint8 frames (T, H, W, 3), H and W even, to an h264 mp4 (BT.709) at `fps`.
 
     audio_from: a file whose sound, if it has any, is kept for the length of the clip. Sound that cannot be kept
-    is reported on stderr and does not cost the video. exact: nearly lossless, and the same bytes every time.
+    is reported on stderr and does not cost the video. codec: VIDEO_CODEC, SMALL_VIDEO_CODEC or EXACT_VIDEO_CODEC.
     """
-    codec = EXACT_VIDEO_CODEC if exact else VIDEO_CODEC
     fps = Fraction(fps).limit_denominator(1001000)
     with whole_file(path) as temporary:
         try:
@@ -318,3 +353,433 @@ def copy_sound(out, source, duration):
     track = out.add_stream("aac", rate=sound.rate)
     track.codec_context.layout = "mono" if sound.layout.nb_channels == 1 else "stereo"
     return transcode
+
+
+# What to train on
+
+FILES = {"image": "image.csv", "video": "video.csv", "ref": "ref_video.csv"}
+COLUMNS = {"image": ("src_video", "tgt_video", "prompt"), "video": ("src_video", "tgt_video", "prompt"),
+           "ref": ("src_video", "tgt_video", "prompt", "ref_image")}  # fmt: skip
+ASPECTS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1, 4 / 3, 3 / 2, 16 / 9, 2)  # height / width
+
+
+@dataclass(frozen=True)
+class Row:
+    """One editing pair: two files (pictures or clips), the instruction and, for a reference, a picture."""
+
+    source: str
+    target: str
+    prompt: str
+    ref: str | tuple | None = None  # a file, or (parquet file, row group, row)
+
+
+def read_table(path, kind, base=None):
+    """The rows of a CSV or parquet file with the released columns; paths in it start from `base` (default: its folder).
+
+    ValueError for a missing column, an empty table or field, or a path that leaves the base folder.
+    """
+    path = Path(path)
+    base = Path(base or path.parent).resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; `python nano.py data DIR` makes a small data set")
+    lines = read_parquet(path, kind) if path.suffix == ".parquet" else read_csv(path, COLUMNS[kind])
+    rows = []
+    for where, (source, target, prompt, *ref) in lines:
+        if not all(field and (not isinstance(field, str) or field.strip()) for field in (source, target, prompt, *ref)):
+            raise ValueError(f"{where}: an empty field among {', '.join(COLUMNS[kind])}")
+        ref = [inside(base, r, where) if isinstance(r, str) else r for r in ref]
+        rows.append(Row(inside(base, source, where), inside(base, target, where), prompt.strip(), *ref))
+    if not rows:
+        raise ValueError(f"{path}: has no rows")
+    return rows
+
+
+def read_csv(path, columns):
+    """Yield (place, fields) of every line."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.DictReader(file)
+        has_columns(path, columns, reader.fieldnames or [])
+        for line in reader:
+            yield f"{path}, line {reader.line_num}", [line[name] or "" for name in columns]
+
+
+def read_parquet(path, kind):
+    """Yield (place, fields) of every row; of RefVIE's reference, its picture's bytes, only where they are."""
+    file = parquet_file(path)
+    columns = list(COLUMNS["video"])
+    has_columns(path, columns + ["ref_image_bytes"] * (kind == "ref"), file.schema_arrow.names)
+    for group in range(file.num_row_groups):
+        for i, line in enumerate(file.read_row_group(group, columns).to_pylist()):
+            ref = [(str(path), group, i)] if kind == "ref" else []
+            yield f"{path}, row {i} of group {group}", [line[name] for name in columns] + ref
+
+
+def parquet_file(path):
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise ValueError(f"{path}: reading parquet needs pyarrow; pip install pyarrow") from None
+    try:
+        return ParquetFile(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: is not a parquet file ({str(error).splitlines()[0]})") from None
+
+
+@lru_cache(maxsize=2)
+def reference_bytes(path, group):
+    """The reference pictures of a row group; neighbours are asked for together, so the last two stay."""
+    return parquet_file(path).read_row_group(group, ["ref_image_bytes"]).column(0)
+
+
+def read_reference(ref):
+    """The picture uint8 (H, W, 3) that a row's `ref` stands for. MediaError."""
+    if isinstance(ref, str):
+        return read_image(ref)
+    path, group, row = ref
+    content = reference_bytes(path, group)[row].as_py()
+    if not content:
+        raise MediaError(f"{path}, row {row} of group {group}: has no ref_image_bytes")
+    return read_image(f"{path}, row {row} of group {group}", content)
+
+
+def has_columns(path, columns, found):
+    absent = [name for name in columns if name not in found]
+    if absent:
+        raise ValueError(f"{path}: has no column {', '.join(absent)}; it has {', '.join(found)}")
+
+
+def inside(base, name, where):
+    """base / name, if that is below base; ValueError if not."""
+    path = (base / name).resolve()
+    if base not in path.parents:
+        raise ValueError(f"{where}: {name} is outside of {base}; give its folder with --base-path")
+    return str(path)
+
+
+def measure(path):
+    """(frames, height, width) of a picture or clip, upright, from its header and first frame. MediaError."""
+    with open_media(path) as (container, stream):
+        for _, rgb in decode(path, container, stream):
+            break
+        else:
+            raise MediaError(f"{path}: has no frames")
+        if is_picture(container):
+            return 1, *rgb.shape[:2]
+        fps = stream.average_rate or Fraction(25)
+        length = stream.duration * stream.time_base if stream.duration else Fraction(container.duration or 0, 10**6)
+        return max(stream.frames or round(length * fps), 1), *rgb.shape[:2]
+
+
+def measure_row(row, still):
+    """(frames, height, width) that a row gives: the shorter of its two files, the target's size. MediaError."""
+    (a, *_), (b, height, width) = measure(row.source), measure(row.target)
+    if isinstance(row.ref, str):  # pictures inside of parquet are read when they are needed
+        measure(row.ref)
+    return (1 if still else min(a, b)), height, width
+
+
+def measure_rows(rows, still):
+    """The shape of every row, or the reason, text, why it has none."""
+
+    def measured(row):
+        try:
+            return measure_row(row, still)
+        except MediaError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(measured, rows))
+
+
+def bucket(shape, max_frames, max_pixels):
+    """The shape (T, h, w) at which a clip (frames, height, width) is trained.
+
+    A clip above max_pixels takes the nearest of a few aspects, so that batches fill.
+    """
+    frames, height, width = shape
+    if height * width > max_pixels:
+        aspect = min(ASPECTS, key=lambda a: abs(math.log(a * width / height)))
+        height, width = int(math.sqrt(max_pixels * aspect)), int(math.sqrt(max_pixels / aspect))
+    return usable_frames(frames, max_frames), *working_size(height, width, max_pixels)
+
+
+def read_frames(path, count, size):
+    """The first `count` frames of a file, fitted to `size` (h, w): uint8 (count, h, w, 3).
+
+    One or two that its header promised and it does not have repeat the last. MediaError where more are missing.
+    """
+    frames = []
+    with open_media(path) as (container, stream):
+        for _, rgb in decode(path, container, stream):
+            frames.append(fit_frames(rgb[None], size)[0])
+            if len(frames) == count:
+                break
+    if len(frames) < max(count - 2, 1):
+        raise MediaError(f"{path}: ends after {len(frames)} of {count} frames; fetch the file again")
+    return torch.stack(frames + frames[-1:] * (count - len(frames)))
+
+
+class Mixture:
+    """The order in which batches of several kinds of data are trained, a function of the seed and nothing else.
+
+    buckets: {kind: {shape: [row numbers]}}; ratio: {kind: share}. Batch number n is one kind, one shape, `size` rows:
+    `self[n]` -> (kind, shape, rows). There is no state: a run that resumes asks for the next number. Every bucket is
+    an endless row of shuffled epochs, cut into batches across their ends, so each row comes once in its epoch.
+    """
+
+    def __init__(self, buckets, ratio, size, seed):
+        self.buckets, self.size, self.seed = buckets, size, seed
+        self.pattern = interleave({kind: share for kind, share in ratio.items() if share})
+        self.epochs = {}  # (kind, epoch) -> its batches, the last few that were asked for
+
+    def __getitem__(self, number):
+        turn, place = divmod(number, len(self.pattern))
+        kind = self.pattern[place]
+        number = turn * self.pattern.count(kind) + self.pattern[:place].count(kind)  # among this kind's
+        epoch = self.epoch_of(kind, number)
+        shape, i = self.batches(kind, epoch)[number - self.batches_before(kind, epoch)]
+        return kind, shape, [self.row(kind, shape, j) for j in range(i * self.size, (i + 1) * self.size)]
+
+    def batches_before(self, kind, epoch):
+        return sum(epoch * len(rows) // self.size for rows in self.buckets[kind].values())
+
+    def epoch_of(self, kind, number):
+        """The epoch in which the kind's batch `number` is complete."""
+        total = sum(map(len, self.buckets[kind].values()))
+        epoch = number * self.size // total  # not past it: each floor in batches_before loses less than one batch
+        while self.batches_before(kind, epoch + 1) <= number:
+            epoch += 1
+        return epoch
+
+    def batches(self, kind, epoch):
+        """The epoch's batches (shape, number in the shape's bucket), shuffled."""
+        if (kind, epoch) not in self.epochs:
+            found = []
+            for shape, rows in self.buckets[kind].items():
+                found += [(shape, i) for i in range(epoch * len(rows) // self.size, (epoch + 1) * len(rows) // self.size)]
+            random.Random(f"{self.seed} {kind} {epoch}").shuffle(found)
+            self.epochs[kind, epoch] = found
+            while len(self.epochs) > 8:
+                del self.epochs[next(iter(self.epochs))]
+        return self.epochs[kind, epoch]
+
+    def row(self, kind, shape, j):
+        """Row j of a bucket's endless row of shuffled epochs."""
+        rows = self.buckets[kind][shape]
+        epoch, place = divmod(j, len(rows))
+        return self.shuffled(kind, shape, epoch)[place]
+
+    def shuffled(self, kind, shape, epoch):
+        key = (kind, shape, epoch)
+        if key not in self.epochs:
+            order = list(self.buckets[kind][shape])
+            random.Random(f"{self.seed} {kind} {shape} {epoch}").shuffle(order)
+            self.epochs[key] = order
+        return self.epochs[key]
+
+
+def interleave(ratio):
+    """{"image": 2, "video": 1} -> ["image", "video", "image"]: whole shares, spread evenly."""
+    moments = [((i + 0.5) / share, kind) for kind, share in ratio.items() for i in range(share)]
+    return [kind for _, kind in sorted(moments, key=lambda moment: moment[0])]
+
+
+class Curriculum:
+    """Mixtures one after the other: [(number of its first batch, Mixture)]. `self[n]` -> (mixture, kind, shape, rows)."""
+
+    def __init__(self, phases):
+        self.phases = phases
+
+    def __getitem__(self, n):
+        start, mixture = [phase for phase in self.phases if phase[0] <= n][-1]
+        return mixture, *mixture[n - start]
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Batches of decoded pairs, to be asked for by number.
+
+    tables: {kind: [Row]}; curriculum: their order; resize: `MLLMEncoder.resize`, done here, in the worker.
+    `self[n]` -> a dict of lists, an entry a sample: numbers (counted over the whole run), prompts, paths, pictures
+    (frames uint8 (T, h, w, 3) of target and source, the reference uint8 (H, W, 3) or None), visuals (what `resize`
+    returned); besides kind, shape and bad, a list of (path, reason). A row that cannot be read is replaced by the
+    next one of its bucket; where none can, the dict has nothing but `fatal`.
+    """
+
+    def __init__(self, tables, curriculum, resize):
+        self.tables, self.curriculum, self.resize = tables, curriculum, resize
+
+    def __getitem__(self, n):
+        mixture, kind, shape, numbers = self.curriculum[n]
+        batch = {"kind": kind, "shape": shape, "bad": [], "prompts": [], "paths": [], "pictures": [], "visuals": []}
+        batch["numbers"] = list(range(n * len(numbers), (n + 1) * len(numbers)))
+        try:
+            for number in numbers:
+                self.add(batch, mixture.buckets[kind][shape], number)
+        except MediaError as error:
+            return {"fatal": str(error)}
+        return batch
+
+    def add(self, batch, bucket, number):
+        """Add a row, or the next in its bucket that can be read."""
+        start, reason = bucket.index(number), ""
+        for candidate in bucket[start:] + bucket[:start]:
+            row = self.tables[batch["kind"]][candidate]
+            try:
+                pictures, visuals = self.read(row, batch["kind"], batch["shape"], bucket, candidate)
+            except MediaError as error:
+                reason = str(error)
+                batch["bad"].append((row.target, reason))
+                continue
+            for name, value in (("prompts", row.prompt), ("paths", row.target), ("pictures", pictures), ("visuals", visuals)):
+                batch[name].append(value)
+            return
+        raise MediaError(f"none of the {len(bucket)} samples of {batch['kind']} {batch['shape']} can be read; the last: {reason}")
+
+    def read(self, row, kind, shape, bucket, number):
+        target, source = (read_frames(path, shape[0], shape[1:]) for path in (row.target, row.source))
+        ref = read_reference(row.ref) if row.ref else None
+        return (target, source, ref), self.resize(source, ref)
+
+
+class CachedPairs(Pairs):
+    """The same from what `python data.py cache` wrote; pictures are latents (C, T, h, w) then."""
+
+    def __init__(self, tables, curriculum, folder):
+        super().__init__(tables, curriculum, None)
+        self.folder = Path(folder)
+
+    def read(self, row, kind, shape, bucket, number):
+        place = bucket.index(number)
+        tensors = read_shard(self.folder, kind, shape, place // SHARD, number)
+        if not tensors:
+            raise MediaError(f"{row.target}: could not be read when the cache was written")
+        seen = {name.removeprefix("mllm."): value for name, value in tensors.items() if name.startswith("mllm.")}
+        visuals = {"source": seen.pop("source"), **seen}  # the request has them in this order
+        mode = "ref" if row.ref else "image" if kind == "image" or shape[0] == 1 else "video"
+        return tuple(tensors.get(name) for name in ("target", "source", "ref")), (mode, visuals)
+
+
+SHARD = 64  # samples in a file of a cache
+
+
+def shard_path(folder, kind, shape, number):
+    return Path(folder) / f"{kind}-{'x'.join(map(str, shape))}-{number:05d}.safetensors"
+
+
+def read_shard(folder, kind, shape, shard, row):
+    """The tensors of one row, without the row's number in their names. ValueError where the file is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    path = shard_path(folder, kind, shape, shard)
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {k.split(".", 1)[1]: file.get_tensor(k) for k in file.keys() if k.startswith(f"{row}.")}  # noqa: SIM118
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); write it again with data.py cache") from None
+
+
+def fingerprint(tables, *settings):
+    """What a cache depends on, as a short text."""
+    text = repr((settings, {kind: [(r.source, r.target, r.prompt) for r in rows] for kind, rows in sorted(tables.items())}))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def fill_buckets(shapes, max_frames, max_pixels):
+    """Measured shapes (None or text: left out) -> {shape of training: [row numbers]}."""
+    buckets = {}
+    for number, shape in enumerate(shapes):
+        if not isinstance(shape, str):
+            buckets.setdefault(bucket(shape, max_frames, max_pixels), []).append(number)
+    return buckets
+
+
+def find_table(folder, kind):
+    """The folder's table for a kind of data, .csv or .parquet. ValueError, FileNotFoundError."""
+    if folder is None:
+        raise ValueError(f"no {kind} data: give --data DIR, or --{kind}-csv FILE")
+    for suffix in (".csv", ".parquet"):
+        path = (Path(folder) / FILES[kind]).with_suffix(suffix)
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"{folder}: has no {FILES[kind]}, which this stage needs; give its place with --{kind}-csv")
+
+
+# Commands
+
+def main(argv=None):
+    args, rest = parse_arguments(argv)
+    if args.command == "cache":  # the VAE and the stages live on floors above this one
+        train = str(Path(__file__).with_name("train.py"))
+        os.execv(sys.executable, [sys.executable, train, *rest, "--write-cache", args.out, "--out", args.out])
+    faults = sum(check_table(Path(path), args.base_path) for path in args.tables)
+    if faults:
+        sys.exit(f"data.py: {faults} rows have faults")
+
+
+def kind_of(path):
+    """The kind of data of a table, by what it has."""
+    if path.suffix == ".parquet":
+        return "ref" if "ref_image_bytes" in parquet_file(path).schema_arrow.names else "video"
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        return "ref" if "ref_image" in next(csv.reader(file), []) else "video"
+
+
+def check_table(path, base):
+    """Decode every pair of a table, print its faults and a summary -> the number of faulty rows."""
+    from tqdm import tqdm
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    rows = read_table(path, kind_of(path), base)
+    shapes, faults = {}, 0
+    with ThreadPoolExecutor(4) as pool:
+        for (shape, found), row in zip(tqdm(pool.map(check_row, rows), total=len(rows), desc=path.name), rows):
+            faults += bool(found)
+            for fault in found:
+                tqdm.write(f"{row.target}: {fault}")
+            shapes[shape] = shapes.get(shape, 0) + 1
+    print(f"{path}: {len(rows)} rows, {faults} with faults")
+    for (frames, height, width), count in sorted((s for s in shapes.items() if s[0]), key=lambda s: -s[1])[:10]:
+        print(f"  {count:>8} of {frames} frames of {width}x{height}")
+    return faults
+
+
+def check_row(row):
+    """(shape (frames, height, width) of the target or None, what is wrong with the row)."""
+    try:
+        source, target = (decoded_shape(path) for path in (row.source, row.target))
+        if row.ref:
+            read_reference(row.ref)
+    except MediaError as error:
+        return None, [str(error)]
+    found = []
+    if source[0] != target[0]:
+        found.append(f"has {target[0]} frames, its source {source[0]}: only the shorter length is trained")
+    if abs(math.log(source[1] / source[2] * target[2] / target[1])) > 0.05:
+        found.append(f"is {target[2]}x{target[1]}, its source {source[2]}x{source[1]}: their crops will not match")
+    if min(target[1:]) < GRID:
+        found.append(f"is {target[2]}x{target[1]}: each side needs at least {GRID}")
+    return target, found
+
+
+def decoded_shape(path):
+    """(frames, height, width) of a file, all of it decoded. MediaError."""
+    frames = 0
+    with open_media(path) as (container, stream):
+        for _, rgb in decode(path, container, stream):
+            frames += 1
+    if not frames:
+        raise MediaError(f"{path}: has no frames")
+    return frames, *rgb.shape[:2]
+
+
+def run():
+    """main, with every foreseeable failure as one line on stderr and an exit code that is not 0."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"data.py: {error}")
+
+
+if __name__ == "__main__":
+    run()

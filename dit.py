@@ -19,7 +19,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from kernels import attention, gate_residual, layer_norm_modulate, rms_norm_rope
+from kernels import attention, gate_residual, gate_residual_norm, layer_norm_modulate, rms_norm_rope
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,12 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with RMSNorm of q and k over the full width D, as in Wan."""
+    """Multi-head attention with RMSNorm of q and k over the full width D, as in Wan.
+
+    `attend`: what mixes the tokens; several ranks that share a sequence put their own there (train.py, `Ulysses`).
+    """
+
+    attend = staticmethod(attention)
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -115,7 +120,7 @@ class Attention(nn.Module):
     def forward(self, x, keys_values, rope=None):
         """Queries from x (B, N, D), keys and values from `keys_values` -> (B, N, D)."""
         q = rms_norm_rope(self.q(x), self.norm_q.weight, rope, self.num_heads, self.eps)
-        return self.o(attention(q, *keys_values).flatten(2))
+        return self.o(self.attend(q, *keys_values).flatten(2))
 
 
 class Block(nn.Module):
@@ -139,12 +144,16 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation + time_mod).split(1, dim=1)
         y = layer_norm_modulate(x, shift_a, scale_a, self.eps)
         y = self.self_attn(y, self.self_attn.keys_values(y, rope), rope)
-        x = gate_residual(x, y, gate_a)
+        x, y = gate_residual_norm(x, y, gate_a, *self.norm3_as_modulation(), self.eps)
         if isinstance(context, torch.Tensor):
             context = self.cross_attn.keys_values(context)
-        x = x + self.cross_attn(self.norm3(x), context)
-        y = self.ffn(layer_norm_modulate(x, shift_f, scale_f, self.eps))
-        return gate_residual(x, y, gate_f)
+        y = self.cross_attn(y, context)
+        x, y = gate_residual_norm(x, y, None, shift_f, scale_f, self.eps)
+        return gate_residual(x, self.ffn(y), gate_f)
+
+    def norm3_as_modulation(self):
+        """The affine norm before cross-attention as shift and scale, (1, 1, D) each, float32: one kernel for all norms."""
+        return self.norm3.bias.float()[None, None], self.norm3.weight.float()[None, None] - 1
 
 
 class Head(nn.Module):
@@ -215,6 +224,7 @@ class DiT(nn.Module):
         time, time_mod = self.embed_time(t)
         rope = rope_3d(grid, self.config.head_dim, tokens.device)
         contexts = context if isinstance(context, list) else [context] * len(self.blocks)
+        tokens = tokens.contiguous()  # as a convolution leaves them, channels lie apart and every norm would copy them
         for block, block_context in zip(self.blocks, contexts):
             tokens = block(tokens, time_mod, block_context, rope)
         return self.head(tokens[:, keep], time)

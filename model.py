@@ -199,9 +199,27 @@ class KiwiEdit(nn.Module):
         noise = torch.randn_like(latents) if noise is None else noise
         sigma, weight = flow.training_sigmas(t)
         s = sigma.to(latents.dtype).view(-1, 1, 1, 1, 1)
-        prediction = self.velocity((1 - s) * latents + s * noise, t, context, source, ref)
+        noisy, source, ref = (
+            z if z is None else z.to(self.dtype) for z in ((1 - s) * latents + s * noise, source, ref)
+        )
+        prediction = self.velocity(noisy, t, context, source, ref)
         error = (prediction.float() - (noise - latents).float()).square().flatten(1).mean(dim=1)
         return (weight * error).mean()
+
+    def forward(self, requests, latents, t, source=None, ref=None, noise=None, flow=FlowMatch()):
+        """The training loss of a batch: `training_loss` on what the MLLM makes of the requests (`MLLMEncoder.prepare`)."""
+        contexts = [self.mllm.encode(request) for request in requests]
+        if self.mllm.num_queries["ref"] and self.mllm.ref_queries.requires_grad:
+            # contexts with references differ in length and are not padded: one by one, also the kinds that need not,
+            # for sharded ranks must call the blocks equally often
+            columns = [[None] * len(t) if z is None else z.split(1) for z in (latents, t, source, ref, noise)]
+            losses = [self.training_loss(x, c, *rest, flow) for c, (x, *rest) in zip(contexts, zip(*columns))]
+            loss = torch.stack(losses).mean()
+        else:
+            loss = self.training_loss(latents, torch.cat(contexts), t, source, ref, noise, flow)
+        # What this kind of data does not use gets a gradient of zero: all ranks must reduce the same parameters.
+        additions = [p for name, p in self.named_parameters() if not name.startswith(("dit.", "vae.", "mllm.model."))]
+        return loss + 0 * sum(p.float().sum() for p in additions if p.requires_grad)
 
     @torch.no_grad()
     def denoise(self, noise, context, source=None, ref=None, steps=50, flow=FlowMatch(), on_step=None):
@@ -280,15 +298,7 @@ class KiwiEdit(nn.Module):
         (Qwen2.5-VL), folders or hub ids both.
         FileNotFoundError, ValueError where something is missing, unexpected, damaged or of another size.
         """
-        path = local_path(path)
-        if path.is_file():
-            config, files = read_training_checkpoint(path, local_path(base), local_path(qwen))
-        elif (path / "transformer").is_dir():
-            config, files = read_diffusers_folder(path)
-        elif (path / "config.json").is_file():
-            config, files = read_own_folder(path)
-        else:
-            raise FileNotFoundError(f"{path}: neither a nanoKiwi folder (config.json) nor a diffusers one (transformer/)")
+        config, files = read_weights(path, base, qwen)
         with meta_parameters():
             model = cls(config)
         files.device = device
@@ -383,6 +393,22 @@ def our_name(name):
         return None
     for pattern, ours in DIALECTS:
         name = pattern.sub(ours, name)
+    return name
+
+
+RELEASED = [(re.compile(pattern), theirs) for pattern, theirs in (
+    (r"^source_embedder\.", "vae_condition."),
+    (r"^ref_embedder\.", "ref_vae_condition."),
+    (r"^mllm\.connector\.", "mllm.connetor."),
+    (r"^(mllm\.\w+_queries)$", r"\1.q"),
+    (r"^mllm\.model\.", "mllm.model.model."),
+)]  # fmt: skip
+
+
+def released_name(name):
+    """The way back: our name of a parameter -> its name in a released training checkpoint."""
+    for pattern, theirs in RELEASED:
+        name = pattern.sub(theirs, name)
     return name
 
 
@@ -489,12 +515,13 @@ class TensorFiles(Mapping):
         self.places = {}  # name -> (path, name in the file)
         self.handles = {}
 
-    def add(self, path, prefix=""):
-        """Add a .safetensors or .pth file; `prefix` goes before its names. Names that are there already stay."""
+    def add(self, path, prefix="", over=False):
+        """Add a .safetensors or .pth file; `prefix` goes before its names. Names that are there already stay, or, with
+        `over`, give way."""
         for name in self.open(path, "cpu").keys():
             ours = our_name(prefix + name)
-            if ours is not None:
-                self.places.setdefault(ours, (path, name))
+            if ours is not None and (over or ours not in self.places):
+                self.places[ours] = (path, name)
 
     def open(self, path, device):
         if (path, device) not in self.handles:
@@ -579,6 +606,24 @@ def from_dict(cls, values, where):
     return cls(**values)
 
 
+def read_weights(path, base=WAN_BASE, qwen=QWEN_BASE):
+    """Config and files of weights in any layout; arguments as for `KiwiEdit.from_pretrained`, but a training checkpoint
+    may also lie over a nanoKiwi or diffusers folder. path None: `base` and `qwen` alone, from which training starts."""
+    path = local_path(path) if path else None
+    if path is None or path.is_file():
+        base = local_path(base)
+        if not (base / "transformer").is_dir() and read_json(base / "config.json").get("format") != "nanokiwi":
+            return read_training_checkpoint(path, base, local_path(qwen))
+        config, files = read_weights(base)
+        path and files.add(path, over=True)
+        return config, files
+    if (path / "transformer").is_dir():
+        return read_diffusers_folder(path)
+    if (path / "config.json").is_file():
+        return read_own_folder(path)
+    raise FileNotFoundError(f"{path}: neither a nanoKiwi folder (config.json) nor a diffusers one (transformer/)")
+
+
 def read_own_folder(folder):
     values = read_json(folder / "config.json")
     if values.pop("format", None) != "nanokiwi":
@@ -623,7 +668,7 @@ def read_diffusers_folder(folder):
 def read_training_checkpoint(path, base, qwen):
     """Config and files of a released training checkpoint over the weights it was trained from."""
     files = TensorFiles()
-    files.add(path)
+    path and files.add(path)
     wan = read_json(base / "config.json")
     known = {k: v for k, v in wan.items() if k in DiTConfig.__dataclass_fields__}
     for shard in tensor_files(base, "diffusion_pytorch_model*.safetensors"):

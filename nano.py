@@ -197,7 +197,7 @@ def write_example(out, library, split, seed, index, frames, size, fps):
     """Draw clip `index` and write its files under `out` -> its line of truth.jsonl."""
     import torch
 
-    from data import write_image, write_video
+    from data import EXACT_VIDEO_CODEC, write_image, write_video
     from world import boxes, describe, draw_edit, draw_frames, to_uint8
 
     edit = draw_edit(library, split, seed, index, frames, size)
@@ -206,7 +206,7 @@ def write_example(out, library, split, seed, index, frames, size, fps):
     stem, ending = f"{edit.kind}/{index:06d}", "png" if still else "mp4"
     names = {"src_video": f"{stem}_src.{ending}", "tgt_video": f"{stem}_tgt.{ending}"}
     for name, clip in zip(names.values(), (source, target)):
-        write_image(out / name, clip[0]) if still else write_video(out / name, clip, fps, exact=True)
+        write_image(out / name, clip[0]) if still else write_video(out / name, clip, fps, None, EXACT_VIDEO_CODEC)
     if edit.ref is not None:
         names["ref_image"] = f"{stem}_ref.png"
         write_image(out / names["ref_image"], to_uint8(edit.ref[None])[0])
@@ -892,7 +892,7 @@ def ship(args):
 def make_bench(args):
     """Held-out reference cases in the layout of RefVIE-Bench: refvie_bench.yaml, videos/, refs/."""
 
-    from data import whole_file, write_image, write_video
+    from data import EXACT_VIDEO_CODEC, whole_file, write_image, write_video
     from world import MIXTURE, draw_edit, draw_frames, load_library, to_uint8
 
     out = Path(args.out)
@@ -902,7 +902,8 @@ def make_bench(args):
     while len(lines) < args.items:
         edit = draw_edit(library, "test", args.seed, index, args.frames, args.size)
         name = f"{len(lines):03d}"
-        write_video(out / "videos" / f"{name}_src.mp4", draw_frames(edit, args.size)[0], args.fps, exact=True)
+        source = draw_frames(edit, args.size)[0]
+        write_video(out / "videos" / f"{name}_src.mp4", source, args.fps, None, EXACT_VIDEO_CODEC)
         write_image(out / "refs" / f"{name}.png", to_uint8(edit.ref[None])[0])
         kind = "background" if edit.task == "background_ref" else "subject"
         lines.append(

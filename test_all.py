@@ -5,17 +5,24 @@ skips aloud without them. diffusers, a second witness of the same architecture, 
 """
 
 import ast
+import base64
 import csv
+import functools
+import importlib
 import json
 import os
+import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import asdict, replace
 from fractions import Fraction
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import av
@@ -25,18 +32,28 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: the kernels run here too, interpreted
+
+import data
+import judge
+import judges
+import kernels
+import metrics
 import nano
 import sample
+import train
 import world
 from connectors import (
     MLLMConfig, MLLMEncoder, fit_pixels, inject_lora, lora_state_dict, merge_lora, sample_frames, video_frame_sizes,
 )  # fmt: skip
 from data import (
-    MediaError, fit_frames, pad_reference, read_clip, read_image, usable_frames, whole_file, working_size, write_image,
-    write_video,
+    Curriculum, MediaError, Mixture, Pairs, bucket, fit_frames, measure_rows, pad_reference, read_clip, read_image,
+    read_table, usable_frames, whole_file, working_size, write_image, write_video,
 )  # fmt: skip
 from dit import DiT, DiTConfig, rope_3d
-from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit, load_weights, meta_parameters, our_name
+from kernels.bench import diffusers_dit, diffusers_vae, diffusers_vae_name, table
+from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit, load_weights, our_name, released_name
 from vae import VAE, VAEConfig
 
 HOUSE = Path(__file__).parent
@@ -92,7 +109,7 @@ def randomise(module, scale=1.0):
 # ------------------------------------------------------------------------------------------------ the house itself
 
 FLOORS = {
-    "kernels": 0, "dit": 1, "vae": 1, "connectors": 1, "data": 1, "world": 1, "model": 2,
+    "kernels": 0, "dit": 1, "vae": 1, "connectors": 1, "data": 1, "world": 1, "model": 2, "metrics": 2, "judges": 2,
     "sample": 3, "train": 3, "judge": 3, "curate": 3, "nano": 3, "test_all": 4,
 }  # fmt: skip
 
@@ -112,17 +129,138 @@ def readme_commands(program):
     return [line for block in blocks for line in block.splitlines() if re.match(rf"(python|torchrun .*) {program}", line)]
 
 
-@pytest.mark.parametrize("line", readme_commands("sample.py"))
-def test_the_readme_s_sample_commands_parse(line):
+COMMANDS = (sample, train, judge, nano)
+
+
+@pytest.mark.parametrize("command, line", [(c, line) for c in COMMANDS for line in readme_commands(f"{c.__name__}.py")])
+def test_the_readme_s_commands_parse(command, line):
     words = shlex.split(line, comments=True)
-    sample.parse_arguments(words[words.index("sample.py") + 1 :])
+    command.parse_arguments(words[words.index(f"{command.__name__}.py") + 1 :])
 
 
-@pytest.mark.parametrize("name", ["sample.py", "nano.py"])
-def test_every_flag_of_a_command_is_read(name):
-    text = (HOUSE / name).read_text()
+def test_the_readme_points_at_code_that_exists():
+    pointers = re.findall(rf"`((?:{'|'.join(FLOORS)})\.[A-Za-z_.]+)`", (HOUSE / "README.md").read_text())
+    for pointer in pointers:
+        module, *names = pointer.split(".")
+        if names[-1] not in ("py", "jsonl"):  # a file's name
+            assert functools.reduce(getattr, names, importlib.import_module(module)), pointer
+
+
+def test_the_readme_s_figures_are_those_of_the_committed_benchmark():
+    readme, quoted = (HOUSE / "README.md").read_text(), 0
+    for path in (HOUSE / "bench").glob("*.json"):
+        for section, results in json.loads(path.read_text()).items():
+            if section in ("dit", "vae", "memory"):
+                quoted += 1
+                assert table(results["rows"]) in readme, f"{section} of {path.name}: paste its table"
+    assert quoted >= 3
+
+
+@pytest.mark.parametrize("command", (sample, train, nano), ids=lambda command: command.__name__)
+def test_every_flag_of_a_command_is_read(command):
+    text = (HOUSE / f"{command.__name__}.py").read_text()
     flags = re.findall(r'add\((?:"-\w", )?"--([\w-]+)"', text)
     assert flags and all(f"args.{flag.replace('-', '_')}" in text for flag in flags)
+
+
+# ------------------------------------------------------------------------------------------------ kernels/
+# On a GPU the kernels as they are, else under Triton's interpreter (which has no bfloat16 constants, so no bfloat16).
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+LOADS = {"pointers": (False, False), "tma": (True, False), "specialised": (True, True)}  # TMA, SPECIALISE
+
+
+@pytest.fixture
+def triton_backend():
+    """The kernels; what one of them forgets to write is NaN."""
+    pytest.importorskip("triton")
+    kernels.set_backend("triton")
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
+    kernels.set_backend("auto")
+
+
+@pytest.fixture(params=LOADS)
+def one_kind_of_load(request, monkeypatch):
+    """Attention with one of its ways to load: on a GPU in its own configurations, else in small blocks."""
+    tma, specialise = LOADS[request.param]
+    if DEVICE == "cuda" and tma and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("TMA and warp specialisation are for Hopper")
+    module = sys.modules["kernels.attention"]
+    for name, configs in module.CONFIGS.items():
+        kind = (tma, specialise) if name == "attention_forward" else (tma,)
+        real = [config for config in configs if config[2:-2] == kind]
+        monkeypatch.setitem(module.CONFIGS, name, real if DEVICE == "cuda" else [(16, 32, *kind, 4, 1)])
+    module.compiled.cache_clear()
+    yield
+    module.compiled.cache_clear()
+
+
+def agrees_with_float64(function, *inputs):
+    """A function of `kernels` on the backend chosen, forward and backward, against the float64 definition."""
+    results = []
+    for dtype in (None, torch.float64):
+        leaves = [x.to(device=DEVICE, dtype=dtype or x.dtype).detach().requires_grad_() for x in inputs]
+        kernels.set_backend("triton" if dtype is None else "ref")
+        outputs = function(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        weights = [torch.linspace(-1, 1, o.numel(), device=DEVICE, dtype=o.dtype).view_as(o).sin() for o in outputs]
+        results.append([*outputs, *torch.autograd.grad(outputs, leaves, weights)])
+    tol = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}[inputs[0].dtype]
+    return all(actual.dtype != torch.float64 and close(actual, exact, tol) for actual, exact in zip(*results))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_matches_float64_at_lengths_with_tails(triton_backend, one_kind_of_load, dtype):
+    lengths = [(37, 53, 2, 64), (33, 64, 1, 128), (5, 7, 3, 16)] + [(300, 515, 2, 128)] * (DEVICE == "cuda")
+    for queries, keys, heads, dim in lengths:
+        q, k, v = (torch.randn(2, n, heads, dim).to(dtype) for n in (queries, keys, keys))
+        assert agrees_with_float64(kernels.attention, q, k, v)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_fused_norms_match_float64_at_widths_with_tails(triton_backend, dtype):
+    grid, heads, D = (2, 3, 4), 3, 72
+    x, y = (torch.randn(2, 24, D).to(dtype) for _ in range(2))
+    gate, shift, scale = (torch.randn(2, 1, D) for _ in range(3))
+    shared, rope = torch.randn(1, 1, D), rope_3d(grid, D // heads, torch.device(DEVICE))
+    assert agrees_with_float64(lambda x, w: kernels.rms_norm_rope(x, w, rope, heads, 1e-6), x, torch.randn(D).to(dtype))
+    assert agrees_with_float64(lambda x, w: kernels.rms_norm_rope(x, w, None, heads, 1e-6), x, torch.randn(D).to(dtype))
+    assert agrees_with_float64(lambda x, *m: kernels.layer_norm_modulate(x, *m, 1e-6), x, shift, scale)
+    assert agrees_with_float64(kernels.gate_residual, x, y, gate)
+    assert agrees_with_float64(lambda *all: kernels.gate_residual_norm(*all, 1e-6), x, y, gate, shared, scale)
+    assert agrees_with_float64(lambda x, y, *m: kernels.gate_residual_norm(x, y, None, *m, 1e-6), x, y, shift, shared)
+
+
+def test_a_dit_trains_on_the_kernels_as_on_the_definitions(triton_backend):
+    model = randomise(DiT(tiny_dit(num_layers=1))).to(DEVICE)
+    assert agrees_with_float64(
+        lambda x, context: model.to(x.dtype)(x, torch.tensor([300.0, 40.0], device=DEVICE), context),
+        torch.randn(2, 16, 2, 4, 6), torch.randn(2, 5, 64),
+    )  # fmt: skip
+
+
+def test_the_kernels_register_as_operators_that_autograd_and_compile_accept(triton_backend):
+    q, k, v = (torch.randn(1, n, 2, 16, device=DEVICE, requires_grad=True) for n in (5, 7, 7))
+    x, weight = (torch.randn(*s, 32, device=DEVICE, requires_grad=True) for s in ((1, 5), ()))
+    gate = torch.randn(1, 1, 32, device=DEVICE)
+    for op, arguments in (("attention", (q, k, v)), ("rms_norm_rope", (x, weight, None, None, 2, 1e-6)),
+                          ("residual_norm", (x, x.detach(), gate, gate, gate, 1e-6))):  # fmt: skip
+        torch.library.opcheck(getattr(torch.ops.nanokiwi, op), arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_a_backend_that_cannot_run_is_refused_and_auto_takes_what_can(monkeypatch):
+    q = torch.randn(1, 4, 2, 16)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="auto, ref, sdpa, triton"):
+        kernels.set_backend("cuda")
+    assert kernels.choose(q) == "sdpa"
+    kernels.set_backend("triton")
+    with pytest.raises(RuntimeError, match="needs a GPU"):
+        kernels.attention(q, q, q)
+    kernels.set_backend("auto")
 
 
 # ------------------------------------------------------------------------------------------------ dit.py
@@ -162,11 +300,8 @@ def test_rope_and_the_time_embedding_match_the_release_in_float64():
 
 
 def test_the_dit_agrees_with_diffusers_and_in_bfloat16_is_no_further_from_float32():
-    diffusers = pytest.importorskip("diffusers")
-    theirs = randomise(diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=32, in_channels=16, out_channels=16, text_dim=24,
-        freq_dim=32, ffn_dim=96, num_layers=2, cross_attn_norm=True, eps=1e-6, rope_max_seq_len=64,
-    ))  # fmt: skip
+    pytest.importorskip("diffusers")
+    theirs = randomise(diffusers_dit(tiny_dit()))
     ours, t = DiT(tiny_dit()), torch.tensor([625.0, 40.0])
     load_weights(ours, theirs.state_dict())
     x, text, out = torch.randn(2, 16, 3, 6, 10), torch.randn(2, 7, 24), {}
@@ -215,42 +350,12 @@ def test_the_vae_matches_the_release_at_every_length_and_chunk(version, chunk):
         assert close(decoded, cases[f"decode.{frames}.video"])
 
 
-def diffusers_vae_name(name, version):
-    """Wan's name of a VAE parameter -> diffusers' name."""
-    for wan, theirs in (
-        (r"residual\.0\.", "norm1."), (r"residual\.2\.", "conv1."), (r"residual\.3\.", "norm2."),
-        (r"residual\.6\.", "conv2."), (r"shortcut", "conv_shortcut"), (r"middle\.0", "mid_block.resnets.0"),
-        (r"middle\.1", "mid_block.attentions.0"), (r"middle\.2", "mid_block.resnets.1"), (r"head\.0", "norm_out"),
-        (r"head\.2", "conv_out"), (r"coder\.conv1", "coder.conv_in"), (r"^conv1", "quant_conv"),
-        (r"^conv2", "post_quant_conv"),
-    ):  # fmt: skip
-        name = re.sub(wan, theirs, name)
-    if version == "2.2":
-        name = re.sub(r"downsamples\.(\d)\.downsamples\.\d\.(resample|time)", r"down_blocks.\1.downsampler.\2", name)
-        name = re.sub(r"upsamples\.(\d)\.upsamples\.\d\.(resample|time)", r"up_blocks.\1.upsampler.\2", name)
-        name = re.sub(r"downsamples\.(\d)\.downsamples\.(\d)", r"down_blocks.\1.resnets.\2", name)
-        return re.sub(r"upsamples\.(\d)\.upsamples\.(\d)", r"up_blocks.\1.resnets.\2", name)
-    name = name.replace("downsamples", "down_blocks")
-    per_level = 3  # num_res_blocks 1: two residual blocks and the upsampling
-    flat = re.search(r"upsamples\.(\d+)", name)
-    if not flat:
-        return name
-    level, place = divmod(int(flat[1]), per_level)
-    inner = "upsamplers.0" if place == per_level - 1 else f"resnets.{place}"
-    return name.replace(flat[0], f"up_blocks.{level}.{inner}")
-
-
 @pytest.mark.parametrize("version", ["2.2", "2.1"])
 def test_the_vae_agrees_with_diffusers(version):
-    diffusers = pytest.importorskip("diffusers")
-    config = tiny_vae(version)
-    extra = dict(is_residual=True, patch_size=2, in_channels=12, out_channels=12, scale_factor_spatial=16)
-    theirs = diffusers.AutoencoderKLWan(
-        base_dim=8, decoder_base_dim=config.decoder_dim, z_dim=12, num_res_blocks=1, latents_mean=[0.0] * 12,
-        latents_std=[1.0] * 12, **(extra if version == "2.2" else {}),
-    ).eval()  # fmt: skip
-    ours = randomise(VAE(config))
-    theirs.load_state_dict({diffusers_vae_name(k, version): v for k, v in ours.state_dict().items()})
+    pytest.importorskip("diffusers")
+    ours = randomise(VAE(tiny_vae(version)))
+    theirs = diffusers_vae(ours.config).eval()
+    theirs.load_state_dict({diffusers_vae_name(k, ours.config): v for k, v in ours.state_dict().items()})
     video = torch.rand(1, 3, 9, 32, 48) * 2 - 1
     with torch.no_grad():
         latents = ours.encode(video)
@@ -544,6 +649,85 @@ def test_a_file_is_whole_or_absent(tmp_path):
         temporary.write_bytes(b"half")
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mixture_gives_each_row_once_an_epoch_in_the_ratio_asked_for_and_has_no_state():
+    buckets = {"image": {(1, 64, 64): list(range(10)), (1, 64, 96): [10, 11, 12]}, "video": {(9, 64, 64): list(range(5))}}
+    mixture = Mixture(buckets, {"image": 2, "video": 1, "ref": 0}, 2, seed=3)
+    batches = [mixture[n] for n in range(300)]
+    assert [kind for kind, *_ in batches[:6]] == ["image", "video", "image"] * 2
+    seen = [row for kind, _, rows in batches if kind == "image" for row in rows]
+    for row in range(13):  # 400 samples are 30.8 epochs; buckets of an odd size cut their batches across epochs
+        assert 29 <= seen.count(row) <= 32
+    assert sorted(seen[:26]) != sorted(range(13)) * 2 or sorted(seen[:26]) == sorted([*range(13)] * 2)
+    again = Mixture(buckets, {"image": 2, "video": 1}, 2, seed=3)
+    assert [again[n] for n in (299, 7, 100)] == [batches[n] for n in (299, 7, 100)]
+    assert [Mixture(buckets, {"image": 2, "video": 1}, 2, seed=4)[n] for n in range(9)] != batches[:9]
+
+
+def write_table(path, rows, ref=False):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["src_video", "tgt_video", "prompt", *["ref_image"] * ref], *rows])
+    return path
+
+
+def test_a_broken_sample_is_replaced_by_the_next_of_its_shape_and_reported(tmp_path):
+    for name in ("a.mp4", "b.mp4", "c.mp4"):
+        write_clip(tmp_path / name, moving_picture(9, 64, 64))
+    rows = read_table(write_table(tmp_path / "video.csv", [[n, n, "Mirror it."] for n in ("a.mp4", "b.mp4", "c.mp4")]), "video")
+    assert measure_rows(rows, still=False) == [(9, 64, 64)] * 3
+    mixture = Mixture({"video": {(9, 64, 64): [0, 1, 2]}}, {"video": 1}, 3, seed=0)
+    (tmp_path / "b.mp4").write_bytes((tmp_path / "b.mp4").read_bytes()[:900])
+    batch = Pairs({"video": rows}, Curriculum([(0, mixture)]), lambda source, ref: None)[0]
+    order = ["abc"[row] for row in mixture[0][2]]
+    assert [Path(p).stem for p in batch["paths"]] == ["c" if name == "b" else name for name in order]
+    assert [Path(path).name for path, _ in batch["bad"]] == ["b.mp4"] and "b.mp4" in batch["bad"][0][1]
+    for name in "ac":
+        (tmp_path / f"{name}.mp4").unlink()
+    assert "none of the 3" in Pairs({"video": rows}, Curriculum([(0, mixture)]), None)[0]["fatal"]
+
+
+@pytest.mark.parametrize("text, says", [
+    ("src_video,prompt\na.png,x\n", "no column tgt_video"), ("src_video,tgt_video,prompt\n", "has no rows"),
+    ("src_video,tgt_video,prompt\na.png,,x\n", "line 2: an empty field"), ("", "no column src_video"),
+    ("src_video,tgt_video,prompt\na.png,../../etc/passwd,x\n", "is outside of"),
+])  # fmt: skip
+def test_a_bad_table_is_refused_with_its_line(tmp_path, text, says):
+    (tmp_path / "image.csv").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        read_table(tmp_path / "image.csv", "image")
+
+
+def test_parquet_with_reference_bytes_gives_the_rows_that_a_csv_gives(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    write_image(tmp_path / "ref.png", moving_picture(1, 50, 40)[0])
+    content = (tmp_path / "ref.png").read_bytes()
+    columns = {"iid": ["1", "2", "3"], "prompt": ["x"] * 3, "src_video": ["a.mp4"] * 3, "tgt_video": ["b.mp4"] * 3,
+               "ref_image_bytes": [content, None, content]}  # fmt: skip
+    parquet.write_table(pyarrow.table(columns), tmp_path / "ref.parquet", row_group_size=2)
+    rows = read_table(tmp_path / "ref.parquet", "ref")
+    assert [row.source for row in rows] == [str(tmp_path / "a.mp4")] * 3
+    assert torch.equal(data.read_reference(rows[2].ref), moving_picture(1, 50, 40)[0])
+    with pytest.raises(MediaError, match="row 1 of group 0: has no ref_image_bytes"):
+        data.read_reference(rows[1].ref)
+
+
+def test_large_clips_share_a_few_shapes_and_small_ones_keep_theirs():
+    assert bucket((100, 480, 832), 81, 720 * 1280) == (81, 480, 832)
+    assert bucket((50, 1080, 1920), 81, 360_000) == bucket((49, 1070, 1930), 81, 360_000) == (49, 448, 800)
+
+
+def test_check_names_what_is_wrong_with_a_table(tmp_path, capsys):
+    write_clip(tmp_path / "a.mp4", moving_picture(9, 64, 64))
+    write_clip(tmp_path / "b.mp4", moving_picture(7, 64, 96))
+    (tmp_path / "c.mp4").write_text("no clip")
+    pairs = [["a.mp4", "a.mp4", "x"], ["a.mp4", "b.mp4", "x"], ["a.mp4", "c.mp4", "x"]]
+    with pytest.raises(SystemExit, match="2 rows have faults"):
+        data.main(["check", str(write_table(tmp_path / "video.csv", pairs))])
+    said = capsys.readouterr()
+    said = said.out + said.err
+    for words in ("b.mp4: has 7 frames, its source 9", "crops will not match", "c.mp4: cannot be decoded", "3 rows, 2 with faults"):
+        assert words in said
 
 
 # ------------------------------------------------------------------------------------------------ model.py
@@ -970,6 +1154,257 @@ def test_an_interrupted_run_leaves_no_file(tmp_path, small_weights):
     assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
 
 
+# ------------------------------------------------------------------------------------------------ train.py
+
+
+@pytest.fixture(scope="session")
+def lesson(tmp_path_factory, qwen_folder):
+    """A data set of some tiny pairs of every kind, and weights of a tiny model with two heads."""
+    folder = tmp_path_factory.mktemp("lesson")
+    tables = {"image.csv": [], "video.csv": [], "ref_video.csv": []}
+    for name, rows in tables.items():
+        for i in range(5):
+            frames = moving_picture(1 if name == "image.csv" else 5 + 4 * (i % 2), 64, 64 + 32 * (i % 3 == 0))
+            files = [f"{name[:-4]}_{i}_{part}.{'png' if len(frames) == 1 else 'mp4'}" for part in ("src", "tgt")]
+            for file, pixels in zip(files, (frames, 255 - frames)):
+                write_image(folder / file, pixels[0]) if len(frames) == 1 else write_video(folder / file, pixels, 8)
+            write_image(folder / f"ref_{i}.png", frames[0, : 40 + 7 * i])
+            rows.append([*files, f"Invert it, {i}.", *[f"ref_{i}.png"] * (name == "ref_video.csv")])
+        write_table(folder / name, rows, ref=name == "ref_video.csv")
+    torch.manual_seed(0)
+    mllm = MLLMConfig(str(qwen_folder), 48, 4, 4, 4, max_ref_tokens=4, max_pixels=64 * 64)
+    dit = tiny_dit(dim=48, ffn_dim=48, num_heads=2, in_dim=48, out_dim=48)
+    model = KiwiEdit(KiwiConfig(dit, VAEConfig(dim=4, dec_dim=4, z_dim=48, num_res_blocks=1), mllm))
+    randomise(model, 0.5).save(folder / "weights")
+    return folder
+
+
+SMALL = ["global_batch=4", "pixels=6144", "frames=9", "warmup=0", "lr=1e-3", "lora_rank=2"]
+
+
+def lessons(lesson, out, *flags, stage=3, weights="weights", settings=()):
+    """The command line of a small run."""
+    words = ["--stage", stage, "--data", lesson, "--out", out, "--weights", lesson / weights, "--workers", 0, *flags]
+    return [*map(str, words), "--set", *SMALL, *settings]
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def part_of(name):
+    if ".lora_" in name:
+        return "lora"
+    if name.startswith("dit."):
+        return "text_embedding" if ".text_embedding." in name else "dit"
+    return ".".join(name.split(".")[: 2 if name.startswith("mllm.") else 1])
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_step_changes_exactly_the_parameters_that_the_stage_trains(tmp_path, lesson, preset, stage):
+    args = train.parse_arguments(lessons(lesson, tmp_path, "--preset", preset, stage=stage, settings=["global_batch=6"]))
+    chosen = train.choose_stage(args)
+    ranks = train.Ranks(args)
+    try:
+        model = train.load_model(args, chosen, ranks, None)
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:  # zero at first, and then A would have no gradient
+                torch.nn.init.normal_(parameter)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        trainer = train.Trainer(args, chosen, ranks, model, *train.open_data(args, chosen, ranks))
+        assert trainer.step(iter(trainer.loader()))["skipped"] == 0
+    finally:
+        ranks.leave()
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    expected = {"lora", "mllm.image_queries", "mllm.connector"}
+    expected |= {"mllm.video_queries", "dit", "source_embedder"} if stage > 1 else set()
+    expected |= {"mllm.ref_queries", "mllm.ref_connector", "ref_embedder"} if stage > 2 else set()
+    assert changed == {name for name in before if part_of(name) in expected}
+
+
+@golden
+@pytest.mark.parametrize("config, stage", [("5b", 1), ("5b", 2), ("5b", 3), ("14b", 1), ("14b", 2)])
+def test_what_a_stage_saves_has_exactly_the_released_names_and_shapes(tmp_path, real_qwen_folder, config, stage):
+    name = f"wan2{'2_5b' if config == '5b' else '1_14b'}"
+    args = train.parse_arguments(["--config", name, "--stage", str(stage), "--preset", "released", "--init", "random",
+                                  "--qwen", str(real_qwen_folder), "--out", str(tmp_path), "--dry-run"])  # fmt: skip
+    chosen = train.choose_stage(args)
+    ranks = train.Ranks(args)
+    try:
+        with torch.device("meta"):
+            model = train.load_model(args, chosen, ranks, None)
+    finally:
+        ranks.leave()
+    saved = {released_name(n): tuple(p.shape) for n, p in model.named_parameters() if train.belongs(n, chosen)}
+    assert saved == {n: tuple(t.shape) for n, t in manifest(f"trainable_{config}_stage{stage}").items()}
+    assert all(our_name(released_name(n)) == n for n, _ in model.named_parameters())
+
+
+def test_ddp_fsdp_and_sequence_parallelism_give_the_losses_of_one_process_and_resume_on_another_number(tmp_path, lesson):
+    short, long = ["steps=3", "pixels=4096,6144"], ["steps=20", "pixels=4096,6144", "ema=0.9"]
+    train.main(lessons(lesson, tmp_path / "one", "--save-every", "13", settings=long))
+    runs = [lessons(lesson, tmp_path / name, "--save-every", "13", *flags, settings=settings) for name, flags, settings in (
+        ("ddp", [], long), ("fsdp", ["--parallel", "fsdp"], long), ("sp", ["--sp", "2"], short),
+        ("half", ["--sp", "2", "--parallel", "fsdp", "--dtype", "bfloat16"], short))]  # fmt: skip
+    (tmp_path / "all.py").write_text(f"import sys\nsys.path.insert(0, {str(HOUSE)!r})\nimport train\n"
+                                     f"train.dist.init_process_group('gloo')\nfor words in {runs!r}:\n    train.main(words)\n"
+                                     "train.dist.destroy_process_group()\n")  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "all.py")]
+    done = subprocess.run(torchrun, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=150)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one = torch.tensor(losses(tmp_path / "one"))
+    for name in ("ddp", "fsdp"):
+        assert len(losses(tmp_path / name)) == 20 and close(torch.tensor(losses(tmp_path / name)), one, 1e-5), name
+    train.main(lessons(lesson, tmp_path / "short", settings=short))
+    short_one = torch.tensor(losses(tmp_path / "short"))
+    assert close(torch.tensor(losses(tmp_path / "sp")), short_one, 1e-5)
+    assert close(torch.tensor(losses(tmp_path / "half")), short_one, 3e-2)
+    shutil.rmtree(tmp_path / "fsdp" / "step-000020")
+    train.main(lessons(lesson, tmp_path / "fsdp", "--resume", "auto", settings=long))  # 7 more steps on one process
+    assert close(torch.tensor(losses(tmp_path / "fsdp")), one, 1e-5)
+    for name in ("weights", "ema"):
+        a, b = (load_file(tmp_path / run / "step-000020" / f"{name}.safetensors") for run in ("one", "fsdp"))
+        assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+
+
+def test_a_run_killed_at_any_point_goes_on_to_the_same_weights_bit_for_bit(tmp_path, lesson):
+    settings = ["steps=7", "pixels=4096,6144"]
+    train.main(lessons(lesson, tmp_path / "whole", settings=settings))
+    dice, kills, out = random.Random(0), 0, tmp_path / "killed"
+    while True:
+        flags = ["--resume", "auto", "--save-every", "1", "--workers", kills % 3]
+        command = [sys.executable, str(HOUSE / "train.py"), *lessons(lesson, out, *flags, settings=settings)]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        before = len(losses(out)) if (out / "metrics.jsonl").exists() else 0
+        while process.poll() is None and not ((out / "metrics.jsonl").exists() and len(losses_so_far(out)) > before):
+            time.sleep(0.01)
+        time.sleep(dice.random() * 0.3)
+        if process.poll() is not None or kills == 3:
+            break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert process.wait(100) == 0, process.stderr.read()
+    assert kills and losses(out) == losses(tmp_path / "whole")
+    a, b = (load_file(run / "step-000007" / "weights.safetensors") for run in (tmp_path / "whole", out))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert sorted(p.name for p in out.iterdir() if "step" in p.name) == ["step-000005", "step-000006", "step-000007"]
+
+
+def losses_so_far(out):
+    return [line for line in (out / "metrics.jsonl").read_text().split("\n")[:-1]]
+
+
+def test_a_signal_saves_the_last_whole_step_and_exits_with_success(tmp_path, lesson):
+    command = [sys.executable, str(HOUSE / "train.py"), *lessons(lesson, tmp_path / "run", "--workers", "1")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or len(losses_so_far(tmp_path / "run")) < 2:
+        time.sleep(0.02)
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGTERM)  # the workers too, as torchrun does
+    assert process.wait(60) == 0
+    steps = len(losses(tmp_path / "run"))
+    assert f"SIGTERM: step {steps} of" in process.stdout.read()
+    assert (tmp_path / "run" / f"step-{steps:06d}" / "train.json").is_file()
+
+
+def test_each_stage_starts_from_the_one_before_and_its_checkpoint_edits(tmp_path, lesson):
+    for stage in (1, 2, 3):
+        before = f"{tmp_path}/{stage - 1}" if stage > 1 else lesson / "weights"
+        train.main(lessons(lesson, tmp_path / str(stage), "--weights", before, stage=stage, settings=["steps=1"]))
+    checkpoint = tmp_path / "3" / "step-000001" / "weights.safetensors"
+    model = KiwiEdit.from_pretrained(checkpoint, dtype=torch.float32, base=lesson / "weights")
+    assert small_edit(model).shape == (6, 32, 64, 3)
+    first, last = (load_file(tmp_path / stage / "step-000001" / "weights.safetensors") for stage in "13")
+    name = "mllm.model.model.language_model.layers.0.self_attn.q_proj.lora_B.default.weight"
+    assert first[name].any() and not torch.equal(first[name], last[name]) and first.keys() < last.keys()
+
+
+def test_a_released_training_checkpoint_goes_on_training(tmp_path, lesson, qwen_folder):
+    checkpoint = save_training_layout(small_model(qwen_folder), tmp_path, stage=2)
+    flags = ["--weights", checkpoint, "--base", tmp_path / "wan", "--qwen", tmp_path / "qwen", "--config", "nano"]
+    train.main(lessons(lesson, tmp_path / "run", *flags, settings=["steps=1"]))
+    trained, before = load_file(tmp_path / "run" / "step-000001" / "weights.safetensors"), load_file(checkpoint)
+    assert before.keys() < trained.keys()  # references are new
+    assert all((trained[k] - before[k]).abs().max() < 0.01 for k in before)
+
+
+def test_training_from_a_cache_gives_the_same_losses(tmp_path, lesson):
+    settings = ["steps=3", "ref_shrink=1"]
+    train.main(lessons(lesson, tmp_path / "plain", settings=settings))
+    train.main(lessons(lesson, tmp_path / "cache", "--write-cache", tmp_path / "cache", settings=settings))
+    train.main(lessons(lesson, tmp_path / "run", "--cache", tmp_path / "cache", settings=settings))
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain")
+    with pytest.raises(ValueError, match="written for other tables, pixels or frames"):
+        train.main(lessons(lesson, tmp_path / "other", "--cache", tmp_path / "cache", settings=["steps=1", "frames=5"]))
+
+
+def test_broken_samples_are_logged_and_too_many_stop_the_run(tmp_path, lesson):
+    for file in lesson.glob("*.*"):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "video_1_tgt.mp4").write_bytes((tmp_path / "video_1_tgt.mp4").read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"1 of 5 video rows cannot be read \(--max-bad 5\).*video_1_tgt"):
+        train.main(lessons(lesson, tmp_path / "run", "--data", tmp_path))
+    train.main(lessons(lesson, tmp_path / "run2", "--data", tmp_path, "--max-bad", "30", settings=["steps=2"]))
+    line = json.loads((tmp_path / "run2" / "bad.jsonl").read_text())
+    assert line["path"].endswith("video_1_tgt.mp4") and "cannot be decoded" in line["reason"]
+
+
+def test_a_diverged_run_skips_steps_and_stops_with_the_sample(tmp_path, lesson, capsys):
+    with pytest.raises(ValueError, match=r"5 steps in a row were skipped.*_tgt\.(png|mp4)"):
+        train.main(lessons(lesson, tmp_path / "run", settings=["lr=1e30", "weight_decay=0"]))
+    assert "skipped: its gradient is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words, says", [
+    (["--set", "speed=2"], "Stage has no 'speed'; it has"), (["--set", "steps=many"], "not of the kind"),
+    (["--set", "schedule=never"], "expected constant, cosine or linear"), (["--sp", "2"], "does not divide the 1 processes"),
+    (["--weights", "nowhere"], "no such file or folder"), (["--data", "nowhere"], "has no image.csv"),
+    (["--dtype", "bfloat16", "--parallel", "ddp"], "take --parallel fsdp"), (["--set", "batch=3"], "not a multiple of batch"),
+    (["--resume", "nowhere"], "not a checkpoint folder"), (["--set", "paint.dim=3"], "there are model, dit, vae, mllm"),
+])  # fmt: skip
+def test_a_bad_request_to_train_is_one_clear_line(tmp_path, lesson, monkeypatch, words, says):
+    plain = lessons(lesson, tmp_path / "run", settings=words[1:] if words[0] == "--set" else [])
+    plain[plain.index("--set"):plain.index("--set")] = [] if words[0] == "--set" else words
+    monkeypatch.setattr(sys, "argv", ["train.py", *plain])
+    with pytest.raises(SystemExit) as exit_:
+        train.run()
+    assert says in exit_.value.code and "\n" not in exit_.value.code
+
+
+def test_without_weights_or_over_another_run_nothing_starts(tmp_path, lesson):
+    with pytest.raises(ValueError, match="nothing to start from; give --weights PATH, or --init random"):
+        train.main(["--config", "nano", "--stage", "1", "--data", str(lesson), "--out", str(tmp_path / "run")])
+    train.main(lessons(lesson, tmp_path / "run", settings=["steps=1"]))
+    with pytest.raises(ValueError, match="give --resume auto to continue"):
+        train.main(lessons(lesson, tmp_path / "run", settings=["steps=1"]))
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_no_half_checkpoint(tmp_path, lesson):
+    command = [sys.executable, str(HOUSE / "train.py"), *lessons(lesson, tmp_path / "run", settings=["steps=2"])]
+    done = subprocess.run(["bash", "-c", f"ulimit -f 100; {shlex.join(command)}"], capture_output=True, text=True)
+    assert done.returncode != 0 and "the checkpoint cannot be written" in done.stderr.splitlines()[-1]
+    assert train.valid_checkpoints(tmp_path / "run") == []
+
+
+def test_a_dry_run_writes_nothing_and_a_plot_shows_the_losses(tmp_path, lesson, capsys):
+    train.main(lessons(lesson, tmp_path / "run", "--dry-run"))
+    said = capsys.readouterr().out
+    assert "M trained" in said and "frames of 64x64" in said and "GiB" in said and not (tmp_path / "run").exists()
+    flags = ["--sample-every", "2", "--sample-steps", "1"]
+    train.main(lessons(lesson, tmp_path / "run", *flags, settings=["steps=2"]))
+    train.main(["--plot", str(tmp_path / "run")])
+    assert "<polyline" in (tmp_path / "run" / "loss.svg").read_text()
+    assert read_clip(tmp_path / "run" / "samples" / "step-000002-ref.mp4").frames.shape[2] == 3 * 96
+
+
+def test_the_help_of_train_and_data_answers_without_torch():
+    for name in ("train.py", "data.py"):
+        probe = f"import runpy, sys; sys.argv = [{name!r}, '--help']\ntry: runpy.run_path({name!r}, run_name='__main__')\n"
+        probe += "except SystemExit: assert not {'torch', 'av', 'transformers', 'numpy'} & sys.modules.keys()"
+        done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=HOUSE)
+        assert done.returncode == 0 and "examples:" in done.stdout, done.stderr
 # ------------------------------------------------------------------------------------------------ nano.py, world.py
 
 
@@ -1127,3 +1562,541 @@ def test_an_archive_that_is_not_the_checked_one_is_refused(tmp_path):
         nano.fetch_package("@pmndrs/assets", tmp_path)
     assert nano.plain_name({"name": "DOG FACE", "category": "Animals & Nature"}) == "dog"
     assert nano.plain_name({"name": "Clock Face One Oclock", "category": "Travel & Places"}) is None
+# ------------------------------------------------------------------------------------------------ metrics.py, judges.py, judge.py
+
+
+def smooth_clip(colour, count=8, size=64):
+    """A coloured square that moves over a grey slope: uint8 (count, size, size, 3)."""
+    frames = torch.linspace(60, 160, size).repeat(count, size, 1)[..., None].repeat(1, 1, 1, 3)
+    for t in range(count):
+        frames[t, 16:48, 8 + 2 * t : 40 + 2 * t] = torch.tensor(colour, dtype=torch.float)
+    return frames.to(torch.uint8)
+
+
+RED, GREEN, BLUE = (220, 30, 30), (30, 200, 40), (40, 60, 220)
+
+
+def as_clip(colour, **more):
+    return metrics.as_float(smooth_clip(colour, **more))
+
+
+def test_metrics_know_the_copy_the_edit_the_wrong_reference_and_shuffled_frames():
+    source, edit, (red, green) = as_clip(BLUE), as_clip(RED), (as_clip(c)[:1, :, 16:48, 8:40] for c in (RED, GREEN))
+    copy, true = metrics.measure(source, source, [red]), metrics.measure(source, edit, [red, green])
+    assert copy["edit_strength"] == copy["edited_area"] == copy["reference_gain"] == copy["flicker_excess"] == 0
+    assert copy["preserved_psnr"] == 60 and copy["preserved_ssim"] == pytest.approx(1)
+    assert true["edited_area"] == pytest.approx(0.25, abs=0.06) and true["preserved_psnr"] == 60
+    assert true["reference_gain"] > 0.3 > true["control_wrong_gains"][0]
+    assert true["control_shuffled_flicker"] > 2 * true["flicker"]
+
+
+def test_a_small_edit_is_not_drowned_by_what_stayed():
+    source, ref = as_clip(BLUE, size=256), as_clip(RED)[:1, :, 16:48, 8:40]
+    edit = source.clone()
+    edit[:, :, 180:204, 200:224] = ref[..., :24, :24]
+    changed = metrics.reference_scores(source, edit, metrics.change_map(source, edit), [ref])[0]
+    everywhere = metrics.reference_scores(source, edit, torch.ones(8, 32, 32), [ref])[0]
+    assert changed[1] > 0.3 and changed[1] > everywhere[1] + 0.05
+
+
+def test_damage_to_what_should_stay_lowers_the_preserved_psnr_as_its_formula_says():
+    source, edit = as_clip(BLUE), as_clip(RED) + 0.02
+    expected = -20 * np.log10(0.02)
+    assert metrics.measure(source, edit)["preserved_psnr"] == pytest.approx(expected, abs=0.3)
+    noisy = (as_clip(RED) + 0.1 * torch.randn_like(source)).clamp(0, 1)
+    assert metrics.measure(source, noisy)["flicker_excess"] > 10
+
+
+def test_correlations_and_intervals_are_right_on_numbers_done_by_hand():
+    assert judge.spearman([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8)
+    assert judge.kendall([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(4 / 6)
+    assert judge.kendall([1, 1, 2], [1, 2, 3]) == pytest.approx(2 / 6**0.5) and judge.spearman([1, 1, 1], [1, 2, 3]) is None
+    values = np.random.default_rng(1).normal(3, 1, 400)
+    mean = judge.mean_of([list(values)])
+    assert mean.high - mean.low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
+    assert judge.mean_of([[1.0, 1.0], [3.0, 3.0]]).value == 2  # tasks weigh the same
+    assert judge.mean_of([[1.0, 2.0]], missing=1, allow_missing=False).value is None
+
+
+@pytest.mark.parametrize("line", readme_commands("judge.py"))
+def test_the_readme_s_judge_commands_parse(line):
+    words = shlex.split(line, comments=True)
+    judge.parse_arguments(words[words.index("judge.py") + 1 :])
+
+
+def test_every_flag_of_judge_is_read():
+    text = (HOUSE / "judge.py").read_text() + (HOUSE / "judges.py").read_text()
+    flags = re.findall(r'add\(\s*"--([\w-]+)"', text)
+    assert len(flags) > 25 and all(f"args.{flag.replace('-', '_')}" in text for flag in flags)
+
+
+NAMES = ["instruction_compliance", "consistency_detail", "visual_quality"]
+
+
+@pytest.mark.parametrize("text", [
+    '{"reasoning": "ok", "instruction_compliance": 4, "consistency_detail": 3, "visual_quality": 2}',
+    'Sure!\n```json\n{"visual_quality": 2, "consistency_detail": "3/5", "instruction_compliance": "**4**"}\n```\nDone.',
+    '{"scores": {"Instruction Compliance": 4, "consistency detail": 3.0, "visual_quality": "2 out of 5"}}',
+    "Brief reasoning: 2 hats, 5 dogs.\nVisual Quality & Stability: 2\n**Instruction Compliance**: **4/5**\nConsistency & Detail: 3"
+    .replace("Consistency & Detail", "Consistency Detail"),
+    '{"reasoning": "cut", "instruction_compliance": 4, "consistency_detail": 3, "visual_quality": 2',
+])  # fmt: skip
+def test_an_answer_is_read_by_its_names_whatever_stands_around_the_numbers(text):
+    assert judges.read_answer(text, NAMES) == dict(zip(NAMES, (4, 3, 2)))
+
+
+@pytest.mark.parametrize("text, says", [
+    ('{"instruction_compliance": 6, "consistency_detail": 3, "visual_quality": 2}', "6 is not a whole number"),
+    ('{"instruction_compliance": 3.5, "consistency_detail": 3, "visual_quality": 2}', "3.5 is not a whole"),
+    ('{"instruction_compliance": "8/10", "consistency_detail": 3, "visual_quality": 2}', "scale"),
+    ('{"instruction_compliance": true, "consistency_detail": 3, "visual_quality": 2}', "not a score"),
+    ('{"instruction_compliance": 4, "consistency_detail": 3, "visual_qu', "visual_quality is missing"),
+    ("Visual quality: 3\nVisual quality: 4\nInstruction compliance: 4\nConsistency detail: 1", "given twice"),
+    ("Instruction compliance: 3-4\nConsistency detail: 1\nVisual quality: 1", "instruction_compliance is missing"),
+    ("Instruction compliance: -4\nConsistency detail: 1\nVisual quality: 1", "-4 is not"),
+    ("I cannot judge this video.", "instruction_compliance is missing"), ("", "missing"),
+])  # fmt: skip
+def test_an_answer_without_a_possible_score_is_refused_and_never_guessed(text, says):
+    with pytest.raises(judges.Malformed, match=says):
+        judges.read_answer(text, NAMES)
+
+
+def write_refvie(folder, count=3):
+    """A benchmark in RefVIE-Bench's format with edits under the released names: sources blue, edits and refs red."""
+    (folder / "edits").mkdir(parents=True)
+    lines = []
+    for i in range(count):
+        task = "background" if i == count - 1 else "subject"
+        instruction = f"Replace the square by number {i}."
+        write_video(folder / f"{i}_src.mp4", smooth_clip(BLUE, 8 + i), 4)
+        write_image(folder / f"{i}.png", smooth_clip((220 - 40 * i, 30 + 50 * i, 30))[0])
+        write_video(folder / "edits" / f"{i}_{instruction[:10]}_{i}_src.mp4", smooth_clip(RED, 8 + i), 4)
+        lines += [f"- src_video: {i}_src.mp4", f'  instruction: "{instruction}"', f"  ref_img: {i}.png", f"  edit_type: {task}"]
+    (folder / "bench.yaml").write_text("\n".join(lines))
+    return folder
+
+
+def good_answer(request, scores=(4, 3, 2)):
+    names = [n for task in judge.REFERENCE_TASKS.values() for n in task[1] if f"\n{n}:" in request["text"]]
+    return json.dumps({"reasoning": "as seen", **dict(zip(names, scores))})
+
+
+class FakeJudge:
+    """A server in the shapes of Gemini and OpenAI. `say(request, nth)` gives the answer's text, or a special tuple:
+    ("status", code, headers), ("hang",), ("drop",), ("raw", bytes)."""
+
+    def __init__(self, say=lambda request, nth: good_answer(request)):
+        fake, self.say, self.requests, self.lock, self.over = self, say, [], threading.Lock(), threading.Event()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                fake.answer(self, fake.understand(self.path, self.headers, body))
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def understand(self, path, headers, body):
+        gemini = path.endswith(":generateContent")
+        text = body["systemInstruction"]["parts"][0]["text"] if gemini else body["messages"][0]["content"]
+        parts = body["contents"][0]["parts"] if gemini else body["messages"][1]["content"]
+        return dict(path=path, headers=dict(headers), gemini=gemini, text=text, parts=parts, item=text.split("\n")[-1])
+
+    def answer(self, handler, request):
+        with self.lock:
+            nth = sum(r["item"] == request["item"] for r in self.requests)
+            self.requests.append(request)
+        said = self.say(request, nth)
+        code, extra = 200, {}
+        if isinstance(said, str):
+            tokens = len(request["text"])
+            shape = {"choices": [{"message": {"content": said}}], "usage": {"prompt_tokens": tokens, "completion_tokens": 9}}
+            if request["gemini"]:
+                usage = {"promptTokenCount": tokens, "candidatesTokenCount": 9}
+                shape = {"candidates": [{"content": {"parts": [{"text": said}]}}], "usageMetadata": usage}
+            data = json.dumps(shape).encode()
+        elif said[0] == "status":
+            code, extra, data = said[1], said[2], b"API key not valid. " * (said[1] == 400) + str(request["headers"]).encode()
+        elif said[0] == "raw":
+            data = said[1]
+        elif said[0] == "dribble":
+            handler.send_response(200)
+            handler.end_headers()
+            for _ in range(200):
+                self.over.wait(0.02)
+                handler.wfile.write(b" ")
+            return
+        else:
+            if said[0] == "hang":
+                self.over.wait(20)
+            handler.connection.close()
+            return
+        try:
+            handler.send_response(code)
+            for name, value in {"Content-Length": len(data), **extra}.items():
+                handler.send_header(name, str(value))
+            handler.end_headers()
+            handler.wfile.write(data)
+            request["served"] = True
+        except OSError:
+            pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture(scope="session")
+def refvie_original(tmp_path_factory):
+    return write_refvie(tmp_path_factory.mktemp("bench") / "refvie")
+
+
+@pytest.fixture
+def refvie(tmp_path, refvie_original):
+    return Path(shutil.copytree(refvie_original, tmp_path / "refvie"))
+
+
+def score(folder, fake, *more, judge_="openai:m", out="out"):
+    arguments = ["score", "--bench", "refvie", folder / "bench.yaml", "--edits", folder / "edits", "--judge", judge_,
+                 "--endpoint", fake.url, "--wait", 0.01, "--out", folder / out, *more]  # fmt: skip
+    judge.main(list(map(str, arguments)))
+
+
+def lines_of(folder, out="out"):
+    lines = [json.loads(line) for line in (folder / out / "answers.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == "answer" and "metrics" not in line]
+
+
+@pytest.mark.parametrize("judge_, key", [("gemini-x", "GEMINI_API_KEY"), ("openai:m", "OPENAI_API_KEY")])
+def test_a_judge_gets_the_media_at_an_explicit_rate_and_the_key_stays_out_of_every_file(refvie, monkeypatch, judge_, key):
+    monkeypatch.setenv(key, "secret-key-123")
+    busy_once = lambda request, nth: ("status", 429, {"Retry-After": "0"}) if nth == 0 else good_answer(request)
+    with FakeJudge(busy_once) as fake:
+        score(refvie, fake, "--mode", "strict", "--controls", 0, judge_=judge_)
+        request = fake.requests[-1]
+    assert "secret" not in request["path"] and "secret-key-123" in str(request["headers"])
+    if judge_ == "gemini-x":
+        videos = [p for p in request["parts"] if "videoMetadata" in p]
+        assert len(videos) == 2 and all(p["videoMetadata"] == {"fps": 4.0} for p in videos)
+        assert base64.b64decode(videos[1]["inlineData"]["data"]) in [p.read_bytes() for p in (refvie / "edits").iterdir()]
+    else:
+        pictures = [p for p in request["parts"] if p["type"] == "image_url"]
+        count = 8 + int(re.search(r"number (.)", request["item"])[1])  # frames of the clips, which have 4 a second too
+        assert len(pictures) == 1 + 2 * count
+    written = b"".join(p.read_bytes() for p in (refvie / "out").rglob("*") if p.is_file())
+    assert b"HTTP 429" in written and b"secret-key-123" not in written
+
+
+def test_the_hierarchy_is_enforced_in_code_and_its_breaches_are_counted(refvie):
+    with FakeJudge(lambda request, nth: good_answer(request, (2, 5, 1))) as fake:
+        score(refvie, fake, "--controls", 0)
+    text = (refvie / "out" / "refvie.md").read_text()
+    assert "broke the hierarchy in 3 of 3 answers" in text
+    assert [line["scores"].popitem()[1] for line in lines_of(refvie)] == [1] * 3  # the raw answers stay as they were
+    assert (refvie / "out" / "refvie.csv").read_text().splitlines()[1].split(",")[3:6] == ["2.0000", "2.0000", "1.0000"]
+
+
+TROUBLES = {
+    "429 storm": lambda n: ("status", 429, {}) if n < 3 else None,
+    "503": lambda n: ("status", 503, {}) if n < 2 else None,
+    "drop": lambda n: ("drop",) if n < 2 else None,
+    "hang": lambda n: ("hang",) if n < 1 else None,
+    "half an answer": lambda n: ("raw", b'{"choices": [{"mess') if n < 1 else None,
+    "out of range": lambda n: '{"identity_consistency": 9, "temporal_consistency": 1, "physical_integration": 1}' if n < 1 else None,
+    "refusal": lambda n: "I cannot help with that.",
+    "another shape": lambda n: ("raw", b'{"choices": "none"}') if n < 1 else None,
+    "bad request": lambda n: ("status", 413, {}),
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_every_trouble_ends_in_the_right_score_or_in_a_report_and_nothing_is_lost(refvie, trouble, capsys):
+    def say(request, nth):
+        bad = TROUBLES[trouble](nth) if "number 1" in request["item"] else None
+        return good_answer(request) if bad is None else bad
+
+    with FakeJudge(say) as fake:
+        run = lambda *more: score(refvie, fake, "--controls", 0, "--deadline", 0.7, "--retries", 3, *more)
+        if trouble not in ("refusal", "bad request"):
+            run()
+            assert "0 cut off" in capsys.readouterr().out
+        else:
+            with pytest.raises(SystemExit, match="1 of 3 items have no result"):
+                run()
+            assert "(1 missing)" in (refvie / "out" / "refvie.md").read_text()
+            before = len(fake.requests)  # a refusal may be a mood, a bad request stays bad
+            assert sum("number 1" in r["item"] for r in fake.requests) == (4 if trouble == "refusal" else 1)
+            run("--allow-missing")
+            asked_again = {request["item"] for request in fake.requests[before:]}
+            assert len(asked_again) == 1 and "4.00 (1 missing)" in (refvie / "out" / "refvie.md").read_text()
+    lines = lines_of(refvie)
+    assert len(lines) == len(fake.requests) and all(line["ok"] or line["error"] for line in lines)
+    assert {line["item"] for line in lines if line["ok"]} >= {"0", "2"}
+
+
+@pytest.mark.parametrize("how", ["hang", "dribble"])
+def test_a_server_that_hangs_or_dribbles_meets_the_deadline(how):
+    with FakeJudge(lambda request, nth: (how,)) as fake, pytest.raises(judges.TryAgain, match=r"no answer within 0\.3 s"):
+        judges.post(fake.url + "/chat/completions", {}, {"messages": [{"content": "x"}, {"content": []}]}, 0.3)
+
+
+@pytest.mark.parametrize("code, says", [(401, "refuses the key"), (400, "refuses the key"), (404, "no such model")])
+def test_a_refused_key_or_model_stops_the_run_at_once(refvie, monkeypatch, code, says):
+    monkeypatch.setenv("OPENAI_API_KEY", "wrong-key-9")
+    with FakeJudge(lambda request, nth: ("status", code, {})) as fake:
+        with pytest.raises(SystemExit, match=says) as stopped:
+            score(refvie, fake, "--repeats", 5, "--concurrency", 2)
+        assert len(fake.requests) <= 2 and "wrong-key" not in str(stopped.value)
+
+
+def test_a_server_that_is_not_there_is_not_asked_a_hundred_times(refvie):
+    with FakeJudge() as fake:
+        pass
+    with pytest.raises(SystemExit, match="cannot be reached"):
+        score(refvie, fake, "--repeats", 30, "--retries", 1)
+    assert len(lines_of(refvie)) < 20
+
+
+def test_the_key_is_not_carried_to_where_a_server_redirects(refvie, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key-123")
+    with FakeJudge() as other, FakeJudge(lambda request, nth: ("status", 302, {"Location": other.url})) as fake:
+        with pytest.raises(SystemExit, match="3 of 3 items have no result"):
+            score(refvie, fake, "--controls", 0)
+        assert len(fake.requests) == 3 and not other.requests
+
+
+def test_a_judge_that_was_not_shown_the_videos_is_found_out(refvie):
+    with FakeJudge() as fake:
+        fake.understand = (lambda old: lambda *a: {**old(*a), "text": ""})(fake.understand)
+        fake.say = lambda request, nth: '{"identity_consistency": 4, "temporal_consistency": 3, "physical_integration": 2}'
+        with pytest.raises(SystemExit):
+            score(refvie, fake, "--controls", 0, "--retries", 0)
+    assert all("dropped the videos" in line["error"] for line in lines_of(refvie))
+
+
+def test_after_kill_9_a_rerun_pays_for_no_item_twice(refvie):
+    served = threading.Event()
+
+    def say(request, nth):
+        if sum(r.get("served", False) for r in fake.requests) >= 3 and not served.is_set():
+            return ("hang",)
+        return good_answer(request)
+
+    with FakeJudge(say) as fake:
+        arguments = ["score", "--bench", "refvie", "bench.yaml", "--edits", "edits", "--judge", "openai:m", "--endpoint", fake.url,
+                     "--repeats", "3", "--controls", "0", "--concurrency", "1"]  # fmt: skip
+        process = subprocess.Popen([sys.executable, str(HOUSE / "judge.py"), *arguments, "--out", "out"], cwd=refvie,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        path, until = refvie / "out" / "answers.jsonl", time.time() + 60
+        while time.time() < until and (not path.exists() or path.read_text().count('"scores"') < 3 or len(fake.requests) < 4):
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
+        served.set()
+        with path.open("a") as file:
+            file.write('{"event": "answer", "ok": true, "key": "ha')  # as a crash in the middle of a line leaves it
+        score(refvie, fake, "--repeats", 3, "--controls", 0)
+    paid = [request for request in fake.requests if request.get("served")]
+    assert len(paid) == 9 and len(lines_of_whole(path)) == 9
+    assert "1 cut off (perhaps paid)" in (refvie / "out" / "refvie.md").read_text()
+
+
+def lines_of_whole(path):
+    """The keys that were answered, each once; broken lines are passed over as judge.py does."""
+    found = []
+    for line in path.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    keys = [line["key"] for line in found if line["event"] == "answer" and "scores" in line]
+    assert len(keys) == len(set(keys))
+    return keys
+
+
+def seeing(refvie):
+    """A judge with eyes: it knows the copy, the wrong reference and shuffled frames by their bytes."""
+    def say(request, nth):
+        number = re.search(r"number (.)", request["item"])[1]
+        media = [base64.b64decode(p["inlineData"]["data"]) for p in request["parts"] if "inlineData" in p]
+        ref, source, edit = media
+        if edit == source or ref != (refvie / f"{number}.png").read_bytes():
+            return good_answer(request, (1, 1, 1))
+        return good_answer(request, (5, 5, 5) if edit in [p.read_bytes() for p in (refvie / "edits").iterdir()] else (5, 1, 1))
+
+    return say
+
+
+def test_known_answers_hold_for_a_judge_with_eyes_and_not_for_a_blind_one(refvie, monkeypatch):
+    monkeypatch.setenv("GEMINI_API_KEY", "k")
+    for out, say, held in (("seeing", seeing(refvie), 2), ("blind", lambda request, nth: good_answer(request, (5, 5, 5)), 0)):
+        with FakeJudge(say) as fake:
+            score(refvie, fake, "--controls", 2, judge_="gemini-x", out=out)
+        text = (refvie / out / "refvie.md").read_text()
+        table = text[text.index("Controls of the judge") : text.index("## Metrics")]
+        assert re.findall(r"\| (\d) \| (\d) \|", table) == [(str(held), "2")] * 3
+
+
+def test_repeats_give_a_spread_and_human_scores_a_correlation(refvie):
+    (refvie / "people.csv").write_text("item,quality\n0,1\n1,3\n2,5\n")
+    say = lambda request, nth: good_answer(request, [int(re.search(r"number (.)", request["item"])[1]) + 1 + nth % 2] * 3)
+    with FakeJudge(say) as fake:
+        score(refvie, fake, "--repeats", 2, "--controls", 0, "--human", refvie / "people.csv")
+    text = (refvie / "out" / "refvie.md").read_text()
+    assert "mean over items: 0.71" in text and "| quality | mean score | 3 | 1.00 | 1.00 |" in text
+
+
+@pytest.mark.parametrize("taste, expected", [("first", "| 0 | 0 | 3 | 3 | 3 |"), ("red", "| 3 | 0 | 0 | 0 | 3 |")])
+def test_comparison_counts_a_win_only_in_both_orders(refvie, monkeypatch, taste, expected):
+    monkeypatch.setenv("GEMINI_API_KEY", "k")
+    (refvie / "other").mkdir()
+    for path in (refvie / "edits").iterdir():
+        write_video(refvie / "other" / path.name, smooth_clip(GREEN, len(read_clip(path).frames)), 4)
+
+    def say(request, nth):
+        videos = [base64.b64decode(p["inlineData"]["data"]) for p in request["parts"] if "videoMetadata" in p]
+        red = [p.read_bytes() for p in (refvie / "edits").iterdir()]
+        return json.dumps({"winner": "1" if taste == "first" or videos[1] in red else "2"})
+
+    with FakeJudge(say) as fake:
+        judge.main(["compare", "--bench", "refvie", str(refvie / "bench.yaml"), str(refvie / "edits"), str(refvie / "other"),
+                    "--judge", "gemini-x", "--endpoint", fake.url, "--out", str(refvie / "out")])  # fmt: skip
+    assert expected in (refvie / "out" / "refvie_compare.md").read_text()
+
+
+def test_a_missing_and_a_broken_edit_are_counted_and_shown(refvie, capsys):
+    edits = sorted((refvie / "edits").iterdir())
+    (refvie / "1.png").write_bytes(b"no picture")
+    edits[0].unlink()
+    edits[1].write_bytes(edits[1].read_bytes()[:100])
+    arguments = ["score", "--bench", "refvie", str(refvie / "bench.yaml"), "--edits", str(refvie / "edits"), "--out", str(refvie / "out"),
+                 "--endpoint", "https://me:p%40ss@host/v1"]  # fmt: skip
+    with pytest.raises(SystemExit, match="2 of 3 items have no result"):
+        judge.main(arguments)
+    text = (refvie / "out" / "refvie.md").read_text()
+    assert "p%40ss" not in text and "missing: " in text and "unreadable: " in text and "| background | 1 of 1 |" in text
+    assert "| subject | 0 of 2 | - (2 missing)" in text
+    page = (refvie / "out" / "refvie.html").read_text()
+    assert "data:image/jpeg;base64," in page and not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_averages_of_the_released_score_files_are_theirs_and_ours_are_equal_where_the_rule_was_kept(tmp_path, capsys):
+    answer = "Brief reasoning: fine.\nInstruction Compliance: {}\nVisual Quality & Stability: {}\nConsistency & Detail Fidelity: {}"
+    rows = [("global_style", (4, 3, 2)), ("global_style", (5, 5, 5)), ("local_add", (2, 2, 1))]
+    line = lambda task, s: json.dumps({"scores": list(s), "prompt": "p", "edited_type": task, "result": answer.format(*s)})
+    path = tmp_path / "openve_g_score.jsonl"
+    path.write_text("\n".join(line(*row) for row in rows))
+    judge.main(["averages", str(path)])
+    text = capsys.readouterr().out
+    assert "| global_style | 4.0000 | 4.00 [" in text and "| local_add | 1.6667 | 1.67 |" in text
+    assert "| mean of the tasks | 2.8333 | 2.83 |" in text and "| mean of all scores | 3.2222 | 3.22 [" in text
+    named = "Physical Integration & Tracking: 1\nIdentity Consistency & Compliance: 3\nTemporal Consistency & Texture Fidelity: 2"
+    path.write_text(json.dumps({"scores": [1, 3, 2], "result": named, "subtask": "subject", "meta_info": {}}))
+    judge.main(["averages", str(path)])
+    assert "| subject | 2.0000 | 2.00 | 1 | 0 | 0 |" in capsys.readouterr().out  # by name: nothing was broken
+    path.write_text(line("local_add", (2, 5, 1)))
+    judge.main(["averages", str(path)])
+    assert "| local_add | 2.6667 | 1.67 | 1 | 0 | 1 |" in capsys.readouterr().out
+
+
+def test_benchmarks_are_read_in_their_own_formats_and_lead_nowhere_else(tmp_path):
+    rows = "original_video,prompt,edited_type\nvideos/a.mp4,Add a hat.,local_add\nvideos/b.mp4,Zoom in.,camera_edit\n"
+    (tmp_path / "b.csv").write_text(rows)
+    (item,) = judge.read_bench("openve", tmp_path / "b.csv", "edits")
+    assert (item.edit, item.task, item.source) == (Path("edits/a_edited.mp4"), "local_add", tmp_path / "videos/a.mp4")
+    (tmp_path / "i.json").write_text('{"12": {"id": "animal/7.jpg", "prompt": "Add a hat.", "edit_type": "add"}}')
+    assert judge.read_bench("imgedit", tmp_path / "i.json", "edits")[0].edit == Path("edits/add/127.jpg")
+    (tmp_path / "b.csv").write_text(rows.replace("videos/a", "../a"))
+    with pytest.raises(judge.JudgeError, match="leads out of"):
+        judge.read_bench("openve", tmp_path / "b.csv", "edits")
+    with pytest.raises(judge.JudgeError, match="right"):
+        judge.read_bench("refvie", tmp_path / "i.json", "edits")
+
+
+def test_run_makes_the_edits_under_the_released_names_each_once_and_in_shards(refvie, small_weights, monkeypatch, capsys):
+    arguments = ["run", "--bench", "refvie", str(refvie / "bench.yaml"), "--weights", str(small_weights), "--edits",
+                 str(refvie / "new"), "--steps", "1", "--device", "cpu"]  # fmt: skip
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        judge.main(arguments)
+    assert sorted(p.name for p in (refvie / "new").iterdir()) == sorted(p.name for p in (refvie / "edits").iterdir())
+    judge.main(arguments)
+    assert "0 of 1 edits to make" in capsys.readouterr().out
+
+
+@demo
+def test_metrics_rank_real_edits_above_the_copy_and_a_wrong_reference(tmp_path):
+    path = SHARED / "demo" / "refvie_bench.yaml"
+    args = ["score", "--bench", "refvie", str(path), "--edits", str(SHARED / "demo" / "edits" / "refvie"), "--out", str(tmp_path)]
+    judge.main(args)
+    text = (tmp_path / "refvie.md").read_text()
+    held = {what: int(n) for what, n in re.findall(r"\| (reference_gain[^|]*) \| (\d) \| 6 \|", text)}
+    assert len(held) == 2 and all(n >= 5 for n in held.values())
+
+
+def tiny_local_judge(folder, kind):
+    """A folder with a random Qwen2.5-VL or Qwen3-VL of some 100,000 weights."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+
+    write_qwen_folder(folder)
+    tokenizer = judges.json.loads((folder / "tokenizer.json").read_text())
+    ids = {t["content"]: t["id"] for t in tokenizer["added_tokens"]}
+    special = {f"{n}_token_id": ids[f"<|{n}|>" if n.startswith("vision") else f"<|{n}_pad|>"]
+               for n in ("vision_start", "vision_end", "image", "video")}  # fmt: skip
+    text = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2,
+                vocab_size=max(ids.values()) + 1, rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4})  # fmt: skip
+    vision = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=32)
+    if kind == "qwen2_5_vl":
+        config = Qwen2_5_VLConfig(text_config=text, vision_config={**vision, "fullatt_block_indexes": [0]}, **special)
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    else:
+        extra = dict(deepstack_visual_indexes=[0], num_position_embeddings=16)
+        config = Qwen3VLConfig(text_config={**text, "head_dim": 16}, vision_config={**vision, **extra}, **special)
+        model = Qwen3VLForConditionalGeneration(config)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("fps, expected", [(1, [0, 1, 2, 3]), (4, [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5]), (99, 28)])
+def test_frames_for_a_judge_stand_where_its_frame_rate_says(tmp_path, fps, expected):
+    write_video(tmp_path / "v.mp4", smooth_clip(BLUE, 28, 32), 8)
+    frames, seconds = judges.sampled_frames(tmp_path / "v.mp4", fps)
+    assert len(frames) == len(seconds) == (28 if fps == 99 else len(expected) if fps == 1 else 14)
+    assert fps == 99 or seconds[: len(expected)] == expected
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_local_judge_numbers_and_generates_as_transformers_does(tmp_path, kind):
+    write_image(tmp_path / "ref.png", smooth_clip(RED)[0])
+    write_video(tmp_path / "v.mp4", smooth_clip(BLUE), 4)
+    folder = tiny_local_judge(tmp_path / "judge", kind)
+    ours = judges.Local(folder, judge.parse_arguments(["score", "x", "--bench", "refvie", "--edits", "x", "--max-tokens", "8", "--device", "cpu"]))
+    media = [("Reference image", tmp_path / "ref.png"), ("Edited video", tmp_path / "v.mp4")]
+    ids, positions, pixels = ours.prepare("Judge it.", media, 4.0)
+    frames = judges.sampled_frames(tmp_path / "v.mp4", 4.0)[0]
+    seen = pixels["pixel_values_videos"].reshape(4, 2, 2, 2, 2, 3, 2, ours.patch, ours.patch).permute(0, 6, 1, 3, 7, 2, 4, 8, 5)
+    seen = seen.reshape(8, 4 * ours.patch, 4 * ours.patch, 3) * torch.tensor(ours.std) + torch.tensor(ours.mean)
+    assert (seen * 255 - F.interpolate(frames.permute(0, 3, 1, 2).float(), seen.shape[1:3]).permute(0, 2, 3, 1)).abs().mean() < 6
+    kinds = torch.zeros_like(ids)
+    kinds[ids == ours.token("<|image_pad|>")], kinds[ids == ours.token("<|video_pad|>")] = 1, 2
+    if kind == "qwen3_vl":  # transformers numbers what follows a Qwen2.5-VL video otherwise than it was trained (FACTS.md)
+        theirs = ours.mllm.model.get_rope_index(ids, kinds, pixels["image_grid_thw"], pixels["video_grid_thw"])[0]
+        assert torch.equal(positions, theirs)
+        expected = ours.mllm.generate(ids, mm_token_type_ids=kinds, **pixels, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        expected = [t for t in expected.tolist() if t not in ours.ends]
+        assert ours.ask("Judge it.", media, 4.0).text == ours.tokenizer.decode(expected)
+    else:
+        grid = pixels["video_grid_thw"][0].tolist()
+        video = positions[0, 0][kinds[0] == 2]
+        assert video.unique().diff().tolist() == [1] * (grid[0] - 1)  # 2 positions a second, 4 frames a second, 2 a step
+        assert ours.ask("Judge it.", media, 4.0).tokens_in == ids.shape[1]

@@ -91,7 +91,7 @@ def choose(x, measured=False):
     measured: whether "auto" on a GPU takes what is fastest there (attention) or our kernel (the rest: one pass
     instead of several needs no stopwatch).
     """
-    if backend == "triton" and not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+    if backend == "triton" and x.is_cpu and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
             f"set_backend('triton'), but the tensor is on {x.device}: Triton needs a GPU (or TRITON_INTERPRET=1 in the "
             "environment of Python, to interpret the kernels slowly); take 'auto'"

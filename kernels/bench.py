@@ -6,6 +6,7 @@
     vae         encode and decode beside diffusers' AutoencoderKLWan, the same random weights; on a GPU peak memory too
     edit        a whole edit by phase: encode, 50 steps, decode (random weights; the context is random too)
     train       a training step
+    memory      no device needed: peak memory of an edit at 480p and 720p by part, computed on tensors without storage
     compile     no device needed: compile every kernel for one, and list registers, spills and shared memory
 
 On a GPU the sizes are those of Wan2.2-TI2V-5B at 480p and 720p in bfloat16, and fractions are of a matrix product and
@@ -55,7 +56,8 @@ def main(argv=None):
         started = time.time()
         rows = SECTIONS[what](args)
         print(table(rows))
-        device = f"sm_{args.arch}, compiled only" if what == "compile" else device_name()
+        nowhere = {"compile": f"sm_{args.arch}, compiled only", "memory": "computed"}
+        device = nowhere.get(what) or device_name()
         path = save(args.out, device, what, rows, argv)
         print(f"{what}: {time.time() - started:.0f} s, {path}\n", flush=True)
 
@@ -93,7 +95,7 @@ def in_turns(functions, repeat):
     alive = {name: function for name, function in functions.items() if function}
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda") if on_gpu() else None
     for turn in range(repeat + 1):
-        for name, function in list(alive.items()):
+        for name, function in list(alive.items())[:: -1 if turn % 2 else 1]:  # nobody always comes first
             try:
                 seconds = once(function, flush)
             except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -382,6 +384,27 @@ def diffusers():
     return diffusers
 
 
+def diffusers_dit(config):
+    """The same Wan DiT in diffusers; `model.load_weights` takes its names."""
+    return diffusers().WanTransformer3DModel(
+        patch_size=config.patch_size, num_attention_heads=config.num_heads, attention_head_dim=config.head_dim,
+        in_channels=config.in_dim, out_channels=config.out_dim, text_dim=config.text_dim, freq_dim=config.freq_dim,
+        ffn_dim=config.ffn_dim, num_layers=config.num_layers, cross_attn_norm=True, eps=config.eps,
+    )  # fmt: skip
+
+
+def diffusers_vae(config):
+    """The same Wan VAE in diffusers; `diffusers_vae_name` gives its names."""
+    mean, std = config.statistics
+    sizes = {"base_dim": config.dim, "z_dim": config.z_dim, "dim_mult": list(config.dim_mult), "latents_mean": mean,
+             "latents_std": std, "num_res_blocks": config.num_res_blocks,
+             "temperal_downsample": list(config.temporal_downsample)}  # fmt: skip
+    if config.version == "2.2":
+        sizes |= {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12,
+                  "decoder_base_dim": config.decoder_dim, "scale_factor_spatial": 16}  # fmt: skip
+    return diffusers().AutoencoderKLWan(**sizes)
+
+
 def built(device, dtype, make):
     """make() with its parameters on a device in a dtype from the start: 5B of float32 first would need 20 GB."""
     import torch
@@ -421,11 +444,7 @@ def dit_row(args, name, config, grid, dtype):
     from model import load_weights
 
     device = "cuda" if on_gpu() else "cpu"
-    theirs = built(device, dtype, lambda: diffusers().WanTransformer3DModel(
-        patch_size=config.patch_size, num_attention_heads=config.num_heads, attention_head_dim=config.head_dim,
-        in_channels=config.in_dim, out_channels=config.out_dim, text_dim=config.text_dim, freq_dim=config.freq_dim,
-        ffn_dim=config.ffn_dim, num_layers=config.num_layers, cross_attn_norm=True, eps=config.eps,
-    ))  # fmt: skip
+    theirs = built(device, dtype, lambda: diffusers_dit(config))
     ours = built(device, dtype, lambda: DiT(config))
     load_weights(ours, theirs.state_dict())
     x = torch.randn(1, config.in_dim, *grid, device=device, dtype=dtype)
@@ -471,12 +490,7 @@ def vae_rows(args, config, size, dtype):
 
     device = "cuda" if on_gpu() else "cpu"
     ours = built(device, dtype, lambda: VAE(config))
-    mean, std = config.statistics
-    sizes = {"base_dim": config.dim, "z_dim": config.z_dim, "latents_mean": mean, "latents_std": std}
-    if config.version == "2.2":
-        sizes |= {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12,
-                  "decoder_base_dim": config.decoder_dim, "scale_factor_spatial": 16}  # fmt: skip
-    theirs = built(device, dtype, lambda: diffusers().AutoencoderKLWan(**sizes))
+    theirs = built(device, dtype, lambda: diffusers_vae(config))
     theirs.load_state_dict({diffusers_vae_name(k, config): v for k, v in ours.state_dict().items()})
     video = torch.rand(1, 3, *size, device=device, dtype=dtype) * 2 - 1
     rows = []
@@ -564,12 +578,81 @@ def edit(args):
     return [*rows, {"model": name, "frames": label, "phase": f"all, {args.steps} steps", "s": sum(seconds.values())}]
 
 
+def memory(args):
+    """Weights and the peak of live tensors for each part of an edit in bfloat16, GiB: with --offload the largest sum
+    counts. Library workspaces (cuDNN, cuBLAS: some hundred MiB) and the CUDA context (half a GiB) come on top.
+    """
+    from dataclasses import replace
+
+    import torch
+
+    import kernels
+    from model import PRESETS, KiwiEdit
+
+    kernels.set_backend("triton")  # on meta tensors an operator gives its result's shape
+    model = built("meta", torch.bfloat16, lambda: KiwiEdit(replace(PRESETS["wan22_5b"], mllm=None)))
+    dim, empty = model.config.dit.dim, lambda *shape: torch.empty(*shape, device="meta", dtype=torch.bfloat16)
+    rows = []
+    for name, (frames, height, width) in GRIDS.items():
+        latents, ref = empty(1, 48, frames, height, width), empty(1, 48, 1, height, width)
+        video = torch.empty(1, 3, 4 * frames - 3, 16 * height, 16 * width, dtype=torch.bfloat16)  # never on the GPU
+        steps = {
+            "DiT step, a reference": (model.dit, lambda: model.velocity(
+                latents, empty(1), model.dit.context_keys_values(empty(1, 1536, dim)), latents, ref)),
+            "VAE encode": (model.vae, lambda: model.vae.encode(video)),
+            "VAE decode": (model.vae, lambda: model.vae.decode(latents, out_device="cpu")),
+            "VAE encode, --tile 16": (model.vae, lambda: model.vae.encode(video, tile=16)),
+            "VAE decode, --tile 16": (model.vae, lambda: model.vae.decode(latents, tile=16, out_device="cpu")),
+        }  # fmt: skip
+        for part, (module, run) in steps.items():
+            weights = sum(p.numel() * p.element_size() for p in module.parameters()) / 2**30
+            with torch.no_grad():
+                peak = peak_of_live_tensors(run, module)
+            rows.append({"frames": name, "part": part, "weights GiB": weights, "peak GiB": peak, "sum GiB": weights + peak})
+    kernels.set_backend("auto")
+    return rows
+
+
+def peak_of_live_tensors(run, module):
+    """GiB of tensors on the meta device, those of the module aside, that are alive at once during run()."""
+    import weakref
+
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    cpu = torch.device("cpu")
+
+    class Ledger(TorchDispatchMode):
+        live, peak, known = 0, 0, weakref.WeakSet(p.untyped_storage() for p in module.parameters())
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default and args[0].is_meta and kwargs.get("device") == cpu:
+                return torch.empty(args[0].shape, dtype=args[0].dtype)  # there is nothing to copy
+            out = function(*args, **(kwargs or {}))
+            for tensor in tree_leaves(out):
+                if hasattr(tensor, "untyped_storage") and tensor.is_meta and tensor.untyped_storage() not in self.known:
+                    storage = tensor.untyped_storage()
+                    self.known.add(storage)
+                    self.live += storage.nbytes()
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self.free, storage.nbytes())
+            return out
+
+        def free(self, size):
+            self.live -= size
+
+    with Ledger() as ledger:
+        run()
+    return ledger.peak / 2**30
+
+
 def train(args):
     sys.exit("kernels.bench train: there is no train.py yet whose step could be measured")
 
 
 SECTIONS = {"attention": attention, "norm": norm, "dit": dit, "vae": vae, "edit": edit, "train": train,
-            "compile": compile_all}  # fmt: skip
+            "memory": memory, "compile": compile_all}  # fmt: skip
 
 if __name__ == "__main__":
     main()

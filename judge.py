@@ -1,0 +1,1335 @@
+"""Judge edited videos: `python judge.py score --bench refvie bench.yaml --edits DIR --judge metrics`.
+
+    benchmark file + folder of edits -> items (source, instruction, reference, edit)
+    -> metrics, without any model (metrics.py), and an MLLM's answers -> answers.jsonl, which a rerun takes up
+    -> scores with the paper's hierarchy enforced, controls, intervals -> <bench>.md, <bench>.csv, <bench>.html
+
+RefVIE-Bench and OpenVE-Bench (paper, Section 5; Tables 2 and 3): three criteria from 1 to 5, the second and third
+never above the first. The released scripts ask the judge to keep that rule, drop what failed from the mean, cannot
+resume and show no noise. Here the rule is enforced and its breaches counted, nothing that failed is averaged away,
+every mean has an interval, and questions whose answer is known are asked in every run.
+"""
+
+import argparse
+import csv
+import fcntl
+import hashlib
+import html
+import io
+import json
+import math
+import os
+import random
+import re
+import shlex
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from judges import (
+    Barred, Gemini, JudgeError, Local, Malformed, OpenAICompatible, TryAgain, Unusable, encoded, enforce, read_answer, read_reason,
+    read_winner,
+)  # fmt: skip
+
+EXAMPLES = """examples:
+  python judge.py run --bench refvie refvie_bench.yaml --weights weights/nano --edits out/edits
+  python judge.py score --bench refvie refvie_bench.yaml --edits out/edits --judge gemini-3-flash-preview --out out/judge
+
+judges (--judge):
+  metrics                 no model, no network; always computed, whatever the judge
+  gemini-...              Google's native API, key in GEMINI_API_KEY
+  openai:MODEL            any OpenAI-compatible server at --endpoint (vLLM, ...), key, if it wants one, in OPENAI_API_KEY
+  local:PATH|HUB_ID       Qwen2.5-VL or Qwen3-VL through transformers
+"""
+LEFT_OUT = ("creative_edit", "camera_edit", "subtitle_edit")  # of OpenVE-Bench, as in the paper and the release
+MODES = {"official": 1.0, "strict": 4.0}  # frames a second that the judge sees
+TOKENS_PER_FRAME = 258  # Gemini's usual count; other judges differ
+MAX_WAIT = 60.0  # seconds, the longest pause between two tries
+
+
+# What is asked: criteria with our own rubric texts, which carry the paper's.
+
+COMPLIANCE = "instruction_compliance"
+DETAIL = "consistency_detail"
+QUALITY = "visual_quality"
+ANSWER = """
+Think in one or two sentences, then answer with JSON alone, scores last, whole numbers from 1 to 5; 2 and 4 lie
+between the descriptions given. Neither of the last two scores may be above the first.
+{{"reasoning": "...", {fields}}}
+
+The instruction of the edit was: {instruction}"""
+
+REFERENCE_TASKS = {
+    "subject": (
+        "You grade the insertion or replacement of an object in a video, shown in a reference image.",
+        {
+            "identity_consistency": "1: nothing was changed, or an unrelated object came in. 3: the right kind of "
+            "object, but its colour, texture or markings differ plainly from the reference. 5: it is the object of the "
+            "reference, in a pose that fits the scene.",
+            "temporal_consistency": "1: the object melts or changes shape from frame to frame. 3: stable in form, its "
+            "texture blurs or shifts in motion. 5: the same solid object in every frame.",
+            "physical_integration": "1: it slides over the picture like a sticker. 3: it follows the motion with slight "
+            "drift, light and occlusion are roughly right. 5: motion, shadows, reflections and occlusion are as if it "
+            "had been filmed there.",
+        },
+    ),
+    "background": (
+        "You grade the replacement of a video's background by the one of a reference image.",
+        {
+            "reference_fidelity": "1: the background was not changed, or the foreground is destroyed. 3: it resembles "
+            "the reference without its key details, or parts of the foreground are missing. 5: it is the reference's "
+            "scene in content and style, and the foreground is untouched throughout.",
+            "matting_quality": "1: edges boil, foreground or background jitters. 3: edges are stable but soft, with "
+            "little flicker in hair or transparent parts. 5: no seam in any frame.",
+            "visual_harmony": "1: a flat picture pasted behind the subject, light and perspective clash. 3: perspective "
+            "and scale are roughly right, the light is neutral. 5: light, depth and colour are those of one take.",
+        },
+    ),
+}
+VIDEO_TASKS = {
+    "global_style": (
+        "You grade a change of style or atmosphere of a whole video.",
+        {
+            COMPLIANCE: "1: the style is absent or another. 3: its palette and texture are there, but patchy or not in "
+            "all frames. 5: the style in full, everywhere and all the time.",
+            DETAIL: "1: the scene, its layout or motion is lost. 3: structure and motion are right, with local warping. "
+            "5: every object, relation and motion is kept.",
+            QUALITY: "1: it flickers or boils so that one cannot watch it. 3: noticeable but tolerable flicker. 5: "
+            "perfectly stable.",
+        },
+    ),
+    "background_change": (
+        "You grade the change of a video's background.",
+        {
+            COMPLIANCE: "1: no change, a wrong background, or the foreground was replaced too. 3: the background is "
+            "replaced, elements are missing or spill over the subject. 5: the background asked for, the foreground "
+            "untouched.",
+            DETAIL: "1: tearing, jittering edges, seen at a glance. 3: an acceptable blend with visible edges. 5: no "
+            "seam, edges stable throughout.",
+            QUALITY: "1: light, horizon or motion contradict each other. 3: believable with small errors. 5: light, "
+            "shadow, perspective and camera motion agree.",
+        },
+    ),
+    "local_change": (
+        "You grade the change or replacement of something in a video.",
+        {
+            COMPLIANCE: "1: the target was not changed, or something else was. 3: largely changed, with remnants or in "
+            "a wrong number or place. 5: the right thing in class, number, place, size and motion.",
+            DETAIL: "1: the video is broken or the object flickers. 3: mostly right, with noticeable flicker or light. "
+            "5: seamless and stable.",
+            QUALITY: "1: tracking, light or perspective are plainly wrong. 3: small inconsistencies. 5: physically "
+            "flawless.",
+        },
+    ),
+    "local_remove": (
+        "You grade the removal of something from a video.",
+        {
+            COMPLIANCE: "1: nothing or the wrong thing was removed. 3: the right thing, but with ghosts or large "
+            "remains. 5: it is gone and all else untouched.",
+            DETAIL: "1: the background behind it is badly made up or frozen. 3: mostly right. 5: as if it had always "
+            "been seen, moving with the rest.",
+            QUALITY: "1: severe artefacts or flicker. 3: noticeable inconsistency in time. 5: seamless and stable.",
+        },
+    ),
+    "local_add": (
+        "You grade the addition of something to a video.",
+        {
+            COMPLIANCE: "1: nothing or a wrong thing was added. 3: the right thing with wrong attributes. 5: it is as "
+            "asked for in every attribute.",
+            DETAIL: "1: contact, occlusion or motion are impossible. 3: mostly right. 5: shadows, reflections and "
+            "motion are real.",
+            QUALITY: "1: severe artefacts or flicker. 3: light or colour do not match. 5: seamless and stable.",
+        },
+    ),
+}
+IMAGE_TASK = (
+    "You grade an edit of a picture. You see the original and the edited picture.",
+    {
+        COMPLIANCE: "1: the instruction was not followed. 3: in the main, with plain errors. 5: in full, and no more.",
+        DETAIL: "1: what was to stay is lost. 3: kept in the main. 5: everything else is untouched.",
+        QUALITY: "1: severe artefacts. 3: visible seams, light that does not fit. 5: as if photographed so.",
+    },
+)
+
+
+def task_of(bench, task):
+    """(what is graded, criteria) of a task; KeyError for an unknown one."""
+    return IMAGE_TASK if bench == "imgedit" else {"refvie": REFERENCE_TASKS, "openve": VIDEO_TASKS}[bench][task]
+
+
+def rubric(bench, item):
+    intro, criteria = task_of(bench, item.task)
+    lines = [intro, "", *(f"{name}: {text}" for name, text in criteria.items())]
+    fields = ", ".join(f'"{name}": n' for name in criteria)
+    return "\n".join(lines) + "\n" + ANSWER.format(fields=fields, instruction=item.instruction)
+
+
+PAIR_RUBRIC = """You compare two edits of one {kind}. You see {what}, then edit 1 and edit 2. Say which one a careful viewer
+would prefer: first by how well it does what was asked, then by what it kept, then by how clean and stable it is.
+Answer with JSON alone: {{"reasoning": "...", "winner": "1"}}, "2" in place of "1", or "tie".
+
+The instruction of the edit was: {instruction}"""
+
+# Published rows (kept apart from ours in every table). Source: the project's page, github.com/linyq17/Kiwi-Edit,
+# index.html at 2f21947, which agrees with the paper's overall figures in FACTS.md; * from showlab/Kiwi-Edit,
+# index.html at 178f3f4. Overall is the mean of the tasks' means.
+PUBLISHED = {
+    "openve": (
+        "judged by Gemini-2.5-Pro",
+        {
+            "Runway Aleph*": (3.72, 2.62, 4.18, 4.16, 2.78, 3.49),
+            "Lucy-Edit 5B": (2.27, 1.57, 3.20, 1.75, 2.30, 2.22),
+            "DITTO 14B": (4.01, 1.68, 2.03, 1.53, 1.41, 2.13),
+            "OpenVE-Edit 5B": (3.16, 2.36, 2.98, 1.85, 2.15, 2.50),
+            "Kiwi-Edit 5B, stage 2*": (3.54, 2.57, 3.84, 2.71, 2.25, 2.98),
+            "Kiwi-Edit 5B, stage 3": (3.64, 2.64, 3.83, 2.63, 2.36, 3.02),
+        },
+    ),
+    "refvie": (
+        "judged by Gemini-3-Flash",
+        {
+            "Runway Aleph": (3.79, 3.65, 3.58, 3.33, 2.81, 2.58, 3.29),
+            "Kling-O1": (4.75, 4.66, 4.60, 3.95, 3.21, 2.75, 3.99),
+            "Kiwi-Edit 5B, all data": (3.51, 2.96, 2.91, 3.40, 2.58, 2.40, 2.96),
+            "Kiwi-Edit 5B, reference data only": (3.98, 3.40, 3.34, 3.72, 2.90, 2.51, 3.31),
+        },
+    ),
+}
+
+# ------------------------------------------------------------------------------------------------ benchmarks
+
+
+@dataclass(frozen=True)
+class Item:
+    """One edit to judge. `key` names it in every table; `edit` follows the release's naming of outputs."""
+
+    key: str
+    task: str
+    instruction: str
+    source: Path
+    edit: Path
+    ref: Path | None = None
+
+
+def inside(base, name, where):
+    """The path `name` below the folder `base`. JudgeError where it leads out of it."""
+    path = base / name
+    if base.resolve() not in path.resolve().parents:
+        raise JudgeError(f"{where}: {name} leads out of {base}; give paths below the benchmark's folder")
+    return path
+
+
+def text_of(row, name, where):
+    value = row.get(name) if isinstance(row, dict) else None
+    if not isinstance(value, str) or not value.strip():
+        raise JudgeError(f"{where}: has no {name}; is it the right --bench?")
+    return value.strip()
+
+
+def read_refvie(path, edits):
+    """RefVIE-Bench: a YAML list of src_video, instruction, ref_img, edit_type."""
+    import yaml  # comes with transformers
+
+    try:
+        rows = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise JudgeError(f"{path}: is not YAML ({str(error).splitlines()[0]})") from None
+    for i, row in enumerate(rows if isinstance(rows, list) else []):
+        where = f"{path}, item {i}"
+        source, instruction, ref, task = (
+            text_of(row, name, where) for name in ("src_video", "instruction", "ref_img", "edit_type")
+        )
+        edit = inside(edits, f"{i}_{instruction[:10]}_{Path(source).name}", where)
+        sources = inside(path.parent, source, where), inside(path.parent, ref, where)
+        yield Item(str(i), task, instruction, sources[0], edit, sources[1])
+
+
+def read_openve(path, edits):
+    """OpenVE-Bench: a CSV of original_video, prompt, edited_type."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        for i, row in enumerate(csv.DictReader(file)):
+            where = f"{path}, row {i + 1}"
+            source, instruction, task = (text_of(row, n, where) for n in ("original_video", "prompt", "edited_type"))
+            if task not in LEFT_OUT:
+                edit = inside(edits, f"{Path(source).stem}_edited.mp4", where)
+                yield Item(str(i), task, instruction, inside(path.parent, source, where), edit)
+
+
+def read_imgedit(path, edits):
+    """ImgEdit's singleturn.json: {key: {id, prompt, edit_type}}, outputs <edit_type>/<key><picture's name>."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise JudgeError(f"{path}: is not JSON ({error})") from None
+    for key, row in rows.items() if isinstance(rows, dict) else ():
+        where = f"{path}, {key}"
+        source, instruction, task = (text_of(row, name, where) for name in ("id", "prompt", "edit_type"))
+        edit = inside(edits, f"{task}/{key}{Path(source).name}", where)
+        yield Item(key, task, instruction, inside(path.parent, source, where), edit)
+
+
+BENCHES = {"refvie": read_refvie, "openve": read_openve, "imgedit": read_imgedit}
+
+
+def read_bench(bench, path, edits, limit=None):
+    """The items of a benchmark, at most `limit`. JudgeError where the file is not what --bench says."""
+    path, edits = Path(path), Path(edits)
+    if not path.is_file():
+        raise JudgeError(f"{path}: no such file; give the benchmark's YAML, CSV or JSON")
+    try:
+        items = list(BENCHES[bench](path, edits))
+    except UnicodeDecodeError:
+        raise JudgeError(f"{path}: is not a text file; is it the right --bench?") from None
+    if not items:
+        raise JudgeError(f"{path}: holds no items of --bench {bench}; is it the right file?")
+    for item in items:
+        try:
+            task_of(bench, item.task)
+        except KeyError:
+            raise JudgeError(f"{path}, item {item.key}: unknown task {item.task!r} for --bench {bench}") from None
+    return items[:limit]
+
+
+def wrong_references(items, item, count=5):
+    """References of other items, those of the same task first, from the next item on, cyclically."""
+    if item.ref is None:
+        return []
+    at = items.index(item)
+    others = [
+        other for other in items[at + 1 :] + items[:at] if other.ref and other.ref != item.ref and other.ref.is_file()
+    ]
+    return [other.ref for other in sorted(others, key=lambda other: other.task != item.task)][:count]
+
+
+# ------------------------------------------------------------------------------------------------ the ledger
+
+
+class Ledger:
+    """answers.jsonl: every question sent and every answer, one JSON a line, written through at once.
+
+    A rerun asks only what has no good answer yet. A line cut short by a crash is put aside, never guessed at.
+    """
+
+    def __init__(self, path):
+        self.path, self.lock = path, threading.Lock()
+        self.good, self.lines, self.cut = {}, [], 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise JudgeError(f"{path}: another judge.py writes to it; wait for it, or give another --out") from None
+        self.file.seek(0)
+        text = self.file.read()
+        for line in text.splitlines():
+            try:
+                self.take(json.loads(line))
+            except (ValueError, KeyError, TypeError):
+                self.cut += 1
+        if text and not text.endswith("\n"):
+            self.file.write("\n")
+
+    def take(self, line):
+        self.lines.append(line)
+        if line["event"] == "answer" and line["ok"]:
+            self.good[line["key"]] = line
+
+    def write(self, **line):
+        with self.lock:
+            self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.take(line)
+
+    def close(self):
+        self.file.close()
+
+
+HASHES = {}
+
+
+def file_hash(path):
+    """sha256 of a file's content, in hex; read once a run."""
+    if path not in HASHES:
+        with open(path, "rb") as file:
+            HASHES[path] = hashlib.file_digest(file, "sha256").hexdigest()
+    return HASHES[path]
+
+
+def question_key(judge, text, files, extra=""):
+    """What makes a question the same question: judge, words, and the content of the files, whatever their names."""
+    parts = [judge, text, extra, *(file_hash(path) for path in files)]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+# ------------------------------------------------------------------------------------------------ asking
+
+
+def make_judge(args):
+    """The judge of --judge, or None for `metrics`. JudgeError for a name that is none."""
+    name = args.judge
+    if name == "metrics":
+        return None
+    if name.startswith("gemini-"):
+        return Gemini(name, args)
+    kind, _, rest = name.partition(":")
+    if rest and kind == "openai":
+        return OpenAICompatible(rest, args)
+    if rest and kind == "local":
+        from model import local_path
+
+        return Local(local_path(rest), args)
+    raise JudgeError(f"--judge {name}: expected metrics, gemini-..., openai:MODEL or local:PATH")
+
+
+@dataclass
+class Question:
+    """One request to an MLLM judge. control: "" for a real item, else what is known about the answer."""
+
+    item: str
+    control: str
+    repeat: int
+    text: str
+    media: list  # (label, path)
+    names: list  # criteria to read, empty for a pairwise question
+    key: str = ""
+
+
+class Asker:
+    """Sends questions a few at a time, retries, and writes everything down."""
+
+    def __init__(self, judge, args, ledger):
+        self.judge, self.args, self.ledger = judge, args, ledger
+        self.not_before = 0.0  # while the judge is overrun
+        self.stop = None  # why nothing more is sent
+        self.reached = False
+
+    def ask_all(self, questions):
+        """Ask what the ledger does not know yet. Barred when the judge refuses us altogether."""
+        from tqdm import tqdm
+
+        due = {q.key: q for q in questions if q.key not in self.ledger.good}.values()
+        workers = 1 if isinstance(self.judge, Local) else self.args.concurrency
+        with ThreadPoolExecutor(workers) as pool, tqdm(total=len(due), desc="judge", disable=not due) as bar:
+            try:
+                for done in as_completed([pool.submit(self.ask, question) for question in due]):
+                    done.result()
+                    bar.update()
+            except BaseException as error:  # Ctrl-C among them: what waits in the queue must not be sent, and paid
+                self.stop = self.stop or error
+                pool.shutdown(cancel_futures=True)
+                raise
+        if self.stop:
+            raise self.stop
+
+    def ask(self, question):
+        """Ask until there is a score, a reason to give up, or no try left."""
+        for attempt in range(self.args.retries + 1):
+            if self.stop:
+                return
+            self.sleep_until(self.not_before)
+            problem = self.try_once(question, attempt)
+            self.reached |= not isinstance(problem, TryAgain)
+            if problem is None or isinstance(problem, Unusable | OSError) or self.stop:
+                return
+            if isinstance(problem, TryAgain):
+                wait = self.args.wait * 2**attempt * (1 + random.random() / 4)
+                until = time.monotonic() + min(wait if problem.after is None else problem.after, MAX_WAIT)
+                if problem.busy:  # everybody waits
+                    self.not_before = max(self.not_before, until)
+                self.sleep_until(until)
+        if not self.reached:
+            self.stop = Barred(f"the judge cannot be reached ({problem}); check --endpoint, and that its server is up")
+
+    def try_once(self, question, attempt):
+        """One request and its line in the ledger -> None, or the exception that stands for what went wrong."""
+        read = read_answer if question.names else read_winner
+        known = {"key": question.key, "item": question.item, "control": question.control, "repeat": question.repeat}
+        self.ledger.write(event="sent", attempt=attempt, **known)
+        began, problem, found = time.time(), None, {"ok": False}
+        try:
+            answer = self.judge.ask(question.text, question.media, self.args.fps)
+            found |= {"raw": answer.text, "tokens_in": answer.tokens_in, "tokens_out": answer.tokens_out}
+            found |= {"scores": read(answer.text, question.names), "ok": True}
+        except (TryAgain, ValueError, OSError) as error:
+            problem = error
+            found["error"] = str(error)
+            if isinstance(error, Barred):
+                self.stop = error
+        seconds = round(time.time() - began, 2)
+        self.ledger.write(event="answer", attempt=attempt, seconds=seconds, judge=self.args.judge, **known, **found)
+        return problem
+
+    def sleep_until(self, when):
+        while not self.stop and (left := when - time.monotonic()) > 0:
+            time.sleep(min(left, 0.2))
+
+
+def clip_seconds(path):
+    """How long a clip is, for the estimate: 0 for a picture, 5 where the file does not say."""
+    from data import MediaError, is_picture, open_media
+
+    try:
+        with open_media(path) as (container, stream):
+            if is_picture(container):
+                return 0.0
+            return float(stream.frames / stream.average_rate) if stream.frames and stream.average_rate else 5.0
+    except MediaError:
+        return 0.0
+
+
+def estimate(questions, fps):
+    """About how many tokens questions take: (in, out)."""
+    seconds = {path: clip_seconds(path) for path in {path for q in questions for _, path in q.media}}
+    frames = sum(max(1, round(seconds[path] * fps)) for q in questions for _, path in q.media)
+    return frames * TOKENS_PER_FRAME + sum(len(q.text) // 4 for q in questions), 120 * len(questions)
+
+
+def dollars(price, tokens_in, tokens_out):
+    return f", ${(price[0] * tokens_in + price[1] * tokens_out) / 1e6:.2f}" if price else ""
+
+
+def announce(questions, ledger, args):
+    due = list({q.key: q for q in questions if q.key not in ledger.good}.values())
+    tokens_in, tokens_out = estimate(due, args.fps)
+    print(f"cost        {len(due)} of {len(questions)} questions to ask, about {tokens_in:,} tokens in, {tokens_out:,} out"
+          f"{dollars(args.price, tokens_in, tokens_out)}")  # fmt: skip
+
+
+def account(ledger, keys, price):
+    """What the questions cost so far, over all runs: one line of text."""
+    answers = [line for line in ledger.lines if line["event"] == "answer" and line["key"] in keys]
+    sent = sum(line["event"] == "sent" and line["key"] in keys for line in ledger.lines)
+    t_in, t_out = (sum(line.get(name) or 0 for line in answers) for name in ("tokens_in", "tokens_out"))
+    failed = sum(not line["ok"] for line in answers)
+    return (f"{sent} requests sent, {len(answers)} answered or given up, {failed} of these without a score, "
+            f"{sent - len(answers)} cut off (perhaps paid); {t_in:,} tokens in, {t_out:,} out"
+            f"{dollars(price, t_in, t_out)}")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ numbers with intervals
+
+
+@dataclass
+class Mean:
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    missing: int = 0
+
+    def __str__(self):
+        if self.value is None:
+            return f"- ({self.missing} missing)" if self.missing else "-"
+        digits = 3 if abs(self.value) < 1 else 2
+        interval = "" if self.low is None else f" [{self.low:.{digits}f}, {self.high:.{digits}f}]"
+        return f"{self.value:.{digits}f}{interval}" + (f" ({self.missing} missing)" if self.missing else "")
+
+
+def mean_of(groups, missing=0, allow_missing=True, samples=2000):
+    """The mean of the groups' means, with a 95 % bootstrap interval over items within each group.
+
+    groups: lists of one number an item (repeats averaged before: items, not answers, are what varies). No value where
+    a group is empty, or items are missing and averaging over failures is not allowed; no interval for a single item.
+    """
+    import numpy as np
+
+    if not groups or not all(groups) or (missing and not allow_missing):
+        return Mean(None, missing=missing)
+    value = float(np.mean([np.mean(g) for g in groups]))
+    if min(map(len, groups)) < 2:
+        return Mean(value, missing=missing)
+    draw = np.random.default_rng(0)
+    means = np.mean([np.array(g)[draw.integers(len(g), size=(samples, len(g)))].mean(1) for g in groups], axis=0)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Mean(value, float(low), float(high), missing)
+
+
+def ranks(values):
+    """Ranks from 1, ties sharing their mean rank."""
+    import numpy as np
+
+    values = np.asarray(values, float)
+    return np.array([(values < v).sum() + ((values == v).sum() + 1) / 2 for v in values])
+
+
+def spearman(a, b):
+    """Rank correlation with ties; None where one side does not vary or there are fewer than 3 pairs."""
+    import numpy as np
+
+    ra, rb = ranks(a), ranks(b)
+    if len(ra) < 3 or ra.std() == 0 or rb.std() == 0:
+        return None
+    return float(np.corrcoef(ra, rb)[0, 1])
+
+
+def kendall(a, b):
+    """Kendall's tau-b; None as `spearman`."""
+    import numpy as np
+
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    upper = np.triu_indices(len(a), 1)
+    da, db = np.sign(a[:, None] - a)[upper], np.sign(b[:, None] - b)[upper]
+    if len(a) < 3 or not da.any() or not db.any():
+        return None
+    return float((da * db).sum() / math.sqrt((da != 0).sum() * (db != 0).sum()))
+
+
+# ------------------------------------------------------------------------------------------------ metrics of an item
+
+
+@dataclass
+class Row:
+    """All that is known about an item at the end."""
+
+    item: Item
+    metrics: dict | None = None
+    media: Path | None = None  # where its filmstrip and clip are, without the ending
+    error: str | None = None
+    answers: list = field(default_factory=list)  # enforced {name: score}, one a repeat
+    broken: int = 0  # answers that broke the hierarchy
+    reasons: list = field(default_factory=list)
+    failures: list = field(default_factory=list)  # why an answer is missing, one a repeat without a score
+
+    def score(self, name):
+        values = [answer[name] for answer in self.answers]
+        return sum(values) / len(values) if values else None
+
+    def spread(self):
+        """Standard deviation over repeats of the mean score; None below two."""
+        totals = [sum(answer.values()) / len(answer) for answer in self.answers]
+        if len(totals) < 2:
+            return None
+        mean = sum(totals) / len(totals)
+        return math.sqrt(sum((t - mean) ** 2 for t in totals) / (len(totals) - 1))
+
+
+METRICS_VERSION = "metrics/1"
+
+
+def measure_all(items, args, ledger, out):
+    """Metrics of every item, those that the ledger knows already excepted -> rows."""
+    from tqdm import tqdm
+
+    from data import MediaError
+    from metrics import measure_files
+
+    def one(item):
+        row = Row(item)
+        if not item.edit.is_file():
+            row.error = f"missing: {item.edit}"
+            return row
+        try:
+            refs = [item.ref, *wrong_references(items, item)] if item.ref else []
+            key = question_key(METRICS_VERSION, "", [item.source, item.edit, *refs])
+            media = out / "media" / key
+            if key not in ledger.good or not media.with_suffix(".jpg").is_file():
+                values = measure_files(item.source, item.edit, refs, media)
+                ledger.write(event="answer", ok=True, key=key, item=item.key, judge=METRICS_VERSION, metrics=values)
+            row.metrics, row.media = ledger.good[key]["metrics"], media
+        except (MediaError, OSError) as error:
+            row.error = f"unreadable: {error}"
+        return row
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(tqdm(pool.map(one, items), total=len(items), desc="metrics"))
+
+
+# ------------------------------------------------------------------------------------------------ controls
+
+
+def questions_of(bench, items, rows, args, out):
+    """Everything to ask about the items that can be judged: the items, repeated, and controls on a few of them."""
+    from metrics import write_shuffled
+
+    good = [row.item for row in rows if row.error is None]
+    questions = []
+    for item in good:
+        for repeat in range(args.repeats):
+            questions.append(question(bench, item, item, "", repeat, args))
+    step = max(1, len(good) // max(1, args.controls))
+    for item in good[::step][: args.controls]:
+        questions.append(question(bench, item, replace(item, edit=item.source), "copy", 0, args))
+        if bench != "imgedit":
+            path = out / "controls" / f"{file_hash(item.edit)[:16]}_shuffled.mp4"
+            path.is_file() or write_shuffled(path, item.edit)
+            questions.append(question(bench, item, replace(item, edit=path), "shuffled", 0, args))
+        if wrong := wrong_references(items, item, 1):
+            questions.append(question(bench, item, replace(item, ref=wrong[0]), "wrong_ref", 0, args))
+    return questions
+
+
+def question(bench, item, shown, control, repeat, args):
+    kind = "picture" if bench == "imgedit" else "video"
+    media = [("Reference image", shown.ref)] if shown.ref else []
+    media += [(f"Original {kind}", shown.source), (f"Edited {kind}", shown.edit)]
+    text = rubric(bench, item)
+    key = question_key(
+        f"{args.judge} {args.fps:g} {args.send}", text, [path for _, path in media], f"{control} {repeat}"
+    )
+    return Question(item.key, control, repeat, text, media, list(task_of(bench, item.task)[1]), key)
+
+
+def collect(rows, questions, ledger):
+    """Put the ledger's answers into the rows; answers to controls are returned: {(control, item key): scores or None}."""
+    by_key = {row.item.key: row for row in rows}
+    controls = {}
+    failures = {line["key"]: line["error"] for line in ledger.lines if line["event"] == "answer" and not line["ok"]}
+    for q in questions:
+        row, line = by_key[q.item], ledger.good.get(q.key)
+        scores, broken = enforce({name: line["scores"][name] for name in q.names}) if line else (None, False)
+        if q.control:
+            controls[q.control, q.item] = scores
+        elif line is None:
+            row.failures.append(failures.get(q.key, "not asked"))
+        else:
+            row.answers.append(scores)
+            row.broken += broken
+            row.reasons.append(read_reason(line["raw"]))
+    return controls
+
+
+def metric_controls(rows):
+    """Known answers put to the metrics -> [(what, held, of)]."""
+    done = [row for row in rows if row.metrics]
+    refs = [row.metrics for row in done if row.metrics["reference_gain"] is not None]
+    wrong = [(m["reference_gain"], m["control_wrong_gains"]) for m in refs if m["control_wrong_gains"]]
+    moving = [m for m in (row.metrics for row in done) if m["flicker"] is not None]
+    table = [
+        ("the edit changed the picture, the unedited copy has edit_strength 0", sum(r.metrics["edit_strength"] > 1 for r in done), len(done)),
+        ("reference_gain of the edit is above that of the unedited copy, which is 0", sum(m["reference_gain"] > 0 for m in refs), len(refs)),
+        ("reference_gain is higher for the true reference than for the next one of its task", sum(g > w[0] for g, w in wrong), len(wrong)),
+        ("the same, all pairs with up to 5 other references", sum(g > x for g, w in wrong for x in w), sum(len(w) for _, w in wrong)),
+        ("shuffled frames flicker more", sum(m["control_shuffled_flicker"] > m["flicker"] for m in moving), len(moving)),
+    ]  # fmt: skip
+    return [line for line in table if line[2]]
+
+
+def judge_controls(rows, controls):
+    """Known answers put to the MLLM judge -> [(what, held, of, without an answer)]."""
+    true = {row.item.key: row for row in rows if row.answers}
+    first = lambda scores: next(iter(scores.values()))
+    tests = {
+        "copy": ("the source handed in as the edit scores 1 on the first criterion", lambda row, s: first(s) == 1),
+        "wrong_ref": ("a wrong reference scores lower on the first criterion", lambda row, s: first(s) < row.score(next(iter(s)))),
+        "shuffled": (
+            "shuffled frames score lower on time and quality",
+            lambda row, s: sum(list(s.values())[1:]) < sum(row.score(name) for name in list(s)[1:]),
+        ),
+    }  # fmt: skip
+    table = []
+    for kind, (what, passed) in tests.items():
+        asked = [(true.get(key), s) for (control, key), s in controls.items() if control == kind]
+        known = [(row, s) for row, s in asked if row and s]
+        if asked:
+            table.append((what, sum(passed(row, s) for row, s in known), len(known), len(asked) - len(known)))
+    return table
+
+
+# ------------------------------------------------------------------------------------------------ reports
+
+
+def tasks_in(rows):
+    """The tasks, in the paper's order."""
+    order = [*REFERENCE_TASKS, *VIDEO_TASKS]
+    tasks = dict.fromkeys(row.item.task for row in rows)
+    return sorted(tasks, key=lambda task: order.index(task) if task in order else len(order))
+
+
+def score_means(bench, rows, allow_missing):
+    """Means of an MLLM's scores: {task: {criterion: Mean, "average": Mean}}, and overall, the mean of the tasks'."""
+    by_task, groups, lost = {}, [], 0
+    for task in tasks_in(rows):
+        of_task = [row for row in rows if row.item.task == task]
+        missing = sum(not row.answers for row in of_task)
+        names = list(task_of(bench, task)[1])
+        judged = [row for row in of_task if row.answers]
+        columns = {name: [row.score(name) for row in judged] for name in names}
+        averages = columns["average"] = [sum(row.score(name) for name in names) / len(names) for row in judged]
+        by_task[task] = {name: mean_of([values], missing, allow_missing) for name, values in columns.items()}
+        groups.append(averages)
+        lost += missing
+    return by_task, mean_of(groups, lost, allow_missing)
+
+
+def score_table(bench, name, rows, allow_missing):
+    """The paper's Table 3 (refvie: a column for each criterion) or 2 (openve: one for each task), as lines."""
+    by_task, overall = score_means(bench, rows, allow_missing)
+    head, ours = [], []
+    for task, means in by_task.items():
+        columns = means if bench == "refvie" else {"average": means["average"]}
+        for column, mean in columns.items():
+            head.append(task.replace("_", " ") if bench != "refvie" else f"{task}: {column.replace('_', ' ')}")
+            ours.append(str(mean))
+    judge_note, published = PUBLISHED.get(bench, ("", {}))
+    table = [["", *head, "overall"], [f"**{name}**", *ours, f"**{overall}**"]]
+    for system, values in published.items():
+        cells = published_cells(bench, by_task, values)
+        if cells:
+            table.append([f"{system}, published, {judge_note}", *cells])
+    return table
+
+
+def published_cells(bench, by_task, values):
+    """A published row laid out as ours; None where our columns are others."""
+    if bench == "refvie":
+        order = [(task, name) for task in REFERENCE_TASKS for name in REFERENCE_TASKS[task][1]]
+        known = {place: value for place, value in zip(order, values)}
+        for task, (_, names) in REFERENCE_TASKS.items():
+            known[task, "average"] = sum(known[task, name] for name in names) / len(names)
+        wanted = [(task, name) for task, means in by_task.items() for name in means]
+    else:
+        known = dict(zip(VIDEO_TASKS, values))
+        wanted = list(by_task)
+    if not all(place in known for place in wanted):
+        return None
+    return [*(f"{known[place]:.2f}" for place in wanted), f"{values[-1]:.2f}"]
+
+
+def metric_table(rows, allow_missing):
+    """Means of the metrics, one line a task."""
+    from metrics import METRICS
+
+    table = [["task", "items", *METRICS]]
+    for task in tasks_in(rows):
+        of_task = [row for row in rows if row.item.task == task]
+        done = [row.metrics for row in of_task if row.metrics]
+        cells = []
+        for name in METRICS:
+            values = [m[name] for m in done if m[name] is not None]
+            undefined = len(done) - len(values)
+            mean = mean_of([values], len(of_task) - len(done), allow_missing)
+            cells.append(f"{mean} ({undefined} undefined)" if values and undefined else mean)
+        table.append([task, f"{len(done)} of {len(of_task)}", *cells])
+    return table
+
+
+def markdown(table):
+    lines = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in table]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
+
+
+def sections(bench, rows, controls, args, cost, human):
+    """The report's tables: [(title, text, table)], for Markdown and HTML alike."""
+    from metrics import METRICS
+
+    out = []
+    judged = args.judge != "metrics"
+    if judged:
+        broken, answered = sum(row.broken for row in rows), sum(len(row.answers) for row in rows)
+        text = (
+            f"Judge {args.judge} at {args.fps:g} frames a second, {args.repeats} answer(s) an item. Mean [95 % bootstrap "
+            f"interval over items]; overall is the mean of the tasks' means. The judge broke the hierarchy in {broken} of "
+            f"{answered} answers; scores 2 and 3 were capped by score 1. {sum(len(row.failures) for row in rows)} "
+            f"answers are missing. Published rows are the authors' own figures on "
+            f"the whole benchmark with their judge, not ours; * is from the project's page, the rest agrees with the paper."
+        )
+        spreads = [row.spread() for row in rows if row.spread() is not None]
+        if spreads:
+            text += f" Standard deviation over repeats, mean over items: {sum(spreads) / len(spreads):.2f}."
+        out.append(("Scores", text, score_table(bench, args.name, rows, args.allow_missing)))
+        table = [["known answer", "held", "of", "without an answer"], *judge_controls(rows, controls)]
+        out.append(("Controls of the judge", f"Cost: {cost}", table))
+    text = "No model. Mean over items [95 % bootstrap interval over items; too narrow where there are only a few]."
+    out.append(("Metrics", text, metric_table(rows, args.allow_missing)))
+    out.append(("Controls of the metrics", "", [["known answer", "held", "of"], *metric_controls(rows)]))
+    if human:
+        out.append(("Agreement with people", "Rank correlation over items.", human))
+    lost = [row for row in rows if row.error or (judged and not row.answers)]
+    lost = [[row.item.key, row.item.task, row.error or row.failures[0]] for row in lost]
+    if lost:
+        means = "Means leave them out" if args.allow_missing else "No mean is given over failures"
+        text = f"{len(lost)} of {len(rows)} items have no result. {means}."
+        out.append(("Missing", text, [["item", "task", "why"], *lost]))
+    table = [["metric", "better", "what it is", "what it cannot see"], *([n, *d] for n, d in METRICS.items())]
+    out.append(("What the metrics are", "", table))
+    return out
+
+
+def write_reports(bench, rows, parts, args, out):
+    """<bench>.md, .csv and .html -> the path of the last."""
+    from data import whole_file
+
+    title = f"{bench}: {args.name}"
+    text = [f"# {title}", "", f"`{args.command_line}`", ""]
+    for name, words, table in parts:
+        text += [f"## {name}", "", *([words, ""] if words else []), markdown(table), ""]
+    for suffix, content in (
+        (".md", "\n".join(text)), (".csv", csv_text(rows)), (".html", html_text(title, rows, parts, args)),
+    ):  # fmt: skip
+        with whole_file(out / f"{bench}{suffix}") as temporary:
+            temporary.write_text(content, encoding="utf-8", newline="")
+    return out / f"{bench}.html"
+
+
+def csv_text(rows):
+    """One line an item: scores, spread over repeats, metrics, what went wrong."""
+    from metrics import METRICS
+
+    names = list(dict.fromkeys(name for row in rows for answer in row.answers for name in answer))
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
+    writer.writerow(
+        ["item", "task", "edit", *names, "answers", "spread", "hierarchy_broken", *METRICS, "error", "instruction"]
+    )
+    number = lambda value: "" if value is None else f"{value:.4f}"
+    for row in rows:
+        scores = [number(row.score(name)) if row.answers and name in row.answers[0] else "" for name in names]
+        metrics = [number((row.metrics or {}).get(name)) for name in METRICS]
+        writer.writerow([row.item.key, row.item.task, row.item.edit.name, *scores, len(row.answers), number(row.spread()),
+                         row.broken, *metrics, row.error or "", row.item.instruction])  # fmt: skip
+    return buffer.getvalue()
+
+
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse;margin:.6rem 0;font-size:13px}td,th{border:1px solid #ccc;padding:.25rem .5rem;text-align:left;
+vertical-align:top}th{background:#f3f3f3}.wide{overflow-x:auto}img,video{max-width:100%;display:block;margin:.4rem 0}
+.item{border-top:1px solid #ccc;padding:.6rem 0}code{font-size:12px}.bad{color:#a00}"""
+
+
+def html_table(table):
+    plain = lambda cell: html.escape(str(cell).replace("**", ""))
+    line = lambda row, tag: "<tr>" + "".join(f"<{tag}>{plain(cell)}</{tag}>" for cell in row) + "</tr>"
+    return (
+        '<div class="wide"><table>'
+        + line(table[0], "th")
+        + "".join(line(r, "td") for r in table[1:])
+        + "</table></div>"
+    )
+
+
+def data_uri(path, kind):
+    return f"data:{kind};base64,{encoded(path)}"
+
+
+def html_text(title, rows, parts, args):
+    """One self-contained page: the tables, then each item with its filmstrip, clip, scores and reasons."""
+    body = [f"<h1>{html.escape(title)}</h1><p><code>{html.escape(args.command_line)}</code></p>"]
+    for name, words, table in parts:
+        body.append(f"<h2>{html.escape(name)}</h2><p>{html.escape(words)}</p>{html_table(table)}")
+    body.append("<h2>Items</h2><p>Above: source, below: edit, right: reference. The clip shows source and edit.</p>")
+    body += [html_item(row) for row in rows]
+    return (
+        f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+        + "\n".join(body)
+    )
+
+
+def html_item(row):
+    """An item's part of the page, its pictures as data URIs."""
+    item = row.item
+    parts = [
+        f'<div class="item"><h3>{html.escape(item.key)} {html.escape(item.task)}</h3><p>{html.escape(item.instruction)}</p>'
+    ]
+    if row.error:
+        return parts[0] + f'<p class="bad">{html.escape(row.error)}</p></div>'
+    parts.append(f'<img alt="filmstrip" src="{data_uri(row.media.with_suffix(".jpg"), "image/jpeg")}">')
+    if row.media.with_suffix(".mp4").is_file():
+        parts.append(
+            f'<video controls loop muted preload="none" src="{data_uri(row.media.with_suffix(".mp4"), "video/mp4")}"></video>'
+        )
+    if row.answers:
+        names = list(row.answers[0])
+        parts.append(
+            html_table([[*names, "reasons"], [*(f"{row.score(n):.2f}" for n in names), " / ".join(row.reasons)]])
+        )
+    for failure in row.failures:
+        parts.append(f'<p class="bad">no score: {html.escape(failure)}</p>')
+    known = {n: v for n, v in row.metrics.items() if isinstance(v, float) and not n.startswith("control")}
+    parts.append(html_table([list(known), [f"{v:.3f}" for v in known.values()]]))
+    return "".join(parts) + "</div>"
+
+
+def human_agreement(path, rows):
+    """A CSV of item and one or more columns of human scores -> table of Spearman and Kendall with what we computed."""
+    from metrics import METRICS
+
+    with Path(path).open(newline="", encoding="utf-8-sig") as file:
+        lines = list(csv.DictReader(file))
+    if not lines or "item" not in lines[0] or len(lines[0]) < 2:
+        raise JudgeError(f"{path}: expected a CSV with the columns item and one or more scores")
+    human = {}
+    for i, line in enumerate(lines):
+        for column, value in line.items():
+            if column != "item" and value not in ("", None):
+                try:
+                    human.setdefault(column, {}).setdefault(line["item"], []).append(float(value))
+                except ValueError:
+                    raise JudgeError(f"{path}, row {i + 1}: {column} is {value!r}, not a number") from None
+    table = [["people's", "ours", "items", "Spearman", "Kendall"]]
+    names = list(dict.fromkeys(name for row in rows for answer in row.answers for name in answer))
+    ours = {name: {r.item.key: r.score(name) for r in rows if r.answers and name in r.answers[0]} for name in names}
+    ours["mean score"] = {r.item.key: sum(map(r.score, r.answers[0])) / len(r.answers[0]) for r in rows if r.answers}
+    ours |= {n: {r.item.key: r.metrics[n] for r in rows if r.metrics and r.metrics[n] is not None} for n in METRICS}
+    show = lambda value: "-" if value is None else f"{value:.2f}"
+    for column, of_people in human.items():
+        for name, of_us in ours.items():
+            both = [key for key in of_people if key in of_us]
+            if both:
+                a, b = [sum(of_people[k]) / len(of_people[k]) for k in both], [of_us[k] for k in both]
+                table.append([column, name, len(both), show(spearman(a, b)), show(kendall(a, b))])
+    return table
+
+
+# ------------------------------------------------------------------------------------------------ commands
+
+
+def score(args):
+    """`judge.py score`: metrics, then the judge, then the report."""
+    import torch
+
+    from data import writable
+
+    torch.set_num_threads(1)  # items run side by side
+    items = read_bench(args.bench, args.path, args.edits, args.limit)
+    out = Path(args.out)
+    writable(out / "answers.jsonl")
+    judge = make_judge(args)
+    with closing(Ledger(out / "answers.jsonl")) as ledger:
+        score_items(items, judge, ledger, args, out)
+
+
+def score_items(items, judge, ledger, args, out):
+    """The work of `score` on an open ledger. JudgeError at the end where items have no result."""
+    if ledger.cut:
+        print(f"resume      {ledger.cut} broken line(s) of {ledger.path} put aside", file=sys.stderr)
+    rows = measure_all(items, args, ledger, out)
+    print(f"metrics     {sum(row.metrics is not None for row in rows)} of {len(rows)} items")
+    controls, cost, stopped = {}, "", None
+    if judge:
+        questions = questions_of(args.bench, items, rows, args, out)
+        announce(questions, ledger, args)
+        if args.dry_run:
+            return
+        try:
+            Asker(judge, args, ledger).ask_all(questions)
+        except Barred as error:
+            stopped = error
+        controls = collect(rows, questions, ledger)
+        cost = account(ledger, {q.key for q in questions}, args.price)
+        print(f"paid        {cost}")
+    human = human_agreement(args.human, rows) if args.human else None
+    parts = sections(args.bench, rows, controls, args, cost, human)
+    page = write_reports(args.bench, rows, parts, args, out)
+    for title, _, table in parts[:-1]:
+        print(f"\n{title}\n{markdown(table)}")
+    print(f"\n{page}")
+    if stopped:
+        raise stopped
+    missing = sum(bool(row.error) or (judge is not None and not row.answers) for row in rows)
+    if missing and not args.allow_missing:
+        raise JudgeError(f"{missing} of {len(rows)} items have no result, see {page}; mend them and run again, "
+                         f"or average over the rest with --allow-missing")  # fmt: skip
+
+
+def run(args):
+    """`judge.py run`: the edits themselves, one process a GPU under torchrun, taken up where it stopped."""
+    import torch
+
+    from data import MediaError, read_clip, read_image, write_image, write_video
+    from model import KiwiEdit
+
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if args.device is None:
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    items = read_bench(args.bench, args.path, args.edits, args.limit)
+    mine = [item for item in items[rank::world] if not item.edit.is_file()]
+    print(f"[{rank}/{world}] {len(mine)} of {len(items[rank::world])} edits to make, {args.weights} on {args.device}")
+    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    model = KiwiEdit.from_pretrained(args.weights, args.device, dtype, args.base, args.qwen) if mine else None
+    failed = 0
+    for item in mine:
+        try:
+            clip = read_clip(item.source, args.frames, args.max_pixels)
+            ref = read_image(item.ref) if item.ref and args.ref else None
+            edited = model.edit(clip.frames, item.instruction, ref, steps=args.steps, seed=args.seed, tile=args.tile)
+            item.edit.parent.mkdir(parents=True, exist_ok=True)
+            write_image(item.edit, edited[0]) if clip.still else write_video(item.edit, edited, clip.fps, item.source)
+            print(f"[{rank}/{world}] {item.edit}", flush=True)
+        except (MediaError, ValueError) as error:
+            failed += 1
+            print(f"[{rank}/{world}] item {item.key} skipped: {error}", file=sys.stderr, flush=True)
+    if failed and world == 1:  # under torchrun a failing process would end the others; `score` counts what is missing
+        raise JudgeError(f"{failed} of {len(mine)} edits failed, see above; run again when they are mended")
+
+
+def compare(args):
+    """`judge.py compare`: which of two systems wins, each pair shown in both orders; metrics as paired differences."""
+    import torch
+
+    from data import whole_file, writable
+
+    torch.set_num_threads(1)
+    out = Path(args.out)
+    writable(out / "answers.jsonl")
+    judge, sides = make_judge(args), [read_bench(args.bench, args.path, d, args.limit) for d in (args.a, args.b)]
+    with closing(Ledger(out / "answers.jsonl")) as ledger:
+        rows = [measure_all(items, args, ledger, out) for items in sides]
+        pairs = [(a, b) for a, b in zip(*rows) if a.error is None and b.error is None]
+        parts = [paired_metrics(pairs)]
+        if judge:
+            questions = [q for a, b in pairs for q in both_orders(args, a.item, b.item)]
+            announce(questions, ledger, args)
+            if args.dry_run:
+                return
+            Asker(judge, args, ledger).ask_all(questions)
+            parts.insert(0, preferences(questions, ledger, args.allow_missing))
+            pairs = [pair for pair in pairs if pair[0].item.key not in unanswered(questions, ledger)]
+            print(f"paid        {account(ledger, {q.key for q in questions}, args.price)}")
+    lost = len(sides[0]) - len(pairs)
+    text = (
+        f"# {args.bench}: A = {args.a}, B = {args.b}\n\n`{args.command_line}`\n\n{len(pairs)} pairs, {lost} missing.\n"
+    )
+    for title, words, table in parts:
+        text += f"\n## {title}\n\n{words}\n\n{markdown(table)}\n"
+    page = out / f"{args.bench}_compare.md"
+    with whole_file(page) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(f"{text}\n{page}")
+    if lost and not args.allow_missing:
+        raise JudgeError(f"{lost} of {len(sides[0])} pairs are incomplete; mend them or give --allow-missing")
+
+
+def paired_metrics(pairs):
+    """Pairs of rows -> a section of the report with the differences of every metric."""
+    from metrics import METRICS
+
+    table = [["metric", "better", "A - B, mean of the pairs", "A higher", "pairs"]]
+    for name, (better, *_) in METRICS.items():
+        values = [(a.metrics[name], b.metrics[name]) for a, b in pairs]
+        gaps = [x - y for x, y in values if x is not None and y is not None]
+        if gaps:
+            table.append([name, better, mean_of([gaps]), sum(g > 0 for g in gaps), len(gaps)])
+    return "Metrics", "Paired differences [95 % bootstrap interval over items].", table
+
+
+def both_orders(args, a, b):
+    """The same pair asked twice, with A first and with B first."""
+    what = "the reference image and the original" if a.ref else "the original"
+    text = PAIR_RUBRIC.format(
+        kind="picture" if args.bench == "imgedit" else "video", what=what, instruction=a.instruction
+    )
+    given = [("Reference image", a.ref)] if a.ref else []
+    for order, (first, second) in (("AB", (a, b)), ("BA", (b, a))):
+        media = [*given, ("Original", a.source), ("Edit 1", first.edit), ("Edit 2", second.edit)]
+        key = question_key(f"{args.judge} {args.fps:g} {args.send}", text, [path for _, path in media], order)
+        yield Question(a.key, order, 0, text, media, [], key)
+
+
+def unanswered(questions, ledger):
+    """The keys of items of which an answer is missing."""
+    return {q.item for q in questions if q.key not in ledger.good}
+
+
+def preferences(questions, ledger, allow_missing):
+    """A win counts where both orders name the same system; what follows the position is counted apart."""
+    said = {(q.item, q.control): ledger.good[q.key]["scores"]["winner"] for q in questions if q.key in ledger.good}
+    items = list(dict.fromkeys(q.item for q in questions))
+    full = [key for key in items if key not in unanswered(questions, ledger)]
+    system = {("AB", "1"): "A", ("AB", "2"): "B", ("BA", "1"): "B", ("BA", "2"): "A"}
+    votes = {key: [system.get((order, said[key, order]), "tie") for order in ("AB", "BA")] for key in full}
+    wins = {side: sum(v == [side, side] for v in votes.values()) for side in "AB"}
+    swayed = sum(set(v) == {"A", "B"} for v in votes.values())
+    share = [1.0 if v == ["A", "A"] else 0.0 if v == ["B", "B"] else 0.5 for v in votes.values()]
+    lost = len(items) - len(full)
+    table = [
+        ["A wins", "B wins", "undecided", "of these: followed the position", "pairs", "share of A"],
+        [
+            wins["A"],
+            wins["B"],
+            len(full) - sum(wins.values()),
+            swayed,
+            len(full),
+            mean_of([share], lost, allow_missing),
+        ],
+    ]
+    return "Preferences", "Each pair was shown in both orders; a win needs both.", table
+
+
+def averages(args):
+    """`judge.py averages`: the averages of score files written by the released scripts, theirs and ours."""
+    for path in map(Path, args.files):
+        rows = read_released(path)
+        table = [["", "theirs", "ours, hierarchy enforced", "answers", "partial", "hierarchy broken"]]
+        average = lambda values: sum(values) / len(values)
+        theirs, ours = [], []  # one list a task
+        for task in dict.fromkeys(task for task, _, _ in rows):
+            of_task = [(scores, named) for t, scores, named in rows if t == task]
+            whole = [enforce(named) for _, named in of_task if len(named) == 3]
+            theirs.append([score for scores, _ in of_task for score in scores])
+            ours.append([average(kept.values()) for kept, _ in whole])
+            counts = len(of_task), len(of_task) - len(whole), sum(broken for _, broken in whole)
+            table.append([task, f"{average(theirs[-1]):.4f}", mean_of([ours[-1]]), *counts])
+        of_tasks, of_all = average([average(t) for t in theirs]), average([x for t in theirs for x in t])
+        table.append(["mean of the tasks", f"{of_tasks:.4f}", mean_of(ours), "", "", ""])
+        table.append(["mean of all scores", f"{of_all:.4f}", mean_of([[x for o in ours for x in o]]), "", "", ""])
+        print(f"{path}\n{markdown(table)}\n")
+
+
+def read_released(path):
+    """A score file of the released scripts -> [(task, their scores, {name: score})]; failures are not in such files.
+
+    Names come from the answer kept beside the scores: the release orders RefVIE scores as the judge happened to.
+    """
+    rows = []
+    with path.open(encoding="utf-8") as file:
+        for i, line in enumerate(file):
+            try:
+                value = json.loads(line)
+                task, scores, text = value.get("subtask") or value["edited_type"], value["scores"], value["result"]
+                scores = [int(score) for score in scores]
+            except (ValueError, KeyError, AttributeError, TypeError):
+                raise JudgeError(f"{path}, line {i + 1}: not a line of the released scripts' score files") from None
+            if not scores:
+                continue
+            rows.append((task, scores, released_names(task, scores, text)))
+    if not rows:
+        raise JudgeError(f"{path}: holds no scores")
+    return rows
+
+
+RELEASED_NAMES = {  # the release's wording of a criterion begins so, and the order in which it stores OpenVE's
+    "subject": ("identity consistency", "temporal consistency", "physical integration"),
+    "background": ("reference fidelity", "matting quality", "visual harmony"),
+}
+
+
+def released_names(task, scores, text):
+    """The first criterion first: from the answer's own lines, or in stored order where it cannot be read."""
+    names = RELEASED_NAMES.get(task, ("instruction compliance", "visual quality", "consistency"))
+    try:
+        return read_answer(text, [name.replace(" ", "_") for name in names])
+    except Malformed:
+        return dict(zip(names, scores))
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+def parse_arguments(argv=None):
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description="Judge edited videos.", epilog=EXAMPLES, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, does, text):
+        sub = commands.add_parser(name, help=text, description=text, epilog=EXAMPLES, formatter_class=raw)
+        sub.set_defaults(does=does)
+        return sub.add_argument
+
+    def bench(add):
+        add("path", help="the benchmark's file: refvie_bench.yaml, benchmark_videos.csv or singleturn.json")
+        add("--bench", choices=BENCHES, required=True, help="which benchmark it is")
+        add("--limit", type=positive, metavar="N", help="only the first N items")
+
+    def judging(add):
+        add("--judge", default="metrics", help="see below (default %(default)s)")
+        add("--mode", choices=MODES, default="official", help="1 or 4 frames a second (default %(default)s)")
+        add("--fps", type=rate, help="another frame rate than the mode's")
+        add("--endpoint", metavar="URL", help="the judge's server, for openai: and other places than Google's")
+        add(
+            "--send",
+            choices=("frames", "video"),
+            default="frames",
+            help="openai: a server may sample a video as it likes",
+        )
+        add("--device", help="local: cuda, cpu, ... (default: cuda if there is one)")
+        add("--max-tokens", type=positive, default=400, help="local: the longest answer (default %(default)s)")
+        add("--concurrency", type=positive, default=4, help="questions under way at once (default %(default)s)")
+        add(
+            "--retries",
+            type=natural,
+            default=4,
+            help="after a failure, malformed answers included (default %(default)s)",
+        )
+        add(
+            "--wait", type=float, default=2.0, help="seconds before the first retry, then doubled (default %(default)s)"
+        )
+        add("--deadline", type=rate, default=180.0, help="seconds for one answer (default %(default)s)")
+        add("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="dollars a million tokens, for the cost")
+        add("--dry-run", action="store_true", help="stop after the cost estimate")
+        add("--allow-missing", action="store_true", help="average over what succeeded")
+        add("--out", default="out/judge", metavar="DIR", help="folder of the report (default %(default)s)")
+
+    add = command("score", score, "score finished edits and write a report")
+    bench(add)
+    add("--edits", required=True, metavar="DIR", help="the edited videos, under the release's names")
+    judging(add)
+    add("--repeats", type=positive, default=1, help="answers an item (default %(default)s)")
+    add(
+        "--controls",
+        type=int,
+        default=4,
+        metavar="N",
+        help="items that also get known-answer questions (default %(default)s)",
+    )
+    add("--human", metavar="CSV", help="columns item and people's scores: rank correlations with ours")
+    add("--name", help="the system's name in the tables (default: the folder of the edits)")
+
+    add = command("compare", compare, "compare two systems, order swapped")
+    bench(add)
+    add("a", metavar="A", help="the edits of one system")
+    add("b", metavar="B", help="the edits of the other")
+    judging(add)
+
+    add = command("run", run, "make the edits with Kiwi-Edit, under torchrun on several GPUs")
+    bench(add)
+    add("--edits", required=True, metavar="DIR", help="where they go, under the release's names")
+    add("--weights", default="weights/nano", metavar="PATH|HUB_ID", help="as for sample.py (default %(default)s)")
+    add("--base", default="Wan-AI/Wan2.2-TI2V-5B", metavar="PATH|HUB_ID", help="under a .safetensors: %(default)s")
+    add("--qwen", default="Qwen/Qwen2.5-VL-3B-Instruct", metavar="PATH|HUB_ID", help="likewise: %(default)s")
+    add("--ref", action=argparse.BooleanOptionalAction, default=True, help="give the reference image to the model")
+    add("--steps", type=positive, default=50, help="denoising steps (default %(default)s)")
+    add("--seed", type=int, default=0, help="of every edit, as in the release (default %(default)s)")
+    add("--frames", type=positive, default=81, help="at most so many (default %(default)s)")
+    add("--max-pixels", type=positive, default=720 * 1280, help="larger frames are shrunk (default %(default)s)")
+    add("--tile", type=positive, metavar="N", help="VAE tiles, for small cards")
+    add("--device", help="default: this process's GPU, or the CPU")
+
+    add = command("averages", averages, "averages of score files that the released scripts wrote")
+    add("files", nargs="+", help="openve_..._score.jsonl, refvie_..._score.jsonl")
+
+    args = parser.parse_args(argv)
+    words = shlex.join(["python", "judge.py", *(sys.argv[1:] if argv is None else argv)])
+    args.command_line = re.sub(r"://[^/@\s]+@", "://***@", words)  # a password in --endpoint stays out of the report
+    if hasattr(args, "mode"):
+        args.fps = args.fps or MODES[args.mode]
+        args.name = getattr(args, "name", None) or Path(getattr(args, "edits", ".")).name
+    return args
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def natural(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    return value
+
+
+def rate(text):
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    try:
+        args.does(args)
+    except KeyboardInterrupt:
+        sys.exit("judge.py: interrupted; run the same command again to go on")
+    except (ValueError, OSError) as error:
+        sys.exit(f"judge.py: {' '.join(str(error).split())}")
+
+
+if __name__ == "__main__":
+    main()

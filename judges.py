@@ -1,0 +1,460 @@
+"""Ask a multimodal model about videos, over HTTP or on this machine, and read its answer with care.
+
+    (instruction text, [(label, path), ...], frames a second) -> judge.ask -> Answer(text, tokens)
+    answer text, names of criteria -> read_answer -> {name: whole number from 1 to 5}
+
+Three judges: Gemini's native API (an OpenAI-style call drops videos in silence), any OpenAI-compatible server, and
+Qwen2.5-VL / Qwen3-VL through transformers. What goes wrong is one of three things: TryAgain (busy, slow, cut off),
+Barred (it refuses us), Malformed (an answer, but no score in it). Nothing is guessed into a score.
+"""
+
+import base64
+import http.client
+import json
+import math
+import os
+import re
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+GEMINI = "https://generativelanguage.googleapis.com/v1beta"
+INLINE_LIMIT = 20_000_000  # bytes of a Gemini request with inline data
+
+
+class JudgeError(ValueError):
+    """Input that cannot be judged; the text says what, in which file, and what to do next."""
+
+
+@dataclass
+class Answer:
+    text: str
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+
+
+class TryAgain(Exception):
+    """The judge could not be reached or had no time. busy: it is overrun; after: the seconds it asked to wait."""
+
+    def __init__(self, reason, busy=False, after=None):
+        super().__init__(reason)
+        self.busy, self.after = busy, after
+
+
+class Barred(JudgeError):
+    """The judge refuses us altogether, or is not there: no further question is sent."""
+
+
+class Malformed(ValueError):
+    """An answer that has no score in it, or an impossible one; the next may be better."""
+
+
+class Unusable(Malformed):
+    """Asking the same again would not help: the request is wrong, or the videos do not reach the model."""
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_):  # would carry the key to another host
+        return None
+
+
+def post(url, headers, body, deadline, secret=None):
+    """POST JSON, get JSON, within `deadline` seconds in all. TryAgain, Barred or Unusable where that fails."""
+    data = json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
+    hide = lambda text: text.replace(secret, "***") if secret else text
+    end = time.monotonic() + deadline
+    try:
+        with urllib.request.build_opener(NoRedirect).open(request, timeout=deadline) as response:
+            answer = json.loads(read_all(response, end))
+            if not isinstance(answer, dict):
+                raise TryAgain("the server's answer is not a JSON object")
+            return answer
+    except urllib.error.HTTPError as error:
+        reason = hide(f"HTTP {error.code}: {error_text(error)}")
+        if error.code == 404:
+            raise Barred(f"the judge has no such model or address ({reason}); check --judge and --endpoint") from None
+        if error.code in (401, 403) or "API key not valid" in reason:  # the latter is Gemini's, with a 400
+            raise Barred(f"the judge refuses the key ({reason}); check the environment variable") from None
+        if error.code in (408, 409, 425, 429) or error.code >= 500:
+            after = error.headers.get("Retry-After", "")
+            busy = error.code in (429, 503)
+            raise TryAgain(reason, busy, float(after) if after.isdigit() else None) from None
+        raise Unusable(reason) from None
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, TimeoutError):
+            raise TryAgain(f"no answer within {deadline:g} s") from None
+        raise TryAgain(hide(f"connection lost ({type(reason).__name__}: {reason})")) from None
+    except ValueError:
+        raise TryAgain("the server's answer is not JSON") from None
+
+
+def read_all(response, end):
+    """The body of a response, read piece by piece; TimeoutError at the monotonic time `end`."""
+    parts = []
+    while part := response.read1(1 << 16):
+        parts.append(part)
+        if time.monotonic() > end:
+            raise TimeoutError
+    body = b"".join(parts)
+    if len(body) < int(response.headers.get("Content-Length") or 0):
+        raise http.client.IncompleteRead(body)
+    return body
+
+
+def error_text(error):
+    try:
+        with error:
+            return " ".join(error.read(2000).decode("utf-8", "replace").split())[:300]
+    except (OSError, http.client.HTTPException):
+        return "no text"
+
+
+def understood(read, answer, text):
+    """read(answer, text) of a reply; Malformed where its JSON has another shape than the API says."""
+    try:
+        return read(answer, text)
+    except (AttributeError, TypeError, KeyError, IndexError):
+        raise Malformed(f"the server's answer has another shape: {json.dumps(answer)[:200]}") from None
+
+
+def check_media_counted(tokens, text, what):
+    """Some proxies drop videos in silence: then the prompt counts no more tokens than its text alone."""
+    if tokens is not None and tokens <= len(text) / 3:
+        raise Unusable(f"{tokens} prompt tokens are no more than the text: {what} dropped the videos; see --send")
+
+
+def mime(path):
+    kinds = {".mp4": "video/mp4", ".mov": "video/quicktime", ".webm": "video/webm", ".png": "image/png",
+             ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}  # fmt: skip
+    kind = kinds.get(Path(path).suffix.lower())
+    if kind is None:
+        raise Unusable(f"{path}: a judge takes {', '.join(kinds)}")
+    return kind
+
+
+def encoded(path):
+    return base64.b64encode(Path(path).read_bytes()).decode()
+
+
+class Gemini:
+    """Google's native generateContent, videos as inline data with an explicit frame rate."""
+
+    def __init__(self, model, args):
+        self.model, self.deadline = model, args.deadline
+        self.url = f"{args.endpoint or GEMINI}/models/{urllib.parse.quote(model)}:generateContent"
+        self.key = os.environ.get("GEMINI_API_KEY")
+        if not self.key:
+            raise JudgeError("GEMINI_API_KEY is not set: export the key, or choose another --judge")
+        if not self.url.startswith("https://") and urllib.parse.urlsplit(self.url).hostname not in (
+            "127.0.0.1",
+            "localhost",
+        ):
+            raise JudgeError(f"--endpoint {args.endpoint}: the key goes over https only")
+
+    def ask(self, text, media, fps):
+        parts = []
+        for label, path in media:
+            part = {"inlineData": {"mimeType": mime(path), "data": encoded(path)}}
+            if part["inlineData"]["mimeType"].startswith("video"):
+                part["videoMetadata"] = {"fps": fps}
+            parts += [{"text": label + ":"}, part]
+        body = {
+            "systemInstruction": {"parts": [{"text": text}]},
+            "contents": [{"role": "user", "parts": parts}],
+            "generationConfig": {"responseMimeType": "application/json"},
+        }
+        size = sum(len(part["inlineData"]["data"]) for part in parts if "inlineData" in part)
+        if size > INLINE_LIMIT:
+            raise Unusable(f"{size / 1e6:.0f} MB of videos are more than one request takes; re-encode them smaller")
+        answer = post(self.url, {"x-goog-api-key": self.key}, body, self.deadline, self.key)
+        return understood(self.reply, answer, text)
+
+    def reply(self, answer, text):
+        usage = answer.get("usageMetadata") or {}
+        check_media_counted(usage.get("promptTokenCount"), text, "the server")
+        candidate = (answer.get("candidates") or [{}])[0]
+        said = "".join(
+            p.get("text", "") for p in (candidate.get("content") or {}).get("parts", []) if not p.get("thought")
+        )
+        if not said:
+            blocked = (answer.get("promptFeedback") or {}).get("blockReason") or candidate.get("finishReason")
+            raise Malformed(f"refused to answer ({blocked or 'no text'})")
+        out = usage.get("candidatesTokenCount", 0) + usage.get("thoughtsTokenCount", 0)
+        return Answer(said, usage.get("promptTokenCount"), out)
+
+
+class OpenAICompatible:
+    """chat/completions; videos as frames at the given rate (any server), or as video_url (vLLM)."""
+
+    def __init__(self, model, args):
+        if not args.endpoint:
+            raise JudgeError("--judge openai:... needs --endpoint, e.g. http://localhost:8000/v1")
+        self.model, self.deadline, self.send = model, args.deadline, args.send
+        self.url = f"{args.endpoint.rstrip('/')}/chat/completions"
+        self.key = os.environ.get("OPENAI_API_KEY")
+
+    def ask(self, text, media, fps):
+        content = []
+        for label, path in media:
+            content.append({"type": "text", "text": label + ":"})
+            if mime(path).startswith("image"):
+                content.append({"type": "image_url", "image_url": {"url": f"data:{mime(path)};base64,{encoded(path)}"}})
+            elif self.send == "video":
+                content.append({"type": "video_url", "video_url": {"url": f"data:{mime(path)};base64,{encoded(path)}"}})
+            else:
+                for picture in frames_as_jpeg(path, fps):
+                    url = "data:image/jpeg;base64," + base64.b64encode(picture).decode()
+                    content.append({"type": "image_url", "image_url": {"url": url}})
+        messages = [{"role": "system", "content": text}, {"role": "user", "content": content}]
+        body = {"model": self.model, "messages": messages}
+        if self.send == "video":
+            body["mm_processor_kwargs"] = {"fps": fps}  # vLLM's name for the frame rate
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        answer = post(self.url, headers, body, self.deadline, self.key)
+        return understood(self.reply, answer, text)
+
+    def reply(self, answer, text):
+        usage = answer.get("usage") or {}
+        check_media_counted(usage.get("prompt_tokens"), text, "the server")
+        message = ((answer.get("choices") or [{}])[0]).get("message") or {}
+        if not isinstance(message.get("content"), str) or not message["content"]:
+            raise Malformed(f"refused to answer ({message.get('refusal') or 'no text'})")
+        return Answer(message["content"], usage.get("prompt_tokens"), usage.get("completion_tokens"))
+
+
+def sampled_frames(path, fps, max_pixels=448 * 448):
+    """Frames of a clip at `fps`, shrunk to max_pixels: uint8 (n, H, W, 3), and the seconds at which they stand."""
+    import torch
+
+    from data import decode, open_media, resize
+
+    frames, seconds, due = [], [], 0.0
+    with open_media(path) as (container, stream):
+        source_rate = float(stream.average_rate or 25)
+        for index, rgb in decode(path, container, stream):
+            if index / source_rate >= due - 1e-6:
+                scale = min(1.0, math.sqrt(max_pixels / (rgb.shape[0] * rgb.shape[1])))
+                frames.append(resize(rgb[None], [max(2, round(side * scale / 2) * 2) for side in rgb.shape[:2]])[0])
+                seconds.append(index / source_rate)
+                due += 1 / min(fps, source_rate)
+    if not frames:
+        raise Unusable(f"{path}: has no frames")
+    return torch.stack(frames), seconds
+
+
+def jpeg(image):
+    """uint8 (H, W, 3) -> the bytes of a JPEG."""
+    from data import write_image
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_image(Path(folder) / "x.jpg", image)
+        return (Path(folder) / "x.jpg").read_bytes()
+
+
+def frames_as_jpeg(path, fps):
+    return [jpeg(frame) for frame in sampled_frames(path, fps)[0]]
+
+
+QWEN = {  # patch, mean, std, time step in positions a second (None: a text stamp before each pair of frames)
+    "qwen2_5_vl": (14, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), 2),
+    "qwen3_vl": (16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), None),
+}
+
+
+class Local:
+    """Qwen2.5-VL or Qwen3-VL through transformers, greedy; patches and positions are made here (no torchvision)."""
+
+    def __init__(self, folder, args):
+        import torch
+        from tokenizers import Tokenizer
+        from transformers import AutoConfig, AutoModelForImageTextToText
+
+        kind = AutoConfig.from_pretrained(folder).model_type
+        if kind not in QWEN:
+            raise JudgeError(f"{folder}: a {kind} model; --judge local: takes {' or '.join(QWEN)}")
+        self.patch, self.mean, self.std, self.positions_a_second = QWEN[kind]
+        self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        self.mllm = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(self.device).eval()
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.encode_special_tokens = True  # an instruction's text is text, never a control token
+        self.max_tokens = args.max_tokens
+
+    def ask(self, text, media, fps):
+        import torch
+
+        ids, positions, pixels = self.prepare(text, media, fps)
+        place = lambda x: x.to(self.device)
+        with torch.no_grad():
+            out = self.mllm(
+                input_ids=place(ids), position_ids=place(positions), use_cache=True,
+                **{name: place(value) for name, value in pixels.items()},
+            )  # fmt: skip
+            said, at = [], int(positions.max()) + 1
+            for _ in range(self.max_tokens):
+                token = out.logits[0, -1].argmax()
+                if token.item() in self.ends:
+                    break
+                said.append(token.item())
+                here = torch.full((3, 1, 1), at, device=self.device)
+                out = self.mllm(input_ids=token.view(1, 1), position_ids=here, past_key_values=out.past_key_values)
+                at += 1
+        return Answer(self.tokenizer.decode(said), ids.shape[1], len(said))
+
+    @property
+    def ends(self):
+        return {self.token("<|im_end|>"), self.token("<|endoftext|>")}
+
+    def token(self, name):
+        number = self.tokenizer.token_to_id(name)
+        if number is None:
+            raise JudgeError(f"the judge's tokenizer.json has no token {name}: not a Qwen-VL model")
+        return number
+
+    def prepare(self, text, media, fps):
+        """-> ids (1, S), positions (3, 1, S), and pixel values and grids by the model's names."""
+        import torch
+
+        from data import read_image
+
+        words = lambda s: self.tokenizer.encode(s, add_special_tokens=False).ids
+        start, end = [self.token("<|im_start|>")], [self.token("<|im_end|>")]
+        open_, close = [self.token("<|vision_start|>")], [self.token("<|vision_end|>")]
+        pieces = [start + words("system\n" + text) + end + words("\n") + start + words("user\n")]
+        kinds = {"image": ([], []), "video": ([], [])}
+        for label, path in media:
+            pieces.append(words(label + ": "))
+            kind = mime(path).split("/")[0]
+            frames, seconds = (read_image(path)[None], [0.0]) if kind == "image" else sampled_frames(path, fps)
+            patches, grid = self.patchify(frames)
+            kinds[kind][0].append(patches)
+            kinds[kind][1].append(grid)
+            pad = self.token(f"<|{kind}_pad|>")
+            if self.positions_a_second is None and kind == "video":
+                for t in range(grid[0]):
+                    stamp = (seconds[2 * t] + seconds[min(2 * t + 1, len(seconds) - 1)]) / 2
+                    pieces += [words(f"<{stamp:.1f} seconds>") + open_, (pad, (1, *grid[1:]), 0), close]
+            else:
+                rate = (len(seconds) - 1) / seconds[-1] if seconds[-1] else 1.0
+                step = int((self.positions_a_second or 0) * 2 / rate)
+                pieces += [open_, (pad, grid, step), close]
+        pieces.append(end + words("\n") + start + words("assistant\n"))
+        pixels = {}
+        for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            if kinds[kind][0]:
+                pixels[name] = torch.cat(kinds[kind][0]).to(next(self.mllm.parameters()).dtype)
+                pixels[f"{kind}_grid_thw"] = torch.tensor(kinds[kind][1])
+        return *self.lay_out(pieces), pixels
+
+    def lay_out(self, pieces):
+        """Pieces (lists of ids, or (pad id, grid, time step)) -> ids (1, S), positions (3, 1, S).
+
+        What follows a visual counts on from its largest position, as both models were trained.
+        """
+        import torch
+
+        ids, positions, at = [], [], 0
+        for piece in pieces:
+            if isinstance(piece, tuple):
+                pad, (t, h, w), step = piece
+                axes = (step * torch.arange(t), torch.arange(h // 2), torch.arange(w // 2))
+                here = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
+                ids += [pad] * here.shape[1]
+            else:
+                here = torch.arange(len(piece)).expand(3, -1)
+                ids += piece
+            positions.append(at + here)
+            at = max([at, *(int(positions[-1].max()) + 1 for _ in range(1) if here.numel())])
+        return torch.tensor([ids]), torch.cat(positions, 1)[:, None]
+
+    def patchify(self, frames, max_pixels=448 * 448):
+        """uint8 (T, H, W, 3), shrunk to max_pixels -> patches (t h w, 6 p p) in the vision tower's order, grid (t, h, w)."""
+        from connectors import patchify
+        from data import resize
+
+        unit = 2 * self.patch
+        H, W = frames.shape[1:3]
+        scale = min(1.0, math.sqrt(max_pixels / (H * W)))
+        size = [max(unit, round(side * scale / unit) * unit) for side in (H, W)]
+        return patchify(resize(frames, size), self.patch, self.mean, self.std)
+
+
+LONGEST = 20_000  # characters of an answer that are read
+NUMBER = r"(-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*(\d+))?"
+
+
+def read_score(text):
+    """ "4", 4, "4/5", "**4**" -> 4. Malformed for anything but a whole number from 1 to 5."""
+    match = re.fullmatch(NUMBER, str(text).strip(" *_`\"'.,"))
+    if isinstance(text, bool) or not match:
+        raise Malformed(f"{text!r} is not a score")
+    if match[2] and match[2] != "5":
+        raise Malformed(f"{text!r} is not on the scale from 1 to 5")
+    value = float(match[1])
+    if value not in (1, 2, 3, 4, 5):
+        raise Malformed(f"{match[1]} is not a whole number from 1 to 5")
+    return int(value)
+
+
+def json_objects(text):
+    """Every JSON object in a text, whatever stands around it; inner objects too."""
+    decoder = json.JSONDecoder()
+    for at in (m.start() for m in re.finditer(r"\{", text)):
+        try:
+            yield decoder.raw_decode(text, at)[0]
+        except (ValueError, RecursionError):
+            continue
+
+
+def flat_name(name):
+    return re.sub(r"[^a-z]+", "_", str(name).lower()).strip("_")
+
+
+def read_answer(text, names):
+    """A judge's answer -> {name: score} for all of `names`, by name and not by order; Malformed with the reason.
+
+    JSON first, whatever stands around it; else lines such as "**Visual quality:** 4/5", also out of half a JSON.
+    """
+    text = text[:LONGEST]
+    for found in reversed(list(json_objects(text))):
+        flat = {flat_name(k): v for k, v in found.items()}
+        if all(name in flat for name in names):
+            return {name: read_score(flat[name]) for name in names}
+    scores = {}
+    for name in names:
+        pattern = rf"{name.replace('_', '[ _]')}[^\n:=]{{0,60}}[:=][\s*_\"']*{NUMBER}(?![\d.]*\d|\s*(?:-|–|to|or)\s*\d)"
+        given = {m.group(0)[m.start(1) - m.start() :] for m in re.finditer(pattern, text, re.IGNORECASE)}
+        values = {read_score(value) for value in given}
+        if len(values) != 1:
+            said = " ".join(text.split())[:120]
+            raise Malformed(f"{name} is {'given twice' if values else 'missing'} in the answer: {said!r}")
+        scores[name] = values.pop()
+    return scores
+
+
+def read_reason(text):
+    for found in json_objects(text):
+        if isinstance(found.get("reasoning"), str):
+            return found["reasoning"]
+    return " ".join(text.split())[:400]
+
+
+def read_winner(text, names=()):
+    """A pairwise answer -> {"winner": "1" | "2" | "tie"}."""
+    given = re.findall(r"winner[\"'*\s]*[:=][\s\"'*]*(1|2|tie)\b", text, re.IGNORECASE)
+    if len({g.lower() for g in given}) != 1:
+        raise Malformed(f"no winner in the answer: {' '.join(text.split())[:120]!r}")
+    return {"winner": given[0].lower()}
+
+
+def enforce(scores):
+    """The hierarchy: {name: score} in order -> (the same with none above the first, whether it was broken)."""
+    first = next(iter(scores.values()))
+    kept = {name: min(score, first) for name, score in scores.items()}
+    return kept, kept != scores

@@ -1,0 +1,1212 @@
+"""Train Kiwi-Edit: `torchrun --nproc-per-node 8 train.py --stage 3 --data DIR --weights RUN --out RUN`.
+
+    CSV rows -> batches of one shape, decoded by workers (data.py)
+      -> latents of target, source and reference (VAE, frozen); requests (MLLMEncoder.prepare)
+      -> noise and a timestep from the sample's number -> KiwiEdit.forward -> loss -> gradients of the global batch
+      -> AdamW -> every N steps a checkpoint, written while training goes on
+
+Three stages (paper, Section 5.1): the MLLM learns to speak to the DiT, both learn to edit, both learn references.
+What a stage trains is a row of `STAGES`. Randomness belongs to samples, by their number, and not to processes: one
+process, DDP, FSDP2, sequence parallelism and a run that was killed and resumed give the same losses. The release
+cannot resume, takes one sample at a time and replaces broken ones in silence.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import threading
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+
+EXAMPLES = """examples:
+  python train.py --config nano --stage 1 --data data/nano --weights weights/nano --out runs/1 --set steps=200
+  torchrun --nproc-per-node 8 train.py --stage 2 --data DIR --weights runs/1 --out runs/2 --resume auto
+
+where training starts (--weights): a run of this program (its last checkpoint), a checkpoint folder of one, a folder
+  that nanoKiwi saved, the released diffusers layout, or a released training checkpoint (.safetensors) over --base and
+  --qwen. Without it: --base and --qwen alone, or, with --init random, nothing but --qwen's config and tokenizer.
+several processes (torchrun): data parallel by --parallel, and --sp N of them share each sequence.
+a run is watched by metrics.jsonl, TensorBoard if installed, and `python train.py --plot RUN` (an SVG).
+"""
+ALIGN = ("lora", "mllm.image_queries", "mllm.connector")
+EDIT = (*ALIGN, "mllm.video_queries", "dit", "source_embedder", "source_scale")
+REFER = (*EDIT, "mllm.ref_queries", "mllm.ref_connector", "ref_embedder")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage trains, on what, and how (paper, Section 5.1; FACTS.md, "Training")."""
+
+    trains: tuple[str, ...]  # parts by name; "lora" is the language model's, "dit.lora" the DiT's
+    image: int = 1  # shares of the mixture
+    video: int = 0
+    ref: int = 0
+    source: bool = True  # whether the DiT sees the source latents
+    pixels: tuple[int, ...] = (960_000,)  # at most so many, each for an equal share of the steps
+    frames: int = 81
+    steps: int = 10_000
+    global_batch: int = 128  # samples of one update
+    batch: int = 1  # samples of one forward
+    lora_rank: int = 64
+    lora_targets: tuple[str, ...] = ATTENTION
+    dit_lora_rank: int = 0
+    lr: float = 2e-5
+    warmup: int = 100  # steps
+    schedule: str = "constant"  # or "cosine", "linear": down to nothing
+    weight_decay: float = 0.01
+    beta2: float = 0.999
+    clip: float = 1.0
+    shift: float = 5.0
+    ref_shrink: float = 0.7  # a reference is shrunk by a random factor between this and 1
+    ema: float = 0.0  # decay of the averaged weights; 0: none
+
+    def __post_init__(self):
+        if self.schedule not in ("constant", "cosine", "linear"):
+            raise ValueError(f"Stage.schedule: {self.schedule!r}, expected constant, cosine or linear")
+        for name in ("steps", "global_batch", "batch", "frames"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"Stage.{name}: {getattr(self, name)}, expected at least 1")
+        if self.global_batch % self.batch:
+            raise ValueError(f"Stage.global_batch: {self.global_batch} is not a multiple of batch {self.batch}")
+        if not any(self.ratio.values()):
+            raise ValueError("Stage.image, Stage.video, Stage.ref: all 0, so there is nothing to train on")
+
+    @property
+    def ratio(self):
+        return {"image": self.image, "video": self.video, "ref": self.ref}
+
+    @property
+    def batches(self):
+        """Forwards of one update, over all ranks."""
+        return self.global_batch // self.batch
+
+
+STAGES = {
+    "paper": {
+        1: Stage(ALIGN, source=False, steps=30_000),
+        2: Stage(EDIT, 1, 1, pixels=(360_000, 960_000)),
+        3: Stage(REFER, 2, 1, 1),
+    },
+    # its global batch is the number of kinds of data on each of, here, 8 GPUs
+    "released": {
+        1: Stage(ALIGN, source=False, pixels=(1024 * 1024,), lr=1e-5, warmup=0, steps=30_000, global_batch=8),
+        2: Stage(EDIT, 1, 1, pixels=(600 * 600, 720 * 1280), lr=1e-5, warmup=0, steps=20_000, global_batch=16),
+        3: Stage(REFER, 1, 1, 1, pixels=(720 * 1280,), lr=5e-6, warmup=0, steps=15_000, global_batch=24),
+    },
+}
+
+
+def choose_stage(args):
+    """The stage asked for; the release trains the 14B model's DiT by LoRA and gives its language model a larger one."""
+    stage = STAGES[args.preset][args.stage]
+    if args.preset == "released" and args.config == "wan21_14b":
+        stage = replace(stage, lora_rank=256, lora_targets=(*ATTENTION, "gate_proj", "down_proj", "up_proj"))
+        if args.stage > 1:
+            trains = tuple("dit.lora" if part == "dit" else part for part in stage.trains)
+            stage = replace(stage, trains=trains, dit_lora_rank=128)
+    return with_settings(stage, [s for s in args.set if "." not in s.split("=")[0]])
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Train Kiwi-Edit in three stages, on a laptop or on many GPUs.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--config", default="wan22_5b", choices=("wan22_5b", "wan21_14b", "wan21_1_3b", "nano"),
+        help="sizes, where the weights do not tell (default %(default)s)")  # fmt: skip
+    add("--stage", type=int, choices=(1, 2, 3), help="1 align, 2 edit, 3 edit with references")
+    add("--preset", choices=list(STAGES), default="paper", help="whose numbers (default %(default)s)")
+    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="steps=100 lr=1e-4 model.source=add_unscaled ...")
+    add("--data", metavar="DIR", help="has image.csv, video.csv, ref_video.csv (or .parquet), as the stage needs them")
+    add("--image-csv", metavar="FILE", help="this instead of DIR/image.csv")
+    add("--video-csv", metavar="FILE", help="likewise")
+    add("--ref-csv", metavar="FILE", help="likewise")
+    add("--base-path", metavar="DIR", help="what the paths in the tables start from (default: the table's folder)")
+    add("--out", metavar="RUN", help="folder of the run: config.json, metrics.jsonl, checkpoints")
+    add("--weights", metavar="PATH|HUB_ID", help="where to start (see below)")
+    add("--base", metavar="PATH|HUB_ID", help="Wan's weights (default: those of --config on the hub)")
+    add("--qwen", default="Qwen/Qwen2.5-VL-3B-Instruct", metavar="PATH|HUB_ID", help="default %(default)s")
+    add("--init", choices=("weights", "random"), default="weights", help="random: no weights at all")
+    add("--resume", metavar="auto|PATH", help="continue from the run's last checkpoint if there is one, or from this one")
+    add("--seed", type=int, default=0, help="order of the data, noise and what is not in the weights (default %(default)s)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of computing; the trained weights are float32 (default: by device)")
+    add("--parallel", choices=("ddp", "fsdp"), help="how ranks share the work (default: fsdp on GPUs, ddp on CPUs)")
+    add("--sp", type=int, default=1, metavar="N", help="ranks that share a sequence (Ulysses; default %(default)s)")
+    add("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute blocks in the backward")
+    add("--cache", metavar="DIR", help="take latents from here, where `python data.py cache` wrote them")
+    add("--write-cache", metavar="DIR", help="write them there, and train nothing (what `python data.py cache` calls)")
+    add("--workers", type=int, default=2, help="processes a rank that decode (default %(default)s)")
+    add("--max-bad", type=float, default=5.0, metavar="PERCENT", help="stop if more samples are broken (default %(default)s)")
+    add("--save-every", type=int, default=500, metavar="STEPS", help="default %(default)s")
+    add("--keep", type=int, default=3, metavar="K", help="checkpoints that stay (default %(default)s)")
+    add("--sample-every", type=int, default=0, metavar="STEPS", help="edit the first row of each table (default: never)")
+    add("--sample-steps", type=int, default=20, metavar="STEPS", help="denoising steps of that (default %(default)s)")
+    add("--dry-run", action="store_true", help="print the stage, sizes, memory and first batches; train nothing")
+    add("--plot", metavar="RUN", help="draw the losses of a run to RUN/loss.svg, nothing else")
+    args = parser.parse_args(argv)
+    if not args.plot and (args.stage is None or args.out is None):
+        parser.error("--stage and --out are needed")
+    return args
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and slips of the pen answer before torch is there
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recomputed
+from tqdm import tqdm
+
+from connectors import connector, inject_lora
+from data import (
+    SHARD, CachedPairs, Curriculum, MediaError, Mixture, Pairs, bucket, fill_buckets, find_table, fingerprint, measure_row,
+    measure_rows, pad_reference, read_frames, read_reference, read_table, shard_path, whole_file, write_image, write_video,
+)  # fmt: skip
+from kernels import attention
+from model import (
+    PRESETS, WAN_BASE, FlowMatch, KiwiEdit, PatchEmbedder, TensorFiles, listed, load_weights, local_path,
+    meta_parameters, mllm_sizes, read_json, read_weights, released_name,
+)  # fmt: skip
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    if args.plot:
+        return plot(Path(args.plot))
+    stage = choose_stage(args)
+    ranks = Ranks(args)
+    try:
+        checkpoint = open_run(args, ranks)
+        model = load_model(args, stage, ranks, checkpoint)
+        curriculum, tables = open_data(args, stage, ranks)
+        if args.dry_run:
+            return describe(args, stage, ranks, model, curriculum)
+        if args.write_cache:
+            return write_cache(args, stage, ranks, model, curriculum, tables)
+        trainer = Trainer(args, stage, ranks, model, curriculum, tables)
+        trainer.train(checkpoint)
+    finally:
+        ranks.leave()
+
+
+# Settings
+
+
+def with_settings(config, settings):
+    """A dataclass with `key=value` settings, each cast to its field's type. ValueError for a key it has not."""
+    known = [field.name for field in fields(config)]
+    changes = {}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key not in known:
+            raise ValueError(f"--set {setting}: {type(config).__name__} has no {key!r}; it has {', '.join(known)}")
+        try:
+            changes[key] = cast(value, getattr(config, key))
+        except ValueError:
+            raise ValueError(f"--set {setting}: {value!r} is not of the kind of {getattr(config, key)!r}") from None
+    return replace(config, **changes)
+
+
+def cast(value, old):
+    """Text as a value of the type of `old`. ValueError where it is none."""
+    if isinstance(old, bool):
+        return bool(("false", "true").index(value.lower()))
+    if isinstance(old, tuple):
+        return tuple(cast(part, old[0]) for part in value.split(","))
+    return str(value) if old is None else type(old)(value)
+
+
+def with_model_settings(config, settings):
+    """A KiwiConfig with `model.key=value`, `dit.key=value`, `vae.`, `mllm.` settings."""
+    grouped = {}
+    for setting in settings:
+        part, dot, rest = setting.partition(".")
+        if dot and "=" not in part:
+            grouped.setdefault(part, []).append(rest)
+    for part, values in grouped.items():
+        if part == "model":
+            config = with_settings(config, values)
+        elif part in ("dit", "vae", "mllm"):
+            config = replace(config, **{part: with_settings(getattr(config, part), values)})
+        else:
+            raise ValueError(f"--set {part}.{values[0]}: no such part; there are model, dit, vae, mllm")
+    return config
+
+
+# Processes
+
+
+class Ranks:
+    """The processes that torchrun started, or one alone. Ranks that share a sequence (sp) are neighbours."""
+
+    def __init__(self, args):
+        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        on_gpu = torch.cuda.is_available() and not args.dry_run
+        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu")
+        if on_gpu:
+            torch.cuda.set_device(self.device)
+        self.ours = not dist.is_initialized()  # who calls `main` several times may keep one group for all
+        if self.ours:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **alone)
+        self.rank, self.world, self.sp = dist.get_rank(), dist.get_world_size(), args.sp
+        if self.world % self.sp:
+            raise ValueError(f"--sp {self.sp} does not divide the {self.world} processes")
+        self.dp = self.world // self.sp
+        self.mesh = init_device_mesh(self.device.type, (self.world,))
+        pairs = init_device_mesh(self.device.type, (self.dp, self.sp), mesh_dim_names=("data", "sequence"))
+        self.sequence = pairs["sequence"].get_group()
+        self.background = dist.new_group(backend="gloo")  # for the thread that writes checkpoints
+        self.parallel = args.parallel or ("fsdp" if on_gpu else "ddp")
+        self.dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
+        if self.dtype != torch.float32 and self.parallel == "ddp":
+            raise ValueError("--dtype bfloat16 keeps float32 master weights by FSDP2: take --parallel fsdp, also on one GPU")
+
+    @property
+    def first(self):
+        return self.rank == 0
+
+    @property
+    def data_rank(self):
+        return self.rank // self.sp
+
+    def total(self, values):
+        """Sums over all ranks of a few numbers."""
+        values = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(values)
+        return values.tolist()
+
+    def any(self, flag):
+        return self.total([float(flag)])[0] > 0
+
+    def from_first(self, value):
+        """The first rank's Python value, on all."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gathered(self, values):
+        """Lists of all ranks, joined."""
+        boxes = [None] * self.world
+        dist.all_gather_object(boxes, values)
+        return [value for box in boxes for value in box]
+
+    def leave(self):
+        if self.ours:
+            dist.destroy_process_group()
+
+
+class Ulysses:
+    """Sequence parallelism over heads: between the blocks each rank has its share of the tokens, and in
+    self-attention all tokens of its share of the heads (DeepSpeed-Ulysses, arXiv 2309.14509).
+
+    It hangs on the DiT by hooks: tokens are split before the first block and joined after the last. The context is
+    whole on every rank, so cross-attention needs no exchange. Every rank computes the same loss from the joined
+    tokens; the join's backward adds the ranks' gradients, so that their mean over all ranks is the true one.
+    """
+
+    def __init__(self, dit, group):
+        self.group, self.size, self.rank = group, group.size(), group.rank()
+        heads = dit.config.num_heads
+        if heads % self.size:
+            raise ValueError(f"--sp {self.size} does not divide the {heads} heads of the DiT")
+        for block in dit.blocks:
+            block.self_attn.attend = self.attend
+            block.register_forward_pre_hook(self.enter)
+        dit.blocks[0].register_forward_pre_hook(self.split)  # after `enter`, which needs the whole length
+        dit.blocks[-1].register_forward_hook(self.join)
+
+    def enter(self, block, arguments):
+        """Give the block the rotary table of this rank's tokens."""
+        x, time_mod, context, (cos, sin) = arguments
+        self.counts = [len(cos) // self.size + (rank < len(cos) % self.size) for rank in range(self.size)]
+        mine = slice(sum(self.counts[: self.rank]), sum(self.counts[: self.rank + 1]))
+        return x, time_mod, context, (cos[mine], sin[mine])
+
+    def split(self, block, arguments):
+        x, *rest = arguments
+        return x.split(self.counts, dim=1)[self.rank], *rest
+
+    def join(self, block, arguments, x):
+        """(B, N of this rank, D) -> (B, N, D)."""
+        return Join.apply(x, self)
+
+    def attend(self, q, k, v):
+        """q, k, v (B, N of this rank, H, d) -> (B, N of this rank, H, d)."""
+        return self.to_tokens(attention(*(self.to_heads(x) for x in (q, k, v))))
+
+    def to_heads(self, x):
+        """(B, n, H, d), our tokens -> (B, N, H / ranks, d), our heads."""
+        b, _, h, d = x.shape
+        parts = [part.reshape(-1) for part in x.split(h // self.size, dim=2)]
+        received = self.exchange(parts, [b * count * (h // self.size) * d for count in self.counts])
+        return torch.cat([part.view(b, -1, h // self.size, d) for part in received], dim=1)
+
+    def to_tokens(self, x):
+        """The way back: (B, N, H / ranks, d) -> (B, n, H, d)."""
+        b, _, h, d = x.shape
+        parts = [part.reshape(-1) for part in x.split(self.counts, dim=1)]
+        received = self.exchange(parts, [b * self.counts[self.rank] * h * d] * self.size)
+        return torch.cat([part.view(b, -1, h, d) for part in received], dim=2)
+
+    def exchange(self, parts, sizes):
+        """Send part i to rank i; what the ranks sent to us, of `sizes` numbers each."""
+        return Exchange.apply(torch.cat(parts), [len(part) for part in parts], sizes, self.group).split(sizes)
+
+
+class Exchange(torch.autograd.Function):
+    """all_to_all of flat tensors; its backward is the same the other way round."""
+
+    @staticmethod
+    def forward(ctx, x, sent, received, group):
+        ctx.way_back = (received, sent, group)
+        out = x.new_empty(sum(received))
+        dist.all_to_all_single(out, x, received, sent, group)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return Exchange.apply(gradient.contiguous(), *ctx.way_back), None, None, None
+
+
+class Join(torch.autograd.Function):
+    """The tokens of all ranks, (B, n, D) -> (B, N, D). Backward: our part of the sum of all ranks' gradients, which are
+    the same, for each computes the loss."""
+
+    @staticmethod
+    def forward(ctx, x, ulysses):
+        ctx.ulysses, counts = ulysses, ulysses.counts
+        x = torch.nn.functional.pad(x, (0, 0, 0, max(counts) - x.shape[1]))
+        pieces = [torch.empty_like(x) for _ in counts]
+        dist.all_gather(pieces, x.contiguous(), ulysses.group)
+        return torch.cat([piece[:, :count] for piece, count in zip(pieces, counts)], dim=1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        u = ctx.ulysses
+        return u.size * gradient.split(u.counts, dim=1)[u.rank], None
+
+
+# The model
+
+
+def load_model(args, stage, ranks, checkpoint):
+    """The model with the weights to start from, LoRA in place, trained parts in float32 and the rest in `dtype`, and
+    exactly what the stage trains requiring gradients."""
+
+
+    config, files = read_start(args, ranks)
+    sizes = {**preset_sizes(args, config), **{k: v for k, v in mllm_sizes(files, {}).items() if v}}
+    config = replace(config, mllm=replace(config.mllm, **sizes))
+    with meta_parameters():
+        model = KiwiEdit(with_model_settings(config, args.set))
+    files.device = ranks.device
+    torch.manual_seed(args.seed)  # of what the weights lack
+    if not args.dry_run:
+        begin_additions(model, load_weights(model, files, partial=True, device=ranks.device), ranks.device)
+    if not has_lora(model.mllm):
+        inject_lora(model.mllm.model.language_model, stage.lora_rank, stage.lora_targets)
+    if stage.dit_lora_rank and not has_lora(model.dit):
+        inject_lora(model.dit, stage.dit_lora_rank, ("q", "k", "v", "o", "ffn.0", "ffn.2"))
+    if checkpoint and not args.dry_run:
+        load_weights(model, read_tensors(checkpoint / "weights.safetensors"), partial=True)
+    choose_trained(model, stage)
+    if args.dry_run:
+        return model
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else ranks.dtype)
+    if args.stage > 1 and not model.mllm.connector[2].weight.any() and ranks.first:
+        print("warning: the Query Connector is untrained, so stage 1 was left out; the paper measured 1.47/3.01 without "
+              "it against 2.84/3.98 (Table 5)", file=sys.stderr)  # fmt: skip
+    return model.train()
+
+
+def read_start(args, ranks):
+    """Config and files of the weights to start from."""
+
+    out = Path(args.out)
+    if args.init == "random":
+        config = replace(PRESETS[args.config], mllm=replace(PRESETS[args.config].mllm, folder=str(local_path(args.qwen))))
+        if args.dry_run:
+            return config, TensorFiles()
+        if not (out / "init").exists() and ranks.first:
+            torch.manual_seed(args.seed)
+            KiwiEdit(with_model_settings(config, args.set)).save(out / "init")
+        dist.barrier()
+        return read_weights(out / "init")
+    hub = {"wan22_5b": WAN_BASE, "wan21_14b": "Wan-AI/Wan2.1-T2V-14B", "wan21_1_3b": "Wan-AI/Wan2.1-T2V-1.3B"}
+    base = args.base or hub.get(args.config)
+    if args.weights is None and base is None:
+        raise ValueError(f"--config {args.config}: nothing to start from; give --weights PATH, "
+                         "or --init random --qwen FOLDER (a folder with Qwen's config.json and tokenizer.json)")  # fmt: skip
+    return read_weights_or_run(args.weights, base or WAN_BASE, args.qwen)
+
+
+def read_weights_or_run(path, base, qwen):
+    """`model.read_weights`, which also takes a run of ours or a checkpoint of one: it lies over what the run began with."""
+
+    checkpoint = find_checkpoint(Path(path)) if path else None
+    if checkpoint is None:
+        return read_weights(path, base, qwen)
+    began = read_json(checkpoint.parent / "config.json")["args"]
+    if began["init"] == "random":
+        config, files = read_weights(checkpoint.parent / "init")
+    else:
+        config, files = read_weights_or_run(began["weights"], began["base"] or base, began["qwen"])
+    files.add(checkpoint / "weights.safetensors", over=True)
+    return config, files
+
+
+def preset_sizes(args, config):
+    """Query counts for the kinds of data that the weights were not trained for yet."""
+
+    preset = PRESETS[args.config].mllm
+    names = ("num_image_queries", "num_video_queries", "num_ref_queries", "max_ref_tokens")
+    return {name: getattr(config.mllm, name) or getattr(preset, name) for name in names}
+
+
+def begin_additions(model, missing, device):
+    """Give what Kiwi-Edit adds, where the weights lack it, its initial value. ValueError if anything else is missing."""
+
+
+    hidden = model.mllm.model.language_model.embed_tokens.embedding_dim
+    fresh = {
+        "source_embedder": lambda: PatchEmbedder(model.config.dit), "ref_embedder": lambda: PatchEmbedder(model.config.dit),
+        "mllm.connector": lambda: connector(hidden, model.config.dit.dim),
+        "mllm.ref_connector": lambda: connector(hidden, model.config.dit.dim),
+    }  # fmt: skip
+    additions = (*fresh, "source_scale", "mllm.image_queries", "mllm.video_queries", "mllm.ref_queries")
+    lost = [name for name in missing if not name.startswith(additions)]
+    if lost:
+        raise ValueError(f"the weights to start from are not complete: {listed('missing', lost)}")
+    for name, make in fresh.items():
+        if any(m.startswith(name + ".") for m in missing):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, make().to(device))
+    for name in missing:
+        parent, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        old = getattr(owner, leaf)
+        if old.is_meta:
+            value = 0.02 * torch.randn(old.shape) if name.endswith("_queries") else torch.zeros(old.shape)
+            setattr(owner, leaf, torch.nn.Parameter(value.to(device)))
+
+
+def has_lora(module):
+    return any(".lora_" in name for name, _ in module.named_parameters())
+
+
+def choose_trained(model, stage):
+    """Set requires_grad for exactly what the stage trains."""
+    for name, parameter in model.named_parameters():
+        # Wan's projection of T5 features is saved with the DiT and never used: weight decay alone would change it
+        parameter.requires_grad_(belongs(name, stage) and not name.startswith("dit.text_embedding."))
+
+
+def belongs(name, stage):
+    """Whether a parameter is part of what the stage trains and saves."""
+    if ".lora_" in name:
+        return ("dit.lora" if name.startswith("dit.") else "lora") in stage.trains or "dit" in stage.trains
+    return any(name == part or name.startswith(part + ".") for part in stage.trains)
+
+
+def parallelise(model, args, ranks):
+    """Activation checkpointing, sequence parallelism and DDP or FSDP2 -> the module to call."""
+
+
+    trained = [*model.dit.blocks, *model.mllm.model.language_model.layers]
+    if ranks.sp > 1:
+        Ulysses(model.dit, ranks.sequence)
+    if args.checkpointing:
+        for block in trained:
+            block.forward = partial(recomputed, block.forward, use_reentrant=False)
+    if ranks.parallel == "ddp":
+        return DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks.world > 1 else model
+    policy = MixedPrecisionPolicy(param_dtype=ranks.dtype, reduce_dtype=trained_dtype(model), cast_forward_inputs=False)
+    for block in trained:
+        fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
+    # The vision tower is called once a picture, which would not be as often on every rank: the root gathers it. The VAE
+    # is called by itself and before the rest: it stays whole.
+    return fully_shard(model, mesh=ranks.mesh, mp_policy=policy, ignored_params=set(model.vae.parameters()))
+
+
+def trained_dtype(model):
+    return next(p.dtype for p in model.parameters() if p.requires_grad)
+
+
+# The data
+
+
+def open_data(args, stage, ranks):
+    """The tables of the stage's kinds of data, and the order in which their rows come."""
+
+    own = {"image": args.image_csv, "video": args.video_csv, "ref": args.ref_csv}
+    kinds = [kind for kind, share in stage.ratio.items() if share]
+    tables = {kind: read_table(own[kind] or find_table(args.data, kind), kind, args.base_path) for kind in kinds}
+    shapes = {}
+    for kind, rows in tables.items():
+        mine = range(ranks.rank, len(rows), ranks.world)
+        measured = measure_rows([rows[i] for i in mine], kind == "image")
+        shapes[kind] = [shape for _, shape in sorted(ranks.gathered(list(zip(mine, measured))), key=lambda x: x[0])]
+        broken = [(rows[i].target, shape) for i, shape in enumerate(shapes[kind]) if isinstance(shape, str)]
+        if ranks.first and not (Path(args.out) / "metrics.jsonl").exists():  # a run that resumes has logged them
+            report_bad(args, ranks, 0, broken)
+        if 100 * len(broken) > args.max_bad * len(rows):
+            raise ValueError(f"{len(broken)} of {len(rows)} {kind} rows cannot be read (--max-bad {args.max_bad:g}); "
+                             f"the first: {broken[0][1]}")  # fmt: skip
+    phases = []
+    for i, pixels in enumerate(stage.pixels):
+        buckets = {kind: fill_buckets(shapes[kind], stage.frames, pixels) for kind in kinds}
+        start = i * stage.steps // len(stage.pixels) * stage.batches
+        phases.append((start, Mixture(buckets, stage.ratio, stage.batch, f"{args.seed} {i}")))
+    return Curriculum(phases), tables
+
+
+def write_cache(args, stage, ranks, model, curriculum, tables):
+    """Latents of every row at every size of the stage, and what the MLLM will see of it: 64 rows a file.
+
+    A file that is there stays: the command can be interrupted. References are shrunk once and for all.
+    """
+    folder = Path(args.write_cache)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = [(kind, shape, k, rows[k * SHARD : (k + 1) * SHARD]) for _, mixture in curriculum.phases
+              for kind, buckets in mixture.buckets.items() for shape, rows in buckets.items()
+              for k in range(-(-len(rows) // SHARD))]  # fmt: skip
+    for kind, shape, k, rows in tqdm(shards[ranks.rank :: ranks.world], desc="cache", unit="file", disable=not ranks.first):
+        path, tensors = shard_path(folder, kind, shape, k), {"": torch.zeros(0)}
+        if path.is_file():
+            continue
+        for number in rows:
+            row = tables[kind][number]
+            try:
+                target, source = (read_frames(p, shape[0], shape[1:]) for p in (row.target, row.source))
+                ref = read_reference(row.ref) if row.ref else None
+            except MediaError as error:
+                report_bad(args, ranks, 0, [(row.target, str(error))])
+                continue
+            parts = zip(("target", "source", "ref"), encode(model, stage, target, source, ref, random.Random(number).random()))
+            tensors |= {f"{number}.{name}": latents.cpu().contiguous() for name, latents in parts if latents is not None}
+            for name, frames in model.mllm.resize(source, ref)[1].items():
+                tensors[f"{number}.mllm.{name}"] = frames.contiguous()
+        with whole_file(path) as temporary:
+            save_file(tensors, temporary)
+    dist.barrier()
+    if ranks.first:
+        with whole_file(folder / "cache.json") as temporary:
+            temporary.write_text(json.dumps({"fingerprint": fingerprint(tables, stage.pixels, stage.frames, stage.source)}))
+        print(folder)
+
+
+def fits_cache(args, stage, tables):
+    """ValueError unless the cache was written for these tables and sizes."""
+    path = Path(args.cache) / "cache.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; `python data.py cache --out {args.cache} ...` writes it")
+    if read_json(path)["fingerprint"] != fingerprint(tables, stage.pixels, stage.frames, stage.source):
+        raise ValueError(f"{args.cache}: was written for other tables, pixels or frames; write another with data.py cache")
+
+
+def report_bad(args, ranks, step, broken):
+    """Append broken samples, (path, reason), to the run's bad.jsonl."""
+    if broken and not args.dry_run and ranks.rank % ranks.sp == 0:
+        with (Path(args.out) / "bad.jsonl").open("a") as file:
+            file.write("".join(json.dumps({"step": step, "path": p, "reason": r}) + "\n" for p, r in broken))
+
+
+def rank_batches(curriculum, stage, ranks, step):
+    """The numbers of this rank's batches in a step. Which batches a step has does not depend on the ranks; they are
+    dealt out by size, so that ranks which wait for one another have the same amount of work."""
+    numbers = range(step * stage.batches, (step + 1) * stage.batches)
+    by_size = sorted(numbers, key=lambda n: (math.prod(curriculum[n][2]), n))
+    return by_size[ranks.data_rank :: ranks.dp]
+
+
+class Order:
+    """The numbers of all batches that this rank still has to train, for a DataLoader."""
+
+    def __init__(self, curriculum, stage, ranks, step):
+        self.curriculum, self.stage, self.ranks, self.step = curriculum, stage, ranks, step
+
+    def __iter__(self):
+        for step in range(self.step, self.stage.steps):
+            yield from rank_batches(self.curriculum, self.stage, self.ranks, step)
+
+
+# Training
+
+
+class Trainer:
+    """The loop and what it keeps: model, optimizer, averaged weights, and the counters that a checkpoint holds."""
+
+    def __init__(self, args, stage, ranks, model, curriculum, tables):
+        if stage.batches % ranks.dp:
+            raise ValueError(f"global_batch / batch is {stage.batches}, not a multiple of {ranks.dp} data-parallel ranks")
+        self.args, self.stage, self.ranks, self.model = args, stage, ranks, model
+        self.curriculum, self.tables = curriculum, tables
+        self.counts = {"step": 0, "updates": 0, "samples": 0, "tokens": 0, "bad": 0, "skipped": 0, "seconds": 0.0}
+        self.module = parallelise(model, args, ranks)
+        self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.trained.values(), lr=stage.lr, betas=(0.9, stage.beta2), weight_decay=stage.weight_decay
+        )
+        self.ema = {name: p.detach().clone() for name, p in self.trained.items()} if stage.ema else {}
+        self.saver = Checkpoints(Path(args.out), args.keep, ranks)
+        self.stop = None
+        self.trouble = 0  # steps skipped in a row
+
+    def train(self, checkpoint):
+        if checkpoint:
+            self.restore(checkpoint)
+        before = {name: signal.signal(name, self.ask_to_stop) for name in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            self.loop(checkpoint)
+        finally:
+            for name, handler in before.items():
+                signal.signal(name, handler)
+
+    def loop(self, checkpoint):
+        out, stage, counts = Path(self.args.out), self.stage, self.counts
+        if self.ranks.first:
+            write_config(self.args, stage, self.model, out)
+            cut_log(out / "metrics.jsonl", counts["step"])
+            cut_log(out / "bad.jsonl", counts["step"])
+        loader = iter(self.loader())
+        with Log(out, self.ranks.first) as log, tqdm(
+            total=stage.steps, initial=counts["step"], desc=f"stage {self.args.stage}", disable=not self.ranks.first
+        ) as bar:
+            while counts["step"] < stage.steps:
+                line = self.step(loader)
+                if line is None:
+                    break
+                self.saver.check()
+                log.write(line)
+                bar.set_postfix(loss=f"{line['loss']:.4f}", lr=f"{line['lr']:.1e}", samples_s=f"{line['samples_s']:.2f}")
+                bar.update()
+                step = counts["step"]
+                if step % self.args.save_every == 0 and step < stage.steps:
+                    self.save()
+                if self.args.sample_every and step % self.args.sample_every == 0:
+                    self.sample(step)
+        if not checkpoint or self.saver.path(counts["step"]) != checkpoint:
+            self.save()
+        self.saver.wait()
+        if self.ranks.first:
+            print(f"{self.stop + ': ' if self.stop else ''}step {counts['step']} of {stage.steps}, {self.saver.path(counts['step'])}"
+                  f"{'; go on with --resume auto' if self.stop else ''}")  # fmt: skip
+
+    def ask_to_stop(self, number, frame):
+        self.stop = signal.Signals(number).name
+
+    def loader(self):
+        if self.args.cache:
+            fits_cache(self.args, self.stage, self.tables)
+            pairs = CachedPairs(self.tables, self.curriculum, self.args.cache)
+        else:
+            pairs = Pairs(self.tables, self.curriculum, self.model.mllm.resize)
+        order = Order(self.curriculum, self.stage, self.ranks, self.counts["step"])
+        context = "fork" if self.args.workers else None  # a worker has the tokenizer of this process
+        return torch.utils.data.DataLoader(
+            pairs, None, sampler=order, num_workers=self.args.workers, multiprocessing_context=context,
+            worker_init_fn=leave_signals_to_the_trainer,
+        )  # fmt: skip
+
+    def step(self, loader):
+        """One update -> its line of metrics; None if a signal came before its end: then it leaves no trace."""
+        started, stage = time.perf_counter(), self.stage
+        here = stage.batches // self.ranks.dp
+        loss_sum, tokens, flops, broken, paths = 0.0, 0, 0.0, [], []
+        for i in range(here):
+            batch = next(loader)
+            if self.ranks.any(self.stop is not None):
+                self.optimizer.zero_grad()
+                self.stop = self.stop or "a signal to another rank"
+                return None
+            if "fatal" in batch:
+                raise ValueError(batch["fatal"])
+            last = i == here - 1
+            with nullcontext() if last or not hasattr(self.module, "no_sync") else self.module.no_sync():
+                loss, size = self.loss(batch)
+                (loss / here).backward()
+            loss_sum += loss.item()
+            tokens += size
+            flops += batch_flops(self.model, stage, batch, size)
+            broken += batch["bad"]
+            paths += [] if math.isfinite(loss.item()) else batch["paths"]
+        rate = learning_rate(stage, self.counts["step"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), stage.clip or math.inf)
+        norm = norm.full_tensor().item() if hasattr(norm, "full_tensor") else norm.item()
+        self.update(norm, paths, batch)
+        report_bad(self.args, self.ranks, self.counts["step"] + 1, broken)
+        sums = self.ranks.total([loss_sum, tokens, flops, len(broken)])
+        loss_sum, tokens, flops, bad = (x / self.ranks.sp for x in sums)
+        seconds = time.perf_counter() - started
+        self.count(tokens, bad, seconds)
+        line = {"step": self.counts["step"], "loss": loss_sum / stage.batches, "grad_norm": norm, "lr": rate,
+                "seconds": seconds, "samples_s": stage.global_batch / seconds, "tokens_s": tokens / seconds,
+                "bad": self.counts["bad"], "skipped": self.counts["skipped"]}  # fmt: skip
+        return line | machine_use(self.ranks, flops / seconds)
+
+    def loss(self, batch):
+        """The mean loss of a batch and the number of its tokens in the DiT."""
+        flow, model = FlowMatch(self.stage.shift), self.model
+        draws = [draw(self.args.seed, number, flow, model.config.dit.bf16_timesteps) for number in batch["numbers"]]
+        generators, t, chance = zip(*draws)
+        pictures = batch["pictures"]
+        if not self.args.cache:
+            pictures = [encode(model, self.stage, *sample, c) for sample, c in zip(pictures, chance)]
+        latents, source, ref = (
+            None if part[0] is None else torch.stack(part).to(self.ranks.device).float() for part in zip(*pictures)
+        )
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(self.ranks.device)
+        t = torch.stack(t).to(self.ranks.device)
+        requests = [model.mllm.assemble(prompt, *seen) for prompt, seen in zip(batch["prompts"], batch["visuals"])]
+        frames = latents.shape[2] + (0 if ref is None else ref.shape[2])
+        tokens = len(latents) * frames * math.prod(model.dit.grid(latents)[1:])
+        return self.module(requests, latents, t, source if self.stage.source else None, ref, noise, flow), tokens
+
+    def update(self, norm, paths, batch):
+        """Step the optimizer, unless the gradient is not finite."""
+        if math.isfinite(norm):
+            self.optimizer.step()
+            self.counts["updates"] += 1
+            self.trouble = 0
+            if self.ema:
+
+                torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.trained.values()], 1 - self.stage.ema)
+        else:
+            self.counts["skipped"] += 1
+            self.trouble += 1
+            paths = self.ranks.gathered(paths)
+            suspects = ", ".join(paths[:4]) or "none has a loss that is not finite; the last was " + batch["paths"][0]
+            message = f"step {self.counts['step'] + 1} skipped: its gradient is {norm}; samples: {suspects}"
+            if self.trouble == 5:
+                raise ValueError(f"5 steps in a row were skipped, the loss has diverged: lower lr, or look at the data. {message}")
+            if self.ranks.first:
+                print(f"warning: {message}", file=sys.stderr)
+        self.optimizer.zero_grad()
+
+    def count(self, tokens, bad, seconds):
+        counts = self.counts
+        for name, value in {"step": 1, "samples": self.stage.global_batch, "tokens": tokens, "bad": bad, "seconds": seconds}.items():
+            counts[name] += value
+        if 100 * counts["bad"] > self.args.max_bad * max(counts["samples"], 100):
+            raise ValueError(f"{counts['bad']:.0f} of {counts['samples']} samples could not be read, more than --max-bad "
+                             f"{self.args.max_bad:g} per cent; see {self.args.out}/bad.jsonl")  # fmt: skip
+
+    def save(self):
+        self.saver.save(self.counts, self.stage, self.model, self.optimizer_state(), self.ema)
+
+    def optimizer_state(self):
+        """The moments of AdamW by parameter name; before the first update zeros."""
+        moments = {}
+        for name, p in self.trained.items():
+            state = self.optimizer.state[p]
+            if not state:
+                state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            moments |= {f"{name}.exp_avg": state["exp_avg"], f"{name}.exp_avg_sq": state["exp_avg_sq"]}
+        return moments
+
+    def restore(self, checkpoint):
+        """Counters, moments and averaged weights; the weights themselves are loaded with the model."""
+        self.counts.update(read_json(checkpoint / "train.json")["counts"])
+        state = {"optimizer": self.optimizer_state(), "ema": self.ema}
+        dcp.load(state, checkpoint_id=checkpoint / "state")
+        for p in self.trained.values():
+            self.optimizer.state[p]["step"].fill_(self.counts["updates"])
+
+    def sample(self, step):
+        """Edit the first row of each table, and write source, edit and target side by side."""
+        self.model.eval()
+        for kind, rows in self.tables.items():
+            row = rows[0]
+            shape = bucket(measure_row(row, kind == "image"), self.stage.frames, self.stage.pixels[0])
+            source, target = (read_frames(path, shape[0], shape[1:]) for path in (row.source, row.target))
+            ref = read_reference(row.ref) if row.ref else None
+            with torch.no_grad(), gathered_root(self.model):
+                edited = self.model.edit(source, row.prompt, ref, self.args.sample_steps, shift=self.stage.shift)
+            if self.ranks.first:
+                picture = torch.cat([source, edited, target], dim=2)
+                path = Path(self.args.out) / "samples" / f"step-{step:06d}-{kind}{'.png' if kind == 'image' else '.mp4'}"
+                path.parent.mkdir(exist_ok=True)
+                write_image(path, picture[0]) if kind == "image" else write_video(path, picture, 15)
+        self.model.train()
+
+
+def leave_signals_to_the_trainer(worker):
+    """torchrun and Ctrl-C signal workers too; they are needed until the trainer has stopped."""
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
+
+
+def gathered_root(model):
+    """Parts of a sharded model are about to be called one by one: gather what lies outside of the blocks."""
+
+    @contextmanager
+    def gathered():
+        model.unshard()
+        yield
+        model.reshard()
+
+    return gathered() if hasattr(model, "unshard") else nullcontext()
+
+
+@torch.no_grad()
+def encode(model, stage, target, source, ref, chance):
+    """Latents (C, T, h, w) of target, source and reference. The reference is shrunk by a factor between the stage's
+    `ref_shrink` and 1, as `chance` in [0, 1) has it, and centred on white."""
+    if ref is not None:
+        ref = pad_reference(ref, target.shape[1:3], stage.ref_shrink + (1 - stage.ref_shrink) * chance)[None]
+    device = model.vae.conv1.weight.device
+    return tuple(None if x is None else model.encode_frames(x.to(device))[0] for x in (target, source, ref))
+
+
+def draw(seed, number, flow, rounded):
+    """Generator of the noise, timestep and a number in [0, 1) of a sample: the same however the run is divided."""
+    generator = torch.Generator().manual_seed((seed << 40) + number)
+    t = flow.timesteps(1000)[torch.randint(1000, (), generator=generator)]
+    return generator, t.bfloat16().float() if rounded else t, torch.rand((), generator=generator).item()
+
+
+def learning_rate(stage, step):
+    """Linear warm-up, then constant or down to nothing."""
+    if step < stage.warmup:
+        return stage.lr * (step + 1) / stage.warmup
+    progress = (step - stage.warmup) / max(stage.steps - stage.warmup, 1)
+    decay = {"constant": 1, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return stage.lr * decay[stage.schedule]
+
+
+# Checkpoints
+
+
+class Checkpoints:
+    """Folders step-NNNNNN of a run: weights.safetensors (what the stage trains, released names), ema.safetensors,
+    state/ (the optimizer's moments, torch.distributed.checkpoint), train.json (counters).
+
+    A save copies to memory and returns; a thread writes to a hidden folder and renames it when whole. So every
+    step-NNNNNN is complete, whenever the run was killed.
+    """
+
+    def __init__(self, out, keep, ranks):
+        self.out, self.keep, self.ranks = out, keep, ranks
+        self.thread, self.error = None, None
+        if ranks.first:
+            for left in [*out.glob(".step-*")]:  # of a run that was killed
+                shutil.rmtree(left)
+        dist.barrier()
+
+    def path(self, step):
+        return self.out / f"step-{step:06d}"
+
+    def save(self, counts, stage, model, moments, ema):
+        self.wait()
+        weights = {name: p for name, p in model.named_parameters() if belongs(name, stage)}
+        snapshot = {
+            "weights": self.whole(weights), "ema": self.whole({**weights, **ema} if ema else {}),
+            "state": {"optimizer": copied(moments), "ema": copied(ema)},
+            "train": {"counts": dict(counts), "stage": asdict(stage)},
+        }  # fmt: skip
+        self.thread = threading.Thread(target=self.write, args=(self.path(counts["step"]), snapshot))
+        self.thread.start()
+
+    def whole(self, tensors):
+        """Full copies in memory on the first rank, by released names; nothing on the others."""
+        found = {}
+        for name, p in tensors.items():
+            p = p.detach()
+            p = p.full_tensor() if hasattr(p, "full_tensor") else p
+            if self.ranks.first:
+                found[released_name(name)] = p.to("cpu", copy=True).contiguous()
+        return found
+
+    def write(self, path, snapshot):
+        try:
+            self.write_folder(path, snapshot)
+        except BaseException as error:  # it is raised where the training loop asks
+            self.error = error
+
+    def write_folder(self, path, snapshot):
+        temporary = path.with_name(f".{path.name}.tmp")
+        writer = dcp.FileSystemWriter(temporary / "state")
+        dcp.save(snapshot["state"], storage_writer=writer, process_group=self.ranks.background)
+        if not self.ranks.first:
+            return
+        save_file(snapshot["weights"], temporary / "weights.safetensors")
+        if snapshot["ema"]:
+            save_file(snapshot["ema"], temporary / "ema.safetensors")
+        (temporary / "train.json").write_text(json.dumps(snapshot["train"], indent=1))
+        if path.exists():
+            os.replace(path, path.with_name(f".{path.name}.old"))
+        os.replace(temporary, path)
+        for old in [*valid_checkpoints(self.out)[: -self.keep], *self.out.glob(".step-*.old")]:
+            hidden = old if old.suffix == ".old" else old.with_name(f".{old.name}.old")
+            old == hidden or os.replace(old, hidden)
+            shutil.rmtree(hidden)
+
+    def check(self):
+        """Raise what went wrong in the thread."""
+        if self.error:
+            reason = str(self.error).strip().splitlines()[-1]
+            raise OSError(f"{self.out}: the checkpoint cannot be written ({reason}); is the disk full?") from self.error
+
+    def wait(self):
+        if self.thread:
+            self.thread.join()
+        self.check()
+
+
+def copied(tensors):
+    return {name: t.detach().cpu().clone() if t.is_cpu else t.detach().cpu() for name, t in tensors.items()}
+
+
+def valid_checkpoints(run):
+    """The checkpoint folders of a run, oldest first."""
+    needed = ("weights.safetensors", "train.json", "state/.metadata")
+    return [p for p in sorted(run.glob("step-*")) if all((p / name).is_file() for name in needed)]
+
+
+def find_checkpoint(path):
+    """The checkpoint that a run's folder or a checkpoint's own folder stands for; None if it is neither."""
+    if (path / "train.json").is_file():
+        return path
+    if path.is_dir() and (path / "config.json").is_file() and read_json(path / "config.json").get("format") == "nanokiwi run":
+        found = valid_checkpoints(path)
+        if not found:
+            raise FileNotFoundError(f"{path}: this run has no checkpoint yet")
+        return found[-1]
+    return None
+
+
+def open_run(args, ranks):
+    """Make the run's folder -> the checkpoint to resume from, or None. ValueError where one would be written over."""
+    out = Path(args.out)
+    found = None
+    if ranks.first:
+        args.dry_run or out.mkdir(parents=True, exist_ok=True)
+        found = valid_checkpoints(out)
+        found = found[-1] if found else None
+    found = ranks.from_first(found)
+    if args.resume is None and found:
+        raise ValueError(f"{out} has checkpoints already; give --resume auto to continue, or another --out")
+    if args.resume in (None, "auto"):
+        return found
+    checkpoint = find_checkpoint(Path(args.resume))
+    if checkpoint is None:
+        raise FileNotFoundError(f"--resume {args.resume}: not a checkpoint folder; give auto or RUN/step-NNNNNN")
+    return checkpoint
+
+
+def read_tensors(path):
+    files = TensorFiles()
+    files.add(path)
+    return files
+
+
+# Watching
+
+
+class Log:
+    """metrics.jsonl, one line a step, and TensorBoard if it is installed."""
+
+    def __init__(self, out, first):
+        self.file, self.board = None, None
+        if not first:
+            return
+        self.file = (out / "metrics.jsonl").open("a")
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(out / "tensorboard"))
+        except ImportError:
+            pass
+
+    def write(self, line):
+        if self.file:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        if self.board:
+            for name, value in line.items():
+                self.board.add_scalar(name, value, line["step"])
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file and self.file.close()
+        self.board and self.board.close()
+
+
+def cut_log(path, step):
+    """Drop the lines after a step, which will be trained again, and a last one that is not whole."""
+
+    if path.is_file():
+        lines = [line for line in path.read_text().split("\n")[:-1] if json.loads(line)["step"] <= step]
+        with whole_file(path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in lines))
+
+
+def write_config(args, stage, model, out):
+    """What the run was asked for, resolved: config.json."""
+
+    config = {"format": "nanokiwi run", "args": vars(args), "stage": asdict(stage), "model": asdict(model.config)}
+    with whole_file(out / "config.json") as temporary:
+        temporary.write_text(json.dumps(config, indent=1))
+
+
+def batch_flops(model, stage, batch, tokens):
+    """Floating-point operations of a batch's forward and backward in the DiT, the recomputing not counted.
+
+    Linear layers: 2 a weight and token, twice that in the backward (once where the weights are frozen). Attention:
+    4 N^2 D a layer, twice that in the backward.
+    """
+    c, samples = model.config.dit, len(batch["prompts"])
+    n, context = tokens / samples, sum(model.mllm.num_queries.values()) / 3
+    linear = n * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim) + context * 2 * c.dim**2
+    attention = 2 * n * (n + context) * c.dim
+    passes = 3 if "dit" in stage.trains else 2
+    return samples * c.num_layers * 2 * (passes * linear + 3 * attention)
+
+
+def machine_use(ranks, flops_s):
+    """Model FLOPs utilisation and peak memory, on a GPU; on a CPU the process's peak memory alone."""
+
+    if ranks.device.type != "cuda":
+
+        return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "tflop_s": flops_s / 1e12}
+    name = torch.cuda.get_device_name(ranks.device)
+    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+    use = {"memory_gib": torch.cuda.max_memory_allocated(ranks.device) / 2**30, "tflop_s": flops_s / 1e12}
+    return use | ({"mfu": flops_s / ranks.world / peak} if peak else {})
+
+
+def describe(args, stage, ranks, model, curriculum):
+    """--dry-run: the stage, the sizes, the memory a rank will need, the shapes of the first batches."""
+    print(f"stage {args.stage} ({args.preset}): " + ", ".join(f"{k} {v}" for k, v in asdict(stage).items()))
+    parts = {"dit": model.dit, "mllm": model.mllm, "vae": model.vae, "embedders": torch.nn.ModuleList(model.embedders())}
+    for name, part in parts.items():
+        counts = [sum(p.numel() for p in part.parameters() if p.requires_grad == wanted) / 1e6 for wanted in (True, False)]
+        print(f"  {name:<10} {counts[0]:10.1f} M trained {counts[1]:10.1f} M frozen")
+    dp = ranks.dp
+    print(f"one update: {stage.global_batch} samples = {stage.batches // dp} forwards of {stage.batch} on {dp} data-parallel ranks")
+    shapes = {}
+    for n in range(min(stage.batches, 4096)):
+        _, kind, shape, _ = curriculum[n]
+        shapes[kind, shape] = shapes.get((kind, shape), 0) + 1
+    for (kind, (frames, height, width)), count in sorted(shapes.items()):
+        print(f"  {count:>6} {kind:<6} {frames} frames of {width}x{height}")
+    largest = max((shape for _, mixture in curriculum.phases for b in mixture.buckets.values() for shape in b), key=math.prod)
+    need = memory_estimate(model, stage, ranks, largest, args.checkpointing)
+    print(f"memory of a rank at {'x'.join(map(str, largest))}, {ranks.parallel} on {ranks.world}, "
+          f"{str(ranks.dtype)[6:]}: {sum(need.values()) / 2**30:.2f} GiB")  # fmt: skip
+    for name, size in need.items():
+        print(f"  {name:<12} {size / 2**30:10.2f} GiB")
+
+
+def memory_estimate(model, stage, ranks, shape, checkpointing):
+    """Bytes a rank needs, by purpose, for batches of `shape` (frames, height, width).
+
+    Activations: the input of every block, and what the backward of one block keeps inside it (of all blocks without
+    checkpointing), some 20 D + 4 F numbers a token with its gradients; the same for the language model.
+    """
+    size = torch.empty(0, dtype=ranks.dtype).element_size()
+    share = ranks.world if ranks.parallel == "fsdp" else 1
+    vae = sum(p.numel() for p in model.vae.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained - vae
+    blocks = [*model.dit.blocks, *model.mllm.model.language_model.layers]
+    sizes = sorted((sum(p.numel() for p in block.parameters()) for block in blocks), reverse=True)
+    gathered = (trained + frozen - sum(sizes) + sum(sizes[:2])) * size if ranks.parallel == "fsdp" else 0
+    c, (frames, height, width) = model.config.dit, shape
+    stride = model.config.vae.space_stride * c.patch_size[1]
+    tokens = stage.batch * (model.config.vae.latent_frames(frames) + (stage.ref > 0)) * height * width // stride**2 / ranks.sp
+    text = model.mllm.model.config.text_config
+    seen = max(model.mllm.num_queries.values()) + request_tokens(model.mllm, shape)
+    inside = [tokens * (20 * c.dim + 4 * c.ffn_dim), seen * (20 * text.hidden_size + 6 * text.intermediate_size)]
+    kept = [tokens * c.dim * c.num_layers, stage.batch * seen * text.hidden_size * text.num_hidden_layers]
+    if not checkpointing:
+        kept = [inside[0] * c.num_layers * 0.6, stage.batch * inside[1] * text.num_hidden_layers * 0.6]
+    return {
+        "weights": 4 * trained / share + size * (frozen / share + vae), "gathered": gathered,
+        "gradients": 4 * trained / share, "moments": 8 * trained / share, "average": 4 * trained / share * (stage.ema > 0),
+        "activations": (sum(kept) + max(inside)) * size,
+    }  # fmt: skip
+
+
+def request_tokens(mllm, shape):
+    """Visual tokens of a source of `shape`."""
+    frames, height, width = shape
+    mode = "image" if frames == 1 else "video"
+    blank = torch.zeros(1, height, width, 3, dtype=torch.uint8)
+    h, w = mllm.resize_source(blank, mode).shape[1:3]
+    return -(-min(frames, mllm.config.max_frames) // 2) * (h // 28) * (w // 28)
+
+
+def plot(run):
+    """Draw metrics.jsonl as loss.svg."""
+
+    path = run / "metrics.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; --plot takes the folder of a run")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    points = [(line["step"], line["loss"]) for line in lines if math.isfinite(line["loss"])]
+    if not points:
+        raise ValueError(f"{path}: has no losses yet")
+    with whole_file(run / "loss.svg") as temporary:
+        temporary.write_text(svg(points))
+    print(run / "loss.svg")
+
+
+def svg(points, width=800, height=400, margin=60):
+    """Points (step, loss) and their running mean as an SVG."""
+    steps, losses = zip(*points)
+    left, right, low, high = steps[0], max(steps[-1], steps[0] + 1), min(losses), max(max(losses), min(losses) + 1e-9)
+    mean, smooth = losses[0], []
+    for loss in losses:
+        mean += (loss - mean) * min(1, 20 / len(losses))
+        smooth.append(mean)
+
+    def line(values, style):
+        xy = ((margin + (s - left) / (right - left) * (width - 2 * margin),
+               height - margin - (v - low) / (high - low) * (height - 2 * margin)) for s, v in zip(steps, values))  # fmt: skip
+        return f'<polyline fill="none" {style} points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in xy)}"/>'
+
+    def text(x, y, words):
+        return f'<text x="{x}" y="{y}" font-family="sans-serif" font-size="13">{words}</text>'
+
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"><rect width="100%" height="100%" fill="white"/>',
+        line(losses, 'stroke="#9bc" stroke-width="1"'), line(smooth, 'stroke="#136" stroke-width="2"'),
+        text(5, margin, f"{high:.4g}"), text(5, height - margin, f"{low:.4g}"), text(margin, height - 20, f"step {left}"),
+        text(width - margin - 40, height - 20, right), text(width / 2 - 20, 30, "loss"), "</svg>\n",
+    ])  # fmt: skip
+
+
+def run():
+    """main, with every foreseeable failure as one line on stderr and an exit code that is not 0."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"train.py: {error}")
+
+
+if __name__ == "__main__":
+    run()
