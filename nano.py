@@ -343,7 +343,7 @@ class Trainer:
                 loss, figures = loss_of(self.generator())
                 loss.backward()
                 for p, master in zip(self.parameters, self.masters):
-                    master.grad, p.grad = p.grad if p.grad is None else p.grad.float().view_as(master), None
+                    master.grad, p.grad = p.grad if p.grad is None else p.grad.float().reshape(master.shape), None
                 norm = float(torch.nn.utils.clip_grad_norm_(self.masters, 1.0))
                 self.step += 1
                 bar.update()
