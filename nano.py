@@ -729,48 +729,50 @@ def measure(result, target, region):
 
 
 def with_sprite(edit, sprite):
-    """The target scene with another sprite in the place of what the edit brought; None: without it."""
+    """The target scene with another sprite in the place of the one that the edit brought."""
     from dataclasses import replace
 
     things = list(edit.target.things)
     after = edit.changed[1]
-    if after is None:  # a removal: put the thing back
-        return edit.source
-    if sprite is None:
-        things.pop(after)
-    else:
-        things[after] = replace(things[after], sprite=sprite)
+    things[after] = replace(things[after], sprite=sprite)
     return replace(edit.target, things=things)
 
 
-def nearest_sprite(edit, result, region, candidates):
-    """The candidate with which the scene, drawn anew, comes closest to `result` under the edited region."""
+def nearest_scene(scenes, result, region):
+    """The index of the scene that, drawn anew, comes closest to `result` under the edited region."""
     from world import render, to_uint8
 
-    size, errors = result.shape[1], []
-    for sprite in candidates:
-        drawn = to_uint8(render(with_sprite(edit, sprite), size)[0])
+    errors = []
+    for scene in scenes:
+        drawn = to_uint8(render(scene, result.shape[1])[0])
         errors.append(float((drawn.double() - result.double()).square().mean(dim=-1)[region].mean()))
-    return candidates[min(range(len(candidates)), key=errors.__getitem__)]
+    return min(range(len(scenes)), key=errors.__getitem__)
 
 
 def recognise(edit, library, split, result, region, index):
-    """Is what the edit asked for what one sees? -> {"right": bool, "look": bool, where there is another look}."""
+    """Does one see what the edit asked for? {} where there is no telling, else {"right": bool} and, for a reference
+    whose name has another look, {"look": bool}.
+
+    right: of CANDIDATES things the one asked for is nearest; for a removal, the scene without the thing is nearer.
+    look: the sprite that was shown is nearer than the other looks of its name.
+    """
     import numpy as np
 
     from world import nameable, pick
 
-    if not region.any() or edit.task not in ("change", "add", "subject", "subject_add"):
+    if edit.task == "remove":
+        return {"right": nearest_scene([edit.target, edit.source], result, region) == 0}
+    if edit.new is None or not region.any():
         return {}
     rng = np.random.default_rng([7, index])
     names = library.names(split) if edit.ref is not None else [n for group in nameable(library, split) for n in group]
     others = [name for name in names if name != edit.new.name]
     others = [others[i] for i in rng.permutation(len(others))[: CANDIDATES - 1]]
     candidates = [edit.new] + [pick(rng, library.sprites[name]) for name in others]
-    found = {"right": nearest_sprite(edit, result, region, candidates).name == edit.new.name}
+    found = {"right": nearest_scene([with_sprite(edit, sprite) for sprite in candidates], result, region) == 0}
     looks = [sprite for sprite in library.sprites[edit.new.name] if sprite.look != edit.new.look]
     if edit.ref is not None and looks:
-        found["look"] = nearest_sprite(edit, result, region, [edit.new, *looks]) is edit.new
+        found["look"] = nearest_scene([with_sprite(edit, sprite) for sprite in (edit.new, *looks)], result, region) == 0
     return found
 
 

@@ -1468,13 +1468,13 @@ def test_what_is_tested_was_never_trained_on(library):
 
 
 def test_a_perfect_edit_is_recognised_and_the_source_is_not(library):
-    for index in range(2, 42, 4):
+    for index in range(0, 40, 3):
         edit = world.draw_edit(library, "test", 0, index, 5, 64)
         source, target, region = world.draw_frames(edit, 64)
         measures = nano.measure(target, target, region)
         assert measures["psnr_in"] == 60 and measures["ssim_in"] == pytest.approx(1)
         assert nano.region_psnr(source, target, region) < 40
-        if edit.new:
+        if edit.new or edit.task == "remove":
             assert all(nano.recognise(edit, library, "test", target, region, index).values())
             assert not all(nano.recognise(edit, library, "test", source, region, index).values())
 
