@@ -20,10 +20,10 @@ import sys
 from pathlib import Path
 
 EXAMPLES = """examples:
-  python nano.py assets assets && python nano.py data nano_train --assets assets --clips 4000
-  python nano.py data tiny --clips 8                    (shapes and textures alone: no asset is needed)
-  python nano.py pretrain vae --data nano_train --out pre --minutes 9                    (then mllm, then dit)
-  python nano.py eval --weights weights/nano --data nano_test --out report
+  python nano.py assets ../assets && python nano.py data ../nano_train --assets ../assets --clips 4000
+  python nano.py data ../tiny --clips 8                 (shapes and textures alone: no asset is needed)
+  python nano.py pretrain vae --data ../nano_train --out ../pre                           (then mllm, then dit)
+  python nano.py eval --weights weights/nano --data ../nano_test --out ../report
 """
 
 
@@ -468,7 +468,7 @@ def pretrain_vae(args, rows, device):
         clips = videos if trainer.step % 4 == 3 and videos else stills
         wanted = torch.randint(len(clips), (args.batch or (8 if clips is videos else 16),), generator=generator)
         video = rows_of(clips, wanted).to(device)
-        if trainer.step % 2:
+        if torch.randint(2, (), generator=generator):
             video = video.flip(4)
         return vae_loss(video, *reconstruct(vae, video.bfloat16(), generator))
 
