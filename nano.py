@@ -4,6 +4,7 @@
     data      clips of the world (world.py)                     -> mp4, png, image.csv, video.csv, ref_video.csv, truth.jsonl
     pretrain  a VAE, a Qwen2.5-VL and a text-to-video DiT, the stand-ins for what the paper starts from -> weights/
     (train.py runs the paper's three stages on these data and weights)
+    ship      the last stage's checkpoint over those weights    -> weights/nano in bfloat16
     eval      edits of held-out clips against their truth       -> eval.md, eval.json, sheet.png
     bench     held-out reference edits in RefVIE-Bench's layout -> refvie_bench.yaml for judge.py
 
@@ -19,8 +20,10 @@ import sys
 from pathlib import Path
 
 EXAMPLES = """examples:
-  python nano.py assets assets && python nano.py data nano_train --assets assets --clips 4000
-  python nano.py data tiny --clips 8                    shapes and textures alone: no asset is needed
+  python nano.py assets ../assets && python nano.py data ../nano_train --assets ../assets --clips 4000
+  python nano.py data ../tiny --clips 8                 (shapes and textures alone: no asset is needed)
+  python nano.py pretrain vae --data ../nano_train --out ../pre                           (then mllm, then dit)
+  python nano.py eval --weights weights/nano --data ../nano_test --out ../report
 """
 
 
@@ -331,7 +334,7 @@ class Trainer:
         import torch
         from tqdm import tqdm
 
-        begin, shown = time.time(), {}
+        begin, shown, skipped = time.time(), {}, 0
         with tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=5) as bar:
             while self.step < self.steps and time.time() - begin < 60 * minutes:
                 rising, done = (self.step + 1) / (0.02 * self.steps), self.step / self.steps
@@ -340,23 +343,28 @@ class Trainer:
                 loss, figures = loss_of(self.generator())
                 loss.backward()
                 for p, master in zip(self.parameters, self.masters):
-                    master.grad, p.grad = p.grad if p.grad is None else p.grad.float().view_as(master), None
+                    master.grad, p.grad = p.grad if p.grad is None else p.grad.float().reshape(master.shape), None
                 norm = float(torch.nn.utils.clip_grad_norm_(self.masters, 1.0))
-                if math.isfinite(norm):
-                    for optimiser in self.optimisers:
-                        optimiser.step()
+                self.step += 1
+                bar.update()
+                if not math.isfinite(norm):
+                    skipped += 1
+                    continue
+                for optimiser in self.optimisers:
+                    optimiser.step()
                 for p, master in zip(self.parameters, self.masters):
                     p.data.copy_(master.view_as(p))
-                self.step += 1
                 for key, value in {"loss": loss.detach(), "norm": norm, **figures}.items():
                     shown[key] = 0.98 * shown.get(key, float(value)) + 0.02 * float(value)
                 bar.set_postfix({key: f"{value:.4g}" for key, value in shown.items()}, refresh=False)
-                bar.update()
                 if self.step % 500 == 0:
                     self.save()
         self.save()
         self.finish()
-        print(f"{self.name:<11} step {self.step} of {self.steps}, {time.time() - begin:.0f} s, {shown}")
+        figures = ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
+        print(
+            f"{self.name:<11} step {self.step} of {self.steps}, {time.time() - begin:.0f} s, {skipped} skipped, {figures}"
+        )
 
     def save(self):
         import torch
@@ -460,7 +468,7 @@ def pretrain_vae(args, rows, device):
         clips = videos if trainer.step % 4 == 3 and videos else stills
         wanted = torch.randint(len(clips), (args.batch or (8 if clips is videos else 16),), generator=generator)
         video = rows_of(clips, wanted).to(device)
-        if trainer.step % 2:
+        if torch.randint(2, (), generator=generator):
             video = video.flip(4)
         return vae_loss(video, *reconstruct(vae, video.bfloat16(), generator))
 
@@ -721,48 +729,52 @@ def measure(result, target, region):
 
 
 def with_sprite(edit, sprite):
-    """The target scene with another sprite in the place of what the edit brought; None: without it."""
+    """The target scene with another sprite in the place of the one that the edit brought."""
     from dataclasses import replace
 
     things = list(edit.target.things)
     after = edit.changed[1]
-    if after is None:  # a removal: put the thing back
-        return edit.source
-    if sprite is None:
-        things.pop(after)
-    else:
-        things[after] = replace(things[after], sprite=sprite)
+    things[after] = replace(things[after], sprite=sprite)
     return replace(edit.target, things=things)
 
 
-def nearest_sprite(edit, result, region, candidates):
-    """The candidate with which the scene, drawn anew, comes closest to `result` under the edited region."""
+def nearest_scene(scenes, result, region):
+    """The index of the scene that, drawn anew, comes closest to `result` under the edited region."""
     from world import render, to_uint8
 
-    size, errors = result.shape[1], []
-    for sprite in candidates:
-        drawn = to_uint8(render(with_sprite(edit, sprite), size)[0])
+    errors = []
+    for scene in scenes:
+        drawn = to_uint8(render(scene, result.shape[1])[0])
         errors.append(float((drawn.double() - result.double()).square().mean(dim=-1)[region].mean()))
-    return candidates[min(range(len(candidates)), key=errors.__getitem__)]
+    return min(range(len(scenes)), key=errors.__getitem__)
 
 
 def recognise(edit, library, split, result, region, index):
-    """Is what the edit asked for what one sees? -> {"right": bool, "look": bool, where there is another look}."""
+    """Does one see what the edit asked for? {} where there is no telling, else {"right": bool} and, for a reference
+    whose name has another look, {"look": bool}.
+
+    right: of CANDIDATES things the one asked for is nearest; for a removal, the result
+    is 6 dB nearer to the truth than to the source (noise is a little nearer too).
+    look: the sprite that was shown is nearer than the other looks of its name.
+    """
     import numpy as np
 
-    from world import nameable, pick
+    from world import draw_frames, nameable, pick
 
-    if not region.any() or edit.task not in ("change", "add", "subject", "subject_add"):
+    if edit.task == "remove":
+        source, target, _ = draw_frames(edit, result.shape[1])
+        return {"right": region_psnr(result, target, region) >= region_psnr(result, source, region) + 6}
+    if edit.new is None or not region.any():
         return {}
     rng = np.random.default_rng([7, index])
     names = library.names(split) if edit.ref is not None else [n for group in nameable(library, split) for n in group]
     others = [name for name in names if name != edit.new.name]
     others = [others[i] for i in rng.permutation(len(others))[: CANDIDATES - 1]]
     candidates = [edit.new] + [pick(rng, library.sprites[name]) for name in others]
-    found = {"right": nearest_sprite(edit, result, region, candidates).name == edit.new.name}
+    found = {"right": nearest_scene([with_sprite(edit, sprite) for sprite in candidates], result, region) == 0}
     looks = [sprite for sprite in library.sprites[edit.new.name] if sprite.look != edit.new.look]
     if edit.ref is not None and looks:
-        found["look"] = nearest_sprite(edit, result, region, [edit.new, *looks]) is edit.new
+        found["look"] = nearest_scene([with_sprite(edit, sprite) for sprite in (edit.new, *looks)], result, region) == 0
     return found
 
 
@@ -862,6 +874,25 @@ def evaluate(args):
     )
 
 
+def ship(args):
+    """A training checkpoint over what it started from, LoRA merged, in bfloat16: the folder that sample.py takes."""
+    import torch
+    from safetensors.torch import load_file
+
+    from connectors import merge_lora
+    from model import KiwiEdit, load_weights
+
+    checkpoint = Path(args.checkpoint)
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"{checkpoint}: no such file; give weights.safetensors of a train.py checkpoint")
+    model = KiwiEdit.from_pretrained(args.weights, dtype=torch.float32)
+    load_weights(model, load_file(checkpoint), partial=True)
+    merge_lora(model)
+    model.to(torch.bfloat16).save(args.out)
+    size = sum(path.stat().st_size for path in Path(args.out).rglob("*.*") if path.is_file())
+    print(f"write       {args.out}: {size / 1e6:.1f} MB")
+
+
 def make_bench(args):
     """Held-out reference cases in the layout of RefVIE-Bench: refvie_bench.yaml, videos/, refs/."""
 
@@ -923,6 +954,11 @@ def parse_arguments(argv=None):
     add("--batch", type=positive, help="default: 16 stills or 8 clips, 16, 64")
     add("--seed", type=int, default=0, help="default %(default)s")
 
+    add = commands.add_parser("ship", help="make a training checkpoint a folder of weights of its own").add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="weights.safetensors of a train.py checkpoint")
+    add("--weights", required=True, metavar="DIR", help="what `pretrain` wrote, from which training started")
+    add("--out", required=True, metavar="DIR", help="e.g. weights/nano")
+
     add = commands.add_parser("eval", help="measure weights on held-out cases whose truth is known").add_argument
     add("--weights", required=True, metavar="PATH", help="a folder with trained weights")
     add("--data", required=True, metavar="DIR", help="what `nano.py data --split test` wrote")
@@ -952,7 +988,14 @@ def main(argv=None):
     args = parse_arguments(argv)
     if args.command in ("data", "bench") and (args.size % 32 or args.frames % 4 != 1):
         raise ValueError(f"--size {args.size} --frames {args.frames}: a multiple of 32, and 4k + 1 (5, 9, 17, ...)")
-    commands = {"assets": fetch_assets, "data": make_data, "bench": make_bench, "pretrain": pretrain, "eval": evaluate}
+    commands = {
+        "assets": fetch_assets,
+        "data": make_data,
+        "bench": make_bench,
+        "pretrain": pretrain,
+        "ship": ship,
+        "eval": evaluate,
+    }
     commands[args.command](args)
 
 

@@ -1496,13 +1496,13 @@ def test_what_is_tested_was_never_trained_on(library):
 
 
 def test_a_perfect_edit_is_recognised_and_the_source_is_not(library):
-    for index in range(2, 42, 4):
+    for index in range(0, 40, 3):
         edit = world.draw_edit(library, "test", 0, index, 5, 64)
         source, target, region = world.draw_frames(edit, 64)
         measures = nano.measure(target, target, region)
         assert measures["psnr_in"] == 60 and measures["ssim_in"] == pytest.approx(1)
         assert nano.region_psnr(source, target, region) < 40
-        if edit.new:
+        if edit.new or edit.task == "remove":
             assert all(nano.recognise(edit, library, "test", target, region, index).values())
             assert not all(nano.recognise(edit, library, "test", source, region, index).values())
 
@@ -1520,7 +1520,7 @@ def run_pretrain(part, data, out, *more):
     nano.main(["pretrain", part, "--data", str(data), "--out", str(out), "--steps", "2", "--batch", "2", *more])
 
 
-def test_pretraining_in_pieces_is_one_training_and_its_weights_edit(tmp_path, nano_data):
+def test_pretraining_in_pieces_is_one_training_and_its_weights_ship_and_edit(tmp_path, nano_data):
     run_pretrain("vae", nano_data, tmp_path / "whole")
     run_pretrain("vae", nano_data, tmp_path / "pieces", "--minutes", "0.0001")
     assert torch.load(tmp_path / "pieces/vae.pt", weights_only=True)["step"] == 1
@@ -1531,7 +1531,14 @@ def test_pretraining_in_pieces_is_one_training_and_its_weights_edit(tmp_path, na
     run_pretrain("dit", nano_data, tmp_path / "whole")
     model = KiwiEdit.from_pretrained(tmp_path / "whole/weights", dtype=torch.float32)
     assert torch.equal(model.vae.encoder.conv1.weight, whole["encoder.conv1.weight"])
-    assert sum(p.numel() for p in model.parameters()) * 2 < 32e6, "what is shipped, in bfloat16"
+    inject_lora(model.mllm.model.language_model, 4)
+    trained = {f"mllm.model.language_model.{k}": v + 0.1 for k, v in lora_state_dict(model.mllm.model.language_model).items()}
+    save_file({**trained, "dit.head.head.bias": model.dit.head.head.bias + 1}, tmp_path / "step.safetensors")
+    base, shipped = str(tmp_path / "whole/weights"), tmp_path / "shipped"
+    nano.main(["ship", str(tmp_path / "step.safetensors"), "--weights", base, "--out", str(shipped)])
+    assert sum(path.stat().st_size for path in shipped.rglob("*.*")) < 32e6
+    model, before = KiwiEdit.from_pretrained(shipped, dtype=torch.float32), model.dit.head.head.bias
+    assert close(model.dit.head.head.bias, before + 1, 1e-2)
     tokenizer = model.mllm.tokenizer
     text = "Replace the bicycle with the one shown, s'il vous plaît."
     assert tokenizer.decode(tokenizer.encode(text).ids) == text

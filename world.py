@@ -13,7 +13,7 @@ pair of a known colour and a known shape.
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -559,59 +559,73 @@ def draw_edit(library, split, seed, index, frames, size):
     rng = np.random.default_rng([seed, split == "test", index])
     kind = MIXTURE[index % len(MIXTURE)]
     task = pick(rng, TASKS[kind])
-    frames = 1 if kind == "image" else frames
-    scene = draw_scene(rng, library, split, frames)
-    names = [thing.sprite.name for thing in scene.things]
-    words = {"clip": "picture" if kind == "image" else "video"}
+    scene = draw_scene(rng, library, split, 1 if kind == "image" else frames)
     edit = Edit(kind, task, "", scene, scene)
-
+    words = {"clip": "picture" if kind == "image" else "video"}
     if task == "style":
         edit.style = words["s"] = pick(rng, list(STYLES))
-    elif task == "background":
-        photo = pattern_photo(rng, split)
-        edit.target = Scene(photo, (0.0, 0.0, 0.7, False), scene.camera, scene.things)
-        words["p"] = photo.name
-    elif task == "background_ref":
-        photo = draw_photo(rng, library, split, but=scene.photo)
-        edit.target = Scene(photo, draw_view(rng, photo), scene.camera, scene.things)
-        shift = torch.tensor([[*rng.uniform(-0.08, 0.08, 2), rng.uniform(0.85, 1.0)]], dtype=torch.float32)
-        edit.ref = render_background(
-            Scene(photo, edit.target.view, shift + scene.camera[:1] * torch.tensor([1, 1, 0]), []), 2 * size
-        )[0]
+    elif task.startswith("background"):
+        words["p"] = change_background(rng, edit, library, split, size)
     elif task in ("add", "subject_add"):
-        words["w"] = pick(rng, list(PLACES))
-        edit.new = new = (
-            pick(rng, library.sprites[pick(rng, [n for n in library.names(split) if n not in names])])
-            if task == "subject_add"
-            else nameable_sprite(rng, library, split, names)
-        )
-        x, y = PLACES[words["w"]]
-        path = torch.tensor([x, y, 0.4, 0.0]).repeat(frames, 1)
-        away = [t for t in scene.things if ((t.path[:, :2] - path[:, :2]).norm(dim=1) > 0.3).all()]
-        edit.source = Scene(scene.photo, scene.view, scene.camera, away)
-        edit.target = Scene(scene.photo, scene.view, scene.camera, [*away, Thing(new, path)])
-        edit.changed, words["b"] = (None, len(away)), new.name if task == "subject_add" else article(new.name)
+        words |= add_thing(rng, edit, library, split)
     else:
-        which = int(rng.integers(len(names)))
-        old = scene.things[which]
-        words["a"], edit.changed = names[which], (which, None)
-        things = list(scene.things)
-        if task == "remove":
-            things.pop(which)
-        else:
-            edit.new = (
-                pick(rng, library.sprites[pick(rng, [n for n in library.names(split) if n not in names])])
-                if task == "subject"
-                else nameable_sprite(rng, library, split, names)
-            )
-            things[which] = Thing(edit.new, old.path)
-            edit.changed = (which, which)
-            words["b"] = edit.new.name if task == "subject" else article(edit.new.name)
-        edit.target = Scene(scene.photo, scene.view, scene.camera, things)
+        words |= change_thing(rng, edit, library, split)
     if task.startswith("subject"):
         edit.ref = show_reference(rng, edit.new, 2 * size)
     edit.prompt = wording(rng, task, split).format(**words)
     return edit
+
+
+def change_background(rng, edit, library, split, size):
+    """A pattern that words describe, or a photograph with another view of it as the reference -> its name."""
+    scene = edit.source
+    if edit.task == "background":
+        photo, view = pattern_photo(rng, split), (0.0, 0.0, 0.7, False)
+    else:
+        photo = draw_photo(rng, library, split, but=scene.photo)
+        view = draw_view(rng, photo)
+    edit.target = Scene(photo, view, scene.camera, scene.things)
+    if edit.task == "background_ref":
+        x, y, zoom = *rng.uniform(-0.08, 0.08, 2), rng.uniform(0.85, 1.0)
+        camera = scene.camera[:1] * torch.tensor([1, 1, 0]) + torch.tensor([[x, y, zoom]], dtype=torch.float32)
+        edit.ref = render_background(Scene(photo, view, camera, []), 2 * size)[0]
+    return photo.name
+
+
+def new_sprite(rng, edit, library, split):
+    """What an edit brings, which is nowhere in the scene, and what the instruction calls it."""
+    present = [thing.sprite.name for thing in edit.source.things]
+    if edit.task.startswith("subject"):  # the picture tells: any thing in any look
+        name = pick(rng, [name for name in library.names(split) if name not in present])
+        return pick(rng, library.sprites[name]), name
+    sprite = nameable_sprite(rng, library, split, present)
+    return sprite, article(sprite.name)
+
+
+def add_thing(rng, edit, library, split):
+    """Put a new thing at a place with a name, which others leave free -> the words for both."""
+    scene, place = edit.source, pick(rng, list(PLACES))
+    edit.new, name = new_sprite(rng, edit, library, split)
+    path = torch.tensor([*PLACES[place], 0.4, 0.0]).repeat(len(scene.camera), 1)
+    others = [t for t in scene.things if ((t.path[:, :2] - path[:, :2]).norm(dim=1) > 0.3).all()]
+    edit.source = replace(scene, things=others)
+    edit.target = replace(scene, things=[*others, Thing(edit.new, path)])
+    edit.changed = (None, len(others))
+    return {"w": place, "b": name}
+
+
+def change_thing(rng, edit, library, split):
+    """Remove one of the things, or put a new one on its path -> the words for them."""
+    things = list(edit.source.things)
+    which = int(rng.integers(len(things)))
+    old, edit.changed, words = things[which], (which, None), {"a": things[which].sprite.name}
+    if edit.task == "remove":
+        things.pop(which)
+    else:
+        edit.new, words["b"] = new_sprite(rng, edit, library, split)
+        things[which], edit.changed = Thing(edit.new, old.path), (which, which)
+    edit.target = replace(edit.source, things=things)
+    return words
 
 
 def to_uint8(frames):
