@@ -482,7 +482,7 @@ SPECIAL_TOKENS = (
 QWEN = {
     "model_type": "qwen2_5_vl", "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 4,
     "num_key_value_heads": 4, "num_hidden_layers": 4, "tie_word_embeddings": True, "max_position_embeddings": 4096,
-    "rope_scaling": {"type": "mrope", "mrope_section": [8, 8, 8]},
+    "rope_scaling": {"type": "mrope", "mrope_section": [8, 8, 8]}, "bos_token_id": None,
     "vision_config": {
         "depth": 4, "hidden_size": 128, "intermediate_size": 384, "num_heads": 4, "out_hidden_size": 192,
         "fullatt_block_indexes": [1, 3],

@@ -5,7 +5,7 @@
     dit         a step of the diffusion transformer beside diffusers' WanTransformer3DModel, the same random weights
     vae         encode and decode beside diffusers' AutoencoderKLWan, the same random weights; on a GPU peak memory too
     edit        a whole edit by phase: encode, 50 steps, decode (random weights; the context is random too)
-    train       a training step
+    train       steps of train.py, stage 2, random weights
     memory      no device needed: peak memory of an edit at 480p and 720p by part, computed on tensors without storage
     compile     no device needed: compile every kernel for one, and list registers, spills and shared memory
 
@@ -648,7 +648,53 @@ def peak_of_live_tensors(run, module):
 
 
 def train(args):
-    sys.exit("kernels.bench train: there is no train.py yet whose step could be measured")
+    """Steps of train.py itself, stage 2, one clip each, from decoding to the optimizer: medians after two to warm up.
+
+    All weights are random and the language model is nano's, so that nothing needs Qwen; 30 layers of the 5B with
+    float32 masters and moments want an H200, half of them fit 80 GiB and have the same utilisation.
+    """
+    import tempfile
+
+    import torch
+
+    name, settings, sizes = "nano", ["dit.num_layers=6"], {"small": (9, 128, 128)}
+    if on_gpu():
+        name, sizes = "wan22_5b", {"480p": (81, 480, 832), "720p": (81, 704, 1280)}
+        large = torch.cuda.get_device_properties(0).total_memory > 110 * 2**30
+        settings = [f"dit.num_layers={30 if large else 15}"]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for label, size in sizes.items():
+            lines = train_run(Path(folder), name, size, settings, args.repeat)[2:]
+            row = {"model": f"{name}, {settings[0][4:]}", "frames": "x".join(map(str, size))}
+            keys = [key for key in ("seconds", "tokens_s", "tflop_s", "mfu", "memory_gib") if key in lines[0]]
+            rows.append(row | {key: statistics.median(line[key] for line in lines) for key in keys})
+    return rows
+
+
+def train_run(folder, name, size, settings, repeat):
+    """metrics.jsonl of `repeat` steps and two more, on a smooth random clip of `size`, as a list of dicts."""
+    import subprocess
+
+    import torch
+    from torch.nn.functional import interpolate
+
+    from data import write_video
+    from nano import write_mllm_folder
+
+    if not (folder / "qwen").exists():
+        write_mllm_folder(folder / "qwen", ["Invert the colours."])
+    clip = interpolate(torch.rand(1, 3, 5, 8, 8), size, mode="trilinear")[0].mul(255).byte().permute(1, 2, 3, 0)
+    run = folder / "x".join(map(str, size))
+    run.mkdir()
+    write_video(run / "source.mp4", clip.numpy(), 16)
+    write_video(run / "target.mp4", (255 - clip).numpy(), 16)
+    (run / "video.csv").write_text("src_video,tgt_video,prompt\nsource.mp4,target.mp4,Invert the colours.\n")
+    settings = [*settings, f"steps={repeat + 2}", "global_batch=1", "image=0", f"pixels={size[1] * size[2]}"]
+    command = [sys.executable, HOUSE / "train.py", "--config", name, "--stage", 2, "--init", "random", "--qwen",
+               folder / "qwen", "--data", run, "--out", run / "run", "--set", *settings]  # fmt: skip
+    subprocess.run([str(word) for word in command], check=True)
+    return [json.loads(line) for line in (run / "run" / "metrics.jsonl").read_text().splitlines()]
 
 
 SECTIONS = {"attention": attention, "norm": norm, "dit": dit, "vae": vae, "edit": edit, "train": train,
