@@ -475,47 +475,8 @@ def pretrain_vae(args, rows, device):
     trainer.run(loss_of, args.minutes)
 
 
-SPECIAL_TOKENS = (
-    "endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "vision_start", "vision_end", "image_pad",
-    "video_pad",
-)  # fmt: skip
-QWEN = {
-    "model_type": "qwen2_5_vl", "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "num_hidden_layers": 4, "tie_word_embeddings": True, "max_position_embeddings": 4096,
-    "rope_scaling": {"type": "mrope", "mrope_section": [8, 8, 8]}, "bos_token_id": None,
-    "vision_config": {
-        "depth": 4, "hidden_size": 128, "intermediate_size": 384, "num_heads": 4, "out_hidden_size": 192,
-        "fullatt_block_indexes": [1, 3],
-    },
-}  # fmt: skip
-VOCABULARY = 2048
 GRID = 16  # grounding answers count sixteenths of the frame
 CAPTION_TOKENS = 32
-
-
-def write_mllm_folder(folder, texts):
-    """Train the tokenizer on `texts` and write it and Qwen's config: what a hub folder of Qwen2.5-VL has."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    from data import whole_file
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [AddedToken(f"<|{name}|>", special=True) for name in SPECIAL_TOKENS]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    folder.mkdir(parents=True, exist_ok=True)
-    names = {"vision_start": "vision_start", "vision_end": "vision_end", "image": "image_pad", "video": "video_pad"}
-    names["eos"] = "im_end"
-    ids = {f"{ours}_token_id": tokenizer.token_to_id(f"<|{name}|>") for ours, name in names.items()}
-    with whole_file(folder / "tokenizer.json") as path:
-        tokenizer.save(str(path))
-    with whole_file(folder / "config.json") as path:
-        path.write_text(json.dumps({**QWEN, **ids, "vocab_size": VOCABULARY}, indent=1))
 
 
 def nano_config(out, **vae_statistics):
@@ -592,6 +553,7 @@ def pretrain_mllm(args, rows, device):
     import numpy as np
 
     from connectors import REFERENCE_HINT, SYSTEM_PROMPT, MLLMEncoder
+    from world import write_mllm_folder
 
     if not (Path(args.out) / "mllm" / "config.json").is_file():
         texts = [row[key] for row in rows for key in ("prompt", "source_caption", "target_caption")]

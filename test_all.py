@@ -109,7 +109,7 @@ def randomise(module, scale=1.0):
 # ------------------------------------------------------------------------------------------------ the house itself
 
 FLOORS = {
-    "kernels": 0, "dit": 1, "vae": 1, "connectors": 1, "data": 1, "world": 1, "model": 2, "metrics": 2, "judges": 2,
+    "kernels": 0, "dit": 1, "vae": 1, "connectors": 1, "data": 1, "model": 2, "world": 2, "metrics": 2, "judges": 2,
     "sample": 3, "train": 3, "judge": 3, "curate": 3, "nano": 3, "test_all": 4,
 }  # fmt: skip
 
@@ -1401,12 +1401,12 @@ def test_a_bad_request_to_train_is_one_clear_line(tmp_path, lesson, monkeypatch,
     assert says in exit_.value.code and "\n" not in exit_.value.code
 
 
-def test_without_weights_or_over_another_run_nothing_starts(tmp_path, lesson):
-    with pytest.raises(ValueError, match="nothing to start from; give --weights PATH, or --init random"):
-        train.main(["--config", "nano", "--stage", "1", "--data", str(lesson), "--out", str(tmp_path / "run")])
-    train.main(lessons(lesson, tmp_path / "run", settings=["steps=1"]))
+def test_nano_starts_from_nothing_but_no_run_is_written_over(tmp_path, lesson, capsys):
+    words = ["--config", "nano", "--stage", 1, "--data", lesson, "--out", tmp_path / "run", "--set", *SMALL, "steps=1"]
+    train.main([str(word) for word in words])
+    assert ("random weights" in capsys.readouterr().err) != train.NANO.exists()
     with pytest.raises(ValueError, match="give --resume auto to continue"):
-        train.main(lessons(lesson, tmp_path / "run", settings=["steps=1"]))
+        train.main([str(word) for word in words])
 
 
 def test_a_full_disk_is_one_clear_line_and_leaves_no_half_checkpoint(tmp_path, lesson):
@@ -1554,7 +1554,7 @@ def test_a_small_denoiser_learns_two_edits_by_heart(tmp_path, library):
     before, *targets = (F.pixel_unshuffle(x, 4)[:, :, None] for x in pictures)  # (1, 48, 1, 8, 8)
     clean, before = torch.cat(targets), before.expand(2, -1, -1, -1, -1)
 
-    nano.write_mllm_folder(tmp_path / "mllm", [edit.prompt])
+    world.write_mllm_folder(tmp_path / "mllm", [edit.prompt])
     dit = DiTConfig(128, 256, 4, 2, 48, 48, freq_dim=32, text_dim=8, patch_size=(1, 1, 1))
     model = KiwiEdit(KiwiConfig(dit, None, MLLMConfig(str(tmp_path / "mllm"), 128, 4, 0, 0)))
     torch.nn.init.normal_(model.mllm.connector[2].weight)

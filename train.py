@@ -33,8 +33,8 @@ EXAMPLES = """examples:
 
 where training starts (--weights): a run of this program (its last checkpoint), a checkpoint folder of one, a folder
   that nanoKiwi saved, the released diffusers layout, or a released training checkpoint (.safetensors) over --base and
-  --qwen. Without it: --base and --qwen alone (nano: weights/nano), or, with --init random, nothing but --qwen's config
-  and tokenizer.
+  --qwen. Without it: --base and --qwen alone (nano: weights/nano, or random if it is not there), or, with --init
+  random, nothing but --qwen's config and tokenizer.
 several processes (torchrun): data parallel by --parallel, and --sp N of them share each sequence.
 a run is watched by metrics.jsonl, TensorBoard if installed, and `python train.py --plot RUN` (an SVG).
 """
@@ -140,7 +140,7 @@ def parse_arguments(argv=None):
     add("--out", metavar="RUN", help="folder of the run: config.json, metrics.jsonl, checkpoints (default: runs/STAGE)")
     add("--weights", metavar="PATH|HUB_ID", help="where to start (see below; default, without --out: the run before)")
     add("--base", metavar="PATH|HUB_ID", help="Wan's weights (default: those of --config on the hub)")
-    add("--qwen", default="Qwen/Qwen2.5-VL-3B-Instruct", metavar="PATH|HUB_ID", help="default %(default)s")
+    add("--qwen", metavar="PATH|HUB_ID", help="Qwen2.5-VL's (default: Qwen/Qwen2.5-VL-3B-Instruct)")
     add("--init", choices=("weights", "random"), default="weights", help="random: no weights at all")
     add(
         "--resume",
@@ -221,6 +221,7 @@ from model import (
     meta_parameters, mllm_sizes, read_json, read_weights, released_name,
 )  # fmt: skip
 from vae import VAEConfig
+from world import write_mllm_folder
 
 
 def main(argv=None):
@@ -505,25 +506,35 @@ def export(run, folder):
 def read_start(args, ranks):
     """Config and files of the weights to start from."""
     out = Path(args.out)
+    if args.config == "nano" and args.weights is None and args.init == "weights":
+        if NANO.exists() and not (out / "init").exists():
+            args.weights = str(NANO)
+        else:  # so that the smallest model trains with nothing at hand
+            args.init = "random"
+            ranks.first and print("start: random weights, for there is no --weights and no weights/nano", file=sys.stderr)
     if args.init == "random":
-        config = replace(
-            PRESETS[args.config], mllm=replace(PRESETS[args.config].mllm, folder=str(local_path(args.qwen)))
-        )
-        if args.dry_run:
-            return config, TensorFiles()
-        if not (out / "init").exists() and ranks.first:
-            torch.manual_seed(args.seed)
-            KiwiEdit(with_model_settings(config, args.set)).save(out / "init")
-        dist.barrier()
-        return read_weights(out / "init")
-    if args.weights is None and args.config == "nano" and NANO.exists():
-        args.weights = str(NANO)
+        return read_random(args, ranks, out)
     hub = {"wan22_5b": WAN_BASE, "wan21_14b": "Wan-AI/Wan2.1-T2V-14B", "wan21_1_3b": "Wan-AI/Wan2.1-T2V-1.3B"}
-    base = args.base or hub.get(args.config)
-    if args.weights is None and base is None:
-        raise ValueError(f"--config {args.config}: nothing to start from; give --weights PATH, "
-                         "or --init random --qwen FOLDER (a folder with Qwen's config.json and tokenizer.json)")  # fmt: skip
-    return read_weights_or_run(args.weights, base or WAN_BASE, args.qwen)
+    base = args.base or hub.get(args.config, WAN_BASE)
+    return read_weights_or_run(args.weights, base, args.qwen or QWEN_BASE)
+
+
+def read_random(args, ranks, out):
+    """Random weights, made once in the run's folder. --qwen gives the language model's sizes and tokenizer; nano without
+    it gets a small one whose words are bytes."""
+    if args.qwen is None and args.config == "nano":
+        args.qwen = str(out / "qwen")
+        ranks.first and not Path(args.qwen).exists() and write_mllm_folder(Path(args.qwen), [])
+        dist.barrier()
+    preset = PRESETS[args.config]
+    config = replace(preset, mllm=replace(preset.mllm, folder=str(local_path(args.qwen or QWEN_BASE))))
+    if args.dry_run:
+        return config, TensorFiles()
+    if not (out / "init").exists() and ranks.first:
+        torch.manual_seed(args.seed)
+        KiwiEdit(with_model_settings(config, args.set)).save(out / "init")
+    dist.barrier()
+    return read_weights(out / "init")
 
 
 def read_weights_or_run(path, base, qwen):
@@ -535,7 +546,7 @@ def read_weights_or_run(path, base, qwen):
     if began["init"] == "random":
         config, files = read_weights(checkpoint.parent / "init")
     else:
-        config, files = read_weights_or_run(began["weights"], began["base"] or base, began["qwen"])
+        config, files = read_weights_or_run(began["weights"], began["base"] or base, began["qwen"] or qwen)
     files.add(checkpoint / "weights.safetensors", over=True)
     return config, files
 

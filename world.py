@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from data import whole_file
+
 TASKS = {
     "image": ("style", "background", "change", "remove", "add"),
     "video": ("style", "background", "change", "remove", "add"),
@@ -671,3 +673,45 @@ def boxes(scene):
         half = size * zoom / 2
         out[thing.sprite.name] = [round(min(max(v, 0), 1), 3) for v in (x - half, y - half, x + half, y + half)]
     return out
+
+
+# ------------------------------------------------------------------------------------------------ who reads them
+
+SPECIAL_TOKENS = (
+    "endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "vision_start", "vision_end", "image_pad",
+    "video_pad",
+)  # fmt: skip
+QWEN = {
+    "model_type": "qwen2_5_vl", "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "num_hidden_layers": 4, "tie_word_embeddings": True, "max_position_embeddings": 4096,
+    "rope_scaling": {"type": "mrope", "mrope_section": [8, 8, 8]}, "bos_token_id": None,
+    "vision_config": {
+        "depth": 4, "hidden_size": 128, "intermediate_size": 384, "num_heads": 4, "out_hidden_size": 192,
+        "fullatt_block_indexes": [1, 3],
+    },
+}  # fmt: skip
+VOCABULARY = 2048
+
+
+def write_mllm_folder(folder, texts):
+    """Train a tokenizer on `texts` (none: its words are bytes) and write it and the config of a small Qwen2.5-VL: what
+    `MLLMEncoder.from_config` reads and a hub folder of Qwen's has."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [AddedToken(f"<|{name}|>", special=True) for name in SPECIAL_TOKENS]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {"vision_start": "vision_start", "vision_end": "vision_end", "image": "image_pad", "video": "video_pad"}
+    names["eos"] = "im_end"
+    ids = {f"{ours}_token_id": tokenizer.token_to_id(f"<|{name}|>") for ours, name in names.items()}
+    with whole_file(folder / "tokenizer.json") as path:
+        tokenizer.save(str(path))
+    with whole_file(folder / "config.json") as path:
+        path.write_text(json.dumps({**QWEN, **ids, "vocab_size": VOCABULARY}, indent=1))

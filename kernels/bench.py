@@ -680,7 +680,7 @@ def train_run(folder, name, size, settings, repeat):
     from torch.nn.functional import interpolate
 
     from data import write_video
-    from nano import write_mllm_folder
+    from world import write_mllm_folder
 
     if not (folder / "qwen").exists():
         write_mllm_folder(folder / "qwen", ["Invert the colours."])
