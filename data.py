@@ -58,11 +58,12 @@ import torch.nn.functional as F
 
 GRID = 32  # pixels: the VAE's stride 16 (or 8) times the DiT's patch 2, and what every Kiwi-Edit size is floored to
 MAX_PIXELS = 720 * 1280
-VIDEO_CODEC = ("yuv420p", {"crf": "16", "preset": "medium"})  # near lossless
-SMALL_VIDEO_CODEC = ("yuv420p", {"crf": "28", "preset": "medium"})  # to look at on a page
-# For small pictures, on which the above costs 15 dB, and for bytes that depend on the frames alone: x264's mbtree reads
-# memory that nobody has written. Not every player shows yuv444p.
-EXACT_VIDEO_CODEC = ("yuv444p", {"crf": "4", "preset": "medium", "x264-params": "mbtree=0"})
+# Pixel format and x264's options. Without mbtree the bytes depend on the frames alone: it reads memory that nobody has
+# written, and the same edit would not give the same file.
+SAME_BYTES = {"preset": "medium", "x264-params": "mbtree=0"}
+VIDEO_CODEC = ("yuv420p", {"crf": "16", **SAME_BYTES})  # near lossless
+SMALL_VIDEO_CODEC = ("yuv420p", {"crf": "28", **SAME_BYTES})  # to look at on a page
+EXACT_VIDEO_CODEC = ("yuv444p", {"crf": "4", **SAME_BYTES})  # pictures so small that VIDEO_CODEC costs them 15 dB
 IMAGE_CODECS = {".png": ("png", "rgb24"), ".jpg": ("mjpeg", "yuvj444p"), ".jpeg": ("mjpeg", "yuvj444p")}
 MP4_AUDIO = ("aac", "mp3", "ac3", "eac3", "alac", "opus", "flac")  # copied as they are; others become aac
 
