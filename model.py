@@ -626,7 +626,10 @@ def read_weights(path, base=WAN_BASE, qwen=QWEN_BASE):
 
 def read_own_folder(folder):
     values = read_json(folder / "config.json")
-    if values.pop("format", None) != "nanokiwi":
+    form = values.pop("format", None)
+    if form == "nanokiwi run":
+        raise ValueError(f"{folder}: a training run; `python train.py --export {folder} --out FOLDER` makes a model of it")
+    if form != "nanokiwi":
         raise ValueError(f"{folder}/config.json: not written by KiwiEdit.save")
     for name, cls in (("dit", DiTConfig), ("vae", VAEConfig), ("mllm", MLLMConfig)):
         if values.get(name):

@@ -12,6 +12,7 @@ cannot resume, takes one sample at a time and replaces broken ones in silence.
 """
 
 import argparse
+import atexit
 import json
 import math
 import os
@@ -20,6 +21,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from contextlib import contextmanager, nullcontext
@@ -523,9 +525,14 @@ def read_random(args, ranks, out):
     """Random weights, made once in the run's folder. --qwen gives the language model's sizes and tokenizer; nano without
     it gets a small one whose words are bytes."""
     if args.qwen is None and args.config == "nano":
-        args.qwen = str(out / "qwen")
-        ranks.first and not Path(args.qwen).exists() and write_mllm_folder(Path(args.qwen), [])
+        folder = out / "qwen"
+        if args.dry_run:  # it leaves nothing behind
+            folder = Path(tempfile.mkdtemp())
+            atexit.register(shutil.rmtree, folder)
+        if (ranks.first or args.dry_run) and not (folder / "config.json").exists():
+            write_mllm_folder(folder, [])
         dist.barrier()
+        args.qwen = str(folder)
     preset = PRESETS[args.config]
     config = replace(preset, mllm=replace(preset.mllm, folder=str(local_path(args.qwen or QWEN_BASE))))
     if args.dry_run:
