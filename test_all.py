@@ -1360,6 +1360,7 @@ def test_training_from_a_cache_gives_the_same_losses(tmp_path, lesson):
     train.main(lessons(lesson, tmp_path / "cache", "--write-cache", tmp_path / "cache", settings=settings))
     train.main(lessons(lesson, tmp_path / "run", "--cache", tmp_path / "cache", settings=settings))
     assert losses(tmp_path / "run") == losses(tmp_path / "plain")
+    train.main(lessons(lesson, tmp_path / "part", "--cache", tmp_path / "cache", stage=2, settings=["steps=1"]))
     with pytest.raises(ValueError, match="written for other tables, pixels or frames"):
         train.main(lessons(lesson, tmp_path / "other", "--cache", tmp_path / "cache", settings=["steps=1", "frames=5"]))
 
