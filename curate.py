@@ -81,7 +81,7 @@ def parse_arguments(argv=None):
     add("--fps", type=float, default=1.0, help="frame pairs a second that are scored (default %(default)s)")
     add("--min-side", type=positive, default=64, metavar="PIXELS", help="of a reference (default %(default)s)")
     add("--max-aspect", type=float, default=4.0, help="of a reference (default %(default)s)")
-    add("--duplicate", type=float, metavar="COSINE", help="above it a reference is one already kept (default: paper 0.99, classical 0.97)")
+    add("--duplicate", type=float, metavar="COSINE", help="above it a reference is one already kept (default: paper 0.99, classical 0.96)")
     add("--guard", metavar="DIR", help="pictures of a benchmark, e.g. RefVIE-Bench: what resembles one is rejected")
     add("--rejects", metavar="FILE", help="rejects.json of page.html: these records leave the result")
     add("--page", type=int, default=400, metavar="N", help="at most so many quadruplets on page.html (default %(default)s)")
@@ -91,16 +91,18 @@ def parse_arguments(argv=None):
     add("--retry-failed", action="store_true", help="try again what failed: no network, no memory, a file that is there now")
     add("--seed", type=int, default=0, help="of synthesis, with the record's number (default %(default)s)")
     add("--device", metavar="NAME", help="default: cuda if there is one")
+    add("--measure", choices=("truth", "scale"), help="figures of the README: truth: PAIRS is what nano.py data wrote; "
+        "scale: PAIRS is an empty folder to work in")  # fmt: skip
     add("--show-prompts", action="store_true", help="print what the models are asked, and stop")
     args = parser.parse_args(argv)
-    if not args.show_prompts and not (args.pairs and args.out):
+    if not args.show_prompts and not (args.pairs and (args.out or args.measure)):
         parser.error("say which pairs, and where to: curate.py pairs.csv --out out/refvie")
     for flag, name in PAPER_MODELS.items():
         if args.models == "classical" and getattr(args, flag):
             parser.error(f"--{flag} is for --models paper")
         setattr(args, flag, getattr(args, flag) or name)
     if args.duplicate is None:
-        args.duplicate = 0.99 if args.models == "paper" else 0.97
+        args.duplicate = 0.99 if args.models == "paper" else 0.96
     return args
 
 
@@ -381,7 +383,7 @@ def only_run(ledger, rank):
 
 def same_settings(args, ledger):
     """A folder's records were made with one set of settings; ValueError that names the one that differs."""
-    free = ("out", "engine", "workers", "retry_failed", "device", "show_prompts", "rejects", "page")
+    free = ("out", "engine", "workers", "retry_failed", "device", "show_prompts", "measure", "rejects", "page")
     models = PAPER_MODELS if args.models == "classical" else ()
     settings = {k: v for k, v in vars(args).items() if k not in free and k not in models} | {"prompts": PROMPTS_VERSION}
     path = ledger.folder / "settings.json"
@@ -930,16 +932,24 @@ def from_surroundings(picture, known):
 
 
 def look_feature(image, size=16):
-    """What a reference looks like, (D,) of length 1: its layout in CIELAB and its edges, without its white margin."""
-    picture = as_float(image[None])
-    ink = inked(picture)[0]
-    if ink.any():
-        x1, y1, x2, y2 = box_of(ink)
-        H, W = ink.shape
-        picture = picture[..., round(y1 * H) : round(y2 * H), round(x1 * W) : round(x2 * W)]
-    layout = lab(F.interpolate(picture, (size, size), mode="area"))[0]
-    layout = layout - layout.mean(dim=(1, 2), keepdim=True) * 0.5
-    return F.normalize(layout.flatten(), dim=0)
+    """What a reference looks like, (D,) of length 1: its layout in CIELAB, most of its mean taken away.
+
+    Shown is what lies within two standard deviations of its ink, so that a white margin, a resize or a JPEG's noise
+    around the object move nothing.
+    """
+    picture = F.interpolate(as_float(image[None]), (64, 64), mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
+    ink = (0.92 - picture.amin(dim=1)[0]).clamp_min(1e-12).sqrt()
+    axis = (torch.arange(64) + 0.5) / 32 - 1
+    spread = []
+    for weight in (ink.sum(dim=0), ink.sum(dim=1)):  # along x, along y
+        middle = (weight * axis).sum() / weight.sum()
+        spread.append((2 * ((weight * (axis - middle) ** 2).sum() / weight.sum()).sqrt(), middle))
+    (x, right), (y, down) = spread
+    zero = torch.zeros(())
+    window = torch.stack([torch.stack([x, zero, right]), torch.stack([zero, y, down])])[None]
+    grid = F.affine_grid(window, (1, 3, 2 * size, 2 * size), align_corners=False)
+    layout = lab(F.avg_pool2d(F.grid_sample(picture, grid, padding_mode="border", align_corners=False), 2))[0]
+    return F.normalize((layout - 0.75 * layout.mean(dim=(1, 2), keepdim=True)).flatten(), dim=0)
 
 
 # ------------------------------------------------------------------------------------------------ the paper's models
@@ -1589,6 +1599,122 @@ def markdown_to_html(table):
     return "<table>" + "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines) + "</table>"
 
 
+# ------------------------------------------------------------------------------------------------ how good it is
+
+
+def measure_on_truth(folder, cases=400):
+    """The classical models on clips of `nano.py data`, whose truth is known -> a Markdown table."""
+    from world import draw_edit, load_library
+
+    folder = Path(folder)
+    if not (folder / "truth.jsonl").is_file():
+        raise FileNotFoundError(f"{folder}/truth.jsonl is missing: `python nano.py data {folder} --split test` writes it")
+    world, models = json.loads((folder / "world.json").read_text()), Classical(None)
+    library, found, references = load_library(world["assets"]), {"local": [], "background": []}, {}
+    for row in tqdm(list(read_json_lines(folder / "truth.jsonl"))[:cases], desc="truth", mininterval=1):
+        if row["task"] in ("style", "remove"):
+            continue
+        row["kind"] = "background" if row["task"].startswith("background") else "subject"
+        source, target = folder / row["src_video"], folder / row["tgt_video"]
+        region = read_image(folder / row["mask"])[..., 0].unflatten(0, (-1, world["size"])) > 127
+        if row["kind"] == "background" and region.all():
+            continue  # a scene of nothing but background has no foreground to be found
+        try:
+            box, mask, row["key"] = models.ground(source, target, row)
+            image = models.synthesize(source, target, mask, row)
+        except Rejected:
+            found["background" if row["kind"] == "background" else "local"].append(None)
+            continue
+        if row["kind"] == "subject":
+            truth = region[row["key"]]
+            found["local"].append((overlap(mask, truth), box_overlap(box, box_of(truth))))
+            references.setdefault((row["new"]["name"], row["new"]["look"]), image)
+        else:
+            edit = draw_edit(library, world["split"], world["seed"], row["index"], world["frames"], world["size"])
+            found["background"].append(hidden_psnr(edit, image, ~region[row["key"]], row["key"]))
+    local, background = ([x for x in found[key] if x is not None] for key in ("local", "background"))
+    precision, recall, count = find_planted(models, list(references.values()))
+    mean = lambda values: sum(values) / max(len(values), 1)
+    return "\n".join([
+        "| classical models on the nano world | cases | found | figure |", "| --- | --- | --- | --- |",
+        f"| local edits: IoU of the mask | {len(found['local'])} | {len(local)} | {mean([m for m, _ in local]):.3f} |",
+        f"| local edits: IoU of the box | {len(found['local'])} | {len(local)} | {mean([b for _, b in local]):.3f} |",
+        f"| new backgrounds: PSNR where the foreground stood | {len(found['background'])} | {len(background)} | {mean(background):.1f} dB |",
+        f"| duplicates, 10 % planted: precision, recall | {count} | | {precision:.3f}, {recall:.3f} |",
+    ])  # fmt: skip
+
+
+def overlap(a, b):
+    return (a & b).sum().item() / max((a | b).sum().item(), 1)
+
+
+def box_overlap(a, b):
+    area = lambda box: max(box[2] - box[0], 0) * max(box[3] - box[1], 0)
+    both = area([max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])])
+    return both / (area(a) + area(b) - both)
+
+
+def hidden_psnr(edit, image, place, key):
+    """PSNR in dB, where `place` is true, of a background reference and the scene drawn without its things."""
+    from dataclasses import replace
+
+    from world import render, to_uint8
+
+    truth = to_uint8(render(replace(edit.target, things=[]), image.shape[0])[0])[key]
+    error = ((image.double() - truth.double()) / 255).square().mean(dim=-1)[place].mean().item()
+    return -10 * math.log10(max(error, 1e-6))
+
+
+def find_planted(models, images, share=0.1):
+    """Every tenth picture comes once more, smaller, brighter and as a JPEG -> precision and recall of finding these."""
+    planted = images[:: round(1 / share)]
+    again = []
+    for image in planted:
+        size = [max(8, round(side * 0.8)) for side in image.shape[:2]]
+        brighter = (resize(image[None], size)[0].float() * 1.04).clamp(0, 255).to(torch.uint8)
+        again.append(read_image("a JPEG", jpeg(brighter)))
+    features = models.embed([*images, *again])
+    belongs, _ = deduplicate(features, np.arange(len(features)), parse_arguments(["x", "--out", "x"]).duplicate)
+    dropped = {i for i, kept in enumerate(belongs) if kept != i}
+    right = {len(images) + i for i in range(len(again)) if belongs[len(images) + i] == i * round(1 / share)}
+    return len(dropped & right) / max(len(dropped), 1), len(right) / len(again), len(features)
+
+
+def measure_scale(folder, records=100_000, vectors=500_000, width=512):
+    """The bookkeeping with answers that the records bring along, and de-duplication -> a Markdown table."""
+    import resource
+
+    memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    random_, table, before = random.Random(0), folder / "records.jsonl", memory()
+    with whole_file(table) as temporary, temporary.open("w") as file:
+        for i in range(records):
+            feature = np.array([random_.gauss(0, 1) for _ in range(8)], np.float16)
+            line = {"src_video": f"s/{i}.mp4", "tgt_video": f"t/{i}.mp4", "prompt": "replace the car", "edit_type": "change",
+                    "edit_score": random_.uniform(4, 10), "box": [0, 0, 1, 1], "mask": f"masks/{i}.png", "key": 0,
+                    "ref_image": f"refs/{i}.png", "verdict": random_.random() < 0.8,
+                    "feature": base64.b64encode((feature / np.linalg.norm(feature)).astype(np.float16)).decode()}  # fmt: skip
+            file.write(json.dumps(line) + "\n")
+    args = parse_arguments([str(table), "--out", str(folder / "out"), "--shard-rows", "1000", "--duplicate", "1"])
+    ledger, start = Ledger(args.out), time.perf_counter()
+    read_all(args, ledger)
+    bases = json.loads((ledger.folder / "read.json").read_text())["bases"]
+    run_local(args, ledger, bases, 0, 1)
+    seconds, peak = time.perf_counter() - start, memory()
+    features = F.normalize(torch.randn(vectors, width, generator=torch.Generator().manual_seed(0)), dim=1)
+    start = time.perf_counter()
+    deduplicate(features, np.arange(vectors), 0.99)
+    spent = time.perf_counter() - start
+    flops = vectors**2 * width
+    return "\n".join([
+        "| scale | figure |", "| --- | --- |",
+        f"| {records} records through four stages, models cached | {records / seconds:.0f} records/s, {peak:.2f} GiB at most, {before:.2f} before |",
+        f"| de-duplication of {vectors} x {width}, all kept | {spent:.0f} s, {flops / spent / 1e9:.0f} GFLOP/s, {memory():.2f} GiB at most |",
+        f"| the same for 3.7M, by the square of the number | {spent * (3.7e6 / vectors) ** 2 / 3600:.1f} h |",
+    ])  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------ running
 
 
@@ -1657,6 +1783,8 @@ def main(argv=None):
         for name, prompt in PROMPTS.items():
             print(f"--- {name}, version {PROMPTS_VERSION}\n{prompt.replace('{{', '{').replace('}}', '}')}\n")
         return
+    if args.measure:
+        return print({"truth": measure_on_truth, "scale": measure_scale}[args.measure](args.pairs[0]))
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and args.engine == "ray":
         raise ValueError("--engine ray finds its own processes: start it without torchrun")
