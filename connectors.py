@@ -15,6 +15,7 @@ typed query token crashes. Several reference images follow one another; the rele
 import json
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -167,7 +168,7 @@ class MLLMEncoder(nn.Module):
         is the image mode. ref: uint8 (H, W, 3), or a list of such. -> (1, L, dit_dim).
         ValueError for an empty instruction, wrong arrays, or a mode without queries.
         """
-        return self.encode(self.prepare(instruction, source, ref))
+        return self.encode([self.prepare(instruction, source, ref)])[0]
 
     def prepare(self, instruction, source, ref=None) -> MLLMInputs:
         """Text, patches and grids of a request; arguments as for `forward`."""
@@ -254,31 +255,47 @@ class MLLMEncoder(nn.Module):
             start = int(parts[-1].max()) + 1 if parts[-1].numel() else start
         return torch.cat(parts, dim=1)[:, None]
 
-    def encode(self, inputs: MLLMInputs):
-        """Run the model on a prepared request -> context (1, L, dit_dim)."""
+    def encode(self, requests):
+        """Run the model on prepared requests at once -> their contexts, a list of (1, L, dit_dim).
+
+        Requests are padded at their ends, where causal attention never looks.
+        """
         embed = self.model.language_model.embed_tokens
         device, dtype = embed.weight.device, embed.weight.dtype
-        parts, spans, length = [], {}, 0
-        for piece in inputs.pieces:
-            if piece == "queries":
-                part = getattr(self, f"{inputs.mode}_queries")
-            elif isinstance(piece, str):
-                grid = torch.tensor([inputs.grids[piece]], device=device)
-                part = self.model.visual(inputs.pixel_values[piece].to(device, dtype), grid_thw=grid).pooler_output
-                spans[piece] = slice(length, length + len(part))
-            else:
-                part = embed(torch.tensor(piece, device=device))
-            parts.append(part)
-            length += len(part)
+        pixels = torch.cat([p for r in requests for p in r.pixel_values.values()]).to(device, dtype)
+        grids = [grid for r in requests for grid in r.grids.values()]
+        seen = self.model.visual(pixels, grid_thw=torch.tensor(grids, device=device)).pooler_output
+        seen = iter(seen.split([num_tokens(grid) for grid in grids]))
+        rows, spans = [], []  # of each request: (S, hidden), and where its references stand
+        for inputs in requests:
+            parts, at, length = [], [], 0
+            for piece in inputs.pieces:
+                if piece == "queries":
+                    part = getattr(self, f"{inputs.mode}_queries")
+                elif isinstance(piece, str):
+                    part = next(seen)
+                    at += [slice(length, length + len(part))] * (piece != "source")
+                else:
+                    part = embed(torch.tensor(piece, device=device))
+                parts.append(part)
+                length += len(part)
+            rows.append(torch.cat(parts))
+            spans.append(at)
+        positions = [self.position_ids(inputs)[:, 0].T for inputs in requests]  # (S, 3) each
+        pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
         hidden = self.model.language_model(
-            inputs_embeds=torch.cat(parts)[None], position_ids=self.position_ids(inputs).to(device), use_cache=False
-        ).last_hidden_state  # (1, S, hidden)
+            inputs_embeds=pad(rows), position_ids=pad(positions).permute(2, 0, 1).to(device), use_cache=False
+        ).last_hidden_state  # (B, longest S, hidden)
+        return [self.context(r.mode, h[: len(row)], at) for r, h, row, at in zip(requests, hidden, rows, spans)]
+
+    def context(self, mode, hidden, spans):
+        """What the DiT sees of a request's hidden states (S, hidden), its references' at `spans` -> (1, L, dit_dim)."""
         # The last n positions, as released weights were trained: the two tokens that close the turn follow the
         # queries, so the first two queries are not read and those two tokens are.
-        context = self.connector(hidden[:, -self.num_queries[inputs.mode] :])
-        if inputs.mode != "ref" or self.config.context == "queries":
+        context = self.connector(hidden[None, -self.num_queries[mode] :])
+        if mode != "ref" or self.config.context == "queries":
             return context
-        latents = torch.cat([hidden[:, span] for name, span in spans.items() if name != "source"], dim=1)
+        latents = torch.cat([hidden[None, span] for span in spans], dim=1)
         return torch.cat([self.ref_connector(latents), context], dim=1)
 
 

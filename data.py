@@ -706,12 +706,9 @@ def read_shard(folder, kind, shape, shard, row):
         raise ValueError(f"{path}: cannot be read ({error}); write it again with data.py cache") from None
 
 
-def fingerprint(tables, *settings):
-    """What a cache depends on, as a short text."""
-    text = repr(
-        (settings, {kind: [(r.source, r.target, r.prompt) for r in rows] for kind, rows in sorted(tables.items())})
-    )
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def fingerprint(rows):
+    """The pairs of rows, in their order, as a short text."""
+    return hashlib.sha256(repr([(r.source, r.target, r.prompt) for r in rows]).encode()).hexdigest()[:16]
 
 
 def fill_buckets(shapes, max_frames, max_pixels):

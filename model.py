@@ -217,10 +217,12 @@ class KiwiEdit(nn.Module):
 
     def forward(self, requests, latents, t, source=None, ref=None, noise=None, flow=FlowMatch()):
         """The training loss of a batch: `training_loss` on what the MLLM makes of the requests (`MLLMEncoder.prepare`)."""
-        contexts = [self.mllm.encode(request) for request in requests]
-        if self.mllm.num_queries["ref"] and self.mllm.ref_queries.requires_grad:
-            # contexts with references differ in length and are not padded: one by one, also the kinds that need not,
-            # for sharded ranks must call the blocks equally often
+        contexts = self.mllm.encode(requests)
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        apart = ranks > 1 and self.mllm.num_queries["ref"] and self.mllm.ref_queries.requires_grad
+        if apart or len({context.shape[1] for context in contexts}) > 1:
+            # contexts with references differ in length and are not padded: one by one. With several ranks also those
+            # that need not, for sharded ranks must call the blocks equally often
             columns = [[None] * len(t) if z is None else z.split(1) for z in (latents, t, source, ref, noise)]
             losses = [self.training_loss(x, c, *rest, flow) for c, (x, *rest) in zip(contexts, zip(*columns))]
             loss = torch.stack(losses).mean()

@@ -703,21 +703,27 @@ def write_cache(args, stage, ranks, model, curriculum, tables):
     dist.barrier()
     if ranks.first:
         with whole_file(folder / "cache.json") as temporary:
-            temporary.write_text(
-                json.dumps({"fingerprint": fingerprint(tables, stage.pixels, stage.frames, stage.source)})
-            )
+            temporary.write_text(json.dumps(cached_buckets(curriculum, tables)))
         print(folder)
 
 
-def fits_cache(args, stage, tables):
-    """ValueError unless the cache was written for these tables and sizes."""
-    path = Path(args.cache) / "cache.json"
+def cached_buckets(curriculum, tables):
+    """What a cache holds: {"image-1x64x64": fingerprint of its rows, ...}."""
+    return {
+        shard_path("", kind, shape, 0).name.rsplit("-", 1)[0]: fingerprint([tables[kind][i] for i in rows])
+        for _, mixture in curriculum.phases
+        for kind, buckets in mixture.buckets.items()
+        for shape, rows in buckets.items()
+    }
+
+
+def fits_cache(folder, curriculum, tables):
+    """ValueError unless the cache holds these rows at these sizes; it may hold more, such as another stage's."""
+    path = Path(folder) / "cache.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; `python data.py cache --out {args.cache} ...` writes it")
-    if read_json(path)["fingerprint"] != fingerprint(tables, stage.pixels, stage.frames, stage.source):
-        raise ValueError(
-            f"{args.cache}: was written for other tables, pixels or frames; write another with data.py cache"
-        )
+        raise FileNotFoundError(f"{path}: no such file; `python data.py cache --out {folder} ...` writes it")
+    if not cached_buckets(curriculum, tables).items() <= read_json(path).items():
+        raise ValueError(f"{folder}: was written for other tables, pixels or frames; write another with data.py cache")
 
 
 def report_bad(args, ranks, step, broken):
@@ -820,7 +826,7 @@ class Trainer:
 
     def loader(self):
         if self.args.cache:
-            fits_cache(self.args, self.stage, self.tables)
+            fits_cache(self.args.cache, self.curriculum, self.tables)
             pairs = CachedPairs(self.tables, self.curriculum, self.args.cache)
         else:
             pairs = Pairs(self.tables, self.curriculum, self.model.mllm.resize)
