@@ -796,8 +796,8 @@ def summary(cases):
 
 def goals(cases):
     """Per task what an edit should reach, as a Markdown table; in brackets what was asked for before all training."""
-    lines = ["| task | nearer to the truth than a copy | behind the ceiling where nothing should change | right object |"
-             " with the reference nearer than without |", "| --- " * 5 + "|"]  # fmt: skip
+    columns = ("task", "edit - copy, inside", "ceiling - edit, outside", "right object", "reference - none, inside")
+    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     for task in dict.fromkeys(case["task"] for case in cases):
         of_task = [case["measures"] for case in cases if case["task"] == task]
         inside = mean(m["edit"]["psnr_in"] - m["copy"]["psnr_in"] for m in of_task)

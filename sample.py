@@ -36,7 +36,7 @@ def parse_arguments(argv=None):
     add("input", nargs="?", help="a video or picture file (without it and the instruction: the example of --weights)")
     add("instruction", nargs="?", help='what to change, e.g. "replace the car"')
     add("--ref", nargs="+", default=[], metavar="IMG", help="one or more pictures of what the edit should look like")
-    add("-o", "--out", metavar="OUT", help="default: <input name>_edited.mp4, .png for a picture, out.mp4 for the example")
+    add("-o", "--out", metavar="OUT", help="default: <input name>_edited.mp4 or .png; of the example out.mp4")
     add("--weights", default=str(DEFAULT_WEIGHTS), metavar="PATH|HUB_ID", help="default: weights/nano")
     add("--base", default="Wan-AI/Wan2.2-TI2V-5B", metavar="PATH|HUB_ID", help="under a .safetensors: %(default)s")
     add("--qwen", default="Qwen/Qwen2.5-VL-3B-Instruct", metavar="PATH|HUB_ID", help="likewise: %(default)s")
@@ -106,7 +106,7 @@ def with_example(args):
     weights_exist(args.weights)
     folder = Path(args.weights) / "example"
     if not (folder / "prompt.txt").is_file():
-        raise FileNotFoundError(f'{args.weights} has no example: give a clip and an instruction, in.mp4 "replace the car"')
+        raise FileNotFoundError(f"{args.weights} has no example: give a clip and an instruction (see --help)")
     args.input, args.instruction = str(folder / "source.mp4"), (folder / "prompt.txt").read_text().strip()
     args.ref = args.ref or [str(path) for path in folder.glob("reference.png")]
     args.out, args.compare = args.out or "out.mp4", True
