@@ -879,17 +879,19 @@ def evaluate(args):
 
 CARD = """# nano
 
-A Kiwi-Edit of {millions:.1f} million parameters ({parts}), {megabytes:.1f} MB in bfloat16, trained from nothing by this
-repository in a world that it draws itself. It shows on any computer that the model, the training and the curriculum
-work. It is not an editor for real clips.
+A Kiwi-Edit of {millions:.1f} million parameters, {megabytes:.1f} MB in bfloat16, trained from nothing by this repository
+in a world that it draws itself. It shows on any computer that the model, the training and the curriculum work. It is
+not an editor for real clips.
 
-It knows clips of {frames} frames of {width}x{height} at {fps} a second. `python sample.py` edits the bundled example, case
-{example} of the held-out clips below, chosen by us among them; "{prompt}"
+It knows clips of {frames} frames of {size}x{size} at {fps} a second. `python sample.py` edits the bundled example, number
+{example} of the held-out clips, chosen among them by us: "{prompt}"
+
+Parameters: {parts}.
 
 ## Training
 
-Made by: {made_by}. Clips seen: {clips} of `nano.py data --seed {data_seed}`, images, videos and reference videos 2:1:1.
-Batches depend on the seeds and not on the pieces in which a phase was run.
+Trained on: {made_by}. Clips of the three stages: {seen}. Batches depend on the seeds, not on the pieces in which a phase
+was run.
 
 | phase | seed | steps | samples | seconds |
 | --- | --- | --- | --- | --- |
@@ -905,7 +907,7 @@ another evaluation, has other figures. "Ceiling" is the truth through this model
 ## What it cannot do
 
 - Real clips: it has seen emoji, coloured shapes, twelve styles, panoramas and textures, and nothing else. It takes any
-  clip, shrinks it to about {width}x{height} pixels, and edits it badly.
+  clip, shrinks it to about {size}x{size} pixels, and edits it badly.
 - Words beyond those of `world.py`: what a text may call for are about 95 common things and pairs of a colour and a shape.
 - References are single sprites on a plain ground, or views. Objects do not turn in depth or deform.
 - `eval` compares with one truth: a right edit that looks otherwise is counted wrong.
@@ -960,7 +962,7 @@ def ship(args):
     if not checkpoint.is_file():
         raise FileNotFoundError(f"{checkpoint}: no such file; give weights.safetensors of a train.py checkpoint")
     row, world = find_example(data, args.example), read_world(data)
-    phases, seen = phases_of(checkpoint, Path(args.weights)), training_world(checkpoint)
+    phases, seen = phases_of(checkpoint, Path(args.weights)), clips_seen(checkpoint)
     evaluation = (Path(args.eval) / "eval.md").read_text() if args.eval else "Not evaluated yet.\n"
     model = KiwiEdit.from_pretrained(args.weights, dtype=torch.float32)
     load_weights(model, load_file(checkpoint), partial=True)
@@ -973,18 +975,17 @@ def ship(args):
     if "ref_image" in row:
         copyfile(data / row["ref_image"], out / "example" / "reference.png")
     (out / "example" / "prompt.txt").write_text(row["prompt"] + "\n")
-    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     card = CARD.format(
         millions=sum(parts.values()) / 1e6, parts=", ".join(f"{name} {count:,}" for name, count in parts.items()),
-        megabytes=size / 1e6, frames=world["frames"], width=world["size"], height=world["size"], fps=world["fps"],
-        example=args.example, prompt=row["prompt"], made_by=args.made_by, clips=seen.get("clips", "not recorded"),
-        data_seed=seen.get("seed", "not recorded"), phases="\n".join(phases), evaluation=evaluation.rstrip(),
+        megabytes=total / 1e6, **world, example=args.example, prompt=row["prompt"], made_by=args.made_by, seen=seen,
+        phases="\n".join(phases), evaluation=evaluation.rstrip(),
         licences="\n".join(f"- {name} {version}: {text}" for name, (version, text, _) in PACKAGES.items()), recipe=RECIPE,
     )  # fmt: skip
     with whole_file(out / "MODEL_CARD.md") as path:
         path.write_text(card)
-    print(f"write       {out}: {(size + len(card.encode())) / 1e6:.1f} MB")
+    print(f"write       {out}: {(total + len(card.encode())) / 1e6:.1f} MB")
 
 
 def find_example(data, index):
@@ -1025,11 +1026,13 @@ def read_run(folder):
     return json.loads((folder.parent / "config.json").read_text())
 
 
-def training_world(checkpoint):
-    """What `nano.py data` was asked for when it drew the clips of a training; {} where they are gone."""
-    folder = checkpoint.parent
-    path = Path(read_run(folder)["args"]["data"]) / "world.json" if (folder / "train.json").is_file() else None
-    return json.loads(path.read_text()) if path and path.is_file() else {}
+def clips_seen(checkpoint):
+    """How the clips of a training were drawn, as far as that is recorded."""
+    for folder in checkpoints_before(checkpoint.parent):
+        path = Path(read_run(folder)["args"]["data"]) / "world.json"
+        if path.is_file():
+            return "{clips} of `nano.py data --seed {seed}`".format(**json.loads(path.read_text()))
+    return "not recorded"
 
 
 # ------------------------------------------------------------------------------------------------ RefVIE-Bench's layout
@@ -1099,8 +1102,8 @@ def parse_arguments(argv=None):
     add = commands.add_parser("ship", help="make a training checkpoint a folder of weights of its own").add_argument
     add("checkpoint", metavar="CHECKPOINT", help="weights.safetensors of a train.py checkpoint")
     add("--weights", required=True, metavar="DIR", help="what `pretrain` wrote, from which training started")
-    add("--data", required=True, metavar="DIR", help="held-out clips like those of training: what sample.py takes, and ...")
-    add("--example", required=True, type=int, metavar="INDEX", help="... which of them (truth.jsonl) it edits by itself")
+    add("--data", required=True, metavar="DIR", help="held-out clips, of the size that training saw")
+    add("--example", required=True, type=int, metavar="INDEX", help="the one that bare `python sample.py` edits (truth.jsonl)")
     add("--made-by", required=True, metavar="TEXT", help='the machine, for the model card, e.g. "one H100"')
     add("--eval", metavar="DIR", help="what `eval` wrote, for the model card")
     add("--out", required=True, metavar="DIR", help="e.g. weights/nano")
