@@ -97,8 +97,9 @@ def working_size(height, width, max_pixels=MAX_PIXELS):
 def nearest_size(height, width, max_pixels, grid):
     """The size (h, w) for weights that know only small frames, where `working_size` could drop half of the pixels.
 
-    Of all multiples of `grid` with at most max_pixels, none larger than the picture, the one with most of the picture
-    left after its crop and most of max_pixels used: 1280x704 gives 80x48 of 4096. ValueError where a side is too short.
+    Of all multiples of `grid` with at most max_pixels, none larger than the picture, the one with the largest product of
+    its area and the square of the share of the picture that its crop leaves: 1280x704 gives 80x48 of 4096. ValueError
+    where a side is too short.
     """
     sizes = [(h, w) for h in range(grid, height + 1, grid) for w in range(grid, min(width, max_pixels // h) + 1, grid)]
     if not sizes:
@@ -108,7 +109,7 @@ def nearest_size(height, width, max_pixels, grid):
         aspect = size[0] * width / (size[1] * height)
         return min(aspect, 1 / aspect)
 
-    return max(sizes, key=lambda size: (kept(size) * size[0] * size[1], kept(size)))
+    return max(sizes, key=lambda size: size[0] * size[1] * kept(size) ** 2)
 
 
 def usable_frames(count, max_frames=81):

@@ -182,7 +182,7 @@ class Progress:
 BAR = "{desc}: {percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
 
 
-COMPARED_HEIGHT = 256  # pixels that a comparison has at least
+COMPARED_HEIGHT = 256  # pixels up to which a comparison is enlarged
 
 
 def compare(out, clip, refs, edited):
@@ -193,7 +193,7 @@ def compare(out, clip, refs, edited):
 
     shown = [pad_reference(ref, clip.frames.shape[1:3]).expand_as(edited) for ref in refs]
     frames = torch.cat([clip.frames, *shown, edited], dim=2)
-    scale = -(-COMPARED_HEIGHT // frames.shape[1])
+    scale = max(COMPARED_HEIGHT // frames.shape[1], 1)
     frames = frames.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     write(out, frames, clip)
     if not clip.still:
