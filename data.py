@@ -217,8 +217,8 @@ def read_clip(path, max_frames=81, max_pixels=MAX_PIXELS, max_fps=None, size_of=
     """The first 4k + 1 (at most max_frames) frames of a video or image file, fitted to the working size.
 
     max_fps: of a clip that has about twice as many every second frame is taken, and so on. size_of: another rule than
-    `working_size`, (height, width, max_pixels) -> (h, w). Frames are resized as they are decoded: memory is that of the result.
-    MediaError where the file is missing, unreadable, corrupt, without pictures or too small.
+    `working_size`, (height, width, max_pixels) -> (h, w). Frames are resized as they are decoded: memory is that of the
+    result. MediaError where the file is missing, unreadable, corrupt, without pictures or too small.
     """
     frames, source_size = [], None
     with open_media(path) as (container, stream):

@@ -4,7 +4,7 @@
     data      clips of the world (world.py)                     -> mp4, png, image.csv, video.csv, ref_video.csv, truth.jsonl
     pretrain  a VAE, a Qwen2.5-VL and a text-to-video DiT, the stand-ins for what the paper starts from -> weights/
     (train.py runs the paper's three stages on these data and weights)
-    ship      the last stage's checkpoint over those weights    -> weights/nano in bfloat16
+    ship      the last stage's checkpoint over those weights    -> weights/nano in bfloat16, example, model card
     eval      edits of held-out clips against their truth       -> eval.md, eval.json, sheet.png
     bench     held-out reference edits in RefVIE-Bench's layout -> refvie_bench.yaml for judge.py
 
@@ -921,8 +921,9 @@ The training clips are drawn from these packages, whose licences allow it (and f
 
 ## On one H100
 
-128x128x17, pieces of at most nine minutes that go on where they stopped; the whole block can be run again. The steps
-and times on that machine are not measured.
+128x128x17, pieces of at most nine minutes that go on where they stopped; the whole block can be run again. Nobody has
+run it on that machine yet: its steps and what it takes there are estimates. With the sizes and steps of a toy it ran
+through on a CPU.
 
 ```bash
 {recipe}
@@ -935,10 +936,10 @@ python nano.py data ../test128 --assets ../assets --clips 400 --split test --siz
 for piece in 1 2; do python nano.py pretrain vae --data ../train128 --out ../pre128 --steps 6000 --minutes 9; done
 for piece in 1 2; do python nano.py pretrain mllm --data ../train128 --out ../pre128 --steps 2000 --minutes 9; done
 for piece in 1 2; do python nano.py pretrain dit --data ../train128 --out ../pre128 --steps 3000 --minutes 9; done
-stage() { timeout 540 python train.py --config nano --data ../train128 --workers 12 --resume auto "$@" || test $? = 124; }
-for piece in 1 2; do stage --stage 1 --weights ../pre128/weights --out ../runs128/1 --set steps=600 lr=1e-3 global_batch=32 batch=32; done
-for piece in 1 2; do stage --stage 2 --weights ../runs128/1 --out ../runs128/2 --set steps=3000 lr=1e-3 global_batch=32 batch=32; done
-for piece in 1 2; do stage --stage 3 --weights ../runs128/2 --out ../runs128/3 --set steps=3000 lr=5e-4 global_batch=32 batch=32; done
+stage() { timeout 540 python train.py --config nano --data ../train128 --workers 12 --no-checkpointing --resume auto "$@" || test $? = 124; }
+for piece in 1 2; do stage --stage 1 --weights ../pre128/weights --out ../runs128/1 --set steps=600 lr=1e-3 global_batch=64 batch=64 warmup=50 schedule=cosine beta2=0.98; done
+for piece in 1 2; do stage --stage 2 --weights ../runs128/1 --out ../runs128/2 --set steps=3000 lr=1e-3 global_batch=64 batch=64 warmup=50 schedule=cosine beta2=0.98; done
+for piece in 1 2; do stage --stage 3 --weights ../runs128/2 --out ../runs128/3 --set steps=3000 lr=5e-4 global_batch=64 batch=64 warmup=50 schedule=cosine beta2=0.98; done
 ship() { python nano.py ship ../runs128/3/step-003000/weights.safetensors --weights ../pre128/weights --data ../test128 --made-by "one H100" --out ../nano128 "$@"; }
 ship --example 2
 python nano.py eval --weights ../nano128 --data ../test128 --out ../report128
