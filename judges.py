@@ -270,7 +270,7 @@ QWEN = {  # patch, mean, std, time step in positions a second (None: a text stam
 class Local:
     """Qwen2.5-VL or Qwen3-VL through transformers, greedy; patches and positions are made here (no torchvision)."""
 
-    def __init__(self, folder, args):
+    def __init__(self, folder, args, max_pixels=448 * 448):
         import torch
         from tokenizers import Tokenizer
         from transformers import AutoConfig, AutoModelForImageTextToText
@@ -284,7 +284,7 @@ class Local:
         self.mllm = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(self.device).eval()
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.encode_special_tokens = True  # an instruction's text is text, never a control token
-        self.max_tokens = args.max_tokens
+        self.max_tokens, self.max_pixels = args.max_tokens, max_pixels
 
     def ask(self, text, media, fps):
         import torch
@@ -373,16 +373,18 @@ class Local:
             at = max([at, *(int(positions[-1].max()) + 1 for _ in range(1) if here.numel())])
         return torch.tensor([ids]), torch.cat(positions, 1)[:, None]
 
-    def patchify(self, frames, max_pixels=448 * 448):
+    def seen_size(self, height, width):
+        """[height, width] at which the model sees a picture of that size."""
+        unit = 2 * self.patch
+        scale = min(1.0, math.sqrt(self.max_pixels / (height * width)))
+        return [max(unit, round(side * scale / unit) * unit) for side in (height, width)]
+
+    def patchify(self, frames):
         """uint8 (T, H, W, 3), shrunk to max_pixels -> patches (t h w, 6 p p) in the vision tower's order, grid (t, h, w)."""
         from connectors import patchify
         from data import resize
 
-        unit = 2 * self.patch
-        H, W = frames.shape[1:3]
-        scale = min(1.0, math.sqrt(max_pixels / (H * W)))
-        size = [max(unit, round(side * scale / unit) * unit) for side in (H, W)]
-        return patchify(resize(frames, size), self.patch, self.mean, self.std)
+        return patchify(resize(frames, self.seen_size(*frames.shape[1:3])), self.patch, self.mean, self.std)
 
 
 LONGEST = 20_000  # characters of an answer that are read

@@ -1,0 +1,1699 @@
+"""From editing pairs to RefVIE quadruplets (paper, Section 4: 3.7M pairs in, 477K out): `python curate.py pairs.csv --out out/refvie`.
+
+    pairs: csv, parquet, jsonl, Ditto-1M, ReCo, OpenVE-3M -> ledger/read/00000.jsonl, ...: shards of records
+      -> Score       edit_score of frame pairs       >= 6: good for instruction tuning; >= 8 and of two kinds: go on
+      -> Ground      box and mask of the new object, or of the foreground before a new background
+      -> Synthesize  ref_image: the object cut out on white, or the background without its foreground
+      -> Verify      verdict: does the reference show what the edit brought? and its feature
+      -> deduplicate over all records, best first
+      -> ref_video.csv + refs/, refvie.parquet, video.csv and image.csv, funnel, statistics, page.html
+
+A record is a dict: id, src_video, tgt_video, prompt, edit_type, and what the stages add: edit_score, frame_scores, box
+[x1, y1, x2, y2] in 0..1, mask, ref_image, verdict, cluster. status is "open" until a stage ends it as "rejected" or
+"failed", with `stage` and `reason`; "kept" are the quadruplets. What a record brings along (a score, a box, a mask, a
+reference, a verdict) is taken as it is: so a ledger can be read again with other thresholds and nothing is paid twice.
+
+Models: classical (no weights: differences of frames, honest about what they cannot see) or those that the paper names.
+The paper's pipeline was never released; prompts and thresholds that it does not state are ours.
+"""
+
+import argparse
+import base64
+import csv
+import fcntl
+import html
+import json
+import math
+import os
+import random
+import re
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+EXAMPLES = """examples:
+  python curate.py pairs.csv --out out/refvie                                    # no model, a few seconds a pair
+  python curate.py ditto/ openve.csv --out out/refvie --models paper             # the paper's models, one GPU
+  torchrun --nproc-per-node 8 curate.py ditto/ --out out/refvie --models paper   # eight
+  python curate.py out/refvie/ledger/score --out out/strict --min-ref-score 9    # other thresholds, nothing paid twice
+  python curate.py pairs.csv --out out/refvie --rejects rejects.json             # what was rejected on page.html
+
+A run that was stopped or killed goes on where it was when the same command is given again.
+Training with the result: the last line of the run says how.
+"""
+
+PAPER_MODELS = {  # flag: what the paper names, where it says
+    "scorer": "Qwen/Qwen3-VL-4B-Instruct+EditScore/EditScore-Qwen3-VL-4B-Instruct",
+    "grounder": "Qwen/Qwen3-VL-8B-Instruct",
+    "segmenter": "facebook/sam3",
+    "editor": "Qwen/Qwen-Image-Edit-2511",
+    "verifier": "Qwen/Qwen3-VL-8B-Instruct",
+    "embedder": "openai/clip-vit-large-patch14",
+}
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(
+        description="Make reference-guided training data (RefVIE quadruplets) out of editing pairs.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("pairs", nargs="*", metavar="PAIRS", help="tables (.csv .parquet .json .jsonl), folders of Ditto-1M or ReCo, or a ledger's stage")
+    add("--out", metavar="DIR", help="the ledger and the result; the same again resumes")
+    add("--base-path", metavar="DIR", help="what paths in the tables start from (default: the table's folder)")
+    add("--models", choices=("classical", "paper"), default="classical", help="default %(default)s")
+    for flag, name in PAPER_MODELS.items():
+        add(f"--{flag}", metavar="MODEL", help=f"with --models paper (default {name})")
+    add("--min-score", type=float, default=6.0, metavar="0..10", help="for instruction tuning (default %(default)s)")
+    add("--min-ref-score", type=float, default=8.0, metavar="0..10", help="to get a reference (default %(default)s)")
+    add("--fps", type=float, default=1.0, help="frame pairs a second that are scored (default %(default)s)")
+    add("--min-side", type=positive, default=64, metavar="PIXELS", help="of a reference (default %(default)s)")
+    add("--max-aspect", type=float, default=4.0, help="of a reference (default %(default)s)")
+    add("--duplicate", type=float, metavar="COSINE", help="above it a reference is one already kept (default: paper 0.99, classical 0.97)")
+    add("--guard", metavar="DIR", help="pictures of a benchmark, e.g. RefVIE-Bench: what resembles one is rejected")
+    add("--rejects", metavar="FILE", help="rejects.json of page.html: these records leave the result")
+    add("--page", type=int, default=400, metavar="N", help="at most so many quadruplets on page.html (default %(default)s)")
+    add("--engine", choices=("local", "ray"), default="local", help="ray: more than one machine; pip install 'ray[data]' (default %(default)s)")
+    add("--shard-rows", type=positive, default=256, metavar="N", help="records in a file of the ledger (default %(default)s)")
+    add("--workers", type=positive, default=2, help="records at a time: threads of a stage; with ray also its actors (default %(default)s)")
+    add("--retry-failed", action="store_true", help="try again what failed: no network, no memory, a file that is there now")
+    add("--seed", type=int, default=0, help="of synthesis, with the record's number (default %(default)s)")
+    add("--device", metavar="NAME", help="default: cuda if there is one")
+    add("--show-prompts", action="store_true", help="print what the models are asked, and stop")
+    args = parser.parse_args(argv)
+    if not args.show_prompts and not (args.pairs and args.out):
+        parser.error("say which pairs, and where to: curate.py pairs.csv --out out/refvie")
+    for flag, name in PAPER_MODELS.items():
+        if args.models == "classical" and getattr(args, flag):
+            parser.error(f"--{flag} is for --models paper")
+        setattr(args, flag, getattr(args, flag) or name)
+    if args.duplicate is None:
+        args.duplicate = 0.99 if args.models == "paper" else 0.97
+    return args
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and slips of the pen answer before torch is there
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from connectors import PIXEL_MEAN, PIXEL_STD
+from data import (
+    MediaError, decode, has_columns, inside, measure, open_media, pad_reference, parquet_file, read_image, resize, whole_file,
+    write_image,
+)  # fmt: skip
+from judges import Barred, Local, Malformed, OpenAICompatible, TryAgain, jpeg, json_objects, sampled_frames
+from metrics import as_float, lab, luma, read_reference
+
+STAGES = ("read", "score", "ground", "synthesize", "verify", "deduplicate")
+KINDS = ("subject", "background")  # of edits that a reference can guide; the others are style, remove and other
+FORESEEN = (ValueError, OSError, RuntimeError, ArithmeticError, TryAgain, Malformed)  # of one record, not of the run
+
+
+class Rejected(Exception):
+    """The record is whole and not good enough; the text says why."""
+
+
+# ------------------------------------------------------------------------------------------------ records
+
+# columns of source, target and instruction, and the licence to be told
+SETS = {
+    "pairs": (("src_video", "tgt_video", "prompt"), None),
+    "Ditto-1M": (("source_path", "edited_path", "instruction"), "CC-BY-NC-SA-4.0"),
+    "OpenVE-3M": (("original_video", "video", "prompt"), "CC-BY-NC-4.0"),
+}
+CARRIED = ("edit_type", "edit_score", "frame_scores", "box", "mask", "key", "ref_image", "verdict", "verdict_reason", "feature")
+WORDS = {  # what an instruction is about, where the data do not say; the first that is found
+    "background": r"\bbackgrounds?\b|\bbackdrop\b|\bscene (?:behind|around)\b|\bsetting to\b|\bsurroundings\b",
+    "remove": r"\b(?:remove|delete|erase|get rid of|take (?:away|out)|eliminate)\b",
+    "style": r"\bstyles?\b|\baesthetics?\b|\bstylize|\bas (?:a|an) (?:painting|sketch|cartoon|drawing)\b|\bmake it look like\b|\bfilter\b",
+    "subject": r"\b(?:replace|change|swap|turn|transform|convert|add|put|place|insert|give|dress|exchange|substitute)\b",
+}
+TYPES = {
+    "local_change": "subject", "local_add": "subject", "change": "subject", "add": "subject", "replace": "subject",
+    "subject": "subject", "subject_add": "subject", "background": "background", "background_change": "background",
+    "background_ref": "background", "local_remove": "remove", "remove": "remove", "global_style": "style", "style": "style",
+}  # fmt: skip
+
+
+def kind_of(edit_type, prompt):
+    """What an edit is: subject, background, remove, style or other; by its type, else by the words of its instruction."""
+    if edit_type:
+        return TYPES.get(edit_type.strip().lower().replace(" ", "_"), "other")
+    return next((kind for kind, words in WORDS.items() if re.search(words, prompt, re.IGNORECASE)), "other")
+
+
+def read_pairs(path, base):
+    """Yield (name of the set, base folder, place, line as a dict) of everything in `path`. ValueError, FileNotFoundError."""
+    path = Path(path)
+    if path.is_file():
+        yield from (("pairs", Path(base or path.parent), place, line) for place, line in read_lines(path))
+    elif (path / "training_metadata").is_dir():
+        for file in sorted((path / "training_metadata").glob("*.json")):
+            yield from (("Ditto-1M", Path(base or path), place, line) for place, line in read_lines(file))
+    elif tables := sorted(path.glob("*/*_data_configs.json")):
+        for file in tables:
+            for place, line in read_lines(file):
+                yield "ReCo", Path(base or path), place, reco_line(line, file.parent.name, place)
+    elif shards := sorted(path.glob("[0-9]*.jsonl")):
+        home = json.loads((path.parent / "read.json").read_text())["bases"]
+        for shard in shards:
+            for number, line in enumerate(read_json_lines(shard), 1):
+                yield "ledger", Path(base or home[line["base"]]), f"{shard}, line {number}", line
+    elif path.is_dir():
+        raise ValueError(f"{path}: neither Ditto-1M (training_metadata/), ReCo (*/*_data_configs.json) nor a ledger's stage; give a table")
+    else:
+        raise FileNotFoundError(f"{path}: no such file or folder")
+
+
+def read_lines(path):
+    """Yield (place, dict) of the rows of a .csv, .parquet, .jsonl or .json file."""
+    if path.suffix == ".parquet":
+        file = parquet_file(path)
+        wanted = [name for name in file.schema_arrow.names if not name.endswith("_bytes")]
+        for group in range(file.num_row_groups):
+            for i, line in enumerate(file.read_row_group(group, wanted).to_pylist()):
+                yield f"{path}, row {i} of group {group}", line
+    elif path.suffix == ".jsonl":
+        for number, line in enumerate(read_json_lines(path), 1):
+            yield f"{path}, line {number}", line
+    elif path.suffix == ".json":
+        try:
+            lines = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: is not JSON ({error})") from None
+        if not isinstance(lines, list):
+            raise ValueError(f"{path}: has no list of pairs")
+        for number, line in enumerate(lines):
+            yield f"{path}, entry {number}", line
+    elif path.suffix == ".csv":
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            for line in reader:
+                yield f"{path}, line {reader.line_num}", line
+    else:
+        raise ValueError(f"{path}: a table is .csv, .parquet, .json or .jsonl")
+
+
+def read_json_lines(path):
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield json.loads(line)
+            except ValueError:
+                raise ValueError(f"{path}, line {number}: is not JSON") from None
+
+
+def reco_line(line, task, place):
+    """A line of ReCo by our names: its clips lie under <task>/src_videos and <task>/tar_videos."""
+    given = lambda *names: next((str(line[n]) for n in names if isinstance(line, dict) and line.get(n)), None)
+    prompt = given("instruction", "prompt", "edit_instruction", "caption")
+    source = given("src_video", "src_video_path", "source", "source_path", "video")
+    target = given("tar_video", "tar_video_path", "tgt_video", "target", "target_path") or source
+    if not (prompt and source):
+        raise ValueError(f"{place}: expected an instruction and a source clip; it has {', '.join(line) if isinstance(line, dict) else line!r}")
+    below = lambda name, folder: name if name.startswith(f"{task}/") else f"{task}/{folder}/{Path(name).name}"
+    return {"src_video": below(source, "src_videos"), "tgt_video": below(target, "tar_videos"), "prompt": prompt, "edit_type": task}
+
+
+def records_of(args, bases):
+    """Yield the records of all inputs, numbered. `bases`, a list, is filled with the folders that their paths start from.
+
+    Nothing is opened but the tables: a clip that is missing is found out, and counted, when it is its turn.
+    """
+    number, told = 0, set()
+    for source in args.pairs:
+        for name, base, place, line in read_pairs(source, args.base_path):
+            if not isinstance(line, dict):
+                raise ValueError(f"{place}: expected a pair with named fields, found {type(line).__name__}")
+            fits = lambda key: all(column in line for column in SETS[key][0])
+            name = name if name in ("ledger", "ReCo") else next((key for key in SETS if fits(key)), None)
+            if name is None:
+                has_columns(place.split(", ")[0], SETS["pairs"][0], list(line))
+            licence = {"ReCo": "see its data card", "ledger": None}.get(name) or SETS.get(name, (None, None))[1]
+            if licence and name not in told:
+                told.add(name)
+                print(f"licence     {name}: {licence}")
+            columns = SETS[name][0] if name in SETS else SETS["pairs"][0]
+            base = str(base.resolve())
+            if base not in bases:
+                bases.append(base)
+            values = {key: line[column] for key, column in zip(SETS["pairs"][0], columns)}
+            record = {"id": f"{number:07d}", "name": str(line.get("name") or line.get("id") or number), **values}
+            record |= {key: line[key] for key in CARRIED if line.get(key) not in (None, "")} | {"base": bases.index(base)}
+            if name != "ledger":
+                record.pop("ref_image", None)  # that a pair came with: the pipeline makes its own
+            yield record | start_of(record, base, place)
+            number += 1
+    if not number:
+        raise ValueError(f"{', '.join(args.pairs)}: no pairs")
+
+
+def start_of(record, base, place):
+    """Kind and status of a new record: one with an empty field, or a path that leaves its base, is over at once."""
+    end = {"kind": None, "status": "failed", "stage": "read"}
+    for key in SETS["pairs"][0]:
+        if not isinstance(record[key], str) or not record[key].strip():
+            return end | {"reason": f"{place}: {key} is empty"}
+    try:
+        inside(Path(base), record["src_video"], place), inside(Path(base), record["tgt_video"], place)
+    except ValueError as error:
+        return end | {"reason": str(error)}
+    return {"kind": kind_of(record.get("edit_type"), record["prompt"]), "status": "open"}
+
+
+# ------------------------------------------------------------------------------------------------ the ledger
+
+
+class Ledger:
+    """What has become of every record: ledger/<stage>/<shard>.jsonl, a record a line, whole or not there.
+
+    While a shard is worked on, <shard>.part grows by each record that is done, so that a run that was killed repeats
+    at most the records it was busy with. All shards of a stage hold the same records as those of the stage before,
+    those that had ended too: each file tells everything.
+    """
+
+    def __init__(self, out):
+        self.out = Path(out)
+        self.folder = self.out / "ledger"
+
+    def path(self, stage, shard):
+        return self.folder / stage / f"{shard:05d}.jsonl"
+
+    def done(self, stage, shard):
+        return self.path(stage, shard).is_file()
+
+    def rows(self, stage, shard):
+        return list(read_json_lines(self.path(stage, shard)))
+
+    def write(self, stage, shard, rows):
+        path = self.path(stage, shard)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        path.with_suffix(".part").unlink(missing_ok=True)
+
+    @contextmanager
+    def journal(self, stage, shard):
+        """Yield ({id: record} that were done before, a function that adds records)."""
+        path = self.path(stage, shard).with_suffix(".part")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = path.read_bytes() if path.is_file() else b""
+        whole = content[: content.rfind(b"\n") + 1]  # a line that was being written when we were killed is not one
+        rows = {row["id"]: row for row in map(json.loads, whole.splitlines())}
+        with path.open("ab") as file:
+            file.truncate(len(whole))
+
+            def add(done):
+                file.write(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in done))
+                file.flush()
+
+            yield rows, add
+
+    def reopen_failed(self, shard):
+        """Make the failed records of a shard open again: in every stage its done work becomes a journal without them."""
+        for stage in STAGES[1:]:
+            if not self.done(stage, shard):
+                continue
+            rows = self.rows(stage, shard)
+            if any(row["status"] == "failed" and row["stage"] != "read" for row in rows):
+                done = [row for row in rows if row["status"] != "failed" and stage in (row["stage"], row.get("passed"))]
+                with self.journal(stage, shard) as (_, add):
+                    add(done)
+                self.path(stage, shard).unlink()
+
+    @property
+    def count(self):
+        """(records, shards), or None while the tables have not been read to the end."""
+        path = self.folder / "read.json"
+        if not path.is_file():
+            return None
+        found = json.loads(path.read_text())
+        return found["records"], found["shards"]
+
+
+def read_all(args, ledger):
+    """The tables into shards of records, once."""
+    if ledger.count:
+        return
+    bases, shard, rows, total = [], 0, [], 0
+    with tqdm(desc="read", unit=" records", mininterval=1) as bar:
+        for record in records_of(args, bases):
+            rows.append(record)
+            total += 1
+            bar.update()
+            if len(rows) == args.shard_rows:
+                ledger.write("read", shard, rows)
+                shard, rows = shard + 1, []
+    if rows:
+        ledger.write("read", shard, rows)
+        shard += 1
+    with whole_file(ledger.folder / "read.json") as path:
+        path.write_text(json.dumps({"records": total, "shards": shard, "bases": bases}))
+
+
+@contextmanager
+def only_run(ledger, rank):
+    """Two runs in one folder would mix their work: the second is refused."""
+    ledger.folder.mkdir(parents=True, exist_ok=True)
+    with (ledger.folder / f"lock.{rank}").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{ledger.out}: another curate.py is at work there; wait for it, or give another --out") from None
+        yield
+
+
+def same_settings(args, ledger):
+    """A folder's records were made with one set of settings; ValueError that names the one that differs."""
+    free = ("out", "engine", "workers", "retry_failed", "device", "show_prompts", "rejects", "page")
+    models = PAPER_MODELS if args.models == "classical" else ()
+    settings = {k: v for k, v in vars(args).items() if k not in free and k not in models} | {"prompts": PROMPTS_VERSION}
+    path = ledger.folder / "settings.json"
+    if path.is_file():
+        before = json.loads(path.read_text())
+        for key in before.keys() | settings.keys():
+            if before.get(key) != settings.get(key):
+                raise ValueError(
+                    f"{ledger.out} was made with {key} {before.get(key)!r}, not {settings.get(key)!r}: give another --out; "
+                    f"{ledger.folder}/score as its input keeps what was paid for"
+                )
+        return
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(settings, indent=1))
+
+
+def attempt(stage, batch):
+    """A stage's work on open records: each comes back open, rejected or failed; a bad one costs itself alone."""
+    try:
+        return stage(batch)
+    except FORESEEN as error:
+        if isinstance(error, Barred) or isinstance(error, OSError) and error.errno == 28:  # no space left on device
+            raise
+        if len(batch) > 1:
+            return [row for one in batch for row in attempt(stage, [one])]
+        return [ended(batch[0], stage.name, "failed", error)]
+
+
+def ended(row, stage, status, reason):
+    reason = " ".join(str(reason).split()) or type(reason).__name__
+    return row | {"status": status, "stage": stage, "reason": reason[:300]}
+
+
+def run_shard(stage, ledger, shard, bar=None):
+    """One stage over one shard, from wherever it was; -> its records."""
+    rows = ledger.rows(STAGES[STAGES.index(stage.name) - 1], shard)
+    with ledger.journal(stage.name, shard) as (done, add):
+        waiting = [row for row in rows if row["status"] == "open" and row["id"] not in done]
+        bar is None or bar.update(len(rows) - len(waiting))
+        for start in range(0, len(waiting), stage.batch):
+            batch = [row | {"passed": stage.name} for row in attempt(stage, waiting[start : start + stage.batch])]
+            add(batch)
+            done |= {row["id"]: row for row in batch}
+            bar is None or bar.update(len(batch))
+        rows = [done.get(row["id"], row) if row["status"] == "open" else row for row in rows]
+    if len(waiting) >= 20 and all(done[row["id"]]["status"] == "failed" for row in waiting):
+        raise ValueError(f"all {len(waiting)} records of a shard failed in `{stage.name}`: {done[waiting[0]['id']]['reason']}")
+    ledger.write(stage.name, shard, rows)
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------ the four stages
+
+
+class Stage:
+    """setup() once in a process, then batch -> batch. `one` does a record's work: it returns what to add to the record,
+    or raises Rejected. Records of a batch are worked on by several threads."""
+
+    name = ""
+
+    def __init__(self, args, bases, models=None):
+        self.args, self.bases, self.models = args, bases, models
+        self.batch = 4 * args.workers
+
+    def setup(self):
+        self.models = self.models or {"classical": Classical, "paper": Paper}[self.args.models](self.args)
+        self.models.setup(self.name)
+        return self
+
+    def __call__(self, batch):
+        with ThreadPoolExecutor(self.args.workers) as pool:
+            return list(pool.map(self.guarded, batch))
+
+    def guarded(self, row):
+        try:
+            return row | self.one(row)
+        except Rejected as reason:
+            return ended(row | getattr(reason, "found", {}), self.name, "rejected", reason)
+        except Barred:
+            raise
+        except FORESEEN as error:
+            if isinstance(error, OSError) and error.errno == 28:
+                raise
+            return ended(row, self.name, "failed", error)
+
+    def file(self, row, key):
+        """A record's file: a clip below its base, a mask or reference below --out."""
+        if row[key].startswith(("masks/", "refs/")):
+            return Path(inside(Path(self.args.out).resolve(), row[key], row["id"]))
+        return Path(inside(Path(self.bases[row["base"]]), row[key], row["id"]))
+
+    def place(self, folder, row):
+        """Where a record's picture is written, below --out: a thousand in a folder."""
+        name = f"{folder}/{row['id'][:-3]}/{row['id']}.png"
+        (Path(self.args.out) / name).parent.mkdir(parents=True, exist_ok=True)
+        return name
+
+
+class Score(Stage):
+    """Stage 1. How well the edit was made, 0..10: all frames' scores, their mean, and what the record is good for."""
+
+    name = "score"
+
+    def one(self, row):
+        found = {}
+        if "edit_score" not in row:
+            frames, height, width = measure(self.file(row, "tgt_video"))
+            found = {"frames": frames, "height": height, "width": width}
+            found["frame_scores"] = [round(s, 3) for s in self.models.score(self.file(row, "src_video"), self.file(row, "tgt_video"), row)]
+            found["edit_score"] = round(sum(found["frame_scores"]) / len(found["frame_scores"]), 3)
+        return self.judged(row | found)
+
+    def judged(self, row):
+        score, kind = float(row["edit_score"]), row["kind"]
+        row["tuning"] = score >= self.args.min_score
+        if not row["tuning"]:
+            raise self.rejected(row, f"score {score:.1f} is below {self.args.min_score:g}")
+        if kind not in KINDS:
+            why = {"remove": "a removal leaves nothing to show", "style": "a style is no object"}
+            raise self.rejected(row, f"no reference for this kind of edit: {why.get(kind, 'neither object nor background')}")
+        if score < self.args.min_ref_score:
+            raise self.rejected(row, f"score {score:.1f} is below {self.args.min_ref_score:g}, enough for instruction tuning only")
+        return row
+
+    def rejected(self, row, reason):
+        error = Rejected(reason)
+        error.found = row
+        return error
+
+
+class Ground(Stage):
+    """Stage 2. Where the new object is, or the foreground that stands before a new background: box, mask, key frame."""
+
+    name = "ground"
+
+    def one(self, row):
+        if "mask" in row:
+            return {}
+        box, mask, key = self.models.ground(self.file(row, "src_video"), self.file(row, "tgt_video"), row)
+        share = mask.float().mean().item()
+        if share < 2e-4:
+            raise Rejected("the mask is empty")
+        if share > 0.8:
+            raise Rejected(f"the mask covers {share:.0%} of the frame")
+        name = self.place("masks", row)
+        write_image(Path(self.args.out) / name, mask[..., None].expand(-1, -1, 3).to(torch.uint8) * 255)
+        return {"box": [round(v, 4) for v in box], "mask": name, "key": key}
+
+
+class Synthesize(Stage):
+    """Stage 3. The reference picture; extreme shapes and small ones are dropped."""
+
+    name = "synthesize"
+
+    def one(self, row):
+        if "ref_image" in row:
+            return {}
+        mask = read_image(self.file(row, "mask"))[..., 0] > 127
+        image = self.models.synthesize(self.file(row, "src_video"), self.file(row, "tgt_video"), mask, row)
+        height, width = image.shape[:2]
+        aspect = max(height / width, width / height)
+        if min(height, width) < self.args.min_side:
+            raise Rejected(f"the reference has {width}x{height} pixels, a side below {self.args.min_side}")
+        if aspect > self.args.max_aspect:
+            raise Rejected(f"the reference has {width}x{height} pixels, an aspect above {self.args.max_aspect:g}")
+        name = self.place("refs", row)
+        write_image(Path(self.args.out) / name, image)
+        return {"ref_image": name, "ref_size": [height, width]}
+
+
+class Verify(Stage):
+    """Stage 4, first half. Whether the reference and the edited clip show the same, and the reference's feature."""
+
+    name = "verify"
+
+    def one(self, row):
+        found = {}
+        if "verdict" not in row:
+            agree, reason = self.models.verify(self.file(row, "src_video"), self.file(row, "tgt_video"), self.file(row, "ref_image"), row)
+            found = {"verdict": bool(agree), "verdict_reason": reason}
+        if not (row | found)["verdict"]:
+            error = Rejected(f"the reference does not show the edit: {(row | found).get('verdict_reason', '')}")
+            error.found = found
+            raise error
+        if "feature" not in row:
+            found["feature"] = pack(self.models.embed([read_image(self.file(row, "ref_image"))])[0])
+        return found
+
+
+CLASSES = {stage.name: stage for stage in (Score, Ground, Synthesize, Verify)}
+
+
+def pack(feature):
+    """(D,) -> text: float16, which moves a cosine by less than 0.0005."""
+    return base64.b64encode(feature.half().cpu().numpy().tobytes()).decode()
+
+
+def unpack(text):
+    return np.frombuffer(base64.b64decode(text), dtype=np.float16)
+
+
+def frame_at(path, index):
+    """Frame `index` of a clip or picture, uint8 (H, W, 3), at its own size. MediaError."""
+    with open_media(path) as (container, stream):
+        for number, rgb in ((i, rgb) for i, (_, rgb) in enumerate(decode(path, container, stream))):
+            if number == index:
+                return rgb
+    raise MediaError(f"{path}: has no frame {index}")
+
+
+# ------------------------------------------------------------------------------------------------ classical models
+
+LOOKS = 12  # frames of a clip that are looked at
+LOOK_PIXELS = 320 * 180
+UNCHANGED, CHANGED = 8.0, 16.0  # CIELAB units: a VAE's trace stays below the first; above the second all is edit
+WHITE = 255
+
+
+def look_at(path, max_pixels=LOOK_PIXELS):
+    """LOOKS frames of a clip, evenly spread, shrunk: uint8 (T, H, W, 3), and their indices."""
+    count = measure(path)[0]
+    wanted = sorted({round(i) for i in np.linspace(0, count - 1, min(LOOKS, count))})
+    frames, indices = [], []
+    with open_media(path) as (container, stream):
+        for number, (_, rgb) in enumerate(decode(path, container, stream)):
+            if number in wanted:
+                scale = min(1.0, math.sqrt(max_pixels / (rgb.shape[0] * rgb.shape[1])))
+                frames.append(resize(rgb[None], [max(8, round(side * scale)) for side in rgb.shape[:2]])[0])
+                indices.append(number)
+            if number == wanted[-1]:
+                break
+    if not frames:
+        raise MediaError(f"{path}: has no frames")
+    return torch.stack(frames), indices
+
+
+def look_at_pair(source, target):
+    """The same moments of both clips, at the target's size -> source, target float (T, 3, H, W), indices."""
+    (a, ia), (b, ib) = look_at(source), look_at(target)
+    count = min(len(a), len(b))
+    if ia[:count] != ib[:count] and abs(ia[-1] - ib[-1]) > 0.1 * ib[-1] + 2:
+        raise MediaError(f"{target}: has {ib[-1] + 1} frames, its source {ia[-1] + 1}: not the same moments")
+    if abs(math.log(a.shape[1] / a.shape[2] * b.shape[2] / b.shape[1])) > 0.05:
+        raise MediaError(f"{target}: is {b.shape[2]}x{b.shape[1]} where its source is {a.shape[2]}x{a.shape[1]}, another aspect")
+    a = a[:count] if a.shape == b.shape else resize(a[:count], b.shape[1:3])
+    return as_float(a), as_float(b[:count]), ib[:count]
+
+
+def difference(source, target):
+    """CIELAB distance of each pixel, averaged over 3x3 -> (T, H, W)."""
+    apart = 100 * (lab(source) - lab(target)).square().sum(dim=1).sqrt()
+    return F.avg_pool2d(apart[:, None], 3, 1, 1, count_include_pad=False)[:, 0]
+
+
+def split_value(values):
+    """Otsu's threshold between what stayed and what changed, kept within UNCHANGED and CHANGED."""
+    hist = torch.histc(values.clamp(max=60), 60, 0, 60)
+    p, centres = hist / hist.sum(), torch.arange(60) + 0.5
+    below, mass = p.cumsum(0), (p * centres).cumsum(0)
+    between = (mass[-1] * below - mass).square() / (below * (1 - below)).clamp_min(1e-9)
+    return min(max(between.argmax().item() + 1.0, UNCHANGED), CHANGED)
+
+
+def regions(mask):
+    """Connected regions (8 neighbours) of each frame of bool (T, H, W) -> int64 labels, 0 outside.
+
+    Runs of pixels in a row are the nodes, runs that touch in the next row the edges; the smallest number wins.
+    """
+    frames, height, width = mask.shape
+    line = np.pad(mask.numpy(), ((0, 0), (0, 0), (0, 1))).ravel().astype(np.int8)  # a gap ends each row
+    change = np.diff(line, prepend=0)
+    starts, ends = np.flatnonzero(change == 1), np.flatnonzero(change == -1)  # ends are exclusive
+    above = np.flatnonzero(starts // (width + 1) % height < height - 1)
+    low = np.searchsorted(ends, starts[above] + width + 1, "left")
+    high = np.searchsorted(starts, ends[above] + width + 1, "right")
+    a = np.repeat(above, high - low)
+    b = np.arange(len(a)) - np.repeat(np.cumsum(high - low) - (high - low), high - low) + np.repeat(low, high - low)
+    label = np.arange(len(starts))
+    while (label[a] != label[b]).any():
+        smaller = np.minimum(label[a], label[b])
+        np.minimum.at(label, label[a], smaller)
+        np.minimum.at(label, label[b], smaller)
+        label = label[label]
+    while (label != label[label]).any():
+        label = label[label]
+    out = torch.zeros(mask.shape, dtype=torch.int64)
+    out[mask] = torch.from_numpy(np.repeat(label + 1, ends - starts))
+    return out
+
+
+def large_regions(mask, least=0.1, pixels=4):
+    """A mask (T, H, W) without its specks: of each frame the regions of at least `least` of the largest, and `pixels`."""
+    labels = regions(mask)
+    count = torch.bincount(labels.flatten(), minlength=mask.numel() + 1)
+    count[0] = 0
+    size = count[labels]  # (T, H, W)
+    largest = size.amax(dim=(1, 2), keepdim=True)
+    return mask & (size >= (least * largest).clamp_min(pixels))
+
+
+def without_holes(mask):
+    """A mask (T, H, W) with what it encloses."""
+    around = F.pad(~mask, (1, 1, 1, 1), value=True)
+    labels = regions(around)
+    return ~(labels == labels[:, :1, :1])[:, 1:-1, 1:-1]
+
+
+def clean(mask, least=0.1):
+    """Large regions without their holes; gaps of 2 % of the frame are closed first, bridges of a pixel cut."""
+    grow = lambda x, n: F.max_pool2d(x, 2 * n + 1, 1, n)
+    x, gap = mask[:, None].float(), min(mask.shape[1:]) // 60
+    if gap:
+        x = -grow(-grow(x, 1), 1)
+        x = -grow(-x, 1)
+        x = grow(x, 1)
+        x = -grow(-grow(x, gap), gap)
+    return without_holes(large_regions(x[:, 0] > 0.5, least))
+
+
+def box_of(mask):
+    """[x1, y1, x2, y2] of a mask (H, W), shares of width and height."""
+    rows, columns = mask.any(dim=1).nonzero()[:, 0], mask.any(dim=0).nonzero()[:, 0]
+    height, width = mask.shape
+    return [columns[0].item() / width, rows[0].item() / height, (columns[-1].item() + 1) / width, (rows[-1].item() + 1) / height]
+
+
+def ramp(value, low, high):
+    """0 at `low` and beyond, 1 at `high`, straight in between."""
+    return min(max((value - low) / (high - low), 0.0), 1.0)
+
+
+class Classical:
+    """No weights. Everything follows from the difference of source and target at the same moments.
+
+    Sees: how strong an edit is, how well it stays in its place, whether it is there all the time. Cannot see: what was
+    asked for, whether the result looks natural, what an object is. A changed light counts as an edit.
+    """
+
+    def __init__(self, args):
+        self.args = args
+
+    def setup(self, stage):
+        torch.set_num_threads(1)  # records share the cores, not operations
+
+    def score(self, source_path, target_path, row):
+        """Of each moment 10 sqrt(fit x presence): FACTS.md's sqrt(SC PQ) with what can be measured in their places."""
+        source, target, _ = look_at_pair(source_path, target_path)
+        apart = difference(source, target)
+        changed = apart > split_value(apart)
+        body = clean(changed, 0.25)
+        usual = body.float().mean(dim=(1, 2)).median().item()
+        return [self.fit(row["kind"], source[t], target[t], apart[t], changed[t], body[t], usual) for t in range(len(apart))]
+
+    def fit(self, kind, source, target, apart, changed, body, usual):
+        area = body.float().mean().item()
+        strength = ramp(apart[body].mean().item() if body.any() else 0.0, 4, 16)
+        left = apart[~body].square().mean().sqrt().item() if not body.all() else 99.0
+        if kind == "style":
+            edges = [(luma(x[None])[..., 1:, 1:] - luma(x[None])[..., :-1, :-1]).abs().flatten() for x in (source, target)]
+            kept = torch.corrcoef(torch.stack(edges))[0, 1].nan_to_num().item()
+            return 10 * math.sqrt(strength * ramp(area, 0.05, 0.6) * ramp(kept, 0.0, 0.3))
+        if kind == "background":
+            return 10 * math.sqrt(strength * ramp(area, 0.05, 0.3) * ramp(1 - area, 0.0, 0.03))
+        together = (changed & body).sum().item() / max(changed.sum().item(), 1)  # the rest is scattered about
+        place = min(ramp(left, 12, 6), ramp(together, 0.3, 0.8), ramp(area, 0.85, 0.5), ramp(area, 0.0, 0.001))
+        presence = ramp(area, 0.1 * usual, 0.3 * usual) if usual else 0.0
+        return 10 * math.sqrt(min(strength, place) * presence)
+
+    def ground(self, source_path, target_path, row):
+        """-> box, mask (H, W) and index of the frame in which it is best seen."""
+        source, target, indices = look_at_pair(source_path, target_path)
+        apart = difference(source, target)
+        body = self.body(apart, row["kind"])
+        area = body.float().mean(dim=(1, 2))
+        edge = torch.stack([body[:, 0].any(1), body[:, -1].any(1), body[..., 0].any(1), body[..., -1].any(1)]).sum(0)
+        if area.max() < 2e-4:
+            raise Rejected("nothing changed" if row["kind"] == "subject" else "nothing stayed: no foreground")
+        quality = area * (1 - 0.2 * edge) if row["kind"] == "subject" else -area * (1 - 0.1 * edge) - (area < 2e-4).float()
+        best = quality.argmax().item()
+        if row["kind"] == "subject" and area[best] > 0.6:
+            raise Rejected(f"{area[best]:.0%} of the frame changed: not a local edit")
+        if row["kind"] == "background" and not 0.005 < area[best] < 0.75:
+            raise Rejected(f"{area[best]:.0%} of the frame stayed: no background edit")
+        return box_of(body[best]), body[best], indices[best]
+
+    def body(self, apart, kind):
+        """What is to be masked, bool (T, H, W): the changed region, or before a new background what stayed."""
+        if kind == "subject":
+            return clean(apart > split_value(apart), 0.25)
+        stayed = clean(apart < split_value(apart), 0.05)
+        return without_holes(stayed)
+
+    def synthesize(self, source_path, target_path, mask, row):
+        """A subject cut out of the key frame, or the key frame without its foreground: uint8 (H, W, 3)."""
+        if row["kind"] == "subject":
+            return cut_out(frame_at(target_path, row["key"]), mask)
+        source, target, indices = look_at_pair(source_path, target_path)
+        foreground = self.body(difference(source, target), "background")
+        frames, _ = look_at(target_path, max_pixels=1280 * 720)
+        return without_foreground(frames[: len(target)], foreground, indices.index(row["key"]))
+
+    def verify(self, source_path, target_path, ref_path, row):
+        """Whether the colours of the reference are those of the edit at other moments than the one it was taken from,
+        and more so than those of the source in the same places: (bool, reason)."""
+        source, target, indices = look_at_pair(source_path, target_path)
+        body = self.body(difference(source, target), row["kind"])
+        place = body if row["kind"] == "subject" else ~body
+        others = [i for i, index in enumerate(indices) if index != row["key"] and place[i].any()]
+        others = others or [indices.index(row["key"])]
+        picture = read_reference(ref_path)
+        ink = inked(picture)[0] if row["kind"] == "subject" else torch.ones(picture.shape[2:], dtype=torch.bool)
+        wanted, after, before = (
+            colours(torch.cat(pixels)) for pixels in (
+                [picture[0, :, ink].T], [target[i][:, place[i]].T for i in others], [source[i][:, place[i]].T for i in others],
+            )
+        )  # fmt: skip
+        near, far = ((wanted - x).abs().mean().item() for x in (after, before))
+        return near < min(ALIKE, far), f"colours {near:.0f} from the edit's, {far:.0f} from the source's (CIELAB)"
+
+    def embed(self, images):
+        return torch.stack([look_feature(image) for image in images])
+
+
+ALIKE = 12.0  # CIELAB units between the colours of one thing at two moments
+
+
+def inked(picture):
+    """Where a reference (1, 3, H, W) is not its white ground -> bool (1, H, W)."""
+    return picture.amin(dim=1) < 0.97
+
+
+def colours(pixels, ways=8):
+    """The colours of pixels (N, 3) in 0..1 as quantiles along some directions of CIELAB (ways, 20): the mean difference
+    of two such tables is the (sliced) earth mover's distance of the two sets of colours."""
+    directions = F.normalize(torch.randn(3, ways, generator=torch.Generator().manual_seed(0)), dim=0)
+    values = 100 * lab(pixels.T[None, :, None])[0, :, 0].T @ directions  # (N, ways)
+    return torch.quantile(values[:: max(1, len(values) // 20000)], torch.linspace(0.025, 0.975, 20), dim=0).T
+
+
+def cut_out(frame, mask, margin=0.05):
+    """The masked object of a frame (H, W, 3) on white, tightly cropped, uint8. mask: bool (h, w), smaller or as large.
+
+    The mask's border moves to the nearest edge of the picture by a guided filter (He et al., 2010).
+    """
+    height, width = frame.shape[:2]
+    soft = F.interpolate(mask[None, None].float(), (height, width), mode="bilinear", align_corners=False)
+    x1, y1, x2, y2 = box_of(soft[0, 0] > 0.5)
+    pad = margin * max((x2 - x1) * width, (y2 - y1) * height)
+    left, right = max(int(x1 * width - pad), 0), min(math.ceil(x2 * width + pad), width)
+    top, bottom = max(int(y1 * height - pad), 0), min(math.ceil(y2 * height + pad), height)
+    colour = frame[top:bottom, left:right].permute(2, 0, 1)[None].float() / 255
+    radius = max(1, round(height / mask.shape[0]))
+    alpha = guided(soft[..., top:bottom, left:right], luma(colour), radius).sub(0.3).div(0.4).clamp(0, 1)
+    image = colour * alpha + (1 - alpha)
+    return (image[0].permute(1, 2, 0) * 255).round().to(torch.uint8)
+
+
+def guided(x, guide, radius, strength=1e-3):
+    """x (1, 1, H, W) smoothed, but not across the edges of `guide` (1, 1, H, W)."""
+    mean = lambda y: F.avg_pool2d(y, 2 * radius + 1, 1, radius, count_include_pad=False)
+    a = (mean(guide * x) - mean(guide) * mean(x)) / (mean(guide * guide) - mean(guide) ** 2 + strength)
+    return mean(a) * guide + mean(mean(x) - a * mean(guide))
+
+
+def without_foreground(frames, foreground, key):
+    """Frame `key` of uint8 (T, H, W, 3) with what lies behind its foreground, bool (T, h, w): uint8 (H, W, 3).
+
+    First from the frames that show it, moved by the camera's way between them; then, for what none of them shows, from
+    its surroundings. Rejected where that would be most of the picture.
+    """
+    small = luma(as_float(resize(frames, foreground.shape[1:]))) if frames.shape[1:3] != foreground.shape[1:] else luma(as_float(frames))
+    grown = F.max_pool2d(foreground[:, None].float(), 7, 1, 3)  # shadows and soft borders belong to it
+    height, width = frames.shape[1:3]
+    hole = F.interpolate(grown[key : key + 1], (height, width))[0, 0] > 0.5
+    picture = as_float(frames[key : key + 1])
+    seen = []
+    for t in range(len(frames)):
+        if t == key:
+            continue
+        way, error = camera_way(small[t : t + 1], small[key : key + 1], (1 - grown[key : key + 1]) * (1 - grown[t : t + 1]))
+        if error > 0.05:
+            continue
+        grid = F.affine_grid(way[None], (1, 3, height, width), align_corners=False)[:, hole][:, None]  # (1, 1, N, 2)
+        moved = F.grid_sample(as_float(frames[t : t + 1]), grid, padding_mode="border", align_corners=False)[0, :, 0]
+        known = F.grid_sample(1 - grown[t : t + 1], grid, align_corners=False)[0, 0, 0] > 0.99
+        seen.append(torch.where(known, moved, math.nan))
+    unknown = hole.clone()
+    if seen:
+        found = torch.stack(seen).nanmedian(dim=0).values  # (3, pixels of the hole)
+        picture[0, :, hole] = found.nan_to_num()
+        unknown[hole] = found[0].isnan()
+    if unknown.float().mean() > 0.5:
+        raise Rejected(f"{unknown.float().mean():.0%} of the background is never seen")
+    filled = from_surroundings(picture, ~unknown[None, None])
+    return (filled[0].permute(1, 2, 0) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def camera_way(moving, fixed, weight):
+    """Shift, zoom and roll that lay `moving` on `fixed`, lumas (1, 1, h, w), where weight (1, 1, h, w) is 1.
+
+    -> theta (2, 3) for affine_grid, and the mean difference that is left. Gauss-Newton from coarse to fine
+    (Lucas and Kanade, 1981); differences that stay large count little, as they belong to what moves by itself.
+    """
+    height, width = fixed.shape[2:]
+    unit = max(height, width) / 2
+    p = torch.zeros(4)  # zoom, roll, shift in units of half the longer side
+    error = 1.0
+    for level in (8, 4, 2, 1):
+        size = [max(side // level, 8) for side in (height, width)]
+        a, b, w = (F.interpolate(x, size, mode="area") for x in (moving, fixed, weight))
+        ys, xs = ((torch.arange(n) + 0.5) / n * 2 - 1 for n in size)
+        y, x = torch.meshgrid(ys * height / 2 / unit, xs * width / 2 / unit, indexing="ij")
+        for _ in range(8):
+            warped = F.grid_sample(a, F.affine_grid(way_matrix(p, height, width)[None], a.shape, align_corners=False),
+                                   padding_mode="border", align_corners=False)  # fmt: skip
+            inside_ = F.grid_sample(torch.ones_like(a), F.affine_grid(way_matrix(p, height, width)[None], a.shape, align_corners=False), align_corners=False)
+            gy, gx = torch.gradient(warped[0, 0])
+            gx, gy = gx * size[1] / width * unit, gy * size[0] / height * unit
+            rest = (b - warped)[0, 0]
+            use = (w * inside_)[0, 0]
+            error = (rest.abs() * use).sum().item() / max(use.sum().item(), 1e-6)
+            steps = torch.stack([gx * x + gy * y, gy * x - gx * y, gx, gy], dim=-1).flatten(0, 1)
+            robust = (use / (1 + (rest / 0.05) ** 2)).flatten()
+            normal = steps.T @ (steps * robust[:, None]) + 1e-4 * torch.eye(4)
+            p = p + torch.linalg.solve(normal, steps.T @ (robust * rest.flatten()))
+    return way_matrix(p, height, width), error if use.mean() > 0.1 else 1.0
+
+
+def way_matrix(p, height, width):
+    """Zoom, roll and shift as theta (2, 3) in affine_grid's coordinates, where both sides go from -1 to 1."""
+    zoom, roll, right, down = p.tolist()
+    unit = max(height, width)
+    return torch.tensor([[1 + zoom, -roll * height / width, right * unit / width], [roll * width / height, 1 + zoom, down * unit / height]])
+
+
+def from_surroundings(picture, known):
+    """Fill what is not known, bool (1, 1, H, W), with averages over as much around it as it takes: (1, 3, H, W)."""
+    known = known.float()
+    if known.min() == 1:
+        return picture
+    weight = F.avg_pool2d(known, 2, ceil_mode=True, count_include_pad=False)
+    coarse = F.avg_pool2d(picture * known, 2, ceil_mode=True, count_include_pad=False) / weight.clamp_min(1e-6)
+    if min(coarse.shape[2:]) > 1 or weight.min() == 0 < weight.max() and max(coarse.shape[2:]) > 1:
+        coarse = from_surroundings(coarse, weight > 0)
+    return picture * known + (1 - known) * F.interpolate(coarse, picture.shape[2:], mode="bilinear", align_corners=False)
+
+
+def look_feature(image, size=16):
+    """What a reference looks like, (D,) of length 1: its layout in CIELAB and its edges, without its white margin."""
+    picture = as_float(image[None])
+    ink = inked(picture)[0]
+    if ink.any():
+        x1, y1, x2, y2 = box_of(ink)
+        H, W = ink.shape
+        picture = picture[..., round(y1 * H) : round(y2 * H), round(x1 * W) : round(x2 * W)]
+    layout = lab(F.interpolate(picture, (size, size), mode="area"))[0]
+    layout = layout - layout.mean(dim=(1, 2), keepdim=True) * 0.5
+    return F.normalize(layout.flatten(), dim=0)
+
+
+# ------------------------------------------------------------------------------------------------ the paper's models
+
+PROMPTS_VERSION = 1  # to be raised with every change of a prompt: it stands in the output
+PROMPTS = {
+    "success": (
+        "You are a strict judge of video edits. The first image is a frame of the source, the second is the same moment "
+        "after the edit. The instruction was: {prompt}\n"
+        "Give two whole numbers from 0 to 25. First, how fully and rightly the instruction was carried out: 0 is not at all, "
+        "25 is exactly. Second, how well everything that the instruction does not speak of was kept: 0 is another scene, 25 "
+        "is untouched.\n"
+        'Answer with one line of JSON: {{"reasoning": "<one sentence>", "score": [<first>, <second>]}}'
+    ),
+    "quality": (
+        "You are a strict judge of pictures. The image is a frame of an edited video.\n"
+        "Give two whole numbers from 0 to 25. First, how natural it looks: light, shadow, perspective, proportions; 25 is a "
+        "photograph or a flawless picture of its style. Second, how free of artefacts it is: smears, torn borders, doubled "
+        "limbs, unreadable text; 25 is none.\n"
+        'Answer with one line of JSON: {{"reasoning": "<one sentence>", "score": [<first>, <second>]}}'
+    ),
+    "ground_subject": (
+        "The image is the first frame of a video that was edited by this instruction: {prompt}\n"
+        "Find the one object that the edit has brought or changed, as it now looks. "
+        'Answer with JSON only: [{{"bbox_2d": [x1, y1, x2, y2], "label": "<what it is, a few words>"}}]. '
+        "If it is not to be seen, answer []."
+    ),
+    "ground_background": (
+        "The image is the first frame of a video whose background was replaced by this instruction: {prompt}\n"
+        "Find the foreground that stands before the new background: one box around all of it. "
+        'Answer with JSON only: [{{"bbox_2d": [x1, y1, x2, y2], "label": "<what it is, a few words>"}}]. '
+        "If there is no foreground, answer []."
+    ),
+    "extract": (
+        "Show the {label} of this picture alone, complete, on a plain white background, with nothing else in the picture. "
+        "Keep its colours, material and details exactly as they are."
+    ),
+    "clear": (
+        "Remove the {label} from this picture, with shadows and reflections, and fill in the background that was behind as "
+        "it would look without it. Change nothing else."
+    ),
+    "verify_subject": (
+        "The first image is a frame of a video that was edited by this instruction: {prompt}\n"
+        "The second image is meant to show the object that the edit brought. Is it the same object, of the same colour, shape "
+        "and material, alone and complete enough to be recognised?\n"
+        'Answer with JSON only: {{"reason": "<one sentence>", "match": true or false}}'
+    ),
+    "verify_background": (
+        "The first image is a frame of a video whose background was replaced by this instruction: {prompt}\n"
+        "The second image is meant to show that background without any foreground. Is it the same place in the same style and "
+        "light, with nothing left of the foreground and no smears?\n"
+        'Answer with JSON only: {{"reason": "<one sentence>", "match": true or false}}'
+    ),
+}
+NUMBERS = r"-?\d+(?:\.\d+)?"
+
+
+def read_scores(text, highest=25):
+    """A judge's answer -> its two numbers. Malformed: a failed parse is a failed record, never a number in the middle."""
+    found = [f["score"] for f in json_objects(text) if isinstance(f.get("score"), list)]
+    if not found:  # half a JSON, or none
+        lists = re.findall(rf"score\W{{0,6}}\[\s*({NUMBERS})\s*,\s*({NUMBERS})\s*\]", text, re.IGNORECASE)
+        found = [[float(a), float(b)] for a, b in lists]
+    if not found:
+        raise Malformed(f"no score in the answer: {' '.join(text.split())[:120]!r}")
+    scores = found[-1]
+    good = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v <= highest
+    if len(scores) != 2 or not all(map(good, scores)):
+        raise Malformed(f"{scores} are not two numbers from 0 to {highest}")
+    return [float(v) for v in scores]
+
+
+def read_box(text, size=(1000, 1000)):
+    """A grounder's answer -> box [x1, y1, x2, y2] in 0..1 and its label.
+
+    size: what coordinates count, (width, height): 1000 for Qwen3-VL; of the resized picture for Qwen2.5-VL. Read are
+    lists, single objects, code fences, text around, an answer that broke off or repeats itself; of several boxes the
+    largest counts. Malformed where there is none; Rejected for a box that is no object's.
+    """
+    if re.search(r"\[\s*\]", text) and "bbox" not in text:
+        raise Rejected("the grounder sees nothing of the kind")
+    boxes = []
+    four = r"\s*,\s*".join([f"({NUMBERS})"] * 4)
+    for match in re.finditer(rf"bbox(?:_2d)?[\"']?\s*:\s*\[\s*{four}\s*\]", text):
+        x1, y1, x2, y2 = (min(max(float(v) / side, 0), 1) for v, side in zip(match.groups(), size * 2))
+        label = re.match(r"[^{}]{0,40}?label[\"']?\s*:\s*[\"']([^\"']{1,80})", text[match.end() :])
+        boxes.append(((x2 - x1) * (y2 - y1) if x2 > x1 and y2 > y1 else 0.0, [x1, y1, x2, y2], label and label[1]))
+    if not boxes:
+        raise Malformed(f"no box in the answer: {' '.join(text.split())[:120]!r}")
+    area, box, label = max(boxes, key=lambda b: b[0])
+    if area < 1e-3:
+        raise Rejected(f"the box {[round(v, 3) for v in box]} is empty or tiny")
+    if area > 0.95:
+        raise Rejected("the box is the whole frame")
+    return box, label or "object"
+
+
+def read_verdict(text):
+    """A verifier's answer -> (bool, reason). Malformed where it does not say."""
+    for found in reversed(list(json_objects(text))):
+        match = found.get("match")
+        if isinstance(match, str) and match.strip().lower() in ("true", "yes", "false", "no"):
+            match = match.strip().lower() in ("true", "yes")
+        if isinstance(match, bool):
+            return match, str(found.get("reason", ""))[:200]
+    said = {m.lower() for m in re.findall(r"match\W{0,6}(true|false)\b", text, re.IGNORECASE)}
+    if len(said) != 1:
+        raise Malformed(f"no verdict in the answer: {' '.join(text.split())[:120]!r}")
+    return said == {"true"}, ""
+
+
+def add_adapter(module, folder):
+    """Merge a released LoRA (adapter_config.json, adapter_model.safetensors) into a model's weights, in place.
+
+    ValueError where the adapter is of another kind or some of it finds no place.
+    """
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
+        raise ValueError(f"{folder}: only plain LoRA adapters of one rank are read")
+    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+    tensors = load_file(folder / "adapter_model.safetensors")
+    weights = {name.removesuffix(".weight"): p for name, p in module.named_parameters() if name.endswith(".weight")}
+    for name in [name for name in tensors if ".lora_A." in name]:
+        layer = name.split(".lora_A.")[0]
+        tail = re.search(r"(?:language_model\.|visual\.|model\.)?(?:layers|blocks|merger|deepstack_merger_list)\..*", layer)
+        places = [w for w in weights if tail and w.endswith(re.sub(r"^model\.", "", tail[0]))]
+        if "visual" not in layer:  # names of transformers 4 leave out language_model.; both towers have layers
+            places = [w for w in places if "visual" not in w]
+        if len(places) != 1:
+            raise ValueError(f"{folder}: {layer} finds {'no place' if not places else 'several places'} in {type(module).__name__}")
+        a, b = tensors[name].float(), tensors[name.replace(".lora_A.", ".lora_B.")].float()
+        weight = weights[places[0]]
+        with torch.no_grad():
+            weight += (scale * (b @ a)).to(weight)
+    return module
+
+
+class Settings:
+    """What a judge of judges.py is told."""
+
+    def __init__(self, device=None, endpoint=None):
+        self.device, self.endpoint, self.send, self.deadline, self.max_tokens = device, endpoint, "frames", 120.0, 512
+
+
+def open_model(name, device):
+    """A multimodal model to ask: http://host/v1 (an OpenAI-compatible server and the model it serves), or a folder or
+    hub id, BASE+ADAPTER with a LoRA over it."""
+    if name.startswith(("http://", "https://")):
+        import urllib.request
+
+        try:
+            with urllib.request.urlopen(f"{name.rstrip('/')}/models", timeout=30) as answer:
+                served = json.load(answer)["data"][0]["id"]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{name}: no OpenAI-compatible server answers there ({error}); start it, or name a model") from None
+        return OpenAICompatible(served, Settings(endpoint=name))
+    from model import local_path
+
+    base, _, adapter = name.partition("+")
+    asked = Local(local_path(base), Settings(device=device), max_pixels=1280 * 720)
+    if adapter:
+        add_adapter(asked.mllm, local_path(adapter))
+    return asked
+
+
+class Paper:
+    """The models that the paper names. Those on this machine take one record at a time; a server takes --workers."""
+
+    def __init__(self, args):
+        self.args = args
+        self.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.lock = threading.Lock()
+
+    def setup(self, stage):
+        if stage == "score":
+            self.scorer = open_model(self.args.scorer, self.device)
+        elif stage == "ground":
+            self.grounder = open_model(self.args.grounder, self.device)
+            self.segmenter = open_segmenter(self.args.segmenter, self.device)
+        elif stage == "synthesize":
+            self.editor = open_editor(self.args.editor, self.device)
+        elif stage == "verify":
+            self.verifier = open_model(self.args.verifier, self.device)
+            self.embedder = open_embedder(self.args.embedder, self.device)
+
+    def ask(self, model, prompt, images, tries=5):
+        """The answer to a prompt about images, uint8 (H, W, 3) by label. Tries again where a server was busy."""
+        with tempfile.TemporaryDirectory() as folder:
+            media = []
+            for label, image in images.items():
+                path = Path(folder) / f"{len(media)}.jpg"
+                write_image(path, image)
+                media.append((label, path))
+            for attempt_ in range(tries):
+                try:
+                    if isinstance(model, OpenAICompatible):
+                        return model.ask(prompt, media, 1.0).text
+                    with self.lock:
+                        return model.ask(prompt, media, 1.0).text
+                except TryAgain as error:
+                    if attempt_ == tries - 1:
+                        raise
+                    time.sleep(error.after or 2**attempt_ * (1 + random.random()))
+
+    def score(self, source_path, target_path, row):
+        """EditScore (FACTS.md, "Curation"): of each pair of frames sqrt(min(SC) min(PQ)), from 0..25 to 0..10."""
+        pairs = zip(*(sampled_frames(path, self.args.fps)[0] for path in (source_path, target_path)))
+        scores = []
+        for source, target in pairs:
+            prompt = PROMPTS["success"].format(prompt=row["prompt"])
+            success = read_scores(self.ask(self.scorer, prompt, {"source": source, "edited": target}))
+            quality = read_scores(self.ask(self.scorer, PROMPTS["quality"].format(), {"edited": target}))
+            scores.append(math.sqrt(min(success) * min(quality)) * 10 / 25)
+        return scores
+
+    def ground(self, source_path, target_path, row):
+        frame = frame_at(target_path, 0)
+        said = self.ask(self.grounder, PROMPTS[f"ground_{row['kind']}"].format(prompt=row["prompt"]), {"frame": frame})
+        absolute = isinstance(self.grounder, Local) and self.grounder.positions_a_second  # Qwen2.5-VL
+        size = self.grounder.seen_size(*frame.shape[:2])[::-1] if absolute else (1000, 1000)
+        box, row["label"] = read_box(said, tuple(size))
+        with self.lock:
+            mask = segment(self.segmenter, frame, box)
+        inside_ = mask[round(box[1] * len(mask)) : round(box[3] * len(mask)), round(box[0] * mask.shape[1]) : round(box[2] * mask.shape[1])]
+        if not mask.any() or inside_.sum() < 0.5 * mask.sum():
+            raise Rejected("the mask does not lie in its box")
+        return box, mask, 0
+
+    def synthesize(self, source_path, target_path, mask, row):
+        """The editor's picture. Its generator starts from the record's number, so that shards do not matter."""
+        frame = frame_at(target_path, row["key"])
+        label = row.get("label", "object")
+        if row["kind"] == "subject":
+            frame, prompt = around(frame, row["box"]), PROMPTS["extract"].format(label=label)
+        else:
+            prompt = PROMPTS["clear"].format(label=label)
+        generator = torch.Generator().manual_seed(1_000_003 * self.args.seed + int(row["id"]))
+        from PIL import Image
+
+        with self.lock:
+            # without a negative prompt the pipeline leaves guidance out in silence
+            made = self.editor(image=[Image.fromarray(frame.numpy())], prompt=prompt, negative_prompt=" ", true_cfg_scale=4.0, generator=generator)
+        image = torch.from_numpy(np.array(made.images[0].convert("RGB")))
+        return trimmed(image) if row["kind"] == "subject" else image
+
+    def verify(self, source_path, target_path, ref_path, row):
+        images = {"edited": frame_at(target_path, row["key"]), "reference": read_image(ref_path)}
+        return read_verdict(self.ask(self.verifier, PROMPTS[f"verify_{row['kind']}"].format(prompt=row["prompt"]), images))
+
+    def embed(self, images):
+        with self.lock:
+            return clip_features(self.embedder, images)
+
+
+def around(frame, box, margin=0.15):
+    """The part of a frame (H, W, 3) around a box [x1, y1, x2, y2] in 0..1."""
+    height, width = frame.shape[:2]
+    x, y = margin * (box[2] - box[0]), margin * (box[3] - box[1])
+    left, top = max(int((box[0] - x) * width), 0), max(int((box[1] - y) * height), 0)
+    return frame[top : math.ceil((box[3] + y) * height), left : math.ceil((box[2] + x) * width)].contiguous()
+
+
+def trimmed(image, margin=0.05):
+    """A picture of an object on white, uint8 (H, W, 3), tightly cropped. Rejected where it is empty."""
+    ink = inked(as_float(image[None]))[0]
+    if not ink.any():
+        raise Rejected("the editor's picture is empty")
+    return around(image, box_of(large_regions(ink[None], 0.01)[0]), margin)
+
+
+def open_segmenter(name, device):
+    from transformers import Sam3TrackerModel
+
+    from model import local_path
+
+    return Sam3TrackerModel.from_pretrained(local_path(name)).to(device).eval()
+
+
+@torch.no_grad()
+def segment(model, frame, box):
+    """SAM 3's mask, bool (H, W), of what is in a box [x1, y1, x2, y2] of 0..1 of a frame uint8 (H, W, 3)."""
+    side = model.config.prompt_encoder_config.image_size
+    weight = next(model.parameters())
+    pixels = resize(frame[None], (side, side)).permute(0, 3, 1, 2).to(weight) / 127.5 - 1
+    boxes = (torch.tensor(box) * side).view(1, 1, 4).to(weight)
+    masks = model(pixel_values=pixels, input_boxes=boxes, multimask_output=False).pred_masks  # (1, 1, 1, h, w)
+    return F.interpolate(masks[:, 0].float(), frame.shape[:2], mode="bilinear", align_corners=False)[0, 0].cpu() > 0
+
+
+def open_editor(name, device):
+    try:
+        from diffusers import QwenImageEditPlusPipeline
+    except ImportError:
+        raise ValueError("--models paper makes references with diffusers; pip install diffusers pillow") from None
+    from model import local_path
+
+    dtype = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
+    return QwenImageEditPlusPipeline.from_pretrained(local_path(name), torch_dtype=dtype).to(device)
+
+
+def open_embedder(name, device):
+    from transformers import CLIPModel
+
+    from model import local_path
+
+    return CLIPModel.from_pretrained(local_path(name)).to(device).eval()
+
+
+@torch.no_grad()
+def clip_features(model, images):
+    """CLIP's features of length 1, (N, D) float32, of pictures uint8 (H, W, 3): each whole, on white."""
+    side = model.config.vision_config.image_size
+    weight = next(model.parameters())
+    pixels = as_float(torch.stack([pad_reference(image, (side, side)) for image in images]))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
+    out = model.get_image_features(pixel_values=((pixels - mean) / std).to(weight))
+    return F.normalize(getattr(out, "pooler_output", out).float(), dim=-1).cpu()
+
+
+# ------------------------------------------------------------------------------------------------ de-duplication
+
+
+def deduplicate(features, order, threshold, block=2048):
+    """Which records stand for which: features (N, D) of length 1, in any order; `order` (N,) best first.
+
+    A record goes only if it is closer than `threshold` to one that is kept, so a chain of small steps does not collapse
+    into its best end. -> of each record the kept one it belongs to (itself where it is kept), int64 (N,), and its cosine
+    to the nearest kept one before it, float32 (N,). N^2 D FLOP at most where all are kept: blocks against the kept ones.
+    """
+    features = torch.as_tensor(features)
+    total, width = features.shape
+    kept, count = torch.empty(total, width), 0
+    names = np.empty(total, np.int64)  # of the kept, by their place
+    belongs, nearest = np.arange(total), np.full(total, -1.0, np.float32)
+    for start in tqdm(range(0, total, block), desc="deduplicate", unit="block", mininterval=1, disable=total <= block):
+        rows = order[start : start + block]
+        now = features[torch.from_numpy(rows)].float()
+        best, place = torch.full((len(rows),), -1.0), torch.zeros(len(rows), dtype=torch.int64)
+        for low in range(0, count, 16 * block):
+            high = min(low + 16 * block, count)
+            value, index = (now @ kept[low:high].T).max(dim=1)
+            place = torch.where(value > best, index + low, place)
+            best = torch.maximum(best, value)
+        best, place, among = best.numpy(), place.numpy(), (now @ now.T).numpy()
+        new = []  # places in this block that are kept
+        for i, row in enumerate(rows):
+            if new:
+                j = new[int(among[i, new].argmax())]
+                if among[i, j] > best[i]:
+                    best[i], place[i] = among[i, j], -1 - j
+            nearest[row] = best[i]
+            if best[i] > threshold:
+                belongs[row] = rows[-1 - place[i]] if place[i] < 0 else names[place[i]]
+            else:
+                new.append(i)
+        kept[count : count + len(new)] = now[new]
+        names[count : count + len(new)] = rows[new]
+        count += len(new)
+    return belongs, nearest
+
+
+def deduplicate_all(args, ledger, bases):
+    """The last stage, over all shards at once: references that are one already kept, or a benchmark's, are rejected."""
+    shards = ledger.count[1]
+    if all(ledger.done("deduplicate", shard) for shard in range(shards)):
+        return
+    ids, scores, features = [], [], []
+    for shard in range(shards):
+        for row in ledger.rows("verify", shard):
+            if row["status"] == "open":
+                ids.append(row["id"])
+                scores.append(float(row["edit_score"]))
+                features.append(unpack(row["feature"]))
+    found, guarded = {}, {}
+    if ids:
+        if len({len(f) for f in features}) > 1:
+            raise ValueError(f"{ledger.folder}/verify: features of several lengths; they come from different embedders")
+        matrix = torch.from_numpy(np.stack(features))
+        features.clear()
+        order = np.lexsort((np.arange(len(ids)), -np.array(scores)))
+        belongs, nearest = deduplicate(matrix, order, args.duplicate)
+        found = {i: (ids[b], round(float(n), 4)) for i, b, n in zip(ids, belongs, nearest)}
+        guarded = near_a_benchmark(args, ids, matrix)
+    for shard in range(shards):
+        rows = []
+        for row in ledger.rows("verify", shard):
+            row.pop("feature", None)
+            if row["status"] == "open":
+                kept, cosine = found[row["id"]]
+                row |= {"cluster": kept, "nearest": cosine, "passed": "deduplicate"}
+                if row["id"] in guarded:
+                    row = ended(row, "deduplicate", "rejected", f"resembles {guarded[row['id']]} of the benchmark")
+                elif kept != row["id"]:
+                    row = ended(row, "deduplicate", "rejected", f"the reference is that of {kept} again (cosine {cosine:.3f})")
+                else:
+                    row |= {"status": "kept"}
+            rows.append(row)
+        ledger.write("deduplicate", shard, rows)
+
+
+def near_a_benchmark(args, ids, matrix):
+    """{id: file of the benchmark} of the references that resemble one of its pictures or first frames."""
+    if not args.guard:
+        return {}
+    files = [p for p in sorted(Path(args.guard).rglob("*")) if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".mp4")]
+    if not files:
+        raise ValueError(f"--guard {args.guard}: no pictures there")
+    models = {"classical": Classical, "paper": Paper}[args.models](args)
+    models.setup("verify")
+    theirs = torch.cat([models.embed([read_image(path)]) for path in tqdm(files, desc="guard")])
+    near, index = (matrix.float() @ theirs.T).max(dim=1)
+    return {ids[i]: files[index[i]].name for i in range(len(ids)) if near[i] > args.duplicate}
+
+
+# ------------------------------------------------------------------------------------------------ the result
+
+
+def write_results(args, ledger, bases):
+    """Tables that train.py takes, RefVIE's parquet, the funnel, statistics and the page; -> funnel as Markdown."""
+    out = ledger.out.resolve()
+    common = Path(os.path.commonpath([str(out), *bases]))
+    rejects = read_rejects(args.rejects)
+    counts, sample, seen = Funnel(), [], 0
+    chosen, told = random.Random(0), []
+    with training_tables(out, common) as write, parquet_of_refvie(out, bases) as write_parquet:
+        for shard in range(ledger.count[1]):
+            for row in ledger.rows("deduplicate", shard):
+                if row["status"] == "kept" and row["id"] in rejects:
+                    row = ended(row, "person", "rejected", rejects[row["id"]])
+                counts.add(row)
+                if len(told) < 200:
+                    told.append(row)
+                path = lambda key: os.path.relpath(Path(bases[row["base"]]) / row[key], common)
+                if row.get("tuning"):
+                    write("image" if row.get("frames") == 1 else "video", [path("src_video"), path("tgt_video"), row["prompt"]])
+                if row["status"] == "kept":
+                    ref = os.path.relpath(out / row["ref_image"], common)
+                    write("ref", [path("src_video"), path("tgt_video"), row["prompt"], ref])
+                    write_parquet(row, out / row["ref_image"])
+                    seen += 1
+                    if len(sample) < args.page:
+                        sample.append(row)
+                    elif (place := chosen.randrange(seen)) < args.page:
+                        sample[place] = row
+    write_page(args, ledger, bases, sorted(sample, key=lambda row: row["id"]), counts, told)
+    text = counts.markdown() + ("\n" + pair_by_pair(told) if counts.total <= len(told) else "")
+    for name, content in (("funnel.md", text), ("funnel.svg", counts.svg()), ("statistics.json", json.dumps(counts.statistics(), indent=1))):
+        with whole_file(out / name) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+    return text, counts, common
+
+
+def read_rejects(path):
+    """{id: reason} that a person chose on page.html."""
+    if path is None:
+        return {}
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {str(key): str(reason) for key, reason in found.items()}
+    except (ValueError, AttributeError):
+        raise ValueError(f"{path}: is not the rejects.json that page.html saves") from None
+
+
+@contextmanager
+def training_tables(out, common):
+    """Yield write(kind, fields) for ref_video.csv, video.csv and image.csv; a table without rows is not left behind."""
+    from contextlib import ExitStack
+
+    from data import COLUMNS, FILES
+
+    counts = dict.fromkeys(FILES, 0)
+    with ExitStack() as stack:
+        writers = {}
+        for kind, name in FILES.items():
+            file = stack.enter_context(stack.enter_context(whole_file(out / name)).open("w", newline="", encoding="utf-8"))
+            writers[kind] = csv.writer(file)
+            writers[kind].writerow(COLUMNS[kind])
+
+        def write(kind, fields):
+            writers[kind].writerow(fields)
+            counts[kind] += 1
+
+        yield write
+    for kind, count in counts.items():
+        if not count:
+            (out / FILES[kind]).unlink()
+
+
+@contextmanager
+def parquet_of_refvie(out, bases):
+    """Yield write(record, picture's path) for refvie.parquet in the layout of the published set."""
+    try:
+        import pyarrow
+        from pyarrow.parquet import ParquetWriter
+    except ImportError:
+        print("note        refvie.parquet is not written; pip install pyarrow, and the same command again")
+        yield lambda row, path: None
+        return
+    fields = [(name, pyarrow.string()) for name in ("iid", "prompt", "src_video", "tgt_video")]
+    schema = pyarrow.schema([*fields, ("ref_image_bytes", pyarrow.binary())])
+    lines = []
+    with whole_file(out / "refvie.parquet") as temporary, ParquetWriter(temporary, schema) as writer:
+
+        def flush():
+            writer.write_table(pyarrow.Table.from_pylist(lines, schema))
+            lines.clear()
+
+        def write(row, path):
+            lines.append({"iid": row["id"], **{key: row[key] for key in ("prompt", "src_video", "tgt_video")}, "ref_image_bytes": path.read_bytes()})
+            if len(lines) == 256:
+                flush()
+
+        yield write
+        if lines:
+            flush()
+
+
+class Funnel:
+    """How many records reached which stage, and why the others did not (the paper's Figure 3), with what the kept ones
+    are like (Figure 4)."""
+
+    def __init__(self):
+        self.total, self.left, self.reasons, self.kept, self.tuning = 0, {}, {}, [], 0
+
+    def add(self, row):
+        self.total += 1
+        self.tuning += bool(row.get("tuning"))
+        if row["status"] == "kept":
+            self.kept.append((row["kind"], row.get("frames", 0), *row.get("ref_size", (0, 0)), row.get("nearest", -1.0)))
+            return
+        key = row["stage"]
+        self.left[key] = self.left.get(key, 0) + 1
+        reason = re.sub(r"\d+(?:\.\d+)?x\d+|\d+(?:\.\d+)?%?", "#", row["reason"]).split(":")[0][:80]
+        self.reasons[key, row["status"], reason] = self.reasons.get((key, row["status"], reason), 0) + 1
+
+    def steps(self):
+        """(stage, records that passed it)"""
+        left, out = self.total, [("pairs", self.total)]
+        for stage in (*STAGES, "person"):
+            if stage != "person" or "person" in self.left:
+                left -= self.left.get(stage, 0)
+                out.append((stage, left))
+        return out
+
+    def markdown(self):
+        lines = ["| stage | records that passed | of all |", "| --- | --- | --- |"]
+        lines += [f"| {name} | {count} | {count / self.total:.1%} |" for name, count in self.steps()]
+        lines += ["", f"Good for instruction tuning: {self.tuning} of {self.total}.", "", "| left at | as | why | records |", "| --- | --- | --- | --- |"]
+        order = {stage: i for i, stage in enumerate((*STAGES, "person"))}
+        for (stage, status, reason), count in sorted(self.reasons.items(), key=lambda kv: (order[kv[0][0]], -kv[1])):
+            lines.append(f"| {stage} | {status} | {reason} | {count} |")
+        return "\n".join(lines) + "\n"
+
+    def statistics(self):
+        """Of the kept: kinds, frames, reference sizes; and how many would be left at other thresholds of likeness."""
+        tally = lambda values: {str(k): sum(v == k for v in values) for k in sorted(set(values))}
+        curve = {str(t): sum(n <= t for *_, n in self.kept) for t in (0.8, 0.85, 0.9, 0.95, 0.97, 0.99)}
+        side = [f"{2 ** int(math.log2(max(min(h, w), 1)))} and up" for _, _, h, w, _ in self.kept]
+        return {
+            "records": self.total, "instruction_tuning": self.tuning, "kept": len(self.kept),
+            "kinds": tally([k[0] for k in self.kept]), "frames": tally([k[1] for k in self.kept]),
+            "reference_shorter_side": tally(side), "kept_whose_nearest_is_at_most": curve,
+        }  # fmt: skip
+
+    def svg(self, width=640, bar=26):
+        """The funnel as bars."""
+        steps = self.steps()
+        parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {bar * len(steps) + 8}" font-family="sans-serif" font-size="13">']
+        for i, (name, count) in enumerate(steps):
+            length = (width - 260) * count / max(self.total, 1)
+            parts.append(f'<text x="100" y="{bar * i + 20}" text-anchor="end">{name}</text>')
+            parts.append(f'<rect x="110" y="{bar * i + 6}" width="{length:.1f}" height="{bar - 8}" fill="#4477aa"/>')
+            parts.append(f'<text x="{118 + length:.1f}" y="{bar * i + 20}">{count} ({count / max(self.total, 1):.0%})</text>')
+        return "".join(parts) + "</svg>"
+
+
+def pair_by_pair(rows):
+    """What became of each record and why, as Markdown."""
+    lines = ["| record | kind | score | ended | why |", "| --- | --- | --- | --- | --- |"]
+    for row in rows:
+        why = row.get("verdict_reason", "") if row["status"] == "kept" else row["reason"]
+        score = f"{float(row['edit_score']):.1f}" if "edit_score" in row else ""
+        lines.append(f"| {row['name']} | {row['kind']} | {score} | {row['status'] if row['status'] == 'kept' else row['stage']} | {why.replace('|', '/')} |")
+    return "\n".join(lines) + "\n"
+
+
+PAGE = """<!doctype html><meta charset="utf-8"><title>RefVIE quadruplets</title>
+<style>body{font:15px sans-serif;margin:1.5em auto;max-width:1100px}img{max-width:100%}table{border-collapse:collapse;font-size:13px}
+td,th{border:1px solid #ccc;padding:2px 6px;text-align:left}.card{display:none}.card.on{display:block}.no{opacity:.45}
+.row{display:flex;gap:1em;align-items:flex-start}.row>*{flex:1}.ref{max-height:320px;border:1px solid #ddd}button,select{font:inherit;margin-right:.5em}</style>
+<h1>RefVIE quadruplets</h1><p>%(count)s of %(kept)s kept. Keys: &larr; &rarr; leaf, r rejects or takes back. Then save rejects.json and run the
+command again with <code>--rejects rejects.json</code>.</p>
+<p><button onclick="go(-1)">&larr;</button><button onclick="go(1)">&rarr;</button><select id="why"><option>reference shows the wrong thing</option>
+<option>reference is cut off or torn</option><option>edit does not follow the instruction</option><option>edit has artefacts</option><option>not suitable</option></select>
+<button onclick="reject()">reject / take back (r)</button><button onclick="save()">save rejects.json</button> <span id="at"></span></p>
+%(cards)s<h2>Funnel</h2>%(funnel)s<h2>What became of the pairs</h2>%(table)s
+<script>let at=0;const out={},cards=[...document.querySelectorAll('.card')];
+function show(){cards.forEach((c,i)=>{c.classList.toggle('on',i==at);c.classList.toggle('no',c.dataset.id in out)});
+document.getElementById('at').textContent=cards.length?(at+1)+' of '+cards.length+', '+Object.keys(out).length+' rejected':'nothing was kept'}
+function go(d){at=Math.max(0,Math.min(cards.length-1,at+d));show()}
+function reject(){if(!cards.length)return;const id=cards[at].dataset.id;if(id in out)delete out[id];else out[id]=document.getElementById('why').value;show()}
+function save(){const a=document.createElement('a');a.href=URL.createObjectURL(new Blob([JSON.stringify(out,null,1)],{type:'application/json'}));a.download='rejects.json';a.click()}
+addEventListener('keydown',e=>{if(e.target.tagName=='SELECT')return;if(e.key=='ArrowLeft')go(-1);if(e.key=='ArrowRight')go(1);if(e.key=='r')reject()});show()</script>
+"""
+
+
+def write_page(args, ledger, bases, rows, counts, told):
+    """page.html: one file with all pictures in it."""
+    picture = lambda image: "data:image/jpeg;base64," + base64.b64encode(jpeg(image)).decode()
+
+    def card(row):
+        try:
+            source, target = (look_at(Path(bases[row["base"]]) / row[key])[0] for key in ("src_video", "tgt_video"))
+            reference = read_image(ledger.out / row["ref_image"])
+        except MediaError as error:
+            return f'<div class="card" data-id="{row["id"]}"><p>{html.escape(str(error))}</p></div>'
+        strip = [torch.cat(list(resize(x[torch.linspace(0, len(x) - 1, min(4, len(x))).long()], size_to(x, 300))), dim=1) for x in (source, target)]
+        width = min(s.shape[1] for s in strip)
+        reference = resize(reference[None], size_to(reference[None], 480))[0]
+        why = f"{row['id']} {row['name']}: {row['kind']}, score {float(row['edit_score']):.1f}; {row.get('verdict_reason', '')}"
+        return (
+            f'<div class="card" data-id="{row["id"]}"><h3>{html.escape(row["prompt"])}</h3><p>{html.escape(why)}</p><div class="row">'
+            f'<div style="flex:3">source above, edit below<br><img src="{picture(torch.cat([s[:, :width] for s in strip]))}"></div>'
+            f'<div>reference<br><img class="ref" src="{picture(reference)}"></div></div></div>'
+        )
+
+    with ThreadPoolExecutor(args.workers) as pool:
+        cards = list(tqdm(pool.map(card, rows), total=len(rows), desc="page", mininterval=1))
+    content, fill = PAGE, {"count": len(rows), "kept": len(counts.kept), "funnel": counts.svg(), "cards": "".join(cards)}
+    for name, value in (fill | {"table": markdown_to_html(pair_by_pair(told))}).items():
+        content = content.replace(f"%({name})s", str(value), 1)
+    with whole_file(ledger.out / "page.html") as path:
+        path.write_text(content, encoding="utf-8")
+
+
+def size_to(frames, longest):
+    """(h, w) of frames (T, H, W, 3) with the longer side at most `longest`, even."""
+    height, width = frames.shape[1:3]
+    scale = min(1.0, longest / max(height, width))
+    return [max(2, round(side * scale / 2) * 2) for side in (height, width)]
+
+
+def markdown_to_html(table):
+    lines = [[html.escape(cell.strip()) for cell in line.strip("|").split("|")] for line in table.splitlines() if "---" not in line]
+    return "<table>" + "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines) + "</table>"
+
+
+# ------------------------------------------------------------------------------------------------ running
+
+
+def run_local(args, ledger, bases, rank, world):
+    """Stage after stage, so that one stage's models are loaded at a time; this process has every world-th shard."""
+    records, shards = ledger.count
+    mine = range(rank, shards, world)
+    for name, make in CLASSES.items():
+        todo = [shard for shard in mine if not ledger.done(name, shard)]
+        if not todo:
+            continue
+        stage = make(args, bases).setup()
+        total = sum(min(args.shard_rows, records - shard * args.shard_rows) for shard in todo)
+        with tqdm(total=total, desc=name, unit=" records", mininterval=1, disable=rank > 0) as bar:
+            for shard in todo:
+                run_shard(stage, ledger, shard, bar)
+
+
+class ShardWorker:
+    """What Ray Data calls: a stage of ours on the shards whose numbers come by, from ledger to ledger."""
+
+    def __init__(self, name, args, bases):
+        self.stage, self.ledger = CLASSES[name](args, bases).setup(), Ledger(args.out)
+
+    def __call__(self, batch):
+        for shard in batch["shard"].tolist():
+            if not self.ledger.done(self.stage.name, shard):
+                run_shard(self.stage, self.ledger, shard)
+        return batch
+
+
+def run_ray(args, ledger, bases):
+    """The same classes as actors of Ray Data; all machines see --out and the data under the same paths."""
+    try:
+        import ray
+    except ImportError:
+        raise ValueError("--engine ray needs Ray Data; pip install 'ray[data]'") from None
+    shards = [shard for shard in range(ledger.count[1]) if not ledger.done("verify", shard)]
+    if not shards:
+        return
+    ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR")
+    data = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
+    for name in CLASSES:
+        data = data.map_batches(
+            ShardWorker, fn_constructor_args=(name, args, bases), batch_size=1, concurrency=args.workers,
+            num_gpus=1 if args.models == "paper" else 0, num_cpus=1 if args.models == "paper" else 0.25,
+        )  # fmt: skip
+    for _ in tqdm(data.iter_batches(batch_size=1), total=len(shards), desc="ray", unit="shard"):
+        pass
+    ray.shutdown()
+
+
+def wait_for(ready, what, bar_seconds=30):
+    """Poll until ready() is true; torchrun ends everybody when one of us dies."""
+    told = time.monotonic()
+    while not ready():
+        time.sleep(0.2)
+        if time.monotonic() - told > bar_seconds:
+            print(f"wait        for {what}")
+            told = math.inf
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    if args.show_prompts:
+        for name, prompt in PROMPTS.items():
+            print(f"--- {name}, version {PROMPTS_VERSION}\n{prompt.replace('{{', '{').replace('}}', '}')}\n")
+        return
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and args.engine == "ray":
+        raise ValueError("--engine ray finds its own processes: start it without torchrun")
+    if args.device is None and torch.cuda.is_available():
+        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    args.out = str(Path(args.out).resolve())
+    ledger = Ledger(args.out)
+    with only_run(ledger, rank):
+        if rank == 0:
+            same_settings(args, ledger)
+            read_all(args, ledger)
+        wait_for(lambda: ledger.count, "the tables")
+        bases = json.loads((ledger.folder / "read.json").read_text())["bases"]
+        if args.retry_failed:
+            for shard in range(rank, ledger.count[1], world):
+                ledger.reopen_failed(shard)
+        run_ray(args, ledger, bases) if args.engine == "ray" else run_local(args, ledger, bases, rank, world)
+        if rank > 0:
+            return
+        wait_for(lambda: all(ledger.done("verify", shard) for shard in range(ledger.count[1])), "the other processes")
+        deduplicate_all(args, ledger, bases)
+        text, counts, common = write_results(args, ledger, bases)
+    print(text)
+    print(f"write       {args.out}/page.html, funnel.md, statistics.json: look at page.html")
+    if counts.kept:
+        print(f"train       python train.py --stage 3 --ref-csv {args.out}/ref_video.csv --base-path {common} --data DIR --out runs/3")
+
+
+def run():
+    """main, with every foreseeable failure as one line on stderr and an exit code that is not 0."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\ncurate.py: stopped; the same command goes on from here")
+    except (ValueError, OSError) as error:
+        sys.exit(f"curate.py: {error}")
+
+
+if __name__ == "__main__":
+    run()
