@@ -94,6 +94,24 @@ def working_size(height, width, max_pixels=MAX_PIXELS):
     return height // GRID * GRID, width // GRID * GRID
 
 
+def nearest_size(height, width, max_pixels, grid):
+    """The size (h, w) for weights that know only small frames, where `working_size` could drop half of the pixels.
+
+    Of all multiples of `grid` with at most max_pixels, none larger than the picture, the one with the largest product of
+    its area and the square of the share of the picture that its crop leaves: 1280x704 gives 80x48 of 4096. ValueError
+    where a side is too short.
+    """
+    sizes = [(h, w) for h in range(grid, height + 1, grid) for w in range(grid, min(width, max_pixels // h) + 1, grid)]
+    if not sizes:
+        raise ValueError(f"{width}x{height} pixels are too few: each side needs at least {grid}")
+
+    def kept(size):
+        aspect = size[0] * width / (size[1] * height)
+        return min(aspect, 1 / aspect)
+
+    return max(sizes, key=lambda size: size[0] * size[1] * kept(size) ** 2)
+
+
 def usable_frames(count, max_frames=81):
     """The largest 4k + 1 that is at most count and max_frames: the lengths the VAE takes."""
     return (min(count, max_frames) - 1) // 4 * 4 + 1
@@ -195,21 +213,25 @@ def decode(path, container, stream):
         yield pending
 
 
-def read_clip(path, max_frames=81, max_pixels=MAX_PIXELS):
+def read_clip(path, max_frames=81, max_pixels=MAX_PIXELS, max_fps=None, size_of=working_size):
     """The first 4k + 1 (at most max_frames) frames of a video or image file, fitted to the working size.
 
-    Frames are resized as they are decoded: memory is that of the result.
-    MediaError where the file is missing, unreadable, corrupt, without pictures or too small.
+    max_fps: of a clip that has about twice as many every second frame is taken, and so on. size_of: another rule than
+    `working_size`, (height, width, max_pixels) -> (h, w). Frames are resized as they are decoded: memory is that of the
+    result. MediaError where the file is missing, unreadable, corrupt, without pictures or too small.
     """
     frames, source_size = [], None
     with open_media(path) as (container, stream):
         fps = stream.average_rate or Fraction(25)
+        stride = max(round(fps / max_fps), 1) if max_fps else 1
         still = is_picture(container)
-        for _, rgb in decode(path, container, stream):
+        for number, (_, rgb) in enumerate(decode(path, container, stream)):
+            if number % stride:
+                continue
             if source_size is None:
                 source_size = tuple(rgb.shape[:2])
                 try:
-                    size = working_size(*source_size, max_pixels)
+                    size = size_of(*source_size, max_pixels)
                 except ValueError as error:
                     raise MediaError(f"{path}: {error}") from None
             frames.append(fit_frames(rgb[None], size)[0])
@@ -218,10 +240,10 @@ def read_clip(path, max_frames=81, max_pixels=MAX_PIXELS):
         declared = stream.frames
     if not frames:
         raise MediaError(f"{path}: has no frames")
-    if len(frames) < min(declared, max_frames) // 2:
-        raise MediaError(f"{path}: ends after {len(frames)} of {declared} frames; fetch the file again")
+    if len(frames) < min(declared // stride, max_frames) // 2:
+        raise MediaError(f"{path}: ends after {number + 1} of {declared} frames; fetch the file again")
     frames = torch.stack(frames[: usable_frames(len(frames), max_frames)])
-    return Clip(frames, fps, still and len(frames) == 1, source_size, str(path))
+    return Clip(frames, fps / stride, still and len(frames) == 1, source_size, str(path))
 
 
 def read_image(path, content=None):

@@ -39,6 +39,7 @@ class KiwiConfig:
 
     source: how the source latents enter (paper, Table 4; `KiwiEdit.inject` is the only reader).
     ref_pad_first: reference tokens before the video's, as one released checkpoint has them, or after.
+    trained: (frames, height, width, frames a second) of the one kind of clip that the weights know. None: many sizes.
     """
 
     dit: DiTConfig = field(default_factory=DiTConfig)
@@ -46,10 +47,18 @@ class KiwiConfig:
     mllm: MLLMConfig | None = None
     source: str = "add_scaled"
     ref_pad_first: bool = False
+    trained: tuple[int, int, int, int] | None = None
 
     def __post_init__(self):
+        if self.trained is not None and (len(self.trained) != 4 or min(self.trained) < 1):
+            raise ValueError(f"KiwiConfig.trained: {self.trained!r}, expected frames, height, width, frames a second")
         if self.source not in SOURCE_CONDITIONS:
             raise ValueError(f"KiwiConfig.source: {self.source!r}, expected one of {', '.join(SOURCE_CONDITIONS)}")
+
+    @property
+    def pixel_grid(self):
+        """Pixels of which both sides of a frame are multiples."""
+        return self.vae.space_stride * self.dit.patch_size[1]
 
 
 PRESETS = {
@@ -251,7 +260,7 @@ class KiwiEdit(nn.Module):
         tell = progress or (lambda phase, done, total: None)
         video = torch.as_tensor(video)
         refs = [] if ref is None else [torch.as_tensor(r) for r in (ref if isinstance(ref, list) else [ref])]
-        unit = self.config.vae.space_stride * self.config.dit.patch_size[1]
+        unit = self.config.pixel_grid
         if video.ndim != 4 or video.dtype != torch.uint8 or video.shape[-1] != 3 or not len(video):
             raise ValueError(f"video: expected uint8 (T, H, W, 3), got {video.dtype} {tuple(video.shape)}")
         count, height, width = video.shape[:3]

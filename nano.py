@@ -4,7 +4,7 @@
     data      clips of the world (world.py)                     -> mp4, png, image.csv, video.csv, ref_video.csv, truth.jsonl
     pretrain  a VAE, a Qwen2.5-VL and a text-to-video DiT, the stand-ins for what the paper starts from -> weights/
     (train.py runs the paper's three stages on these data and weights)
-    ship      the last stage's checkpoint over those weights    -> weights/nano in bfloat16
+    ship      the last stage's checkpoint over those weights    -> weights/nano in bfloat16, example, model card
     eval      edits of held-out clips against their truth       -> eval.md, eval.json, sheet.png
     bench     held-out reference edits in RefVIE-Bench's layout -> refvie_bench.yaml for judge.py
 
@@ -299,7 +299,7 @@ class Trainer:
         import torch
 
         self.name, self.module, self.steps, self.rate, self.seed = name, module.to(device), steps, rate, seed
-        self.path, self.step, self.device = Path(folder) / f"{name}.pt", 0, device
+        self.path, self.step, self.seconds, self.device = Path(folder) / f"{name}.pt", 0, 0.0, device
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         self.names, self.parameters = zip(*named)
         self.masters = [p.detach().float().flatten(1 if p.ndim > 1 else 0).clone() for p in self.parameters]
@@ -314,7 +314,7 @@ class Trainer:
             state = torch.load(self.path, weights_only=True, map_location=device)
             if list(state["masters"]) != list(self.names):
                 raise ValueError(f"{self.path}: is of another model; give another --out or delete it")
-            self.step = state["step"]
+            self.step, self.seconds = state["step"], state.get("seconds", 0.0)
             for optimiser, saved in zip(self.optimisers, state["optimisers"]):
                 optimiser.load_state_dict(saved)
             for master, saved in zip(self.masters, state["masters"].values()):
@@ -358,21 +358,23 @@ class Trainer:
                     shown[key] = 0.98 * shown.get(key, float(value)) + 0.02 * float(value)
                 bar.set_postfix({key: f"{value:.4g}" for key, value in shown.items()}, refresh=False)
                 if self.step % 500 == 0:
-                    self.save()
-        self.save()
+                    self.save(time.time() - begin)
+        self.save(time.time() - begin)
         self.finish()
         figures = ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
         print(
             f"{self.name:<11} step {self.step} of {self.steps}, {time.time() - begin:.0f} s, {skipped} skipped, {figures}"
         )
 
-    def save(self):
+    def save(self, seconds):
+        """seconds: of this piece; the file adds them up."""
         import torch
 
         from data import whole_file
 
         masters = {n: m.view_as(p) for n, p, m in zip(self.names, self.parameters, self.masters)}
         state = {"step": self.step, "masters": masters, "optimisers": [o.state_dict() for o in self.optimisers]}
+        state |= {"seed": self.seed, "seconds": self.seconds + seconds}
         with whole_file(self.path) as path:
             torch.save(state, path)
 
@@ -770,6 +772,12 @@ def evaluate_case(model, library, world, folder, row, steps):
     return measures, torch.cat([source[middle], shown, results["edit"][middle], target[middle]], dim=1)
 
 
+def mean(values):
+    """Of the numbers among the values; None where there are none."""
+    values = [float(value) for value in values if value is not None and not math.isnan(value)]
+    return sum(values) / len(values) if values else None
+
+
 def summary(cases):
     """Means by task and method, nan left out, as a Markdown table."""
     columns = ("psnr_in", "ssim_in", "psnr_out", "ssim_out", "right", "look")
@@ -780,13 +788,50 @@ def summary(cases):
         for method in of_task[0]:
             cells = []
             for column in columns:
-                values = [float(m[method][column]) for m in of_task if column in m[method]]
-                values = [value for value in values if not math.isnan(value)]
-                mean = sum(values) / len(values) if values else None
-                text = "" if mean is None else f"{mean:.2f}" if column.startswith(("psnr", "ssim")) else f"{mean:.0%}"
-                cells.append(text)
+                value = mean(m[method].get(column) for m in of_task)
+                cells.append("" if value is None else f"{value:.2f}" if "_" in column else f"{value:.0%}")
             lines.append(f"| {task} | {method} | {len(of_task)} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def goals(cases):
+    """Per task what an edit should reach, as a Markdown table; in brackets what was asked for before all training."""
+    columns = ("task", "edit - copy, inside", "ceiling - edit, outside", "right object", "reference - none, inside")
+    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    for task in dict.fromkeys(case["task"] for case in cases):
+        of_task = [case["measures"] for case in cases if case["task"] == task]
+        inside = mean(m["edit"]["psnr_in"] - m["copy"]["psnr_in"] for m in of_task)
+        outside = mean(m["ceiling"]["psnr_out"] - m["edit"]["psnr_out"] for m in of_task)
+        right = mean(m["edit"].get("right") for m in of_task)
+        without = [m for m in of_task if "edit, no reference" in m]
+        shown = mean(m["edit"]["psnr_in"] - m["edit, no reference"]["psnr_in"] for m in without)
+        asked_in, asked_right = ASKED.get(task, (None, None))
+        cells = [
+            f"{inside:+.1f} dB" + (f" (asked {asked_in:+})" if asked_in else ""),
+            "" if outside is None else f"{outside:.1f} dB (asked at most 3)",
+            "" if right is None else f"{right:.0%}" + (f" (asked {asked_right:.0%})" if asked_right else ""),
+            "" if shown is None else f"{shown:+.1f} dB (asked more than 0)",
+        ]
+        lines.append(f"| {task} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+# dB gained on a copy inside the edited region, share of right objects
+ASKED = {
+    "change": (6, 0.6), "add": (6, 0.6), "remove": (6, None), "background": (6, None), "style": (4, None),
+    "subject": (None, 0.7),
+}  # fmt: skip
+
+
+def read_world(folder):
+    """What held-out clips were drawn with. ValueError, FileNotFoundError where they are none."""
+    path = Path(folder) / "world.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: draw the cases with `nano.py data {folder} --split test`")
+    world = json.loads(path.read_text())
+    if world["split"] != "test":
+        raise ValueError(f"{folder} is of the {world['split']} split: draw held-out cases with --split test")
+    return world
 
 
 def evaluate(args):
@@ -800,13 +845,7 @@ def evaluate(args):
 
     folder, out = Path(args.data), Path(args.out)
     rows = read_truth(folder)
-    if not (folder / "world.json").is_file():
-        raise FileNotFoundError(
-            f"{folder}/world.json is missing: draw the cases with `nano.py data {folder} --split test`"
-        )
-    world = json.loads((folder / "world.json").read_text())
-    if world["split"] != "test":
-        raise ValueError(f"{folder} is of the {world['split']} split: draw held-out cases with --split test")
+    world = read_world(folder)
     rows = rows[: args.cases]
     library = load_library(world["assets"] if args.assets is None else args.assets)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -820,7 +859,7 @@ def evaluate(args):
             {"index": row["index"], "kind": row["kind"], "task": task, "prompt": row["prompt"], "measures": measures}
         )
         pictures.setdefault(task, []).append(picture)
-    table = summary(cases)
+    table = f"{summary(cases)}\n{goals(cases)}"
     with whole_file(out / "eval.json") as path:
         path.write_text(
             json.dumps({"weights": args.weights, "world": world, "steps": args.steps, "cases": cases}, indent=0)
@@ -836,23 +875,168 @@ def evaluate(args):
     )
 
 
+# ------------------------------------------------------------------------------------------------ shipping
+
+CARD = """# nano
+
+A Kiwi-Edit of {millions:.1f} million parameters, {megabytes:.1f} MB in bfloat16, trained from nothing by this repository
+in a world that it draws itself. It shows on any computer that the model, the training and the curriculum work. It is
+not an editor for real clips.
+
+It knows clips of {frames} frames of {size}x{size} at {fps} a second. `python sample.py` edits the bundled example, number
+{example} of the held-out clips, chosen among them by us: "{prompt}"
+
+Parameters: {parts}.
+
+## Training
+
+Trained on: {made_by}. Clips of the three stages: {seen}. Batches depend on the seeds, not on the pieces in which a phase
+was run.
+
+| phase | seed | steps | samples | seconds |
+| --- | --- | --- | --- | --- |
+{phases}
+
+## Evaluation
+
+`nano.py eval` on clips whose objects, photographs and wordings were held out; a model of another size of clip, or
+another evaluation, has other figures. "Ceiling" is the truth through this model's own VAE.
+
+{evaluation}
+
+## What it cannot do
+
+- Real clips: it has seen emoji, coloured shapes, twelve styles, panoramas and textures, and nothing else. It takes any
+  clip, shrinks it to about {size}x{size} pixels, and edits it badly.
+- Words beyond those of `world.py`: what a text may call for are about 95 common things and pairs of a colour and a shape.
+- References are single sprites on a plain ground, or views. Objects do not turn in depth or deform.
+- `eval` compares with one truth: a right edit that looks otherwise is counted wrong.
+
+## Licences
+
+The training clips are drawn from these packages, whose licences allow it (and from shapes and textures drawn by
+`world.py`); nothing of them is in this folder but the clip and the picture of the example.
+
+{licences}
+
+## On one H100
+
+128x128x17, pieces of at most nine minutes that go on where they stopped; the whole block can be run again. Nobody has
+run it on that machine yet: its steps and what it takes there are estimates. With the sizes and steps of a toy it ran
+through on a CPU.
+
+```bash
+{recipe}
+```
+"""
+RECIPE = """set -e
+python nano.py assets ../assets
+python nano.py data ../train128 --assets ../assets --clips 8000 --size 128 --frames 17 --workers 16
+python nano.py data ../test128 --assets ../assets --clips 400 --split test --size 128 --frames 17 --workers 16
+for piece in 1 2; do python nano.py pretrain vae --data ../train128 --out ../pre128 --steps 6000 --minutes 9; done
+for piece in 1 2; do python nano.py pretrain mllm --data ../train128 --out ../pre128 --steps 2000 --minutes 9; done
+for piece in 1 2; do python nano.py pretrain dit --data ../train128 --out ../pre128 --steps 3000 --minutes 9; done
+stage() { timeout 540 python train.py --config nano --data ../train128 --workers 12 --no-checkpointing --resume auto "$@" || test $? = 124; }
+for piece in 1 2; do stage --stage 1 --weights ../pre128/weights --out ../runs128/1 --set steps=600 lr=1e-3 global_batch=64 batch=64 warmup=50 schedule=cosine beta2=0.98; done
+for piece in 1 2; do stage --stage 2 --weights ../runs128/1 --out ../runs128/2 --set steps=3000 lr=1e-3 global_batch=64 batch=64 warmup=50 schedule=cosine beta2=0.98; done
+for piece in 1 2; do stage --stage 3 --weights ../runs128/2 --out ../runs128/3 --set steps=3000 lr=5e-4 global_batch=64 batch=64 warmup=50 schedule=cosine beta2=0.98; done
+ship() { python nano.py ship ../runs128/3/step-003000/weights.safetensors --weights ../pre128/weights --data ../test128 --made-by "one H100" --out ../nano128 "$@"; }
+ship --example 2
+python nano.py eval --weights ../nano128 --data ../test128 --out ../report128
+ship --example 2 --eval ../report128"""
+
+
 def ship(args):
-    """A training checkpoint over what it started from, LoRA merged, in bfloat16: the folder that sample.py takes."""
+    """A training checkpoint over what it started from, LoRA merged, in bfloat16, with an example and a model card: the
+    folder that sample.py takes. The same arguments write the same bytes."""
+    from dataclasses import replace
+    from shutil import copyfile
+
     import torch
     from safetensors.torch import load_file
 
     from connectors import merge_lora
+    from data import whole_file
     from model import KiwiEdit, load_weights
 
-    checkpoint = Path(args.checkpoint)
+    checkpoint, data, out = Path(args.checkpoint), Path(args.data), Path(args.out)
     if not checkpoint.is_file():
         raise FileNotFoundError(f"{checkpoint}: no such file; give weights.safetensors of a train.py checkpoint")
+    row, world = find_example(data, args.example), read_world(data)
+    phases, seen = phases_of(checkpoint, Path(args.weights)), clips_seen(checkpoint)
+    evaluation = (Path(args.eval) / "eval.md").read_text() if args.eval else "Not evaluated yet.\n"
     model = KiwiEdit.from_pretrained(args.weights, dtype=torch.float32)
     load_weights(model, load_file(checkpoint), partial=True)
     merge_lora(model)
-    model.to(torch.bfloat16).save(args.out)
-    size = sum(path.stat().st_size for path in Path(args.out).rglob("*.*") if path.is_file())
-    print(f"write       {args.out}: {size / 1e6:.1f} MB")
+    model.config = replace(model.config, trained=(world["frames"], world["size"], world["size"], world["fps"]))
+    model.to(torch.bfloat16).save(out)
+
+    (out / "example").mkdir()
+    copyfile(data / row["src_video"], out / "example" / "source.mp4")
+    if "ref_image" in row:
+        copyfile(data / row["ref_image"], out / "example" / "reference.png")
+    (out / "example" / "prompt.txt").write_text(row["prompt"] + "\n")
+    total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    card = CARD.format(
+        millions=sum(parts.values()) / 1e6, parts=", ".join(f"{name} {count:,}" for name, count in parts.items()),
+        megabytes=total / 1e6, **world, example=args.example, prompt=row["prompt"], made_by=args.made_by, seen=seen,
+        phases="\n".join(phases), evaluation=evaluation.rstrip(),
+        licences="\n".join(f"- {name} {version}: {text}" for name, (version, text, _) in PACKAGES.items()), recipe=RECIPE,
+    )  # fmt: skip
+    with whole_file(out / "MODEL_CARD.md") as path:
+        path.write_text(card)
+    print(f"write       {out}: {(total + len(card.encode())) / 1e6:.1f} MB")
+
+
+def find_example(data, index):
+    """The row of a held-out clip. ValueError where it is none."""
+    row = next((row for row in read_truth(data) if row["index"] == index), None)
+    if row is None or row["kind"] == "image":
+        raise ValueError(f"--example {index}: is not the index of a video in {data}/truth.jsonl")
+    return row
+
+
+def phases_of(checkpoint, weights):
+    """What was trained before and up to a checkpoint, as rows of a table, as far as its files are still there."""
+    import torch
+
+    rows = []
+    for part in ("vae", "mllm", "dit"):
+        if (path := weights.parent / f"{part}.pt").is_file():
+            state = torch.load(path, weights_only=True, mmap=True)
+            seconds = f"{state['seconds']:.0f}" if "seconds" in state else "not recorded"
+            rows.append(f"| pretrain {part} | {state.get('seed', 0)} | {state['step']} | | {seconds} |")
+    for folder in reversed(list(checkpoints_before(checkpoint.parent))):
+        run, counts = read_run(folder), json.loads((folder / "train.json").read_text())["counts"]
+        cells = run["args"]["seed"], counts["step"], counts["samples"], round(counts["seconds"])
+        rows.append(f"| train.py stage {run['args']['stage']} | {' | '.join(map(str, cells))} |")
+    return rows
+
+
+def checkpoints_before(folder):
+    """A training checkpoint's folder, then the last one of the run that it started from, and so on."""
+    while (folder / "train.json").is_file():
+        yield folder
+        started = Path(read_run(folder)["args"]["weights"] or "")
+        folder = max(started.glob("step-*"), default=started)
+
+
+def read_run(folder):
+    """What the run of a checkpoint was asked for."""
+    return json.loads((folder.parent / "config.json").read_text())
+
+
+def clips_seen(checkpoint):
+    """How the clips of a training were drawn, as far as that is recorded."""
+    for folder in checkpoints_before(checkpoint.parent):
+        path = Path(read_run(folder)["args"]["data"]) / "world.json"
+        if path.is_file():
+            return "{clips} of `nano.py data --seed {seed}`".format(**json.loads(path.read_text()))
+    return "not recorded"
+
+
+# ------------------------------------------------------------------------------------------------ RefVIE-Bench's layout
 
 
 def make_bench(args):
@@ -919,6 +1103,10 @@ def parse_arguments(argv=None):
     add = commands.add_parser("ship", help="make a training checkpoint a folder of weights of its own").add_argument
     add("checkpoint", metavar="CHECKPOINT", help="weights.safetensors of a train.py checkpoint")
     add("--weights", required=True, metavar="DIR", help="what `pretrain` wrote, from which training started")
+    add("--data", required=True, metavar="DIR", help="held-out clips, of the size that training saw")
+    add("--example", required=True, type=int, metavar="INDEX", help="the one that bare `python sample.py` edits (truth.jsonl)")
+    add("--made-by", required=True, metavar="TEXT", help='the machine, for the model card, e.g. "one H100"')
+    add("--eval", metavar="DIR", help="what `eval` wrote, for the model card")
     add("--out", required=True, metavar="DIR", help="e.g. weights/nano")
 
     add = commands.add_parser("eval", help="measure weights on held-out cases whose truth is known").add_argument

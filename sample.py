@@ -1,4 +1,4 @@
-"""Edit a video or a picture: `python sample.py in.mp4 "replace the car" --ref car.png`.
+"""Edit a video or a picture: `python sample.py in.mp4 "replace the car" --ref car.png`; alone, the bundled example.
 
 read (data.py) -> understand the request (connectors.py) -> encode (vae.py) -> denoise (dit.py, model.py)
 -> decode (vae.py) -> write (data.py), with a progress bar for each phase. A still picture gives a picture.
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 EXAMPLES = """examples:
+  python sample.py                                             (the example bundled with the weights, on any computer)
   python sample.py in.mp4 "Replace the car with a vintage bus." --weights linyq/kiwi-edit-5b-instruct-only-diffusers
   python sample.py in.mp4 "Replace the car with the one shown." --ref car.png -o bus.mp4 --compare --offload
 
@@ -16,6 +17,9 @@ weights (--weights):
   a folder in the released diffusers layout, or its hub id (linyq/kiwi-edit-5b-{instruct-only,reference-only,
   instruct-reference}-diffusers); a folder that nanoKiwi saved; or a training checkpoint, one .safetensors,
   which lies over --base (Wan's DiT and VAE) and --qwen (Qwen2.5-VL), folders or hub ids too.
+
+  The bundled ones, weights/nano, know only small clips, 9 frames of 64x64 at 8 a second: whatever they are given is
+  shrunk to about so many pixels of its own aspect, and every k-th frame is taken.
 
 a 24 GB card: add --offload, which keeps on the GPU only the part at work; smaller still: --tile 16, --max-pixels 399360
 """
@@ -29,23 +33,23 @@ def parse_arguments(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("input", help="a video or picture file")
-    add("instruction", help='what to change, e.g. "replace the car"')
+    add("input", nargs="?", help="a video or picture file (without it and the instruction: the example of --weights)")
+    add("instruction", nargs="?", help='what to change, e.g. "replace the car"')
     add("--ref", nargs="+", default=[], metavar="IMG", help="one or more pictures of what the edit should look like")
-    add("-o", "--out", metavar="OUT", help="the result (default: <input name>_edited.mp4, or .png for a picture)")
+    add("-o", "--out", metavar="OUT", help="default: <input name>_edited.mp4 or .png; of the example out.mp4")
     add("--weights", default=str(DEFAULT_WEIGHTS), metavar="PATH|HUB_ID", help="default: weights/nano")
     add("--base", default="Wan-AI/Wan2.2-TI2V-5B", metavar="PATH|HUB_ID", help="under a .safetensors: %(default)s")
     add("--qwen", default="Qwen/Qwen2.5-VL-3B-Instruct", metavar="PATH|HUB_ID", help="likewise: %(default)s")
     add("--steps", type=positive, default=50, help="denoising steps (default %(default)s)")
     add("--shift", type=float, default=5.0, help="shift of the noise schedule (default %(default)s)")
     add("--seed", type=int, default=0, help="same seed, same result (default %(default)s)")
-    add("--frames", type=positive, default=81, help="at most so many frames, reduced to 4k + 1 (default %(default)s)")
-    add("--max-pixels", type=positive, default=720 * 1280, help="larger frames are shrunk (default %(default)s)")
+    add("--frames", type=positive, help="at most so many frames, reduced to 4k + 1 (default: 81; nano 9)")
+    add("--max-pixels", type=positive, help="larger frames are shrunk (default: 921600; nano 4096)")
     add("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one)")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, on a CPU float32")
     add("--offload", action="store_true", help="keep on the GPU only the part at work")
     add("--tile", type=positive, metavar="N", help="VAE: work on N x N latent pixels at once; the same result, less memory")
-    add("--compare", action="store_true", help="also write source and edit side by side, <out>_compare")
+    add("--compare", action="store_true", help="also write source, references and edit side by side: <out>_compare")
     return parser.parse_args(argv)
 
 
@@ -57,25 +61,23 @@ def positive(text):
 
 
 def main(argv=None):
-    args = parse_arguments(argv)
+    args = with_example(parse_arguments(argv))
     if not args.instruction.strip():
         raise ValueError('the instruction is empty: say what to change, e.g. "replace the car"')
     import torch
 
-    from data import MediaError, read_clip, read_image, writable
+    from data import MediaError, read_image, writable
 
     device = pick_device(torch, args)
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     weights_exist(args.weights)
 
-    clip = read_clip(args.input, args.frames, args.max_pixels)
     refs = [read_image(path) for path in args.ref]
+    clip = read_source(args)
     out = Path(args.out or f"{Path(args.input).stem}_edited{'.png' if clip.still else '.mp4'}")
     if not clip.still and out.suffix.lower() != ".mp4":
         raise MediaError(f"{out}: a video is written as .mp4")
     writable(out)
-    count, height, width, _ = clip.frames.shape
-    print(f"read        {args.input}: {count} frame{'s' * (count > 1)} of {width}x{height}, {float(clip.fps):g} fps")
 
     from model import KiwiEdit
 
@@ -89,7 +91,53 @@ def main(argv=None):
         )  # fmt: skip
     write(out, edited, clip)
     if args.compare:
-        write(out.with_stem(out.stem + "_compare"), torch.cat([clip.frames, edited], dim=2), clip)
+        compare(out.with_stem(out.stem + "_compare"), clip, refs, edited)
+
+
+def with_example(args):
+    """The arguments as they are or, where there is neither clip nor instruction, those of the weights' example."""
+    if args.input and args.instruction:
+        return args
+    if args.input or args.instruction:
+        raise ValueError(
+            f'only "{args.input}" is given: a clip and an instruction are needed, e.g. in.mp4 "replace the car"; '
+            "without both the bundled example is edited"
+        )
+    weights_exist(args.weights)
+    folder = Path(args.weights) / "example"
+    if not (folder / "prompt.txt").is_file():
+        raise FileNotFoundError(f"{args.weights} has no example: give a clip and an instruction (see --help)")
+    args.input, args.instruction = str(folder / "source.mp4"), (folder / "prompt.txt").read_text().strip()
+    args.ref = args.ref or [str(path) for path in folder.glob("reference.png")]
+    args.out, args.compare = args.out or "out.mp4", True
+    print(f"example     {args.instruction}{' (reference: ' + ', '.join(args.ref) + ')' if args.ref else ''}")
+    return args
+
+
+def read_source(args):
+    """The clip at the size for which the weights are made, and a line about it."""
+    from functools import partial
+
+    from data import MAX_PIXELS, measure, nearest_size, read_clip
+
+    total = measure(args.input)[0]  # a file that cannot be read is told of before weights are fetched
+    from model import read_weights
+
+    config = read_weights(args.weights, args.base, args.qwen)[0]
+    if config.trained is None:
+        clip = read_clip(args.input, args.frames or 81, args.max_pixels or MAX_PIXELS)
+    else:
+        frames, height, width, fps = config.trained
+        size_of = partial(nearest_size, grid=config.pixel_grid)
+        clip = read_clip(args.input, args.frames or frames, args.max_pixels or height * width, fps, size_of)
+        if clip.frames.shape[:3] != (total, *clip.source_size):
+            print(
+                f"note        these weights know {frames} frames of {width}x{height} at {fps} fps alone: {args.input}, "
+                f"{total} of {clip.source_size[1]}x{clip.source_size[0]}, is edited at about that size"
+            )
+    count, height, width, _ = clip.frames.shape
+    print(f"read        {args.input}: {count} frame{'s' * (count > 1)} of {width}x{height}, {float(clip.fps):g} fps")
+    return clip
 
 
 def pick_device(torch, args):
@@ -132,6 +180,25 @@ class Progress:
 
 
 BAR = "{desc}: {percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+
+
+COMPARED_HEIGHT = 256  # pixels up to which a comparison is enlarged
+
+
+def compare(out, clip, refs, edited):
+    """Source, references and edit side by side, small ones in larger pixels; of a clip also its middle frame, .png."""
+    import torch
+
+    from data import pad_reference, write_image
+
+    shown = [pad_reference(ref, clip.frames.shape[1:3]).expand_as(edited) for ref in refs]
+    frames = torch.cat([clip.frames, *shown, edited], dim=2)
+    scale = max(COMPARED_HEIGHT // frames.shape[1], 1)
+    frames = frames.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    write(out, frames, clip)
+    if not clip.still:
+        write_image(out.with_suffix(".png"), frames[len(frames) // 2])
+        print(f"write       {out.with_suffix('.png')}")
 
 
 def write(out, frames, clip):

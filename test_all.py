@@ -48,7 +48,7 @@ from connectors import (
     MLLMConfig, MLLMEncoder, fit_pixels, inject_lora, lora_state_dict, merge_lora, sample_frames, video_frame_sizes,
 )  # fmt: skip
 from data import (
-    Curriculum, MediaError, Mixture, Pairs, bucket, fit_frames, measure_rows, pad_reference, read_clip, read_image,
+    Curriculum, MediaError, Mixture, Pairs, bucket, fit_frames, measure_rows, nearest_size, pad_reference, read_clip, read_image,
     read_table, usable_frames, whole_file, working_size, write_image, write_video,
 )  # fmt: skip
 from dit import DiT, DiTConfig, rope_3d
@@ -154,6 +154,15 @@ def test_the_readme_s_figures_are_those_of_the_committed_benchmark():
                 quoted += 1
                 assert table(results["rows"]) in readme, f"{section} of {path.name}: paste its table"
     assert quoted >= 3
+
+
+def test_the_model_card_s_recipe_is_bash_whose_commands_parse():
+    tell = 'python() { printf "%q " "$@"; echo; }; timeout() { shift; "$@"; }\n'
+    done = subprocess.run(["bash", "-c", tell + nano.RECIPE], capture_output=True, text=True, check=True)
+    lines = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert len(lines) == 18
+    for program, *words in lines:
+        importlib.import_module(Path(program).stem).parse_arguments(words)
 
 
 @pytest.mark.parametrize("command", (sample, train, nano), ids=lambda command: command.__name__)
@@ -582,6 +591,25 @@ def test_working_sizes_crops_and_reference_boxes_match_the_release():
         black = torch.zeros(r["height"], r["width"], 3, dtype=torch.uint8)
         inside = (pad_reference(black, r["target_wh"][::-1])[..., 0] == 0).nonzero()
         assert [*inside.amin(0).flip(0).tolist(), *(inside.amax(0) + 1).flip(0).tolist()] == r["inference_box_xyxy"]
+
+
+def test_a_small_size_keeps_the_picture_s_aspect_and_uses_the_pixels():
+    sizes = {(704, 1280): (48, 80), (1280, 720): (80, 48), (480, 640): (48, 64), (1000, 1000): (64, 64), (64, 64): (64, 64)}
+    for (height, width), expected in sizes.items():
+        h, w = nearest_size(height, width, 64 * 64, 16)
+        assert (h, w) == expected and 0.75 <= h * w / 64**2 <= 1
+        assert 0.9 < h * width / (w * height) < 1.1
+    with pytest.raises(ValueError, match="too few"):
+        nearest_size(15, 640, 64 * 64, 16)
+
+
+def test_a_clip_of_a_higher_rate_gives_every_kth_frame(tmp_path):
+    frames = (torch.arange(20, dtype=torch.uint8) * 12).view(-1, 1, 1, 1).expand(-1, 64, 64, 3)
+    write_video(tmp_path / "in.mp4", frames, 30)
+    clip = read_clip(tmp_path / "in.mp4", 9, max_fps=8)
+    assert clip.fps == Fraction(30, 4) and len(clip.frames) == 5
+    assert (clip.frames[:, 0, 0, 0].int() - frames[::4, 0, 0, 0].int()).abs().max() <= 2
+    assert len(read_clip(tmp_path / "in.mp4", 9, max_fps=30).frames) == 9
 
 
 def test_a_clip_keeps_its_frames_its_rate_and_its_sound(tmp_path):
@@ -1118,8 +1146,8 @@ def test_the_main_job_on_real_clips_gives_a_playable_edit(tmp_path, qwen_folder,
     assert done.returncode == 0, done.stderr
     clip = read_clip(tmp_path / "out.mp4")
     assert clip.frames.shape == (frames, height, width, 3) and clip.fps == fps
-    if layout != "own":
-        assert read_clip(tmp_path / "out_compare.mp4").frames.shape == (frames, height, 2 * width, 3)
+    if layout != "own":  # source, reference and edit
+        assert read_clip(tmp_path / "out_compare.mp4").frames.shape == (frames, height, 3 * width, 3)
 
 
 def test_a_still_picture_gives_a_picture(tmp_path, small_weights):
@@ -1129,7 +1157,58 @@ def test_a_still_picture_gives_a_picture(tmp_path, small_weights):
     assert read_image(tmp_path / "in_edited.png").shape == (64, 96, 3)
 
 
+@pytest.fixture
+def knowing_weights(tmp_path, small_weights):
+    """Weights that were trained on one kind of clip, and know an example."""
+    folder = Path(shutil.copytree(small_weights, tmp_path / "knowing"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "trained": [5, 64, 64, 8]}))
+    (folder / "example").mkdir()
+    write_video(folder / "example/source.mp4", moving_picture(5, 64, 64), 8)
+    write_image(folder / "example/reference.png", moving_picture(1, 50, 70)[0])
+    (folder / "example/prompt.txt").write_text("Make it night.\n")
+    return str(folder)
+
+
+def enlarged(frame):
+    return frame.repeat_interleave(4, 0).repeat_interleave(4, 1)
+
+
+def test_alone_it_edits_the_example_of_its_weights(tmp_path, knowing_weights, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sample.main(["--weights", knowing_weights, "--steps", "1", "--device", "cpu"])
+    source, ref = read_clip("knowing/example/source.mp4").frames, read_image("knowing/example/reference.png")
+    edited = KiwiEdit.from_pretrained(knowing_weights, dtype=torch.float32).edit(source, "Make it night.", ref, steps=1)
+    assert read_clip("out.mp4").frames.shape == edited.shape == read_clip("out_compare.mp4").frames[:, ::4, ::12].shape
+    expected = torch.cat([source[2], pad_reference(ref, (64, 64)), edited[2]], dim=1)
+    assert torch.equal(read_image("out_compare.png"), enlarged(expected))
+    assert "Make it night." in capsys.readouterr().out
+
+
+def test_weights_that_know_one_kind_of_clip_edit_others_at_about_that_size_and_say_so(tmp_path, knowing_weights, capsys):
+    frames = moving_picture(20, 240, 300)
+    for clip, rate, note in ((frames, 16, True), (frames[:5, :64, :64], 16, True), (frames[:5, :64, :64], 8, False)):
+        write_video(tmp_path / "in.mp4", clip, rate)
+        words = ["x", "--weights", knowing_weights, "--steps", "1", "--device", "cpu", "-o", str(tmp_path / "out.mp4")]
+        sample.main([str(tmp_path / "in.mp4"), *words])
+        edited = read_clip(tmp_path / "out.mp4")
+        assert edited.frames.shape[1:] == (64, 64, 3) and edited.fps == 8
+        assert ("know 5 frames of 64x64 at 8 fps alone" in capsys.readouterr().out) == note
+
+
+@pytest.mark.skipif(not sample.DEFAULT_WEIGHTS.is_dir(), reason="needs weights/nano, which are not in this checkout")
+def test_the_bundled_weights_edit_their_example_in_a_minute(tmp_path):
+    start = time.time()
+    done = run_sample(cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert time.time() - start < 60
+    source, edited = read_clip(sample.DEFAULT_WEIGHTS / "example/source.mp4").frames, read_clip(tmp_path / "out.mp4").frames
+    assert source.shape == edited.shape and (source.int() - edited.int()).abs().float().mean() > 3
+    assert sum(path.stat().st_size for path in sample.DEFAULT_WEIGHTS.rglob("*") if path.is_file()) <= 32e6
+
+
 @pytest.mark.parametrize("case, says", [
+    ([], "has no example"), (["whole.mp4"], '"whole.mp4" is given'), (["--ref", "whole.jpg"], "has no example"),
     (["absent.mp4", "x"], "no such file"), (["half.mp4", "x"], "cannot be decoded"), (["sound.mp3", "x"], "no pictures"),
     (["dot.png", "x"], "too few"), (["whole.jpg", " "], "instruction is empty"),
     (["whole.jpg", "x", "--ref", "half.jpg"], "half.jpg"), (["whole.jpg", "x", "--device", "cuda"], "not available"),
@@ -1530,30 +1609,80 @@ def run_pretrain(part, data, out, *more):
     nano.main(["pretrain", part, "--data", str(data), "--out", str(out), "--steps", "2", "--batch", "2", *more])
 
 
-def test_pretraining_in_pieces_is_one_training_and_its_weights_ship_and_edit(tmp_path, nano_data):
-    run_pretrain("vae", nano_data, tmp_path / "whole")
-    run_pretrain("vae", nano_data, tmp_path / "pieces", "--minutes", "0.0001")
-    assert torch.load(tmp_path / "pieces/vae.pt", weights_only=True)["step"] == 1
-    run_pretrain("vae", nano_data, tmp_path / "pieces")
-    whole, pieces = (torch.load(tmp_path / name / "vae.pt", weights_only=True)["masters"] for name in ("whole", "pieces"))
-    assert all(torch.equal(whole[name], pieces[name]) for name in whole)
-    run_pretrain("mllm", nano_data, tmp_path / "whole")
-    run_pretrain("dit", nano_data, tmp_path / "whole")
-    model = KiwiEdit.from_pretrained(tmp_path / "whole/weights", dtype=torch.float32)
-    assert torch.equal(model.vae.encoder.conv1.weight, whole["encoder.conv1.weight"])
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory, nano_data):
+    folder = tmp_path_factory.mktemp("pretrained")
+    for part in ("vae", "mllm", "dit"):
+        run_pretrain(part, nano_data, folder)
+    return folder
+
+
+def run_ship(checkpoint, pretrained, test_data, out, *more, example=2):
+    words = [checkpoint, "--weights", pretrained / "weights", "--data", test_data, "--example", example, "--made-by", "a test"]
+    nano.main(["ship", *map(str, [*words, "--out", out, *more])])
+
+
+@pytest.fixture(scope="session")
+def test_clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nano_test")
+    nano.main(["data", str(folder), "--clips", "4", "--frames", "5", "--workers", "1", "--split", "test"])
+    return folder
+
+
+def test_pretraining_in_pieces_is_one_training(tmp_path, nano_data, pretrained):
+    run_pretrain("vae", nano_data, tmp_path, "--minutes", "0.0001")
+    first = torch.load(tmp_path / "vae.pt", weights_only=True)
+    run_pretrain("vae", nano_data, tmp_path)
+    whole, pieces = (torch.load(folder / "vae.pt", weights_only=True) for folder in (pretrained, tmp_path))
+    assert first["step"] == 1 and pieces["step"] == 2 and pieces["seconds"] > first["seconds"] > 0
+    assert all(torch.equal(whole["masters"][name], pieces["masters"][name]) for name in whole["masters"])
+    model = KiwiEdit.from_pretrained(pretrained / "weights", dtype=torch.float32)
+    assert torch.equal(model.vae.encoder.conv1.weight, whole["masters"]["encoder.conv1.weight"])
+
+
+def test_a_checkpoint_ships_as_small_weights_that_edit(tmp_path, pretrained, test_clips):
+    model = KiwiEdit.from_pretrained(pretrained / "weights", dtype=torch.float32)
     inject_lora(model.mllm.model.language_model, 4)
     trained = {f"mllm.model.language_model.{k}": v + 0.1 for k, v in lora_state_dict(model.mllm.model.language_model).items()}
     save_file({**trained, "dit.head.head.bias": model.dit.head.head.bias + 1}, tmp_path / "step.safetensors")
-    base, shipped = str(tmp_path / "whole/weights"), tmp_path / "shipped"
-    nano.main(["ship", str(tmp_path / "step.safetensors"), "--weights", base, "--out", str(shipped)])
-    assert sum(path.stat().st_size for path in shipped.rglob("*.*")) < 32e6
-    model, before = KiwiEdit.from_pretrained(shipped, dtype=torch.float32), model.dit.head.head.bias
-    assert close(model.dit.head.head.bias, before + 1, 1e-2)
+    run_ship(tmp_path / "step.safetensors", pretrained, test_clips, tmp_path / "shipped")
+    assert sum(path.stat().st_size for path in (tmp_path / "shipped").rglob("*.*")) < 32e6
+    model, before = KiwiEdit.from_pretrained(tmp_path / "shipped", dtype=torch.float32), model.dit.head.head.bias
+    assert close(model.dit.head.head.bias, before + 1, 1e-2) and tuple(model.config.trained) == (5, 64, 64, 8)
     tokenizer = model.mllm.tokenizer
     text = "Replace the bicycle with the one shown, s'il vous plaît."
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
     frames, ref = moving_picture(5, 64, 64), moving_picture(1, 50, 40)[0]
     assert model.edit(frames, text, ref, steps=1).shape == frames.shape
+
+
+def test_what_ships_has_an_example_and_says_how_it_was_trained_and_is_the_same_each_time(
+    tmp_path, nano_data, pretrained, test_clips
+):
+    words = ["--config", "nano", "--stage", "3", "--data", nano_data, "--weights", pretrained / "weights", "--workers", "0"]
+    train.main([*map(str, [*words, "--out", tmp_path / "run"]), "--set", "steps=1", "global_batch=2"])
+    nano.main(["eval", "--weights", str(pretrained / "weights"), *map(str, ["--data", test_clips, "--out", tmp_path]), "--steps", "1"])
+    for name in "ab":
+        checkpoint = tmp_path / "run/step-000001/weights.safetensors"
+        run_ship(checkpoint, pretrained, test_clips, tmp_path / name, "--eval", str(tmp_path))
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
+    assert len(files) == 12
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
+    card, table = (tmp_path / "a/MODEL_CARD.md").read_text(), (tmp_path / "eval.md").read_text()
+    for text in ("| pretrain vae | 0 | 2 |", "| train.py stage 3 | 0 | 1 | 2 |", "16 of `nano.py data --seed 0`", table.strip()):
+        assert text in card
+    row = json.loads((test_clips / "truth.jsonl").read_text().splitlines()[2])
+    assert (tmp_path / "a/example/prompt.txt").read_text().strip() == row["prompt"]
+    assert (tmp_path / "a/example/reference.png").read_bytes() == (test_clips / row["ref_image"]).read_bytes()
+
+
+def test_the_goals_are_differences_of_the_measures():
+    edit, copy = {"psnr_in": 20.0, "psnr_out": 30.0, "right": True}, {"psnr_in": 12.5, "psnr_out": 60.0, "right": False}
+    measures = {"edit": edit, "copy": copy, "ceiling": {"psnr_in": 25.0, "psnr_out": 32.0}}
+    without = {**measures, "edit": {**edit, "right": False}, "edit, no reference": {"psnr_in": 18.0}}
+    lines = nano.goals([{"task": "change", "measures": measures}, {"task": "subject", "measures": without}]).splitlines()
+    assert lines[2] == "| change | +7.5 dB (asked +6) | 2.0 dB (asked at most 3) | 100% (asked 60%) |  |"
+    assert lines[3] == "| subject | +7.5 dB | 2.0 dB (asked at most 3) | 0% (asked 70%) | +2.0 dB (asked more than 0) |"
 
 
 def test_a_small_denoiser_learns_two_edits_by_heart(tmp_path, library):
@@ -1585,6 +1714,7 @@ def test_a_small_denoiser_learns_two_edits_by_heart(tmp_path, library):
     (["data", "x", "--size", "50"], "multiple of 32"), (["data", "x", "--frames", "8"], "4k + 1"),
     (["data", "x", "--assets", "."], "nano.py assets"), (["pretrain", "vae", "--data", "x", "--out", "y"], "nano.py data"),
     (["eval", "--weights", "w", "--data", "x", "--out", "y"], "nano.py data"),
+    (["ship", "c", "--weights", "w", "--data", "x", "--example", "1", "--made-by", "m", "--out", "y"], "train.py checkpoint"),
 ])  # fmt: skip
 def test_what_nano_cannot_do_is_said_in_one_line(tmp_path, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
