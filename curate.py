@@ -27,6 +27,7 @@ import math
 import os
 import random
 import re
+import shutil
 import sys
 import tempfile
 import threading
@@ -123,6 +124,7 @@ from judges import Barred, Local, Malformed, OpenAICompatible, TryAgain, jpeg, j
 from metrics import as_float, lab, luma, read_reference
 
 STAGES = ("read", "score", "ground", "synthesize", "verify", "deduplicate")
+PAID = ("ground", "synthesize", "verify")  # what these rejected stays rejected when a ledger is read again
 KINDS = ("subject", "background")  # of edits that a reference can guide; the others are style, remove and other
 FORESEEN = (ValueError, OSError, RuntimeError, ArithmeticError, TryAgain, Malformed)  # of one record, not of the run
 
@@ -139,12 +141,17 @@ SETS = {
     "Ditto-1M": (("source_path", "edited_path", "instruction"), "CC-BY-NC-SA-4.0"),
     "OpenVE-3M": (("original_video", "video", "prompt"), "CC-BY-NC-4.0"),
 }
-CARRIED = ("edit_type", "edit_score", "frame_scores", "box", "mask", "key", "ref_image", "verdict", "verdict_reason", "feature")
+CARRIED = (
+    "edit_type", "frames", "height", "width", "edit_score", "frame_scores", "box", "mask", "key", "label", "ref_image", "ref_size",
+    "verdict", "verdict_reason", "feature",
+)  # fmt: skip
 WORDS = {  # what an instruction is about, where the data do not say; the first that is found
-    "background": r"\bbackgrounds?\b|\bbackdrop\b|\bscene (?:behind|around)\b|\bsetting to\b|\bsurroundings\b",
-    "remove": r"\b(?:remove|delete|erase|get rid of|take (?:away|out)|eliminate)\b",
-    "style": r"\bstyles?\b|\baesthetics?\b|\bstylize|\bas (?:a|an) (?:painting|sketch|cartoon|drawing)\b|\bmake it look like\b|\bfilter\b",
-    "subject": r"\b(?:replace|change|swap|turn|transform|convert|add|put|place|insert|give|dress|exchange|substitute)\b",
+    "background": r"\bback(?:ground|drop)s?\b|\bscene (?:behind|around)\b|\bsetting to\b|\bsurroundings\b|\bbehind (?:everything|them|it|the \w+)\b|\bin front of\b",
+    "remove": r"\b(?:remove|delete|erase|get rid of|take (?:away|out)|eliminate|without the|disappear|has to go|(?:don't|do not) want)\b|\baway\b",
+    "style": r"\bstyles?\b|\baesthetics?\b|\bstylize|\b(?:as|like|into) (?:an? )?(?:\w+ )?(?:painting|sketch|cartoon|drawing|mosaic|film|photo)\b|\blook (?:like|of)\b|\bfilter\b|"
+    r"\bwhole (?:picture|image|video|scene|clip)\b|\brestyle|\b(?:turn|show) (?:all of )?this (?:in|as)",
+    "subject": r"\b(?:replace|change|swap|turn|transform|convert|add|put|place|insert|give|dress|exchange|substitute|make|draw|paste|drop|bring|"
+    r"include|introduce|use|show|set|let|instead|in place of|becomes?|should be)\b",
 }
 TYPES = {
     "local_change": "subject", "local_add": "subject", "change": "subject", "add": "subject", "replace": "subject",
@@ -176,7 +183,8 @@ def read_pairs(path, base):
         home = json.loads((path.parent / "read.json").read_text())["bases"]
         for shard in shards:
             for number, line in enumerate(read_json_lines(shard), 1):
-                yield "ledger", Path(base or home[line["base"]]), f"{shard}, line {number}", line
+                pictures = {key: str(path.parent.parent / line[key]) for key in ("mask", "ref_image") if key in line}
+                yield "ledger", Path(base or home[line["base"]]), f"{shard}, line {number}", line | pictures
     elif path.is_dir():
         raise ValueError(f"{path}: neither Ditto-1M (training_metadata/), ReCo (*/*_data_configs.json) nor a ledger's stage; give a table")
     else:
@@ -258,12 +266,37 @@ def records_of(args, bases):
             values = {key: line[column] for key, column in zip(SETS["pairs"][0], columns)}
             record = {"id": f"{number:07d}", "name": str(line.get("name") or line.get("id") or number), **values}
             record |= {key: line[key] for key in CARRIED if line.get(key) not in (None, "")} | {"base": bases.index(base)}
-            if name != "ledger":
+            if name == "ledger":
+                adopt(record, Path(args.out))
+            else:
                 record.pop("ref_image", None)  # that a pair came with: the pipeline makes its own
-            yield record | start_of(record, base, place)
+            record |= start_of(record, base, place)
+            if name == "ledger" and line["status"] == "rejected" and line["stage"] in PAID:
+                tuning = record.get("edit_score", 0) >= args.min_score
+                record |= {"status": "rejected", "stage": line["stage"], "reason": line["reason"], "tuning": tuning}
+            yield record
             number += 1
     if not number:
         raise ValueError(f"{', '.join(args.pairs)}: no pairs")
+
+
+def adopt(record, out):
+    """Take over the pictures that another run made for a record: a link where that can be, else a copy."""
+    for key, folder in (("mask", "masks"), ("ref_image", "refs")):
+        if key in record:
+            source, name = record[key], picture_name(folder, record["id"])
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(out / name) as temporary:
+                try:
+                    os.link(source, temporary)
+                except OSError:
+                    shutil.copyfile(source, temporary)
+            record[key] = name
+
+
+def picture_name(folder, number):
+    """Where a record's picture lies below --out: a thousand in a folder."""
+    return f"{folder}/{number[:-3]}/{number}.png"
 
 
 def start_of(record, base, place):
@@ -330,13 +363,10 @@ class Ledger:
     def reopen_failed(self, shard):
         """Make the failed records of a shard open again: in every stage its done work becomes a journal without them."""
         for stage in STAGES[1:]:
-            if not self.done(stage, shard):
-                continue
-            rows = self.rows(stage, shard)
+            rows = self.rows(stage, shard) if self.done(stage, shard) else []
             if any(row["status"] == "failed" and row["stage"] != "read" for row in rows):
-                done = [row for row in rows if row["status"] != "failed" and stage in (row["stage"], row.get("passed"))]
                 with self.journal(stage, shard) as (_, add):
-                    add(done)
+                    add([row for row in rows if row["status"] != "failed" and row.get("passed") == stage])
                 self.path(stage, shard).unlink()
 
     @property
@@ -352,6 +382,8 @@ class Ledger:
 def read_all(args, ledger):
     """The tables into shards of records, once."""
     if ledger.count:
+        if json.loads((ledger.folder / "read.json").read_text())["sizes"] != sizes(args):
+            raise ValueError(f"{', '.join(args.pairs)} changed since {ledger.out} was begun: give another --out")
         return
     bases, shard, rows, total = [], 0, [], 0
     with tqdm(desc="read", unit=" records", mininterval=1) as bar:
@@ -366,7 +398,11 @@ def read_all(args, ledger):
         ledger.write("read", shard, rows)
         shard += 1
     with whole_file(ledger.folder / "read.json") as path:
-        path.write_text(json.dumps({"records": total, "shards": shard, "bases": bases}))
+        path.write_text(json.dumps({"records": total, "shards": shard, "bases": bases, "sizes": sizes(args)}))
+
+
+def sizes(args):
+    return {path: Path(path).stat().st_size for path in args.pairs if Path(path).is_file()}
 
 
 @contextmanager
@@ -476,8 +512,7 @@ class Stage:
         return Path(inside(Path(self.bases[row["base"]]), row[key], row["id"]))
 
     def place(self, folder, row):
-        """Where a record's picture is written, below --out: a thousand in a folder."""
-        name = f"{folder}/{row['id'][:-3]}/{row['id']}.png"
+        name = picture_name(folder, row["id"])
         (Path(self.args.out) / name).parent.mkdir(parents=True, exist_ok=True)
         return name
 
@@ -570,6 +605,8 @@ class Verify(Stage):
             raise error
         if "feature" not in row:
             found["feature"] = pack(self.models.embed([read_image(self.file(row, "ref_image"))])[0])
+        if self.args.guard and "source_feature" not in row:
+            found["source_feature"] = pack(self.models.embed([frame_at(self.file(row, "src_video"), 0)])[0])
         return found
 
 
@@ -726,7 +763,7 @@ class Classical:
         self.args = args
 
     def setup(self, stage):
-        torch.set_num_threads(1)  # records share the cores, not operations
+        pass
 
     def score(self, source_path, target_path, row):
         """Of each moment 10 sqrt(fit x presence): FACTS.md's sqrt(SC PQ) with what can be measured in their places."""
@@ -807,7 +844,7 @@ class Classical:
         return torch.stack([look_feature(image) for image in images])
 
 
-ALIKE = 12.0  # CIELAB units between the colours of one thing at two moments
+ALIKE = 6.0  # CIELAB units between the colours of one thing at two moments: on 13 real edits at most 4
 
 
 def inked(picture):
@@ -1318,14 +1355,21 @@ def deduplicate_all(args, ledger, bases):
     shards = ledger.count[1]
     if all(ledger.done("deduplicate", shard) for shard in range(shards)):
         return
-    ids, scores, features = [], [], []
+    ids, scores, features, guarded = [], [], [], {}
+    theirs = features_of_benchmark(args) if args.guard else {}
     for shard in range(shards):
         for row in ledger.rows("verify", shard):
-            if row["status"] == "open":
+            if row["status"] != "open":
+                continue
+            for own in ("feature", "source_feature") if theirs else ():
+                near = {name: float(unpack(row[own]).astype(np.float32) @ other) for name, other in theirs.items()}
+                if max(near.values()) > args.duplicate:
+                    guarded[row["id"]] = max(near, key=near.get)
+            if row["id"] not in guarded:
                 ids.append(row["id"])
                 scores.append(float(row["edit_score"]))
                 features.append(unpack(row["feature"]))
-    found, guarded = {}, {}
+    found = {}
     if ids:
         if len({len(f) for f in features}) > 1:
             raise ValueError(f"{ledger.folder}/verify: features of several lengths; they come from different embedders")
@@ -1334,14 +1378,13 @@ def deduplicate_all(args, ledger, bases):
         order = np.lexsort((np.arange(len(ids)), -np.array(scores)))
         belongs, nearest = deduplicate(matrix, order, args.duplicate)
         found = {i: (ids[b], round(float(n), 4)) for i, b, n in zip(ids, belongs, nearest)}
-        guarded = near_a_benchmark(args, ids, matrix)
     for shard in range(shards):
         rows = []
         for row in ledger.rows("verify", shard):
-            row.pop("feature", None)
+            row.pop("feature", None), row.pop("source_feature", None)
             if row["status"] == "open":
-                kept, cosine = found[row["id"]]
-                row |= {"cluster": kept, "nearest": cosine, "passed": "deduplicate"}
+                row["passed"] = "deduplicate"
+                row["cluster"], row["nearest"] = kept, cosine = found.get(row["id"], (None, None))
                 if row["id"] in guarded:
                     row = ended(row, "deduplicate", "rejected", f"resembles {guarded[row['id']]} of the benchmark")
                 elif kept != row["id"]:
@@ -1352,18 +1395,15 @@ def deduplicate_all(args, ledger, bases):
         ledger.write("deduplicate", shard, rows)
 
 
-def near_a_benchmark(args, ids, matrix):
-    """{id: file of the benchmark} of the references that resemble one of its pictures or first frames."""
-    if not args.guard:
-        return {}
-    files = [p for p in sorted(Path(args.guard).rglob("*")) if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".mp4")]
+def features_of_benchmark(args):
+    """{name: feature} of a benchmark's pictures and of the first frames of its clips: no record may resemble one."""
+    kinds = (".png", ".jpg", ".jpeg", ".webp", ".mp4")
+    files = [path for path in sorted(Path(args.guard).rglob("*")) if path.suffix.lower() in kinds]
     if not files:
-        raise ValueError(f"--guard {args.guard}: no pictures there")
+        raise ValueError(f"--guard {args.guard}: no pictures or clips there")
     models = {"classical": Classical, "paper": Paper}[args.models](args)
     models.setup("verify")
-    theirs = torch.cat([models.embed([read_image(path)]) for path in tqdm(files, desc="guard")])
-    near, index = (matrix.float() @ theirs.T).max(dim=1)
-    return {ids[i]: files[index[i]].name for i in range(len(ids)) if near[i] > args.duplicate}
+    return {path.name: models.embed([read_image(path)])[0].numpy() for path in tqdm(files, desc="guard", mininterval=1)}
 
 
 # ------------------------------------------------------------------------------------------------ the result
@@ -1484,7 +1524,8 @@ class Funnel:
             return
         key = row["stage"]
         self.left[key] = self.left.get(key, 0) + 1
-        reason = re.sub(r"\d+(?:\.\d+)?x\d+|\d+(?:\.\d+)?%?", "#", row["reason"]).split(":")[0][:80]
+        reason = re.sub(r"^\S*/\S*(?:, (?:line|row|entry)[^:]*)?: ", "", row["reason"])  # without the file it speaks of
+        reason = re.sub(r"\d+(?:\.\d+)?x\d+|\d+(?:\.\d+)?%?", "#", reason).split(":")[0][:80]
         self.reasons[key, row["status"], reason] = self.reasons.get((key, row["status"], reason), 0) + 1
 
     def steps(self):
@@ -1721,7 +1762,8 @@ def measure_scale(folder, records=100_000, vectors=500_000, width=512):
 def run_local(args, ledger, bases, rank, world):
     """Stage after stage, so that one stage's models are loaded at a time; this process has every world-th shard."""
     records, shards = ledger.count
-    mine = range(rank, shards, world)
+    mine, threads = range(rank, shards, world), torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // args.workers))  # records share the cores
     for name, make in CLASSES.items():
         todo = [shard for shard in mine if not ledger.done(name, shard)]
         if not todo:
@@ -1731,6 +1773,7 @@ def run_local(args, ledger, bases, rank, world):
         with tqdm(total=total, desc=name, unit=" records", mininterval=1, disable=rank > 0) as bar:
             for shard in todo:
                 run_shard(stage, ledger, shard, bar)
+    torch.set_num_threads(threads)
 
 
 class ShardWorker:

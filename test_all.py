@@ -35,6 +35,7 @@ from safetensors.torch import load_file, save_file
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: the kernels run here too, interpreted
 
+import curate
 import data
 import judge
 import judges
@@ -129,7 +130,7 @@ def readme_commands(program):
     return [line for block in blocks for line in block.splitlines() if re.match(rf"(python|torchrun .*) {program}", line)]
 
 
-COMMANDS = (sample, train, judge, nano)
+COMMANDS = (sample, train, judge, curate, nano)
 
 
 @pytest.mark.parametrize("command, line", [(c, line) for c in COMMANDS for line in readme_commands(f"{c.__name__}.py")])
@@ -165,7 +166,7 @@ def test_the_model_card_s_recipe_is_bash_whose_commands_parse():
         importlib.import_module(Path(program).stem).parse_arguments(words)
 
 
-@pytest.mark.parametrize("command", (sample, train, nano), ids=lambda command: command.__name__)
+@pytest.mark.parametrize("command", (sample, train, curate, nano), ids=lambda command: command.__name__)
 def test_every_flag_of_a_command_is_read(command):
     text = (HOUSE / f"{command.__name__}.py").read_text()
     flags = re.findall(r'add\((?:"-\w", )?"--([\w-]+)"', text)
@@ -2271,3 +2272,317 @@ def test_a_local_judge_numbers_and_generates_as_transformers_does(tmp_path, kind
         video = positions[0, 0][kinds[0] == 2]
         assert video.unique().diff().tolist() == [1] * (grid[0] - 1)  # 2 positions a second, 4 frames a second, 2 a step
         assert ours.ask("Judge it.", media, 4.0).tokens_in == ids.shape[1]
+
+
+# ------------------------------------------------------------------------------------------------ curate.py
+
+
+def curated(data, out, *more, tables=("ref_video.csv", "video.csv", "image.csv")):
+    """Curate the small world's pairs, shards of 5 -> the records of the last stage."""
+    curate.main([*map(str, [*(data / name for name in tables), "--out", out, "--min-side", 8, "--shard-rows", 5, *more])])
+    return records_in(out)
+
+
+def records_in(out, stage="deduplicate"):
+    return [row for path in sorted((Path(out) / "ledger" / stage).glob("*.jsonl")) for row in curate.read_json_lines(path)]
+
+
+@pytest.fixture(scope="session")
+def quadruplets(tmp_path_factory, nano_data):
+    out = tmp_path_factory.mktemp("curate") / "out"
+    curated(nano_data, out)
+    return out
+
+
+def test_pairs_become_quadruplets_that_training_reads(quadruplets, nano_data):
+    rows = records_in(quadruplets)
+    kept = [row for row in rows if row["status"] == "kept"]
+    assert len(rows) == 16 and len(kept) >= 4 and {row["kind"] for row in kept} == {"subject", "background"}
+    assert all(row["reason"] and row["stage"] in curate.STAGES for row in rows if row["status"] != "kept")
+    common = os.path.commonpath([quadruplets, nano_data])
+    table = read_table(quadruplets / "ref_video.csv", "ref", common)
+    assert [Path(row.ref) for row in table] == [quadruplets / row["ref_image"] for row in kept]
+    assert all(data.read_reference(row.ref).shape[0] >= 8 and not data.check_row(row)[1] for row in table)
+    page = (quadruplets / "page.html").read_text()
+    assert page.count('class="card"') == len(kept) and not re.search(r'(src|href)="(?!data:)', page) and "%(" not in page
+    assert f"| deduplicate | {len(kept)} |" in (quadruplets / "funnel.md").read_text()
+
+
+def test_refvie_s_parquet_holds_the_references(quadruplets, nano_data):
+    pytest.importorskip("pyarrow", reason="needs pyarrow: pip install pyarrow")
+    kept = [row for row in records_in(quadruplets) if row["status"] == "kept"]
+    table = read_table(quadruplets / "refvie.parquet", "ref", nano_data)
+    for row, record in zip(table, kept, strict=True):
+        assert torch.equal(data.read_reference(row.ref), read_image(quadruplets / record["ref_image"]))
+
+
+def test_classical_models_find_what_was_edited(nano_data):
+    mask, box, psnr, (precision, recall) = (
+        [float(x) for x in re.findall(r"[\d.]+", line.split("|")[-2])] for line in curate.measure_on_truth(nano_data).splitlines()[2:]
+    )
+    assert mask[0] > 0.6 and box[0] > 0.65 and psnr[0] > 20 and precision == recall == 1
+
+
+def test_a_ledger_read_again_takes_other_thresholds_and_asks_no_model(tmp_path, quadruplets, monkeypatch):
+    for work in ("score", "ground", "synthesize", "verify", "embed"):
+        monkeypatch.setattr(curate.Classical, work, None)
+    scores = sorted(row["edit_score"] for row in records_in(quadruplets, "verify") if row["status"] == "open")
+    rows = curated(quadruplets, tmp_path / "strict", "--min-ref-score", scores[-1], tables=["ledger/verify"])
+    kept = [row for row in rows if row["status"] == "kept"]
+    assert 0 < len(kept) == scores.count(scores[-1])
+    assert all((tmp_path / "strict" / row["ref_image"]).is_file() for row in kept)
+    again = curated(quadruplets, tmp_path / "strict", "--min-ref-score", scores[-1], tables=["ledger/verify"])
+    assert again == rows
+    with pytest.raises(ValueError, match="was made with min_score 6.0, not 7.0: give another --out"):
+        curated(quadruplets, tmp_path / "strict", "--min-ref-score", scores[-1], "--min-score", 7, tables=["ledger/verify"])
+
+
+def test_bad_pairs_cost_only_themselves_and_can_be_tried_again(tmp_path, nano_data, quadruplets, capsys):
+    for file in ("ref_video.csv", "ref_video"):
+        (tmp_path / file).symlink_to(nano_data / file) if file == "ref_video" else shutil.copy(nano_data / file, tmp_path)
+    shutil.copytree(nano_data / "ref_video", tmp_path / "clips")
+    lines = (tmp_path / "ref_video.csv").read_text().replace("ref_video/", "clips/").splitlines()
+    broken = sorted((tmp_path / "clips").glob("*_tgt.mp4"))[0]
+    content = broken.read_bytes()
+    broken.write_bytes(content[:200])
+    (tmp_path / "p.csv").write_text("\n".join([*lines, "clips/none.mp4,clips/none.mp4,Add a hat.,x", "../a.mp4,b.mp4,Add a hat.,x", "a,b,,x"]))
+    rows = curated(tmp_path, tmp_path / "out", tables=["p.csv"])
+    reasons = [row["reason"] for row in rows if row["status"] == "failed"]
+    assert len(reasons) == 4 and len([row for row in rows if row["status"] == "kept"]) >= 1
+    for reason, words in zip(reasons, ("has no pictures", "no such file", "is outside of", "prompt is empty")):
+        assert words in reason
+    before = records_in(tmp_path / "out")
+    broken.write_bytes(content)
+    after = curated(tmp_path, tmp_path / "out", "--retry-failed", tables=["p.csv"])
+    healed = [new for old, new in zip(before, after) if old["status"] == "failed" != new["status"]]
+    assert len(healed) == 1 and broken.name in healed[0]["tgt_video"]
+
+
+def same_result(out, expected):
+    """Two runs left the same ledger and pictures, and nothing half done."""
+    names = [sorted(str(p.relative_to(f)) for p in f.rglob("*") if p.suffix in (".jsonl", ".png", ".part")) for f in (out, expected)]
+    return names[0] == names[1] and all((out / name).read_bytes() == (expected / name).read_bytes() for name in names[0])
+
+
+def start_curate(data, out, *more, **environment):
+    tables = [data / name for name in ("ref_video.csv", "video.csv", "image.csv")]
+    words = [sys.executable, HOUSE / "curate.py", *tables, "--out", out, "--min-side", 8, "--shard-rows", 5, *more]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+
+
+def test_runs_that_are_killed_and_resumed_end_as_one_run(tmp_path, nano_data, quadruplets):
+    stages = ("score", "ground", "verify")
+    for stage in stages:
+        process = start_curate(nano_data, tmp_path / "out", "--workers", "1")
+        while process.poll() is None and not (tmp_path / "out" / "ledger" / stage).is_dir():
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+    part = tmp_path / "out" / "ledger" / "verify" / "00000.part"
+    part.write_bytes(part.read_bytes() + b'{"id": "00000') if part.is_file() else None
+    curated(nano_data, tmp_path / "out")
+    assert same_result(tmp_path / "out", quadruplets)
+
+
+def test_two_processes_do_what_one_does(tmp_path, nano_data, quadruplets):
+    runs = [start_curate(nano_data, tmp_path / "out", RANK=str(rank), WORLD_SIZE="2") for rank in (1, 0)]
+    assert [run.wait(timeout=120) for run in runs] == [0, 0]
+    assert same_result(tmp_path / "out", quadruplets)
+
+
+def test_ray_data_does_what_one_process_does(tmp_path, nano_data, quadruplets):
+    pytest.importorskip("ray", reason="needs Ray Data: pip install 'ray[data]'")
+    run = start_curate(nano_data, tmp_path / "out", "--engine", "ray")
+    text = run.communicate(timeout=300)[0].decode()
+    assert run.returncode == 0, text[-2000:]
+    assert same_result(tmp_path / "out", quadruplets)
+
+
+def test_a_person_s_rejects_and_a_benchmark_s_pictures_leave_the_result(tmp_path, nano_data, quadruplets):
+    kept = [row["id"] for row in records_in(quadruplets) if row["status"] == "kept"]
+    out = shutil.copytree(quadruplets, tmp_path / "out")
+    (tmp_path / "rejects.json").write_text(json.dumps({kept[0]: "torn"}))
+    curated(nano_data, out, "--rejects", tmp_path / "rejects.json")
+    table = list(csv.DictReader((out / "ref_video.csv").open()))
+    assert len(table) == len(kept) - 1 and "| person | rejected | torn | 1 |" in (out / "funnel.md").read_text()
+    (tmp_path / "bench").mkdir()
+    shutil.copy(quadruplets / "refs" / kept[1][:-3] / f"{kept[1]}.png", tmp_path / "bench" / "theirs.png")
+    rows = curated(nano_data, tmp_path / "guarded", "--guard", tmp_path / "bench", tables=["ref_video.csv"])
+    assert [row["id"] for row in rows if "resembles theirs.png of the benchmark" in row.get("reason", "")] == [kept[1]]
+
+
+def test_duplicates_go_only_where_they_are_close_to_one_that_is_kept():
+    angle = torch.arange(40) * 0.1  # a chain: neighbours 0.995 alike, its ends not at all
+    chain = torch.stack([angle.cos(), angle.sin()], dim=1)
+    order = np.random.default_rng(0).permutation(40)
+    expected, kept = np.arange(40), []
+    for i in order:
+        near = max(kept, key=lambda k: float(chain[i] @ chain[k]), default=None)
+        if near is not None and float(chain[i] @ chain[near]) > 0.99:
+            expected[i] = near
+        else:
+            kept.append(i)
+    for block in (3, 7, 64):
+        belongs, nearest = curate.deduplicate(chain, order, 0.99, block)
+        assert np.array_equal(belongs, expected)
+        assert all((nearest[i] > 0.99) == (belongs[i] != i) for i in range(40))
+    assert 10 < len(kept) < 40
+
+
+GOOD_BOX, WHOLE_BOX = '{"bbox_2d": [100, 200, 500, 800], "label": "a red car"}', '{"bbox_2d": [0, 0, 1000, 1000]}'
+
+
+@pytest.mark.parametrize("answer, box", [
+    (f"[{GOOD_BOX}]", "a red car"), (f"```json\n[{GOOD_BOX}]\n```", "a red car"), (f"Here: {GOOD_BOX} and so on", "a red car"),
+    ("[" + f"{GOOD_BOX}, " * 30 + '{"bbox_2d": [100, 2', "a red car"), ('[{"bbox_2d": [100, 200, 500, 800]}]', "object"),
+    ("{'bbox': [100.0,200.0,500.0,800.0]}", "object"), (f'[{{"bbox_2d": [1, 1, 50, 60]}}, {GOOD_BOX}]', "a red car"),
+    ("[]", curate.Rejected), ("I see no car.", curate.Malformed), ('[{"bbox_2d": [500, 200, 100, 800]}]', curate.Rejected),
+    (f"[{WHOLE_BOX}]", curate.Rejected), ('[{"bbox_2d": [10, 10, 12, 12]}]', curate.Rejected), ('{"bbox_2d": [1, 2, 3]}', curate.Malformed),
+])  # fmt: skip
+def test_a_grounder_s_answer_gives_a_box_or_a_reason(answer, box):
+    if isinstance(box, str):
+        assert curate.read_box(answer) == ([0.1, 0.2, 0.5, 0.8], box)
+    else:
+        pytest.raises(box, curate.read_box, answer)
+
+
+@pytest.mark.parametrize("answer, scores", [
+    ('{"reasoning": "fine", "score": [20, 25]}', [20, 25]), ('```json\n{"score": [7, 0]}\n```', [7, 0]), ('So {"score": [3, 4', None),
+    ('"score": [12, 13], "reasoning": "broke off', [12, 13]), ('{"score": [20, 26]}', None), ('{"score": [20]}', None), ("20 and 25", None),
+    ('{"score": [true, 20]}', None), ("", None),
+])  # fmt: skip
+def test_a_scorer_s_answer_that_cannot_be_read_is_no_score(answer, scores):
+    if scores:
+        assert curate.read_scores(answer) == scores
+    else:
+        pytest.raises(curate.Malformed, curate.read_scores, answer)
+
+
+def test_a_verifier_s_answer_is_read_or_refused():
+    assert curate.read_verdict('Well. {"reason": "same cup", "match": true}') == (True, "same cup")
+    assert curate.read_verdict('{"match": "No", "reason": "blue"}') == (False, "blue")
+    for answer in ('{"match": "perhaps"}', "", '"match": true or "match": false'):
+        pytest.raises(curate.Malformed, curate.read_verdict, answer)
+
+
+def tiny_paper_models(folder, kind, said):
+    """The paper's models, each of some 100,000 random weights, that answer as `said` has it (prompt -> text): they run,
+    and what they mumble is replaced at the last moment."""
+    from transformers import CLIPConfig, CLIPModel, Sam3TrackerConfig, Sam3TrackerModel
+
+    models = curate.Paper(curate.parse_arguments(["x", "--out", "x", "--models", "paper", "--device", "cpu"]))
+    asked = judges.Local(tiny_local_judge(folder, kind), curate.Settings(device="cpu"), max_pixels=64 * 64)
+    asked.max_tokens, mumble = 2, asked.ask
+    asked.ask = lambda prompt, media, fps: replace(mumble(prompt, media, fps), text=said(prompt, media))
+    models.scorer = models.grounder = models.verifier = asked
+    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    backbone = dict(small, image_size=112, patch_size=14, window_size=4, global_attn_indexes=[0], pretrain_image_size=112)
+    sizes = [[32, 32], [16, 16], [8, 8]]
+    config = Sam3TrackerConfig(
+        vision_config=dict(backbone_config=dict(backbone, model_type="sam3_vit_model"), fpn_hidden_size=32, backbone_feature_sizes=sizes),
+        prompt_encoder_config=dict(hidden_size=32, image_size=112), mask_decoder_config=dict(hidden_size=32, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=32),
+    )  # fmt: skip
+    models.segmenter = Sam3TrackerModel(config).eval()
+    models.embedder = CLIPModel(CLIPConfig(text_config=small, vision_config=dict(small, image_size=32, patch_size=8), projection_dim=24)).eval()
+    return models
+
+
+def paper_answers(prompt, media):
+    if "two whole numbers" in prompt:
+        return '{"score": [25, 16]}' if "natural" in prompt else '{"score": [25, 25]}'
+    return f"[{GOOD_BOX}]" if "bbox_2d" in prompt else '{"match": true, "reason": "same"}'
+
+
+def in_pixels(prompt, media):  # as Qwen2.5-VL counts: a frame of 64 x 64 is shown to it as 56 x 56
+    return paper_answers(prompt, media).replace("[100, 200, 500, 800]", "[5.6, 11.2, 28, 44.8]")
+
+
+class Editor:
+    """Stands where diffusers' pipeline of 20 billion weights would, and keeps what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, image, prompt, negative_prompt, true_cfg_scale, generator):
+        from PIL import Image
+
+        self.asked.append((prompt, negative_prompt, true_cfg_scale, torch.rand(1, generator=generator).item()))
+        picture = torch.full((96, 96, 3), 255, dtype=torch.uint8)
+        picture[24:80, 16:72] = torch.from_numpy(np.array(image[0]).reshape(-1, 3).mean(axis=0).astype(np.uint8))
+        return type("Made", (), {"images": [Image.fromarray(picture.numpy())]})
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_the_paper_s_models_go_through_all_stages(tmp_path, nano_data, kind, monkeypatch):
+    pytest.importorskip("PIL", reason="needs Pillow, as diffusers does: pip install pillow")
+    models = tiny_paper_models(tmp_path / "mllm", kind, in_pixels if kind == "qwen2_5_vl" else paper_answers)
+    models.editor = Editor()
+    monkeypatch.setattr(curate, "segment", lambda model, frame, box, true=curate.segment: (
+        true(model, frame, box) | True) & torch.nn.functional.pad(torch.ones(20, 20, dtype=bool), (10, 34, 15, 29)))  # fmt: skip
+    monkeypatch.setattr(curate.Paper, "setup", lambda self, stage: self.__dict__.update(models.__dict__))
+    rows = curated(nano_data, tmp_path / "out", "--models", "paper", tables=["ref_video.csv"])
+    live = [row for row in rows if row["status"] != "rejected" or row["stage"] == "deduplicate"]
+    assert len(live) == len([row for row in rows if row["kind"] in curate.KINDS]) >= 2
+    assert all(row["edit_score"] == 8.0 and row["label"] == "a red car" and row["verdict_reason"] == "same" for row in live)
+    assert {negative for _, negative, *_ in models.editor.asked} == {" "} and len({seed for *_, seed in models.editor.asked}) == len(live)
+    assert all("a red car" in prompt for prompt, *_ in models.editor.asked)
+
+
+def test_sam_s_mask_and_clip_s_features_have_the_frame_s_shape_and_length_one(tmp_path):
+    models = tiny_paper_models(tmp_path / "mllm", "qwen3_vl", paper_answers)
+    frame = torch.randint(255, (60, 90, 3), dtype=torch.uint8)
+    mask = curate.segment(models.segmenter, frame, [0.1, 0.2, 0.5, 0.8])
+    assert mask.shape == (60, 90) and mask.dtype == torch.bool
+    features = models.embed([frame, frame.flip(0)])
+    assert features.shape == (2, 24) and close(features.norm(dim=1), torch.ones(2))
+    assert torch.equal(models.embed([frame])[0], models.embed([frame])[0])
+
+
+@pytest.mark.parametrize("style", ["base_model.model.model.language_model.layers", "base_model.model.model.layers"])
+def test_a_released_adapter_is_merged_as_its_file_says(tmp_path, style):
+    asked = judges.Local(tiny_local_judge(tmp_path / "mllm", "qwen3_vl"), curate.Settings(device="cpu"))
+    weight = asked.mllm.model.language_model.layers[1].self_attn.q_proj.weight
+    before, a, b = weight.detach().clone(), torch.randn(4, weight.shape[1]), torch.randn(weight.shape[0], 4)
+    name = f"{style}.1.self_attn.q_proj"
+    save_file({f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    curate.add_adapter(asked.mllm, tmp_path)
+    assert close(weight - before, 2 * b @ a)
+    save_file({"base_model.model.elsewhere.layers.9.q.lora_A.weight": a, "base_model.model.elsewhere.layers.9.q.lora_B.weight": b}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="finds no place"):
+        curate.add_adapter(asked.mllm, tmp_path)
+
+
+def test_the_published_sets_are_read_in_their_own_formats(tmp_path, capsys):
+    (tmp_path / "ditto" / "training_metadata").mkdir(parents=True)
+    line = {"source_path": "s/a.mp4", "edited_path": "e/a.mp4", "instruction": "Replace the background with snow."}
+    (tmp_path / "ditto" / "training_metadata" / "x.json").write_text(json.dumps([line]))
+    (tmp_path / "reco" / "remove").mkdir(parents=True)
+    (tmp_path / "reco" / "remove" / "remove_data_configs.json").write_text(json.dumps([{"src_video": "1.mp4", "instruction": "Remove it."}]))
+    (tmp_path / "openve.csv").write_text("original_video,video,prompt\no/1.mp4,v/1.mp4,Add a hat.\n")
+    inputs = [str(tmp_path / name) for name in ("ditto", "reco", "openve.csv")]
+    rows = list(curate.records_of(curate.parse_arguments([*inputs, "--out", "x"]), []))
+    assert [(r["src_video"], r["tgt_video"], r["kind"]) for r in rows] == [
+        ("s/a.mp4", "e/a.mp4", "background"), ("remove/src_videos/1.mp4", "remove/tar_videos/1.mp4", "remove"), ("o/1.mp4", "v/1.mp4", "subject"),
+    ]  # fmt: skip
+    text = capsys.readouterr().out
+    assert "Ditto-1M: CC-BY-NC-SA-4.0" in text and "OpenVE-3M: CC-BY-NC-4.0" in text
+    (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="bad.csv: has no column src_video, tgt_video, prompt; it has a, b"):
+        list(curate.records_of(curate.parse_arguments([str(tmp_path / "bad.csv"), "--out", "x"]), []))
+
+
+@demo
+def test_a_reference_is_cut_out_of_a_real_edit_and_a_wrong_one_is_noticed(tmp_path):
+    models, row = curate.Classical(None), {"kind": "subject"}
+    source, target, other = (SHARED / "demo" / "videos" / name for name in ("31_src.mp4", "31_tgt.mp4", "22_tgt.mp4"))
+    assert sum(models.score(source, target, row)) / curate.LOOKS > 8
+    box, mask, row["key"] = models.ground(source, target, row)
+    write_image(tmp_path / "glasses.png", models.synthesize(source, target, mask, row))
+    picture = read_image(tmp_path / "glasses.png").float()
+    ink = picture[picture.amin(dim=2) < 240]
+    assert 1.5 < picture.shape[1] / picture.shape[0] < 3 and ink[:, 0].mean() > 1.3 * ink[:, 1].mean()  # wide, and red
+    assert models.verify(source, target, tmp_path / "glasses.png", row)[0]
+    write_image(tmp_path / "wrong.png", curate.frame_at(other, 0))
+    assert not models.verify(source, target, tmp_path / "wrong.png", row)[0]
