@@ -1348,7 +1348,7 @@ def deduplicate(features, order, threshold, block=2048, known_from=0.9):
             if best[i] <= threshold:
                 new.append(i)
                 place[i] = rows[i]
-        belongs[rows], nearest[rows] = place, best
+        belongs[rows.numpy()], nearest[rows.numpy()] = place.numpy(), best
         kept[count : count + len(new)] = rows[new]
         count += len(new)
     return belongs, nearest
