@@ -1339,7 +1339,7 @@ def deduplicate(features, order, threshold, block=2048, known_from=0.9):
                 closer = value > best[near]
                 place[near[closer]], best[near[closer]] = others[index[closer]], value[closer]
         among = (features[rows] @ features[rows].T).numpy()
-        best, place, new = best.numpy(), place.numpy(), []  # new: places in this block that are kept
+        best, new = best.numpy(), []  # new: places in this block that are kept
         for i in range(len(rows)):
             if new:
                 j = new[int(among[i, new].argmax())]
