@@ -220,14 +220,16 @@ class KiwiEdit(nn.Module):
         contexts = self.mllm.encode(requests)
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         apart = ranks > 1 and self.mllm.num_queries["ref"] and self.mllm.ref_queries.requires_grad
-        if apart or len({context.shape[1] for context in contexts}) > 1:
-            # contexts with references differ in length and are not padded: one by one. With several ranks also those
-            # that need not, for sharded ranks must call the blocks equally often
-            columns = [[None] * len(t) if z is None else z.split(1) for z in (latents, t, source, ref, noise)]
-            losses = [self.training_loss(x, c, *rest, flow) for c, (x, *rest) in zip(contexts, zip(*columns))]
-            loss = torch.stack(losses).mean()
-        else:
-            loss = self.training_loss(latents, torch.cat(contexts), t, source, ref, noise, flow)
+        # contexts with references differ in length and are not padded: equal ones go together. With several ranks one
+        # by one, for sharded ranks must call the blocks equally often
+        groups = {}
+        for i, context in enumerate(contexts):
+            groups.setdefault(i if apart else context.shape[1], []).append(i)
+        loss = 0
+        for rows in groups.values():
+            x, at, *rest = (z if z is None else z[rows] for z in (latents, t, source, ref, noise))
+            context = torch.cat([contexts[i] for i in rows])
+            loss = loss + len(rows) / len(t) * self.training_loss(x, context, at, *rest, flow)
         # What this kind of data does not use gets a gradient of zero: all ranks must reduce the same parameters.
         additions = [p for name, p in self.named_parameters() if not name.startswith(("dit.", "vae.", "mllm.model."))]
         return loss + 0 * sum(p.float().sum() for p in additions if p.requires_grad)
