@@ -1285,7 +1285,7 @@ def parse_arguments(argv=None):
     add("--base", default="Wan-AI/Wan2.2-TI2V-5B", metavar="PATH|HUB_ID", help="under a .safetensors: %(default)s")
     add("--qwen", default="Qwen/Qwen2.5-VL-3B-Instruct", metavar="PATH|HUB_ID", help="likewise: %(default)s")
     add("--ref", action=argparse.BooleanOptionalAction, default=True, help="give the reference image to the model")
-    add("--steps", type=positive, default=50, help="denoising steps (default %(default)s)")
+    add("--steps", type=positive, help="denoising steps (default: 50; nano 4)")
     add("--seed", type=int, default=0, help="of every edit, as in the release (default %(default)s)")
     add("--frames", type=positive, default=81, help="at most so many (default %(default)s)")
     add("--max-pixels", type=positive, default=720 * 1280, help="larger frames are shrunk (default %(default)s)")

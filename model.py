@@ -40,6 +40,7 @@ class KiwiConfig:
     source: how the source latents enter (paper, Table 4; `KiwiEdit.inject` is the only reader).
     ref_pad_first: reference tokens before the video's, as one released checkpoint has them, or after.
     trained: (frames, height, width, frames a second) of the one kind of clip that the weights know. None: many sizes.
+    steps: denoising steps of an edit for which no other number is given.
     """
 
     dit: DiTConfig = field(default_factory=DiTConfig)
@@ -48,8 +49,11 @@ class KiwiConfig:
     source: str = "add_scaled"
     ref_pad_first: bool = False
     trained: tuple[int, int, int, int] | None = None
+    steps: int = 50
 
     def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"KiwiConfig.steps: {self.steps}, expected at least 1")
         if self.trained is not None and (len(self.trained) != 4 or min(self.trained) < 1):
             raise ValueError(f"KiwiConfig.trained: {self.trained!r}, expected frames, height, width, frames a second")
         if self.source not in SOURCE_CONDITIONS:
@@ -250,14 +254,15 @@ class KiwiEdit(nn.Module):
         return x
 
     @torch.no_grad()
-    def edit(self, video, instruction, ref=None, steps=50, seed=0, shift=5.0, tile=None, offload_to=None, progress=None):
+    def edit(self, video, instruction, ref=None, steps=None, seed=0, shift=5.0, tile=None, offload_to=None, progress=None):
         """Edit a clip.
 
         video: uint8 (T, H, W, 3), torch or numpy, H and W multiples of 32 (`data.read_clip` makes them so); a T other
         than 4k + 1 is filled by repeating the last frame and cut again. instruction: text. ref: uint8 (H, W, 3) of
-        any size, or a list of such. tile: latent pixels a side for the VAE on small cards. offload_to: a device to
-        which each part is brought only while it works. progress(phase, done, total) is called as work goes on.
-        Same seed, same result. -> uint8 torch (T, H, W, 3), on the CPU. ValueError where an argument does not fit.
+        any size, or a list of such. steps: of denoising, `config.steps` if not given. tile: latent pixels a side for
+        the VAE on small cards. offload_to: a device to which each part is brought only while it works.
+        progress(phase, done, total) is called as work goes on. Same seed, same result.
+        -> uint8 torch (T, H, W, 3), on the CPU. ValueError where an argument does not fit.
         """
         tell = progress or (lambda phase, done, total: None)
         video = torch.as_tensor(video)
@@ -283,8 +288,8 @@ class KiwiEdit(nn.Module):
 
         noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(seed)).to(source.device)
         with working_on((self.dit, *self.embedders()), offload_to):
-            flow = FlowMatch(shift)
-            latents = self.denoise(noise, context, source, ref_latents, steps, flow, partial(tell, "denoise"))
+            told, steps = partial(tell, "denoise"), steps or self.config.steps
+            latents = self.denoise(noise, context, source, ref_latents, steps, FlowMatch(shift), told)
 
         with working_on(self.vae, offload_to):
             return self.decode_frames(latents, tile, partial(tell, "decode"))[:count]

@@ -862,7 +862,7 @@ def evaluate(args):
     table = f"{summary(cases)}\n{goals(cases)}"
     with whole_file(out / "eval.json") as path:
         path.write_text(
-            json.dumps({"weights": args.weights, "world": world, "steps": args.steps, "cases": cases}, indent=0)
+            json.dumps({"weights": args.weights, "world": world, "steps": args.steps or model.config.steps, "cases": cases}, indent=0)
         )
     with whole_file(out / "eval.md") as path:
         path.write_text(table)
@@ -884,7 +884,8 @@ in a world that it draws itself. It shows on any computer that the model, the tr
 not an editor for real clips.
 
 It knows clips of {frames} frames of {size}x{size} at {fps} a second. `python sample.py` edits the bundled example, number
-{example} of the held-out clips, chosen among them by us: "{prompt}"
+{example} of the held-out clips, chosen among them by us: "{prompt}" An edit takes {steps} denoising steps unless told
+otherwise; more are sharper and farther from the truth.
 
 Parameters: {parts}.
 
@@ -968,7 +969,8 @@ def ship(args):
     model = KiwiEdit.from_pretrained(args.weights, dtype=torch.float32)
     load_weights(model, load_file(checkpoint), partial=True)
     merge_lora(model)
-    model.config = replace(model.config, trained=(world["frames"], world["size"], world["size"], world["fps"]))
+    clip = world["frames"], world["size"], world["size"], world["fps"]
+    model.config = replace(model.config, trained=clip, steps=args.steps)
     model.to(torch.bfloat16).save(out)
 
     (out / "example").mkdir()
@@ -980,7 +982,7 @@ def ship(args):
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     card = CARD.format(
         millions=sum(parts.values()) / 1e6, parts=", ".join(f"{name} {count:,}" for name, count in parts.items()),
-        megabytes=total / 1e6, **world, example=args.example, prompt=row["prompt"], made_by=args.made_by, seen=seen,
+        megabytes=total / 1e6, **world, example=args.example, steps=args.steps, prompt=row["prompt"], made_by=args.made_by, seen=seen,
         phases="\n".join(phases), evaluation=evaluation.rstrip(),
         licences="\n".join(f"- {name} {version}: {text}" for name, (version, text, _) in PACKAGES.items()), recipe=RECIPE,
     )  # fmt: skip
@@ -1105,6 +1107,7 @@ def parse_arguments(argv=None):
     add("--weights", required=True, metavar="DIR", help="what `pretrain` wrote, from which training started")
     add("--data", required=True, metavar="DIR", help="held-out clips, of the size that training saw")
     add("--example", required=True, type=int, metavar="INDEX", help="the one that bare `python sample.py` edits (truth.jsonl)")
+    add("--steps", type=positive, default=4, help="denoising steps that the weights ask for (default %(default)s)")
     add("--made-by", required=True, metavar="TEXT", help='the machine, for the model card, e.g. "one H100"')
     add("--eval", metavar="DIR", help="what `eval` wrote, for the model card")
     add("--out", required=True, metavar="DIR", help="e.g. weights/nano")
@@ -1115,7 +1118,7 @@ def parse_arguments(argv=None):
     add("--out", required=True, metavar="DIR", help="for eval.md, eval.json and sheet.png")
     add("--assets", metavar="DIR", help="default: where the data had them")
     add("--cases", type=positive, default=400, help="at most so many (default %(default)s)")
-    add("--steps", type=positive, default=25, help="denoising steps (default %(default)s)")
+    add("--steps", type=positive, help="denoising steps (default: what the weights ask for)")
     return parser.parse_args(argv)
 
 

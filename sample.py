@@ -40,7 +40,7 @@ def parse_arguments(argv=None):
     add("--weights", default=str(DEFAULT_WEIGHTS), metavar="PATH|HUB_ID", help="default: weights/nano")
     add("--base", default="Wan-AI/Wan2.2-TI2V-5B", metavar="PATH|HUB_ID", help="under a .safetensors: %(default)s")
     add("--qwen", default="Qwen/Qwen2.5-VL-3B-Instruct", metavar="PATH|HUB_ID", help="likewise: %(default)s")
-    add("--steps", type=positive, default=50, help="denoising steps (default %(default)s)")
+    add("--steps", type=positive, help="denoising steps (default: 50; nano 4)")
     add("--shift", type=float, default=5.0, help="shift of the noise schedule (default %(default)s)")
     add("--seed", type=int, default=0, help="same seed, same result (default %(default)s)")
     add("--frames", type=positive, help="at most so many frames, reduced to 4k + 1 (default: 81; nano 9)")

@@ -1163,7 +1163,7 @@ def knowing_weights(tmp_path, small_weights):
     """Weights that were trained on one kind of clip, and know an example."""
     folder = Path(shutil.copytree(small_weights, tmp_path / "knowing"))
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "trained": [5, 64, 64, 8]}))
+    (folder / "config.json").write_text(json.dumps({**config, "trained": [5, 64, 64, 8], "steps": 1}))
     (folder / "example").mkdir()
     write_video(folder / "example/source.mp4", moving_picture(5, 64, 64), 8)
     write_image(folder / "example/reference.png", moving_picture(1, 50, 70)[0])
@@ -1177,7 +1177,7 @@ def enlarged(frame):
 
 def test_alone_it_edits_the_example_of_its_weights(tmp_path, knowing_weights, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    sample.main(["--weights", knowing_weights, "--steps", "1", "--device", "cpu"])
+    sample.main(["--weights", knowing_weights, "--device", "cpu"])
     source, ref = read_clip("knowing/example/source.mp4").frames, read_image("knowing/example/reference.png")
     edited = KiwiEdit.from_pretrained(knowing_weights, dtype=torch.float32).edit(source, "Make it night.", ref, steps=1)
     assert read_clip("out.mp4").frames.shape == edited.shape == read_clip("out_compare.mp4").frames[:, ::4, ::12].shape
