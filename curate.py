@@ -141,10 +141,10 @@ SETS = {
     "Ditto-1M": (("source_path", "edited_path", "instruction"), "CC-BY-NC-SA-4.0"),
     "OpenVE-3M": (("original_video", "video", "prompt"), "CC-BY-NC-4.0"),
 }
-CARRIED = (
-    "edit_type", "frames", "height", "width", "edit_score", "frame_scores", "box", "mask", "key", "label", "ref_image", "ref_size",
-    "verdict", "verdict_reason", "feature",
-)  # fmt: skip
+CARRIED = {  # what a record may bring along, where it is of this type; those after `key` only with it
+    "edit_type": str, "frames": int, "height": int, "width": int, "edit_score": (int, float), "frame_scores": list, "key": int,
+    "box": list, "mask": str, "label": str, "ref_image": str, "ref_size": list, "verdict": bool, "verdict_reason": str, "feature": str,
+}  # fmt: skip
 WORDS = {  # what an instruction is about, where the data do not say; the first that is found
     "background": r"\bback(?:ground|drop)s?\b|\bscene (?:behind|around)\b|\bsetting to\b|\bsurroundings\b|\bbehind (?:everything|them|it|the \w+)\b|\bin front of\b",
     "remove": r"\b(?:remove|delete|erase|get rid of|take (?:away|out)|eliminate|without the|disappear|has to go|(?:don't|do not) want)\b|\baway\b",
@@ -158,6 +158,9 @@ TYPES = {
     "subject": "subject", "subject_add": "subject", "background": "background", "background_change": "background",
     "background_ref": "background", "local_remove": "remove", "remove": "remove", "global_style": "style", "style": "style",
 }  # fmt: skip
+
+
+NUMBERS = r"-?\d+(?:\.\d+)?"
 
 
 def kind_of(edit_type, prompt):
@@ -183,8 +186,9 @@ def read_pairs(path, base):
         home = json.loads((path.parent / "read.json").read_text())["bases"]
         for shard in shards:
             for number, line in enumerate(read_json_lines(shard), 1):
-                pictures = {key: str(path.parent.parent / line[key]) for key in ("mask", "ref_image") if key in line}
-                yield "ledger", Path(base or home[line["base"]]), f"{shard}, line {number}", line | pictures
+                place, run = f"{shard}, line {number}", path.resolve().parent.parent
+                pictures = {key: inside(run, line[key], place) for key in ("mask", "ref_image") if key in line}
+                yield "ledger", Path(base or home[line["base"]]), place, line | pictures
     elif path.is_dir():
         raise ValueError(f"{path}: neither Ditto-1M (training_metadata/), ReCo (*/*_data_configs.json) nor a ledger's stage; give a table")
     else:
@@ -200,8 +204,12 @@ def read_lines(path):
             for i, line in enumerate(file.read_row_group(group, wanted).to_pylist()):
                 yield f"{path}, row {i} of group {group}", line
     elif path.suffix == ".jsonl":
-        for number, line in enumerate(read_json_lines(path), 1):
-            yield f"{path}, line {number}", line
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for number, text in enumerate(file, 1):
+                try:
+                    yield f"{path}, line {number}", json.loads(text)
+                except ValueError:
+                    yield f"{path}, line {number}", None
     elif path.suffix == ".json":
         try:
             lines = json.loads(path.read_text(encoding="utf-8"))
@@ -214,8 +222,11 @@ def read_lines(path):
     elif path.suffix == ".csv":
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            for line in reader:
-                yield f"{path}, line {reader.line_num}", line
+            try:
+                for line in reader:
+                    yield f"{path}, line {reader.line_num}", line
+            except (csv.Error, UnicodeError) as error:
+                raise ValueError(f"{path}, after line {reader.line_num}: is not a CSV table in UTF-8 ({error})") from None
     else:
         raise ValueError(f"{path}: a table is .csv, .parquet, .json or .jsonl")
 
@@ -248,28 +259,27 @@ def records_of(args, bases):
     """
     number, told = 0, set()
     for source in args.pairs:
+        known = None  # the set that this input was found to be
         for name, base, place, line in read_pairs(source, args.base_path):
-            if not isinstance(line, dict):
-                raise ValueError(f"{place}: expected a pair with named fields, found {type(line).__name__}")
-            fits = lambda key: all(column in line for column in SETS[key][0])
-            name = name if name in ("ledger", "ReCo") else next((key for key in SETS if fits(key)), None)
+            fields = line if isinstance(line, dict) else {}
+            fits = lambda key: all(column in fields for column in SETS[key][0])
+            name = name if name in ("ledger", "ReCo") else next((key for key in SETS if fits(key)), known)
             if name is None:
-                has_columns(place.split(", ")[0], SETS["pairs"][0], list(line))
+                has_columns(place, SETS["pairs"][0], list(fields))
+            known = name
             licence = {"ReCo": "see its data card", "ledger": None}.get(name) or SETS.get(name, (None, None))[1]
             if licence and name not in told:
                 told.add(name)
                 print(f"licence     {name}: {licence}")
-            columns = SETS[name][0] if name in SETS else SETS["pairs"][0]
             base = str(base.resolve())
             if base not in bases:
                 bases.append(base)
-            values = {key: line[column] for key, column in zip(SETS["pairs"][0], columns)}
-            record = {"id": f"{number:07d}", "name": str(line.get("name") or line.get("id") or number), **values}
-            record |= {key: line[key] for key in CARRIED if line.get(key) not in (None, "")} | {"base": bases.index(base)}
+            columns = SETS[name][0] if name in SETS else SETS["pairs"][0]
+            record = {"id": f"{number:07d}", "name": str(fields.get("name") or fields.get("id") or number)}
+            record |= {key: fields.get(column) for key, column in zip(SETS["pairs"][0], columns)} | {"base": bases.index(base)}
+            record |= carried(fields)
             if name == "ledger":
                 adopt(record, Path(args.out))
-            elif "mask" not in record:
-                record.pop("ref_image", None)  # that a pair came with: the pipeline makes its own
             record |= start_of(record, base, place)
             if name == "ledger" and line["status"] == "rejected" and line["stage"] in PAID:
                 tuning = record.get("edit_score", 0) >= args.min_score
@@ -278,6 +288,16 @@ def records_of(args, bases):
             number += 1
     if not number:
         raise ValueError(f"{', '.join(args.pairs)}: no pairs")
+
+
+def carried(line):
+    """What a line brings along of the stages' work; a reference without its mask is not ours, and is made anew."""
+    found = {key: line[key] for key, kind in CARRIED.items() if isinstance(line.get(key), kind) and line[key] != ""}
+    if isinstance(line.get("edit_score"), str) and re.fullmatch(NUMBERS, line["edit_score"].strip()):  # of a CSV
+        found["edit_score"] = float(line["edit_score"])
+    if not {"key", "box", "mask"} <= found.keys():
+        found = {key: found[key] for key in list(CARRIED)[: list(CARRIED).index("key")] if key in found}
+    return found
 
 
 def adopt(record, out):
@@ -304,7 +324,8 @@ def start_of(record, base, place):
     end = {"kind": None, "status": "failed", "stage": "read"}
     for key in SETS["pairs"][0]:
         if not isinstance(record[key], str) or not record[key].strip():
-            return end | {"reason": f"{place}: {key} is empty"}
+            texts = {key: record[key] if isinstance(record[key], str) else "" for key in SETS["pairs"][0]}
+            return end | texts | {"reason": f"{place}: {key} is empty, or no text"}
     try:
         inside(Path(base), record["src_video"], place), inside(Path(base), record["tgt_video"], place)
     except ValueError as error:
@@ -362,7 +383,7 @@ class Ledger:
 
     def reopen_failed(self, shard):
         """Make the failed records of a shard open again: in every stage its done work becomes a journal without them."""
-        for stage in STAGES[1:]:
+        for stage in reversed(STAGES[1:]):  # so that, killed in between, no later stage still tells of what is open again
             rows = self.rows(stage, shard) if self.done(stage, shard) else []
             if any(row["status"] == "failed" and row["stage"] != "read" for row in rows):
                 with self.journal(stage, shard) as (_, add):
@@ -532,7 +553,7 @@ class Score(Stage):
         return self.judged(row | found)
 
     def judged(self, row):
-        score, kind = float(row["edit_score"]), row["kind"]
+        score, kind = row["edit_score"], row["kind"]
         row["tuning"] = score >= self.args.min_score
         if not row["tuning"]:
             raise self.rejected(row, f"score {score:.1f} is below {self.args.min_score:g}")
@@ -936,11 +957,11 @@ def camera_way(moving, fixed, weight):
         for _ in range(8):
             warped = F.grid_sample(a, F.affine_grid(way_matrix(p, height, width)[None], a.shape, align_corners=False),
                                    padding_mode="border", align_corners=False)  # fmt: skip
-            inside_ = F.grid_sample(torch.ones_like(a), F.affine_grid(way_matrix(p, height, width)[None], a.shape, align_corners=False), align_corners=False)
+            seen = F.grid_sample(torch.ones_like(a), F.affine_grid(way_matrix(p, height, width)[None], a.shape, align_corners=False), align_corners=False)
             gy, gx = torch.gradient(warped[0, 0])
             gx, gy = gx * size[1] / width * unit, gy * size[0] / height * unit
             rest = (b - warped)[0, 0]
-            use = (w * inside_)[0, 0]
+            use = (w * seen)[0, 0]
             error = (rest.abs() * use).sum().item() / max(use.sum().item(), 1e-6)
             steps = torch.stack([gx * x + gy * y, gy * x - gx * y, gx, gy], dim=-1).flatten(0, 1)
             robust = (use / (1 + (rest / 0.05) ** 2)).flatten()
@@ -1041,7 +1062,6 @@ PROMPTS = {
         'Answer with JSON only: {{"reason": "<one sentence>", "match": true or false}}'
     ),
 }
-NUMBERS = r"-?\d+(?:\.\d+)?"
 
 
 def read_scores(text, highest=25):
@@ -1172,6 +1192,7 @@ class Paper:
             self.editor = open_editor(self.args.editor, self.device)
         elif stage == "verify":
             self.verifier = open_model(self.args.verifier, self.device)
+        if stage in ("verify", "guard"):
             self.embedder = open_embedder(self.args.embedder, self.device)
 
     def ask(self, model, prompt, images, tries=5):
@@ -1212,8 +1233,8 @@ class Paper:
         box, row["label"] = read_box(said, tuple(size))
         with self.lock:
             mask = segment(self.segmenter, frame, box)
-        inside_ = mask[round(box[1] * len(mask)) : round(box[3] * len(mask)), round(box[0] * mask.shape[1]) : round(box[2] * mask.shape[1])]
-        if not mask.any() or inside_.sum() < 0.5 * mask.sum():
+        within = mask[round(box[1] * len(mask)) : round(box[3] * len(mask)), round(box[0] * mask.shape[1]) : round(box[2] * mask.shape[1])]
+        if not mask.any() or within.sum() < 0.5 * mask.sum():
             raise Rejected("the mask does not lie in its box")
         return box, mask, 0
 
@@ -1378,7 +1399,7 @@ def deduplicate_all(args, ledger, bases):
                     guarded[row["id"]] = max(near, key=near.get)
             if row["id"] not in guarded:
                 ids.append(row["id"])
-                scores.append(float(row["edit_score"]))
+                scores.append(row["edit_score"])
                 features.append(unpack(row["feature"]))
     found = {}
     if ids:
@@ -1413,7 +1434,7 @@ def features_of_benchmark(args):
     if not files:
         raise ValueError(f"--guard {args.guard}: no pictures or clips there")
     models = {"classical": Classical, "paper": Paper}[args.models](args)
-    models.setup("verify")
+    models.setup("guard")
     return {path.name: models.embed([read_image(path)])[0].numpy() for path in tqdm(files, desc="guard", mininterval=1)}
 
 
@@ -1584,9 +1605,10 @@ def pair_by_pair(rows):
     """What became of each record and why, as Markdown."""
     lines = ["| record | kind | score | ended | why |", "| --- | --- | --- | --- | --- |"]
     for row in rows:
-        why = row.get("verdict_reason", "") if row["status"] == "kept" else row["reason"]
-        score = f"{float(row['edit_score']):.1f}" if "edit_score" in row else ""
-        lines.append(f"| {row['name']} | {row['kind']} | {score} | {row['status'] if row['status'] == 'kept' else row['stage']} | {why.replace('|', '/')} |")
+        kept = row["status"] == "kept"
+        score = f"{row['edit_score']:.1f}" if "edit_score" in row else ""
+        cells = row["name"], row["kind"], score, "kept" if kept else row["stage"], row.get("verdict_reason", "") if kept else row["reason"]
+        lines.append(f"| {' | '.join(' '.join(str(cell).replace('|', '/').split()) for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -1623,7 +1645,7 @@ def write_page(args, ledger, bases, rows, counts, told):
         strip = [torch.cat(list(resize(x[torch.linspace(0, len(x) - 1, min(4, len(x))).long()], size_to(x, 300))), dim=1) for x in (source, target)]
         width = min(s.shape[1] for s in strip)
         reference = resize(reference[None], size_to(reference[None], 480))[0]
-        why = f"{row['id']} {row['name']}: {row['kind']}, score {float(row['edit_score']):.1f}; {row.get('verdict_reason', '')}"
+        why = f"{row['id']} {row['name']}: {row['kind']}, score {row['edit_score']:.1f}; {row.get('verdict_reason', '')}"
         return (
             f'<div class="card" data-id="{row["id"]}"><h3>{html.escape(row["prompt"])}</h3><p>{html.escape(why)}</p><div class="row">'
             f'<div style="flex:3">source above, edit below<br><img src="{picture(torch.cat([s[:, :width] for s in strip]))}"></div>'
@@ -1632,9 +1654,9 @@ def write_page(args, ledger, bases, rows, counts, told):
 
     with ThreadPoolExecutor(args.workers) as pool:
         cards = list(tqdm(pool.map(card, rows), total=len(rows), desc="page", mininterval=1))
-    content, fill = PAGE, {"count": len(rows), "kept": len(counts.kept), "funnel": counts.svg(), "cards": "".join(cards)}
-    for name, value in (fill | {"table": markdown_to_html(pair_by_pair(told))}).items():
-        content = content.replace(f"%({name})s", str(value), 1)
+    fill = {"count": len(rows), "kept": len(counts.kept), "funnel": counts.svg(), "cards": "".join(cards)}
+    fill["table"] = markdown_to_html(pair_by_pair(told))
+    content = re.sub(r"%\((\w+)\)s", lambda name: str(fill[name[1]]), PAGE)
     with whole_file(ledger.out / "page.html") as path:
         path.write_text(content, encoding="utf-8")
 
@@ -1850,6 +1872,7 @@ def main(argv=None):
             same_settings(args, ledger)
             read_all(args, ledger)
         wait_for(lambda: ledger.count, "the tables")
+        same_settings(args, ledger)  # on every rank: none begins with other ones while the first is still refusing them
         bases = json.loads((ledger.folder / "read.json").read_text())["bases"]
         if args.retry_failed:
             for shard in range(rank, ledger.count[1], world):

@@ -2358,6 +2358,22 @@ def test_bad_pairs_cost_only_themselves_and_can_be_tried_again(tmp_path, nano_da
     assert len(healed) == 1 and broken.name in healed[0]["tgt_video"]
 
 
+def test_odd_lines_of_a_table_cost_only_themselves_and_odd_fields_nothing(tmp_path, nano_data, quadruplets):
+    good = {key: line[key] for line in [next(csv.DictReader((nano_data / "ref_video.csv").open()))] for key in data.COLUMNS["video"]}
+    odd = {"edit_type": 7, "frames": "9", "edit_score": "high", "mask": "/etc/passwd", "ref_image": b"".hex(), "verdict": "yes"}
+    lines = [json.dumps(good | odd), "{half", "[]", json.dumps(good | {"prompt": ["x"]}), json.dumps(good | {"edit_score": "9.5"})]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    rows = curated(tmp_path, tmp_path / "out", "--base-path", nano_data, "--duplicate", 1, tables=["p.jsonl"])
+    assert [row["status"] == "failed" for row in rows] == [False, True, True, True, False]
+    first = next(row for row in records_in(quadruplets) if row["src_video"] == good["src_video"])
+    assert [row["edit_score"] for row in rows if "edit_score" in row] == [first["edit_score"], 9.5]
+    shutil.copytree(tmp_path / "out/ledger", tmp_path / "theirs/ledger")
+    shard = tmp_path / "theirs/ledger/verify/00000.jsonl"
+    shard.write_text(re.sub(r"masks/[^\"]*", "../../secret.png", shard.read_text()))
+    with pytest.raises(ValueError, match="line 1: ../../secret.png is outside of"):
+        curated(tmp_path, tmp_path / "again", tables=["theirs/ledger/verify"])
+
+
 def same_result(out, expected):
     """Two runs left the same ledger and pictures, and nothing half done."""
     names = [sorted(str(p.relative_to(f)) for p in f.rglob("*") if p.suffix in (".jsonl", ".png", ".part")) for f in (out, expected)]
