@@ -34,6 +34,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 EXAMPLES = """examples:
@@ -257,7 +258,7 @@ def records_of(args, bases):
 
     Nothing is opened but the tables: a clip that is missing is found out, and counted, when it is its turn.
     """
-    number, told = 0, set()
+    number, told, home = 0, set(), lru_cache(lambda base: str(base.resolve()))
     for source in args.pairs:
         known = None  # the set that this input was found to be
         for name, base, place, line in read_pairs(source, args.base_path):
@@ -271,7 +272,7 @@ def records_of(args, bases):
             if licence and name not in told:
                 told.add(name)
                 print(f"licence     {name}: {licence}")
-            base = str(base.resolve())
+            base = home(base)
             if base not in bases:
                 bases.append(base)
             columns = SETS[name][0] if name in SETS else SETS["pairs"][0]
@@ -508,11 +509,11 @@ class Stage:
     def setup(self):
         self.models = self.models or {"classical": Classical, "paper": Paper}[self.args.models](self.args)
         self.models.setup(self.name)
+        self.pool = ThreadPoolExecutor(self.args.workers)
         return self
 
     def __call__(self, batch):
-        with ThreadPoolExecutor(self.args.workers) as pool:
-            return list(pool.map(self.guarded, batch))
+        return list(self.pool.map(self.guarded, batch))
 
     def guarded(self, row):
         try:
