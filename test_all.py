@@ -2585,7 +2585,7 @@ def test_the_published_sets_are_read_in_their_own_formats(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "Ditto-1M: CC-BY-NC-SA-4.0" in text and "OpenVE-3M: CC-BY-NC-4.0" in text
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match="bad.csv: has no column src_video, tgt_video, prompt; it has a, b"):
+    with pytest.raises(ValueError, match="bad.csv, line 2: has no column src_video, tgt_video, prompt; it has a, b"):
         list(curate.records_of(curate.parse_arguments([str(tmp_path / "bad.csv"), "--out", "x"]), []))
 
 
