@@ -2317,10 +2317,10 @@ def test_refvie_s_parquet_holds_the_references(quadruplets, nano_data):
 
 
 def test_classical_models_find_what_was_edited(nano_data):
-    mask, box, psnr, (precision, recall) = (
+    things, pixels, psnr, (precision, recall) = (
         [float(x) for x in re.findall(r"[\d.]+", line.split("|")[-2])] for line in curate.measure_on_truth(nano_data).splitlines()[2:]
     )
-    assert mask[0] > 0.6 and box[0] > 0.65 and psnr[0] > 20 and precision == recall == 1
+    assert things[0] > 0.7 and things[1] > 0.8 and pixels[0] > 0.6 and pixels[1] > 0.65 and psnr[0] > 20 and precision == recall == 1
 
 
 def test_a_ledger_read_again_takes_other_thresholds_and_asks_no_model(tmp_path, quadruplets, monkeypatch):
