@@ -940,7 +940,7 @@ for piece in 1 2; do python nano.py pretrain dit --data ../train128 --out ../pre
 stage() { timeout 540 python train.py --config nano --data ../train128 --workers 12 --no-checkpointing --resume auto "$@" || test $? = 124; }
 for piece in 1 2; do stage --stage 1 --weights ../pre128/weights --out ../runs128/1 --set steps=600 lr=1e-3 global_batch=64 batch=64 warmup=50 schedule=cosine beta2=0.98; done
 for piece in 1 2; do stage --stage 2 --weights ../runs128/1 --out ../runs128/2 --set steps=3000 lr=1e-3 global_batch=64 batch=64 warmup=50 schedule=cosine beta2=0.98; done
-for piece in 1 2; do stage --stage 3 --weights ../runs128/2 --out ../runs128/3 --set steps=3000 lr=5e-4 global_batch=64 batch=64 warmup=50 schedule=cosine beta2=0.98; done
+for piece in 1 2; do stage --stage 3 --weights ../runs128/2 --out ../runs128/3 --set steps=3000 lr=1e-3 global_batch=64 batch=64 warmup=50 schedule=cosine beta2=0.98 image=1 video=1 ref=2 shift=20; done
 ship() { python nano.py ship ../runs128/3/step-003000/weights.safetensors --weights ../pre128/weights --data ../test128 --made-by "one H100" --out ../nano128 "$@"; }
 ship --example 2
 python nano.py eval --weights ../nano128 --data ../test128 --out ../report128
