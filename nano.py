@@ -1000,7 +1000,8 @@ def find_example(data, index):
 
 
 def phases_of(checkpoint, weights):
-    """What was trained before and up to a checkpoint, as rows of a table, as far as its files are still there."""
+    """What was trained before and up to a checkpoint, as rows of a table, as far as its files are still there. Weights
+    that were shipped themselves bring the rows of their own card."""
     import torch
 
     rows = []
@@ -1009,6 +1010,8 @@ def phases_of(checkpoint, weights):
             state = torch.load(path, weights_only=True, mmap=True)
             seconds = f"{state['seconds']:.0f}" if "seconds" in state else "not recorded"
             rows.append(f"| pretrain {part} | {state.get('seed', 0)} | {state['step']} | | {seconds} |")
+    if (card := weights / "MODEL_CARD.md").is_file():
+        rows += [line for line in card.read_text().splitlines() if line.startswith(("| pretrain ", "| train.py "))]
     for folder in reversed(list(checkpoints_before(checkpoint.parent))):
         run, counts = read_run(folder), json.loads((folder / "train.json").read_text())["counts"]
         cells = run["args"]["seed"], counts["step"], counts["samples"], round(counts["seconds"])
@@ -1030,12 +1033,13 @@ def read_run(folder):
 
 
 def clips_seen(checkpoint):
-    """How the clips of a training were drawn, as far as that is recorded."""
+    """How the clips of a training were drawn, the last ones first, as far as that is recorded."""
+    seen = {}  # as a set that keeps its order
     for folder in checkpoints_before(checkpoint.parent):
         path = Path(read_run(folder)["args"]["data"]) / "world.json"
         if path.is_file():
-            return "{clips} of `nano.py data --seed {seed}`".format(**json.loads(path.read_text()))
-    return "not recorded"
+            seen["{clips} of `nano.py data --seed {seed} --frames {frames}`".format(**json.loads(path.read_text()))] = True
+    return ", ".join(seen) or "not recorded"
 
 
 # ------------------------------------------------------------------------------------------------ RefVIE-Bench's layout

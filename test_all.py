@@ -1338,9 +1338,11 @@ def test_what_a_stage_saves_has_exactly_the_released_names_and_shapes(tmp_path, 
 
 def test_ddp_fsdp_and_sequence_parallelism_give_the_losses_of_one_process_and_resume_on_another_number(tmp_path, lesson):
     short, long = ["steps=3", "pixels=4096,6144"], ["steps=20", "pixels=4096,6144", "ema=0.9"]
+    muon = [*short, "optimizer=muon"]
     train.main(lessons(lesson, tmp_path / "one", "--save-every", "13", settings=long))
     runs = [lessons(lesson, tmp_path / name, "--save-every", "13", *flags, settings=settings) for name, flags, settings in (
         ("ddp", [], long), ("fsdp", ["--parallel", "fsdp"], long), ("sp", ["--sp", "2"], short),
+        ("matrices", ["--parallel", "fsdp"], muon),
         ("half", ["--sp", "2", "--parallel", "fsdp", "--dtype", "bfloat16"], short))]  # fmt: skip
     (tmp_path / "all.py").write_text(f"import sys\nsys.path.insert(0, {str(HOUSE)!r})\nimport train\n"
                                      f"train.dist.init_process_group('gloo')\nfor words in {runs!r}:\n    train.main(words)\n"
@@ -1349,7 +1351,9 @@ def test_ddp_fsdp_and_sequence_parallelism_give_the_losses_of_one_process_and_re
     done = subprocess.run(torchrun, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=150)
     assert done.returncode == 0, done.stderr[-3000:]
     train.main(lessons(lesson, tmp_path / "short", settings=short))
+    train.main(lessons(lesson, tmp_path / "muon", settings=muon))
     assert len(losses(tmp_path / "fsdp")) == 20
+    assert same_course(tmp_path / "matrices", tmp_path / "muon") and losses(tmp_path / "muon") != losses(tmp_path / "short")
     assert same_course(tmp_path / "ddp", tmp_path / "one") and same_course(tmp_path / "fsdp", tmp_path / "one")
     assert same_course(tmp_path / "sp", tmp_path / "short") and same_course(tmp_path / "half", tmp_path / "short", 3e-2)
     shutil.rmtree(tmp_path / "fsdp" / "step-000020")
@@ -1361,7 +1365,7 @@ def test_ddp_fsdp_and_sequence_parallelism_give_the_losses_of_one_process_and_re
 
 
 def test_a_run_killed_at_any_point_goes_on_to_the_same_weights_bit_for_bit(tmp_path, lesson):
-    settings = ["steps=7", "pixels=4096,6144"]
+    settings = ["steps=7", "pixels=4096,6144", "optimizer=muon"]  # which has AdamW beside it
     train.main(lessons(lesson, tmp_path / "whole", settings=settings))
     dice, kills, out = random.Random(0), 0, tmp_path / "killed"
     while True:
@@ -1618,8 +1622,8 @@ def pretrained(tmp_path_factory, nano_data):
     return folder
 
 
-def run_ship(checkpoint, pretrained, test_data, out, *more, example=2):
-    words = [checkpoint, "--weights", pretrained / "weights", "--data", test_data, "--example", example, "--made-by", "a test"]
+def run_ship(checkpoint, weights, test_data, out, *more, example=2):
+    words = [checkpoint, "--weights", weights, "--data", test_data, "--example", example, "--made-by", "a test"]
     nano.main(["ship", *map(str, [*words, "--out", out, *more])])
 
 
@@ -1646,7 +1650,7 @@ def test_a_checkpoint_ships_as_small_weights_that_edit(tmp_path, pretrained, tes
     inject_lora(model.mllm.model.language_model, 4)
     trained = {f"mllm.model.language_model.{k}": v + 0.1 for k, v in lora_state_dict(model.mllm.model.language_model).items()}
     save_file({**trained, "dit.head.head.bias": model.dit.head.head.bias + 1}, tmp_path / "step.safetensors")
-    run_ship(tmp_path / "step.safetensors", pretrained, test_clips, tmp_path / "shipped")
+    run_ship(tmp_path / "step.safetensors", pretrained / "weights", test_clips, tmp_path / "shipped")
     assert sum(path.stat().st_size for path in (tmp_path / "shipped").rglob("*.*")) < 32e6
     model, before = KiwiEdit.from_pretrained(tmp_path / "shipped", dtype=torch.float32), model.dit.head.head.bias
     assert close(model.dit.head.head.bias, before + 1, 1e-2) and tuple(model.config.trained) == (5, 64, 64, 8)
@@ -1660,21 +1664,28 @@ def test_a_checkpoint_ships_as_small_weights_that_edit(tmp_path, pretrained, tes
 def test_what_ships_has_an_example_and_says_how_it_was_trained_and_is_the_same_each_time(
     tmp_path, nano_data, pretrained, test_clips
 ):
-    words = ["--config", "nano", "--stage", "3", "--data", nano_data, "--weights", pretrained / "weights", "--workers", "0"]
-    train.main([*map(str, [*words, "--out", tmp_path / "run"]), "--set", "steps=1", "global_batch=2"])
+    def train_from(weights, run):
+        words = ["--config", "nano", "--stage", "3", "--data", nano_data, "--weights", weights, "--workers", "0", "--out", run]
+        train.main([*map(str, words), "--set", "steps=1", "global_batch=2"])
+        return run / "step-000001/weights.safetensors"
+
+    checkpoint = train_from(pretrained / "weights", tmp_path / "run")
     nano.main(["eval", "--weights", str(pretrained / "weights"), *map(str, ["--data", test_clips, "--out", tmp_path]), "--steps", "1"])
     for name in "ab":
-        checkpoint = tmp_path / "run/step-000001/weights.safetensors"
-        run_ship(checkpoint, pretrained, test_clips, tmp_path / name, "--eval", str(tmp_path))
+        run_ship(checkpoint, pretrained / "weights", test_clips, tmp_path / name, "--eval", str(tmp_path))
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
     assert len(files) == 12
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
     card, table = (tmp_path / "a/MODEL_CARD.md").read_text(), (tmp_path / "eval.md").read_text()
-    for text in ("| pretrain vae | 0 | 2 |", "| train.py stage 3 | 0 | 1 | 2 |", "16 of `nano.py data --seed 0`", table.strip()):
+    for text in ("| pretrain vae | 0 | 2 |", "| train.py stage 3 | 0 | 1 | 2 |", "16 of `nano.py data --seed 0 --frames 5`", table.strip()):
         assert text in card
     row = json.loads((test_clips / "truth.jsonl").read_text().splitlines()[2])
     assert (tmp_path / "a/example/prompt.txt").read_text().strip() == row["prompt"]
     assert (tmp_path / "a/example/reference.png").read_bytes() == (test_clips / row["ref_image"]).read_bytes()
+    run_ship(train_from(tmp_path / "a", tmp_path / "more"), tmp_path / "a", test_clips, tmp_path / "c")
+    rows = [line for line in card.splitlines() if line.startswith("| pretrain ")]
+    again = (tmp_path / "c/MODEL_CARD.md").read_text()
+    assert rows and all(row in again for row in rows) and again.count("| train.py stage 3 | 0 | 1 | 2 |") == 2
 
 
 def test_the_goals_are_differences_of_the_measures():

@@ -68,6 +68,7 @@ class Stage:
     lr: float = 2e-5
     warmup: int = 100  # steps
     schedule: str = "constant"  # or "cosine", "linear": down to nothing
+    optimizer: str = "adamw"  # or "muon": orthogonalised updates for matrices, AdamW for the rest
     weight_decay: float = 0.01
     beta2: float = 0.999
     clip: float = 1.0
@@ -78,6 +79,8 @@ class Stage:
     def __post_init__(self):
         if self.schedule not in ("constant", "cosine", "linear"):
             raise ValueError(f"Stage.schedule: {self.schedule!r}, expected constant, cosine or linear")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"Stage.optimizer: {self.optimizer!r}, expected adamw or muon")
         for name in ("steps", "global_batch", "batch", "frames"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Stage.{name}: {getattr(self, name)}, expected at least 1")
@@ -754,9 +757,26 @@ class Order:
 
 # Training
 
+MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
+
+
+def make_optimizers(stage, trained):
+    """AdamW (paper, Section 5.1); or Muon for what is a matrix, its updates as large as AdamW's would be (arXiv
+    2502.16982, Eq. 4), and AdamW for the rest: queries, norms, modulations, patch embeddings."""
+    matrices = [
+        p for name, p in trained.items() if stage.optimizer == "muon" and p.ndim == 2 and not name.endswith("_queries")
+    ]
+    chosen = set(matrices)
+    rest = [p for p in trained.values() if p not in chosen]
+    adamw = torch.optim.AdamW(rest, lr=stage.lr, betas=(0.9, stage.beta2), weight_decay=stage.weight_decay)
+    if not matrices:
+        return [adamw]
+    muon = torch.optim.Muon(matrices, stage.lr, weight_decay=stage.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [muon, adamw]
+
 
 class Trainer:
-    """The loop and what it keeps: model, optimizer, averaged weights, and the counters that a checkpoint holds."""
+    """The loop and what it keeps: model, optimizers, averaged weights, and the counters that a checkpoint holds."""
 
     def __init__(self, args, stage, ranks, model, curriculum, tables):
         if stage.batches % ranks.dp:
@@ -768,9 +788,7 @@ class Trainer:
         self.counts = {"step": 0, "updates": 0, "samples": 0, "tokens": 0, "bad": 0, "skipped": 0, "seconds": 0.0}
         self.module = parallelise(model, args, ranks)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.trained.values(), lr=stage.lr, betas=(0.9, stage.beta2), weight_decay=stage.weight_decay
-        )
+        self.optimizers = make_optimizers(stage, self.trained)
         self.ema = {name: p.detach().clone() for name, p in self.trained.items()} if stage.ema else {}
         self.saver = Checkpoints(Path(args.out), args.keep, ranks)
         self.stop = None
@@ -845,7 +863,7 @@ class Trainer:
         for i in range(here):
             batch = next(loader)
             if self.ranks.any(self.stop is not None):
-                self.optimizer.zero_grad()
+                self.module.zero_grad()
                 self.stop = self.stop or "a signal to another rank"
                 return None
             if "fatal" in batch:
@@ -860,8 +878,8 @@ class Trainer:
             broken += batch["bad"]
             paths += [] if math.isfinite(loss.item()) else batch["paths"]
         rate = learning_rate(stage, self.counts["step"])
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = rate
         norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), stage.clip or math.inf)
         norm = norm.full_tensor().item() if hasattr(norm, "full_tensor") else norm.item()
         self.update(norm, paths, batch)
@@ -896,7 +914,8 @@ class Trainer:
     def update(self, norm, paths, batch):
         """Step the optimizer, unless the gradient is not finite."""
         if math.isfinite(norm):
-            self.optimizer.step()
+            for optimizer in self.optimizers:
+                optimizer.step()
             self.counts["updates"] += 1
             self.trouble = 0
             if self.ema:
@@ -915,7 +934,7 @@ class Trainer:
                 )
             if self.ranks.first:
                 print(f"warning: {message}", file=sys.stderr)
-        self.optimizer.zero_grad()
+        self.module.zero_grad()
 
     def count(self, tokens, bad, seconds):
         counts = self.counts
@@ -935,13 +954,14 @@ class Trainer:
         self.saver.save(self.counts, self.stage, self.model, self.optimizer_state(), self.ema)
 
     def optimizer_state(self):
-        """The moments of AdamW by parameter name; before the first update zeros."""
-        moments = {}
-        for name, p in self.trained.items():
-            state = self.optimizer.state[p]
-            if not state:
-                state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            moments |= {f"{name}.exp_avg": state["exp_avg"], f"{name}.exp_avg_sq": state["exp_avg_sq"]}
+        """The optimizers' moments by parameter name; before the first update zeros."""
+        names, moments = {p: name for name, p in self.trained.items()}, {}
+        for optimizer in self.optimizers:
+            for p in optimizer.param_groups[0]["params"]:
+                state = optimizer.state[p]
+                state.setdefault("step", torch.tensor(0.0))  # AdamW counts by parameter
+                for moment in MOMENTS[type(optimizer)]:
+                    moments[f"{names[p]}.{moment}"] = state.setdefault(moment, torch.zeros_like(p))
         return moments
 
     def restore(self, checkpoint):
@@ -956,8 +976,9 @@ class Trainer:
             print(f"warning: not as when {checkpoint} was written: {', '.join(changed)}", file=sys.stderr)
         state = {"optimizer": self.optimizer_state(), "ema": self.ema}
         dcp.load(state, checkpoint_id=checkpoint / "state")
-        for p in self.trained.values():
-            self.optimizer.state[p]["step"].fill_(self.counts["updates"])
+        for optimizer in self.optimizers:
+            for moments in optimizer.state.values():
+                moments["step"].fill_(self.counts["updates"])
 
     def sample(self, step):
         """Edit the first row of each table, and write source, edit and target side by side."""
