@@ -17,6 +17,7 @@ import math
 import os
 import random
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -259,7 +260,7 @@ def read_image(path, content=None):
 def whole_file(path):
     """Yield a temporary path beside `path`; rename it when the block ends well, remove it otherwise."""
     path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_ident()}.tmp{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -474,11 +475,12 @@ def has_columns(path, columns, found):
 
 
 def inside(base, name, where):
-    """base / name, if that is below base; ValueError if not."""
-    path = (base / name).resolve()
-    if base not in path.parents:
-        raise ValueError(f"{where}: {name} is outside of {base}; give its folder with --base-path")
-    return str(path)
+    """base / name, if that is below base; ValueError if not. The words of the path count, not where links lead: in the
+    hub's cache every file is a link to outside of its folder."""
+    path = os.path.normpath(os.path.join(base, name))
+    if Path(os.path.abspath(base)) not in Path(os.path.abspath(path)).parents:
+        raise ValueError(f"{where}: {name} is outside of {base}; give paths below it (train.py: --base-path)")
+    return path
 
 
 def measure(path):

@@ -216,12 +216,11 @@ class Item:
     ref: Path | None = None
 
 
-def inside(base, name, where):
-    """The path `name` below the folder `base`. JudgeError where it leads out of it."""
-    path = base / name
-    if base.resolve() not in path.resolve().parents:
-        raise JudgeError(f"{where}: {name} leads out of {base}; give paths below the benchmark's folder")
-    return path
+def below(base, name, where):
+    """The path `name` below the folder `base`. ValueError where it leads out of it."""
+    from data import inside
+
+    return Path(inside(base, name, where))
 
 
 def text_of(row, name, where):
@@ -244,20 +243,24 @@ def read_refvie(path, edits):
         source, instruction, ref, task = (
             text_of(row, name, where) for name in ("src_video", "instruction", "ref_img", "edit_type")
         )
-        edit = inside(edits, f"{i}_{instruction[:10]}_{Path(source).name}", where)
-        sources = inside(path.parent, source, where), inside(path.parent, ref, where)
+        edit = below(edits, f"{i}_{instruction[:10]}_{Path(source).name}", where)
+        sources = below(path.parent, source, where), below(path.parent, ref, where)
         yield Item(str(i), task, instruction, sources[0], edit, sources[1])
 
 
 def read_openve(path, edits):
-    """OpenVE-Bench: a CSV of original_video, prompt, edited_type."""
+    """OpenVE-Bench: a CSV of original_video, prompt, edited_type. Paths start from the CSV's folder or, as published,
+    with its name."""
+    folder = path.absolute().parent
     with path.open(newline="", encoding="utf-8-sig") as file:
         for i, row in enumerate(csv.DictReader(file)):
             where = f"{path}, row {i + 1}"
             source, instruction, task = (text_of(row, n, where) for n in ("original_video", "prompt", "edited_type"))
             if task not in LEFT_OUT:
-                edit = inside(edits, f"{Path(source).stem}_edited.mp4", where)
-                yield Item(str(i), task, instruction, inside(path.parent, source, where), edit)
+                edit = below(edits, f"{Path(source).stem}_edited.mp4", where)
+                published = source.split("/")[0] == folder.name and not (folder / source).exists()
+                base = folder.parent if published else folder
+                yield Item(str(i), task, instruction, below(base, source, where), edit)
 
 
 def read_imgedit(path, edits):
@@ -269,8 +272,8 @@ def read_imgedit(path, edits):
     for key, row in rows.items() if isinstance(rows, dict) else ():
         where = f"{path}, {key}"
         source, instruction, task = (text_of(row, name, where) for name in ("id", "prompt", "edit_type"))
-        edit = inside(edits, f"{task}/{key}{Path(source).name}", where)
-        yield Item(key, task, instruction, inside(path.parent, source, where), edit)
+        edit = below(edits, f"{task}/{key}{Path(source).name}", where)
+        yield Item(key, task, instruction, below(path.parent, source, where), edit)
 
 
 BENCHES = {"refvie": read_refvie, "openve": read_openve, "imgedit": read_imgedit}
@@ -292,6 +295,11 @@ def read_bench(bench, path, edits, limit=None):
             task_of(bench, item.task)
         except KeyError:
             raise JudgeError(f"{path}, item {item.key}: unknown task {item.task!r} for --bench {bench}") from None
+    names = {}
+    for item in items:
+        other = names.setdefault(item.edit, item)
+        if other is not item:
+            raise JudgeError(f"{path}: items {other.key} and {item.key} would both be {item.edit.name}; rename a source")
     return items[:limit]
 
 
@@ -319,14 +327,14 @@ class Ledger:
         self.path, self.lock = path, threading.Lock()
         self.good, self.lines, self.cut = {}, [], 0
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("a+", encoding="utf-8")
+        self.file = path.open("a+", encoding="utf-8", errors="replace")  # a crash may cut a character in two
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise JudgeError(f"{path}: another judge.py writes to it; wait for it, or give another --out") from None
         self.file.seek(0)
         text = self.file.read()
-        for line in text.splitlines():
+        for line in filter(None, text.split("\n")):
             try:
                 self.take(json.loads(line))
             except (ValueError, KeyError, TypeError):
@@ -341,7 +349,7 @@ class Ledger:
 
     def write(self, **line):
         with self.lock:
-            self.file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self.file.write(json.dumps(line) + "\n")  # ASCII: an answer may hold what ends a line or is no text
             self.file.flush()
             os.fsync(self.file.fileno())
             self.take(line)
@@ -375,6 +383,8 @@ def make_judge(args):
     name = args.judge
     if name == "metrics":
         return None
+    if "@" in (args.endpoint or "").partition("://")[2].partition("/")[0]:  # it would stand in answers and reports
+        raise JudgeError("--endpoint: no user and password in the address; put the key into the environment")
     if name.startswith("gemini-"):
         return Gemini(name, args)
     kind, _, rest = name.partition(":")
@@ -437,14 +447,16 @@ class Asker:
             self.reached |= not isinstance(problem, TryAgain)
             if problem is None or isinstance(problem, Unusable | OSError) or self.stop:
                 return
-            if isinstance(problem, TryAgain):
+            if isinstance(problem, TryAgain) and attempt < self.args.retries:
                 wait = self.args.wait * 2**attempt * (1 + random.random() / 4)
                 until = time.monotonic() + min(wait if problem.after is None else problem.after, MAX_WAIT)
                 if problem.busy:  # everybody waits
                     self.not_before = max(self.not_before, until)
                 self.sleep_until(until)
         if not self.reached:
-            self.stop = Barred(f"the judge cannot be reached ({problem}); check --endpoint, and that its server is up")
+            why = "has no time for us" if getattr(problem, "busy", False) else "cannot be reached"
+            cure = "try again later" if why.startswith("has") else "check --endpoint, and that its server is up"
+            self.stop = Barred(f"the judge {why} ({problem}); {cure}")
 
     def try_once(self, question, attempt):
         """One request and its line in the ledger -> None, or the exception that stands for what went wrong."""
@@ -454,8 +466,9 @@ class Asker:
         began, problem, found = time.time(), None, {"ok": False}
         try:
             answer = self.judge.ask(question.text, question.media, self.args.fps)
-            found |= {"raw": answer.text, "tokens_in": answer.tokens_in, "tokens_out": answer.tokens_out}
-            found |= {"scores": read(answer.text, question.names), "ok": True}
+            said = answer.text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
+            found |= {"raw": said, "tokens_in": answer.tokens_in, "tokens_out": answer.tokens_out}
+            found |= {"scores": read(said, question.names), "ok": True}
         except (TryAgain, ValueError, OSError) as error:
             problem = error
             found["error"] = str(error)
@@ -595,6 +608,11 @@ class Row:
     reasons: list = field(default_factory=list)
     failures: list = field(default_factory=list)  # why an answer is missing, one a repeat without a score
 
+    @property
+    def unjudged(self):
+        """Whether an answer is missing: averaging over the others would be averaging over failures."""
+        return not self.answers or bool(self.failures)
+
     def score(self, name):
         values = [answer[name] for answer in self.answers]
         return sum(values) / len(values) if values else None
@@ -710,23 +728,26 @@ def metric_controls(rows):
 
 
 def judge_controls(rows, controls):
-    """Known answers put to the MLLM judge -> [(what, held, of, without an answer)]."""
+    """Known answers put to the MLLM judge -> [(what, held, of, undecidable, without an answer)]."""
     true = {row.item.key: row for row in rows if row.answers}
-    first = lambda scores: next(iter(scores.values()))
+    first = lambda names: names[:1]
+    on_time = lambda names: [name for name in names if name == "temporal_consistency"] or names[1:]
     tests = {
-        "copy": ("the source handed in as the edit scores 1 on the first criterion", lambda row, s: first(s) == 1),
-        "wrong_ref": ("a wrong reference scores lower on the first criterion", lambda row, s: first(s) < row.score(next(iter(s)))),
-        "shuffled": (
-            "shuffled frames score lower on time and quality",
-            lambda row, s: sum(list(s.values())[1:]) < sum(row.score(name) for name in list(s)[1:]),
-        ),
-    }  # fmt: skip
+        "copy": ("the source handed in as the edit scores 1 on the first criterion", first),
+        "wrong_ref": ("a wrong reference scores lower on the first criterion", first),
+        "shuffled": ("shuffled frames score lower on time (where there is no such criterion: on the last two)", on_time),
+    }
     table = []
-    for kind, (what, passed) in tests.items():
+    for kind, (what, criteria) in tests.items():
         asked = [(true.get(key), s) for (control, key), s in controls.items() if control == kind]
-        known = [(row, s) for row, s in asked if row and s]
+        known = [(sum(row.score(n) for n in criteria(list(s))), sum(s[n] for n in criteria(list(s))), len(criteria(list(s))))
+                 for row, s in asked if row and s]  # fmt: skip
+        if kind == "copy":
+            held = [given == count for _, given, count in known]
+        else:  # what scores 1 already cannot fall: such a pair tells nothing
+            held = [given < true_score for true_score, given, count in known if true_score > count]
         if asked:
-            table.append((what, sum(passed(row, s) for row, s in known), len(known), len(asked) - len(known)))
+            table.append((what, sum(held), len(held), len(known) - len(held), len(asked) - len(known)))
     return table
 
 
@@ -745,7 +766,7 @@ def score_means(bench, rows, allow_missing):
     by_task, groups, lost = {}, [], 0
     for task in tasks_in(rows):
         of_task = [row for row in rows if row.item.task == task]
-        missing = sum(not row.answers for row in of_task)
+        missing = sum(row.unjudged for row in of_task)
         names = list(task_of(bench, task)[1])
         judged = [row for row in of_task if row.answers]
         columns = {name: [row.score(name) for row in judged] for name in names}
@@ -787,7 +808,8 @@ def published_cells(bench, by_task, values):
         wanted = list(by_task)
     if not all(place in known for place in wanted):
         return None
-    return [*(f"{known[place]:.2f}" for place in wanted), f"{values[-1]:.2f}"]
+    complete = len(by_task) == len(REFERENCE_TASKS if bench == "refvie" else VIDEO_TASKS)  # else the overall is of others
+    return [*(f"{known[place]:.2f}" for place in wanted), f"{values[-1]:.2f}" if complete else "-"]
 
 
 def metric_table(rows, allow_missing):
@@ -832,18 +854,19 @@ def sections(bench, rows, controls, args, cost, human):
         if spreads:
             text += f" Standard deviation over repeats, mean over items: {sum(spreads) / len(spreads):.2f}."
         out.append(("Scores", text, score_table(bench, args.name, rows, args.allow_missing)))
-        table = [["known answer", "held", "of", "without an answer"], *judge_controls(rows, controls)]
+        table = [["known answer", "held", "of", "true edit scored 1 too", "without an answer"]]
+        table += judge_controls(rows, controls)
         out.append(("Controls of the judge", f"Cost: {cost}", table))
     text = "No model. Mean over items [95 % bootstrap interval over items; too narrow where there are only a few]."
     out.append(("Metrics", text, metric_table(rows, args.allow_missing)))
     out.append(("Controls of the metrics", "", [["known answer", "held", "of"], *metric_controls(rows)]))
     if human:
         out.append(("Agreement with people", "Rank correlation over items.", human))
-    lost = [row for row in rows if row.error or (judged and not row.answers)]
+    lost = [row for row in rows if row.error or (judged and row.unjudged)]
     lost = [[row.item.key, row.item.task, row.error or row.failures[0]] for row in lost]
     if lost:
-        means = "Means leave them out" if args.allow_missing else "No mean is given over failures"
-        text = f"{len(lost)} of {len(rows)} items have no result. {means}."
+        means = "Means are over what there is" if args.allow_missing else "No mean is given over failures"
+        text = f"{len(lost)} of {len(rows)} items lack a result. {means}."
         out.append(("Missing", text, [["item", "task", "why"], *lost]))
     table = [["metric", "better", "what it is", "what it cannot see"], *([n, *d] for n, d in METRICS.items())]
     out.append(("What the metrics are", "", table))
@@ -944,10 +967,8 @@ def html_item(row):
     return "".join(parts) + "</div>"
 
 
-def human_agreement(path, rows):
-    """A CSV of item and one or more columns of human scores -> table of Spearman and Kendall with what we computed."""
-    from metrics import METRICS
-
+def read_human(path, items):
+    """A CSV of item and one or more columns of human scores -> {column: {item: [scores]}}. JudgeError."""
     with Path(path).open(newline="", encoding="utf-8-sig") as file:
         lines = list(csv.DictReader(file))
     if not lines or "item" not in lines[0] or len(lines[0]) < 2:
@@ -955,11 +976,32 @@ def human_agreement(path, rows):
     human = {}
     for i, line in enumerate(lines):
         for column, value in line.items():
+            if column is None:
+                raise JudgeError(f"{path}, row {i + 1}: has more cells than the header")
             if column != "item" and value not in ("", None):
-                try:
-                    human.setdefault(column, {}).setdefault(line["item"], []).append(float(value))
-                except ValueError:
-                    raise JudgeError(f"{path}, row {i + 1}: {column} is {value!r}, not a number") from None
+                score = as_number(value)
+                if score is None:
+                    raise JudgeError(f"{path}, row {i + 1}: {column} is {value!r}, not a number")
+                human.setdefault(column, {}).setdefault(line["item"], []).append(score)
+    known = {item.key for item in items}
+    if not any(known & scores.keys() for scores in human.values()):
+        raise JudgeError(f"{path}: none of its items is one of the benchmark's, which are {', '.join(sorted(known)[:5])}, ...")
+    return human
+
+
+def as_number(text):
+    """A finite number from text; None where it is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def human_agreement(human, rows):
+    """What `read_human` read -> table of Spearman and Kendall with what we computed."""
+    from metrics import METRICS
+
     table = [["people's", "ours", "items", "Spearman", "Kendall"]]
     names = list(dict.fromkeys(name for row in rows for answer in row.answers for name in answer))
     ours = {name: {r.item.key: r.score(name) for r in rows if r.answers and name in r.answers[0]} for name in names}
@@ -986,14 +1028,15 @@ def score(args):
 
     torch.set_num_threads(1)  # items run side by side
     items = read_bench(args.bench, args.path, args.edits, args.limit)
+    human = read_human(args.human, items) if args.human else None  # before the judge is paid
     out = Path(args.out)
     writable(out / "answers.jsonl")
     judge = make_judge(args)
     with closing(Ledger(out / "answers.jsonl")) as ledger:
-        score_items(items, judge, ledger, args, out)
+        score_items(items, judge, ledger, human, args, out)
 
 
-def score_items(items, judge, ledger, args, out):
+def score_items(items, judge, ledger, human, args, out):
     """The work of `score` on an open ledger. JudgeError at the end where items have no result."""
     if ledger.cut:
         print(f"resume      {ledger.cut} broken line(s) of {ledger.path} put aside", file=sys.stderr)
@@ -1012,7 +1055,7 @@ def score_items(items, judge, ledger, args, out):
         controls = collect(rows, questions, ledger)
         cost = account(ledger, {q.key for q in questions}, args.price)
         print(f"paid        {cost}")
-    human = human_agreement(args.human, rows) if args.human else None
+    human = human_agreement(human, rows) if human else None
     parts = sections(args.bench, rows, controls, args, cost, human)
     page = write_reports(args.bench, rows, parts, args, out)
     for title, _, table in parts[:-1]:
@@ -1020,9 +1063,9 @@ def score_items(items, judge, ledger, args, out):
     print(f"\n{page}")
     if stopped:
         raise stopped
-    missing = sum(bool(row.error) or (judge is not None and not row.answers) for row in rows)
+    missing = sum(bool(row.error) or (judge is not None and row.unjudged) for row in rows)
     if missing and not args.allow_missing:
-        raise JudgeError(f"{missing} of {len(rows)} items have no result, see {page}; mend them and run again, "
+        raise JudgeError(f"{missing} of {len(rows)} items lack a result, see {page}; mend them and run again, "
                          f"or average over the rest with --allow-missing")  # fmt: skip
 
 
@@ -1073,19 +1116,23 @@ def compare(args):
     with closing(Ledger(out / "answers.jsonl")) as ledger:
         rows = [measure_all(items, args, ledger, out) for items in sides]
         pairs = [(a, b) for a, b in zip(*rows) if a.error is None and b.error is None]
-        parts = [paired_metrics(pairs)]
+        lost = {a.item.key: a.error or b.error for a, b in zip(*rows) if a.error or b.error}
         if judge:
             questions = [q for a, b in pairs for q in both_orders(args, a.item, b.item)]
             announce(questions, ledger, args)
             if args.dry_run:
                 return
             Asker(judge, args, ledger).ask_all(questions)
-            parts.insert(0, preferences(questions, ledger, args.allow_missing))
-            pairs = [pair for pair in pairs if pair[0].item.key not in unanswered(questions, ledger)]
+            missing = unanswered(questions, ledger)
+            parts = [preferences(questions, ledger, len(lost), args.allow_missing)]
+            pairs = [pair for pair in pairs if pair[0].item.key not in missing]
+            lost |= {key: "no answer of the judge in both orders" for key in missing}
             print(f"paid        {account(ledger, {q.key for q in questions}, args.price)}")
-    lost = len(sides[0]) - len(pairs)
+    parts = [*(parts if judge else []), paired_metrics(pairs, len(lost), args.allow_missing)]
+    if lost:
+        parts.append(("Missing", "", [["item", "why"], *lost.items()]))
     text = (
-        f"# {args.bench}: A = {args.a}, B = {args.b}\n\n`{args.command_line}`\n\n{len(pairs)} pairs, {lost} missing.\n"
+        f"# {args.bench}: A = {args.a}, B = {args.b}\n\n`{args.command_line}`\n\n{len(pairs)} pairs, {len(lost)} missing.\n"
     )
     for title, words, table in parts:
         text += f"\n## {title}\n\n{words}\n\n{markdown(table)}\n"
@@ -1094,10 +1141,10 @@ def compare(args):
         temporary.write_text(text, encoding="utf-8")
     print(f"{text}\n{page}")
     if lost and not args.allow_missing:
-        raise JudgeError(f"{lost} of {len(sides[0])} pairs are incomplete; mend them or give --allow-missing")
+        raise JudgeError(f"{len(lost)} of {len(sides[0])} pairs are incomplete; mend them or give --allow-missing")
 
 
-def paired_metrics(pairs):
+def paired_metrics(pairs, lost, allow_missing):
     """Pairs of rows -> a section of the report with the differences of every metric."""
     from metrics import METRICS
 
@@ -1106,7 +1153,7 @@ def paired_metrics(pairs):
         values = [(a.metrics[name], b.metrics[name]) for a, b in pairs]
         gaps = [x - y for x, y in values if x is not None and y is not None]
         if gaps:
-            table.append([name, better, mean_of([gaps]), sum(g > 0 for g in gaps), len(gaps)])
+            table.append([name, better, mean_of([gaps], lost, allow_missing), sum(g > 0 for g in gaps), len(gaps)])
     return "Metrics", "Paired differences [95 % bootstrap interval over items].", table
 
 
@@ -1128,8 +1175,8 @@ def unanswered(questions, ledger):
     return {q.item for q in questions if q.key not in ledger.good}
 
 
-def preferences(questions, ledger, allow_missing):
-    """A win counts where both orders name the same system; what follows the position is counted apart."""
+def preferences(questions, ledger, lost, allow_missing):
+    """lost: pairs that could not be asked about. A win counts where both orders name the same system; what follows the position is counted apart."""
     said = {(q.item, q.control): ledger.good[q.key]["scores"]["winner"] for q in questions if q.key in ledger.good}
     items = list(dict.fromkeys(q.item for q in questions))
     full = [key for key in items if key not in unanswered(questions, ledger)]
@@ -1138,7 +1185,7 @@ def preferences(questions, ledger, allow_missing):
     wins = {side: sum(v == [side, side] for v in votes.values()) for side in "AB"}
     swayed = sum(set(v) == {"A", "B"} for v in votes.values())
     share = [1.0 if v == ["A", "A"] else 0.0 if v == ["B", "B"] else 0.5 for v in votes.values()]
-    lost = len(items) - len(full)
+    lost += len(items) - len(full)
     table = [
         ["A wins", "B wins", "undecided", "of these: followed the position", "pairs", "share of A"],
         [
@@ -1181,6 +1228,8 @@ def read_released(path):
     rows = []
     with path.open(encoding="utf-8") as file:
         for i, line in enumerate(file):
+            if not line.strip():
+                continue
             try:
                 value = json.loads(line)
                 task, scores, text = value.get("subtask") or value["edited_type"], value["scores"], value["result"]
@@ -1331,7 +1380,7 @@ def main(argv=None):
         args.does(args)
     except KeyboardInterrupt:
         sys.exit("judge.py: interrupted; run the same command again to go on")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, csv.Error) as error:
         sys.exit(f"judge.py: {' '.join(str(error).split())}")
 
 

@@ -75,7 +75,7 @@ def post(url, headers, body, deadline, secret=None):
                 raise TryAgain("the server's answer is not a JSON object")
             return answer
     except urllib.error.HTTPError as error:
-        reason = hide(f"HTTP {error.code}: {error_text(error)}")
+        reason = f"HTTP {error.code}: {hide(error_text(error, end))[:300]}"
         if error.code == 404:
             raise Barred(f"the judge has no such model or address ({reason}); check --judge and --endpoint") from None
         if error.code in (401, 403) or "API key not valid" in reason:  # the latter is Gemini's, with a 400
@@ -90,7 +90,7 @@ def post(url, headers, body, deadline, secret=None):
         if isinstance(reason, TimeoutError):
             raise TryAgain(f"no answer within {deadline:g} s") from None
         raise TryAgain(hide(f"connection lost ({type(reason).__name__}: {reason})")) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise TryAgain("the server's answer is not JSON") from None
 
 
@@ -107,10 +107,11 @@ def read_all(response, end):
     return body
 
 
-def error_text(error):
+def error_text(error, end):
+    """What a server says of an error, until the monotonic time `end`."""
     try:
         with error:
-            return " ".join(error.read(2000).decode("utf-8", "replace").split())[:300]
+            return " ".join(read_all(error, end)[:100_000].decode("utf-8", "replace").split())
     except (OSError, http.client.HTTPException):
         return "no text"
 
@@ -121,6 +122,12 @@ def understood(read, answer, text):
         return read(answer, text)
     except (AttributeError, TypeError, KeyError, IndexError):
         raise Malformed(f"the server's answer has another shape: {json.dumps(answer)[:200]}") from None
+
+
+def count_of(usage, name):
+    """A number of tokens; None where the server gives none that is one."""
+    value = usage.get(name)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
 def check_media_counted(tokens, text, what):
@@ -147,7 +154,7 @@ class Gemini:
 
     def __init__(self, model, args):
         self.model, self.deadline = model, args.deadline
-        self.url = f"{args.endpoint or GEMINI}/models/{urllib.parse.quote(model)}:generateContent"
+        self.url = f"{(args.endpoint or GEMINI).rstrip('/')}/models/{urllib.parse.quote(model)}:generateContent"
         self.key = os.environ.get("GEMINI_API_KEY")
         if not self.key:
             raise JudgeError("GEMINI_API_KEY is not set: export the key, or choose another --judge")
@@ -177,7 +184,8 @@ class Gemini:
 
     def reply(self, answer, text):
         usage = answer.get("usageMetadata") or {}
-        check_media_counted(usage.get("promptTokenCount"), text, "the server")
+        tokens = count_of(usage, "promptTokenCount")
+        check_media_counted(tokens, text, "the server")
         candidate = (answer.get("candidates") or [{}])[0]
         said = "".join(
             p.get("text", "") for p in (candidate.get("content") or {}).get("parts", []) if not p.get("thought")
@@ -185,8 +193,8 @@ class Gemini:
         if not said:
             blocked = (answer.get("promptFeedback") or {}).get("blockReason") or candidate.get("finishReason")
             raise Malformed(f"refused to answer ({blocked or 'no text'})")
-        out = usage.get("candidatesTokenCount", 0) + usage.get("thoughtsTokenCount", 0)
-        return Answer(said, usage.get("promptTokenCount"), out)
+        out = (count_of(usage, "candidatesTokenCount") or 0) + (count_of(usage, "thoughtsTokenCount") or 0)
+        return Answer(said, tokens, out)
 
 
 class OpenAICompatible:
@@ -221,11 +229,12 @@ class OpenAICompatible:
 
     def reply(self, answer, text):
         usage = answer.get("usage") or {}
-        check_media_counted(usage.get("prompt_tokens"), text, "the server")
+        tokens = count_of(usage, "prompt_tokens")
+        check_media_counted(tokens, text, "the server")
         message = ((answer.get("choices") or [{}])[0]).get("message") or {}
         if not isinstance(message.get("content"), str) or not message["content"]:
             raise Malformed(f"refused to answer ({message.get('refusal') or 'no text'})")
-        return Answer(message["content"], usage.get("prompt_tokens"), usage.get("completion_tokens"))
+        return Answer(message["content"], tokens, count_of(usage, "completion_tokens"))
 
 
 def sampled_frames(path, fps, max_pixels=448 * 448):
@@ -267,6 +276,17 @@ QWEN = {  # patch, mean, std, time step in positions a second (None: a text stam
 }
 
 
+def available(device):
+    """The torch device, if it is there; JudgeError if not."""
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise JudgeError(f"--device {device}: not available here; leave it out to use the CPU") from None
+    return device
+
+
 class Local:
     """Qwen2.5-VL or Qwen3-VL through transformers, greedy; patches and positions are made here (no torchvision)."""
 
@@ -279,7 +299,9 @@ class Local:
         if kind not in QWEN:
             raise JudgeError(f"{folder}: a {kind} model; --judge local: takes {' or '.join(QWEN)}")
         self.patch, self.mean, self.std, self.positions_a_second = QWEN[kind]
-        self.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = available(torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        if not (folder / "tokenizer.json").is_file():
+            raise JudgeError(f"{folder}: has no tokenizer.json; give the folder of a Qwen2.5-VL or Qwen3-VL model")
         dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         self.mllm = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(self.device).eval()
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -287,6 +309,14 @@ class Local:
         self.max_tokens, self.max_pixels = args.max_tokens, max_pixels
 
     def ask(self, text, media, fps):
+        import torch
+
+        try:
+            return self.answer(text, media, fps)
+        except torch.OutOfMemoryError:
+            raise Unusable(f"out of memory on {self.device}: give a smaller --fps or another --device") from None
+
+    def answer(self, text, media, fps):
         import torch
 
         ids, positions, pixels = self.prepare(text, media, fps)
@@ -430,7 +460,7 @@ def read_answer(text, names):
             return {name: read_score(flat[name]) for name in names}
     scores = {}
     for name in names:
-        pattern = rf"{name.replace('_', '[ _]')}[^\n:=]{{0,60}}[:=][\s*_\"']*{NUMBER}(?![\d.]*\d|\s*(?:-|–|to|or)\s*\d)"
+        pattern = rf"{name.replace('_', '[ _]')}[^\n:=]{{0,60}}[:=][\s*_\"']*{NUMBER}(?![\d.]*\d|\s*(?:-|–|to|or)\s*\d|[ \t]+[a-z])"
         given = {m.group(0)[m.start(1) - m.start() :] for m in re.finditer(pattern, text, re.IGNORECASE)}
         values = {read_score(value) for value in given}
         if len(values) != 1:

@@ -1834,6 +1834,7 @@ def test_an_answer_is_read_by_its_names_whatever_stands_around_the_numbers(text)
     ('{"instruction_compliance": 4, "consistency_detail": 3, "visual_qu', "visual_quality is missing"),
     ("Visual quality: 3\nVisual quality: 4\nInstruction compliance: 4\nConsistency detail: 1", "given twice"),
     ("Instruction compliance: 3-4\nConsistency detail: 1\nVisual quality: 1", "instruction_compliance is missing"),
+    ("Instruction compliance: 2 of the hats are red, so 4/5\nConsistency detail: 1\nVisual quality: 1", "compliance is missing"),
     ("Instruction compliance: -4\nConsistency detail: 1\nVisual quality: 1", "-4 is not"),
     ("I cannot judge this video.", "instruction_compliance is missing"), ("", "missing"),
 ])  # fmt: skip
@@ -2011,7 +2012,7 @@ def test_every_trouble_ends_in_the_right_score_or_in_a_report_and_nothing_is_los
             run()
             assert "0 cut off" in capsys.readouterr().out
         else:
-            with pytest.raises(SystemExit, match="1 of 3 items have no result"):
+            with pytest.raises(SystemExit, match="1 of 3 items lack a result"):
                 run()
             assert "(1 missing)" in (refvie / "out" / "refvie.md").read_text()
             before = len(fake.requests)  # a refusal may be a mood, a bad request stays bad
@@ -2050,7 +2051,7 @@ def test_a_server_that_is_not_there_is_not_asked_a_hundred_times(refvie):
 def test_the_key_is_not_carried_to_where_a_server_redirects(refvie, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key-123")
     with FakeJudge() as other, FakeJudge(lambda request, nth: ("status", 302, {"Location": other.url})) as fake:
-        with pytest.raises(SystemExit, match="3 of 3 items have no result"):
+        with pytest.raises(SystemExit, match="3 of 3 items lack a result"):
             score(refvie, fake, "--controls", 0)
         assert len(fake.requests) == 3 and not other.requests
 
@@ -2104,6 +2105,44 @@ def lines_of_whole(path):
     return keys
 
 
+def test_answers_that_are_no_plain_text_and_a_character_cut_in_two_are_paid_once(refvie):
+    odd = '"reasoning": "a line\u2028and \\ud83d half an emoji, \u00e9", '
+    with FakeJudge(lambda request, nth: good_answer(request).replace("{", "{" + odd, 1)) as fake:
+        score(refvie, fake, "--controls", 0)
+        path = refvie / "out" / "answers.jsonl"
+        path.write_bytes(path.read_bytes() + '{"event": "é'.encode()[:-1])
+        score(refvie, fake, "--controls", 0)
+        assert len(fake.requests) == 3 and "\u2028" in json.loads(path.read_text(errors="replace").split("\n")[-3])["raw"]
+
+
+def test_an_answer_missing_among_repeats_is_missing_and_no_mean_is_given(refvie):
+    say = lambda request, nth: "No." if "number 1" in request["item"] and nth else good_answer(request)
+    with FakeJudge(say) as fake:
+        run = lambda *more: score(refvie, fake, "--controls", 0, "--repeats", 2, "--retries", 0, *more)
+        with pytest.raises(SystemExit, match="1 of 3 items lack a result"):
+            run()
+        assert "## Missing" in (refvie / "out" / "refvie.md").read_text()
+        run("--allow-missing")
+        assert "4.00 [4.00, 4.00] (1 missing)" in (refvie / "out" / "refvie.md").read_text()
+
+
+def test_a_key_that_a_server_repeats_is_hidden_before_its_text_is_cut(refvie, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key-" + "k" * 400)
+    with FakeJudge(lambda request, nth: ("status", 413, {})) as fake, pytest.raises(SystemExit):
+        score(refvie, fake, "--controls", 0)
+    assert "HTTP 413" in (refvie / "out" / "answers.jsonl").read_text()
+    assert "kkkk" not in (refvie / "out" / "answers.jsonl").read_text()
+
+
+@pytest.mark.parametrize("text, says", [("item,q\n0,nan\n", "not a number"), ("item,q\n0,1,2\n", "more cells"),
+                                        ("item,q\nx,1\n", "none of its items")])  # fmt: skip
+def test_human_scores_are_read_before_the_judge_is_paid(refvie, text, says):
+    (refvie / "people.csv").write_text(text)
+    with FakeJudge() as fake, pytest.raises(SystemExit, match=says):
+        score(refvie, fake, "--human", refvie / "people.csv")
+    assert not fake.requests
+
+
 def seeing(refvie):
     """A judge with eyes: it knows the copy, the wrong reference and shuffled frames by their bytes."""
     def say(request, nth):
@@ -2125,6 +2164,10 @@ def test_known_answers_hold_for_a_judge_with_eyes_and_not_for_a_blind_one(refvie
         text = (refvie / out / "refvie.md").read_text()
         table = text[text.index("Controls of the judge") : text.index("## Metrics")]
         assert re.findall(r"\| (\d) \| (\d) \|", table) == [(str(held), "2")] * 3
+    with FakeJudge(lambda request, nth: good_answer(request, (1, 1, 1))) as fake:
+        score(refvie, fake, "--controls", 2, judge_="gemini-x", out="strict")
+    table = (refvie / "strict" / "refvie.md").read_text()  # what has 1 already cannot fall: neither held nor failed
+    assert re.findall(r"scores? lower .*\| (\d) \| (\d) \| (\d) \| (\d) \|", table) == [("0", "0", "2", "0")] * 2
 
 
 def test_repeats_give_a_spread_and_human_scores_a_correlation(refvie):
@@ -2152,6 +2195,12 @@ def test_comparison_counts_a_win_only_in_both_orders(refvie, monkeypatch, taste,
         judge.main(["compare", "--bench", "refvie", str(refvie / "bench.yaml"), str(refvie / "edits"), str(refvie / "other"),
                     "--judge", "gemini-x", "--endpoint", fake.url, "--out", str(refvie / "out")])  # fmt: skip
     assert expected in (refvie / "out" / "refvie_compare.md").read_text()
+    next((refvie / "other").iterdir()).unlink()
+    with pytest.raises(SystemExit, match="1 of 3 pairs are incomplete"):
+        judge.main(["compare", "--bench", "refvie", str(refvie / "bench.yaml"), str(refvie / "edits"), str(refvie / "other"),
+                    "--out", str(refvie / "out")])  # fmt: skip
+    text = (refvie / "out" / "refvie_compare.md").read_text()
+    assert "| edit_strength |  | - (1 missing) |" in text and "missing: " in text[text.index("## Missing") :]
 
 
 def test_a_missing_and_a_broken_edit_are_counted_and_shown(refvie, capsys):
@@ -2161,7 +2210,7 @@ def test_a_missing_and_a_broken_edit_are_counted_and_shown(refvie, capsys):
     edits[1].write_bytes(edits[1].read_bytes()[:100])
     arguments = ["score", "--bench", "refvie", str(refvie / "bench.yaml"), "--edits", str(refvie / "edits"), "--out", str(refvie / "out"),
                  "--endpoint", "https://me:p%40ss@host/v1"]  # fmt: skip
-    with pytest.raises(SystemExit, match="2 of 3 items have no result"):
+    with pytest.raises(SystemExit, match="2 of 3 items lack a result"):
         judge.main(arguments)
     text = (refvie / "out" / "refvie.md").read_text()
     assert "p%40ss" not in text and "missing: " in text and "unreadable: " in text and "| background | 1 of 1 |" in text
@@ -2196,8 +2245,17 @@ def test_benchmarks_are_read_in_their_own_formats_and_lead_nowhere_else(tmp_path
     assert (item.edit, item.task, item.source) == (Path("edits/a_edited.mp4"), "local_add", tmp_path / "videos/a.mp4")
     (tmp_path / "i.json").write_text('{"12": {"id": "animal/7.jpg", "prompt": "Add a hat.", "edit_type": "add"}}')
     assert judge.read_bench("imgedit", tmp_path / "i.json", "edits")[0].edit == Path("edits/add/127.jpg")
+    (tmp_path / "b.csv").write_text(rows.replace("videos/a", f"{tmp_path.name}/videos/a"))  # as published
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "blob").touch()
+    (tmp_path / "videos/a.mp4").symlink_to("../blob")  # as the hub's cache has it
+    (item,) = judge.read_bench("openve", tmp_path / "b.csv", "edits")
+    assert item.source == tmp_path / "videos/a.mp4"
+    (tmp_path / "b.csv").write_text(rows.replace("b.mp4,Zoom in.,camera_edit", "a.mp4,Zoom in.,local_add"))
+    with pytest.raises(judge.JudgeError, match="would both be a_edited"):
+        judge.read_bench("openve", tmp_path / "b.csv", "edits")
     (tmp_path / "b.csv").write_text(rows.replace("videos/a", "../a"))
-    with pytest.raises(judge.JudgeError, match="leads out of"):
+    with pytest.raises(ValueError, match="is outside of"):
         judge.read_bench("openve", tmp_path / "b.csv", "edits")
     with pytest.raises(judge.JudgeError, match="right"):
         judge.read_bench("refvie", tmp_path / "i.json", "edits")
