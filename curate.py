@@ -41,7 +41,7 @@ EXAMPLES = """examples:
   python curate.py pairs.csv --out out/refvie                                    # no model, a few seconds a pair
   python curate.py ditto/ openve.csv --out out/refvie --models paper             # the paper's models, one GPU
   torchrun --nproc-per-node 8 curate.py ditto/ --out out/refvie --models paper   # eight
-  python curate.py out/refvie/ledger/score --out out/strict --min-ref-score 9    # other thresholds, nothing paid twice
+  python curate.py out/refvie/ledger/verify --out out/strict --min-ref-score 9   # other thresholds, nothing paid twice
   python curate.py pairs.csv --out out/refvie --rejects rejects.json             # what was rejected on page.html
 
 A run that was stopped or killed goes on where it was when the same command is given again.
@@ -65,6 +65,18 @@ def positive(text):
     return value
 
 
+def above(least):
+    """The type of a flag whose number must be above `least`."""
+
+    def number(text):
+        value = float(text)
+        if not least < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not above {least}")
+        return value
+
+    return number
+
+
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
         description="Make reference-guided training data (RefVIE quadruplets) out of editing pairs.",
@@ -80,13 +92,13 @@ def parse_arguments(argv=None):
         add(f"--{flag}", metavar="MODEL", help=f"with --models paper (default {name})")
     add("--min-score", type=float, default=6.0, metavar="0..10", help="for instruction tuning (default %(default)s)")
     add("--min-ref-score", type=float, default=8.0, metavar="0..10", help="to get a reference (default %(default)s)")
-    add("--fps", type=float, default=1.0, help="frame pairs a second that are scored (default %(default)s)")
+    add("--fps", type=above(0), default=1.0, help="frame pairs a second that are scored (default %(default)s)")
     add("--min-side", type=positive, default=64, metavar="PIXELS", help="of a reference (default %(default)s)")
-    add("--max-aspect", type=float, default=4.0, help="of a reference (default %(default)s)")
-    add("--duplicate", type=float, metavar="COSINE", help="above it a reference is one already kept (default: paper 0.99, classical 0.96)")
-    add("--guard", metavar="DIR", help="pictures of a benchmark, e.g. RefVIE-Bench: what resembles one is rejected")
+    add("--max-aspect", type=above(1), default=4.0, help="of a reference (default %(default)s)")
+    add("--duplicate", type=above(0), metavar="COSINE", help="above it a reference is one already kept (default: paper 0.99, classical 0.96)")
+    add("--guard", metavar="DIR", help="pictures and clips of a benchmark, e.g. RefVIE-Bench: whose reference or first frame resembles one is rejected")
     add("--rejects", metavar="FILE", help="rejects.json of page.html: these records leave the result")
-    add("--page", type=int, default=400, metavar="N", help="at most so many quadruplets on page.html (default %(default)s)")
+    add("--page", type=positive, default=400, metavar="N", help="at most so many quadruplets on page.html (default %(default)s)")
     add("--engine", choices=("local", "ray"), default="local", help="ray: more than one machine; pip install 'ray[data]' (default %(default)s)")
     add("--shard-rows", type=positive, default=256, metavar="N", help="records in a file of the ledger (default %(default)s)")
     add("--workers", type=positive, default=2, help="records at a time: threads of a stage; with ray also its actors (default %(default)s)")
@@ -121,13 +133,14 @@ from data import (
     MediaError, decode, has_columns, inside, measure, open_media, pad_reference, parquet_file, read_image, resize, whole_file,
     write_image,
 )  # fmt: skip
-from judges import Barred, Local, Malformed, OpenAICompatible, TryAgain, jpeg, json_objects, sampled_frames
+from judges import Barred, Local, Malformed, NoRedirect, OpenAICompatible, TryAgain, jpeg, json_objects, sampled_frames
 from metrics import as_float, lab, luma, read_reference
 
 STAGES = ("read", "score", "ground", "synthesize", "verify", "deduplicate")
 PAID = ("ground", "synthesize", "verify")  # what these rejected stays rejected when a ledger is read again
 KINDS = ("subject", "background")  # of edits that a reference can guide; the others are style, remove and other
-FORESEEN = (ValueError, OSError, RuntimeError, ArithmeticError, TryAgain, Malformed)  # of one record, not of the run
+# of one record, not of the run
+FORESEEN = (ValueError, OSError, RuntimeError, ArithmeticError, LookupError, TypeError, TryAgain, Malformed)
 
 
 class Rejected(Exception):
@@ -142,7 +155,7 @@ SETS = {
     "Ditto-1M": (("source_path", "edited_path", "instruction"), "CC-BY-NC-SA-4.0"),
     "OpenVE-3M": (("original_video", "video", "prompt"), "CC-BY-NC-4.0"),
 }
-CARRIED = {  # what a record may bring along, where it is of this type; those after `key` only with it
+CARRIED = {  # what a record may bring along, where it is of this type; from `key` on only out of a ledger, whole
     "edit_type": str, "frames": int, "height": int, "width": int, "edit_score": (int, float), "frame_scores": list, "key": int,
     "box": list, "mask": str, "label": str, "ref_image": str, "ref_size": list, "verdict": bool, "verdict_reason": str, "feature": str,
 }  # fmt: skip
@@ -158,6 +171,8 @@ TYPES = {
     "local_change": "subject", "local_add": "subject", "change": "subject", "add": "subject", "replace": "subject",
     "subject": "subject", "subject_add": "subject", "background": "background", "background_change": "background",
     "background_ref": "background", "local_remove": "remove", "remove": "remove", "global_style": "style", "style": "style",
+    "local_modification": "subject", "background_replacement": "background", "style_transfer": "style",
+    "creative_edit": "other", "camera_edit": "other", "subtitle_edit": "other",
 }  # fmt: skip
 
 
@@ -165,13 +180,13 @@ NUMBERS = r"-?\d+(?:\.\d+)?"
 
 
 def kind_of(edit_type, prompt):
-    """What an edit is: subject, background, remove, style or other; by its type, else by the words of its instruction."""
-    if edit_type:
-        return TYPES.get(edit_type.strip().lower().replace(" ", "_"), "other")
-    return next((kind for kind, words in WORDS.items() if re.search(words, prompt, re.IGNORECASE)), "other")
+    """What an edit is: subject, background, remove, style or other; by its type where that is one of TYPES, else by the
+    words of its instruction."""
+    known = TYPES.get((edit_type or "").strip().lower().replace(" ", "_"))
+    return known or next((kind for kind, words in WORDS.items() if re.search(words, prompt, re.IGNORECASE)), "other")
 
 
-def read_pairs(path, base):
+def read_pairs(path, base, models):
     """Yield (name of the set, base folder, place, line as a dict) of everything in `path`. ValueError, FileNotFoundError."""
     path = Path(path)
     if path.is_file():
@@ -181,10 +196,19 @@ def read_pairs(path, base):
             yield from (("Ditto-1M", Path(base or path), place, line) for place, line in read_lines(file))
     elif tables := sorted(path.glob("*/*_data_configs.json")):
         for file in tables:
-            for place, line in read_lines(file):
-                yield "ReCo", Path(base or path), place, reco_line(line, file.parent.name, place)
+            for number, (place, line) in enumerate(read_lines(file)):
+                try:
+                    line = reco_line(line, file.parent.name, place)
+                except ValueError:
+                    if number == 0:  # its field names are others than we know
+                        raise
+                    line = None
+                yield "ReCo", Path(base or path), place, line
     elif shards := sorted(path.glob("[0-9]*.jsonl")):
         home = json.loads((path.parent / "read.json").read_text())["bases"]
+        made = json.loads((path.parent / "settings.json").read_text())["models"]
+        if path.name in ("verify", "deduplicate") and made != models:
+            raise ValueError(f"{path} holds features of --models {made}, whose likeness is another's: say --models {made}")
         for shard in shards:
             for number, line in enumerate(read_json_lines(shard), 1):
                 place, run = f"{shard}, line {number}", path.resolve().parent.parent
@@ -236,9 +260,12 @@ def read_json_lines(path):
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
-                yield json.loads(line)
+                found = json.loads(line)
             except ValueError:
-                raise ValueError(f"{path}, line {number}: is not JSON") from None
+                found = None
+            if not isinstance(found, dict):
+                raise ValueError(f"{path}, line {number}: is not a record in JSON")
+            yield found
 
 
 def reco_line(line, task, place):
@@ -261,7 +288,7 @@ def records_of(args, bases):
     number, told, home = 0, set(), lru_cache(lambda base: str(base.resolve()))
     for source in args.pairs:
         known = None  # the set that this input was found to be
-        for name, base, place, line in read_pairs(source, args.base_path):
+        for name, base, place, line in read_pairs(source, args.base_path, args.models):
             fields = line if isinstance(line, dict) else {}
             fits = lambda key: all(column in fields for column in SETS[key][0])
             name = name if name in ("ledger", "ReCo") else next((key for key in SETS if fits(key)), known)
@@ -276,9 +303,9 @@ def records_of(args, bases):
             if base not in bases:
                 bases.append(base)
             columns = SETS[name][0] if name in SETS else SETS["pairs"][0]
-            record = {"id": f"{number:07d}", "name": str(fields.get("name") or fields.get("id") or number)}
+            record = {"id": f"{number:07d}", "name": sound(str(fields.get("name") or fields.get("id") or number))}
             record |= {key: fields.get(column) for key, column in zip(SETS["pairs"][0], columns)} | {"base": bases.index(base)}
-            record |= carried(fields)
+            record |= carried(fields, name == "ledger")
             if name == "ledger":
                 adopt(record, Path(args.out))
             record |= start_of(record, base, place)
@@ -291,12 +318,15 @@ def records_of(args, bases):
         raise ValueError(f"{', '.join(args.pairs)}: no pairs")
 
 
-def carried(line):
-    """What a line brings along of the stages' work; a reference without its mask is not ours, and is made anew."""
+def carried(line, ours):
+    """What a line brings along of the stages' work: a ledger's all of it, another table's what is known of the pair. A
+    reference without its mask is made anew."""
     found = {key: line[key] for key, kind in CARRIED.items() if isinstance(line.get(key), kind) and line[key] != ""}
     if isinstance(line.get("edit_score"), str) and re.fullmatch(NUMBERS, line["edit_score"].strip()):  # of a CSV
         found["edit_score"] = float(line["edit_score"])
-    if not {"key", "box", "mask"} <= found.keys():
+    if not 0 <= found.get("edit_score", 0) <= 10:
+        del found["edit_score"]
+    if not ours or not {"key", "box", "mask"} <= found.keys():
         found = {key: found[key] for key in list(CARRIED)[: list(CARRIED).index("key")] if key in found}
     return found
 
@@ -320,12 +350,17 @@ def picture_name(folder, number):
     return f"{folder}/{number[:-3]}/{number}.png"
 
 
+def sound(text):
+    """Text that can be written to any file: half of a surrogate pair, which JSON lets through, becomes "?"."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def start_of(record, base, place):
     """Kind and status of a new record: one with an empty field, or a path that leaves its base, is over at once."""
     end = {"kind": None, "status": "failed", "stage": "read"}
     for key in SETS["pairs"][0]:
-        if not isinstance(record[key], str) or not record[key].strip():
-            texts = {key: record[key] if isinstance(record[key], str) else "" for key in SETS["pairs"][0]}
+        if not isinstance(record[key], str) or not record[key].strip() or sound(record[key]) != record[key]:
+            texts = {key: sound(record[key]) if isinstance(record[key], str) else "" for key in SETS["pairs"][0]}
             return end | texts | {"reason": f"{place}: {key} is empty, or no text"}
     try:
         inside(Path(base), record["src_video"], place), inside(Path(base), record["tgt_video"], place)
@@ -362,7 +397,7 @@ class Ledger:
         path = self.path(stage, shard)
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(json.dumps(row) + "\n" for row in rows)
         path.with_suffix(".part").unlink(missing_ok=True)
 
     @contextmanager
@@ -377,10 +412,17 @@ class Ledger:
             file.truncate(len(whole))
 
             def add(done):
-                file.write(b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in done))
+                file.write(b"".join(json.dumps(row).encode() + b"\n" for row in done))
                 file.flush()
 
             yield rows, add
+
+    def forget(self, stage, shard, ids):
+        """Take records out of a journal."""
+        with self.journal(stage, shard) as (rows, _):
+            kept = [row for row in rows.values() if row["id"] not in ids]
+        with whole_file(self.path(stage, shard).with_suffix(".part")) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def reopen_failed(self, shard):
         """Make the failed records of a shard open again: in every stage its done work becomes a journal without them."""
@@ -439,8 +481,9 @@ def only_run(ledger, rank):
         yield
 
 
-def same_settings(args, ledger):
-    """A folder's records were made with one set of settings; ValueError that names the one that differs."""
+def same_settings(args, ledger, begin=True):
+    """A folder's records were made with one set of settings; ValueError that names the one that differs. begin: write
+    them down where there are none."""
     free = ("out", "engine", "workers", "retry_failed", "device", "show_prompts", "measure", "rejects", "page")
     models = PAPER_MODELS if args.models == "classical" else ()
     settings = {k: v for k, v in vars(args).items() if k not in free and k not in models} | {"prompts": PROMPTS_VERSION}
@@ -449,10 +492,13 @@ def same_settings(args, ledger):
         before = json.loads(path.read_text())
         for key in before.keys() | settings.keys():
             if before.get(key) != settings.get(key):
+                last = [stage for stage in STAGES[1:-1] if (ledger.folder / stage).is_dir()][-1:]
                 raise ValueError(
-                    f"{ledger.out} was made with {key} {before.get(key)!r}, not {settings.get(key)!r}: give another --out; "
-                    f"{ledger.folder}/score as its input keeps what was paid for"
+                    f"{ledger.out} was made with {key} {before.get(key)!r}, not {settings.get(key)!r}: give another --out"
+                    + "".join(f"; {ledger.folder / stage} as its input keeps what was paid for" for stage in last)
                 )
+        return
+    if not begin:
         return
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(settings, indent=1))
@@ -488,6 +534,7 @@ def run_shard(stage, ledger, shard, bar=None):
             bar is None or bar.update(len(batch))
         rows = [done.get(row["id"], row) if row["status"] == "open" else row for row in rows]
     if len(waiting) >= 20 and all(done[row["id"]]["status"] == "failed" for row in waiting):
+        ledger.forget(stage.name, shard, {row["id"] for row in waiting})  # the same command tries them again
         raise ValueError(f"all {len(waiting)} records of a shard failed in `{stage.name}`: {done[waiting[0]['id']]['reason']}")
     ledger.write(stage.name, shard, rows)
     return rows
@@ -503,14 +550,27 @@ class Stage:
     name = ""
 
     def __init__(self, args, bases, models=None):
-        self.args, self.bases, self.models = args, bases, models
+        self.args, self.bases, self.made, self.ready = args, bases, models, False
         self.batch = 4 * args.workers
+        self.lock = threading.Lock()
 
     def setup(self):
-        self.models = self.models or {"classical": Classical, "paper": Paper}[self.args.models](self.args)
-        self.models.setup(self.name)
         self.pool = ThreadPoolExecutor(self.args.workers)
         return self
+
+    @property
+    def models(self):
+        """What the records are put to, loaded for the first that asks: a ledger read again may ask nothing. Barred where
+        that fails, for it is no record's fault."""
+        with self.lock:
+            if not self.ready:
+                self.made = self.made or {"classical": Classical, "paper": Paper}[self.args.models](self.args)
+                try:
+                    self.made.setup(self.name)
+                except FORESEEN as error:
+                    raise Barred(f"{self.name}: {error}") from error
+                self.ready = True
+        return self.made
 
     def __call__(self, batch):
         return list(self.pool.map(self.guarded, batch))
@@ -551,6 +611,7 @@ class Score(Stage):
             found = {"frames": frames, "height": height, "width": width}
             found["frame_scores"] = [round(s, 3) for s in self.models.score(self.file(row, "src_video"), self.file(row, "tgt_video"), row)]
             found["edit_score"] = round(sum(found["frame_scores"]) / len(found["frame_scores"]), 3)
+            found["lowest_frame_score"] = min(found["frame_scores"])
         return self.judged(row | found)
 
     def judged(self, row):
@@ -597,18 +658,21 @@ class Synthesize(Stage):
 
     def one(self, row):
         if "ref_image" in row:
+            self.check(*row["ref_size"])
             return {}
         mask = read_image(self.file(row, "mask"))[..., 0] > 127
         image = self.models.synthesize(self.file(row, "src_video"), self.file(row, "tgt_video"), mask, row)
         height, width = image.shape[:2]
-        aspect = max(height / width, width / height)
-        if min(height, width) < self.args.min_side:
-            raise Rejected(f"the reference has {width}x{height} pixels, a side below {self.args.min_side}")
-        if aspect > self.args.max_aspect:
-            raise Rejected(f"the reference has {width}x{height} pixels, an aspect above {self.args.max_aspect:g}")
+        self.check(height, width)
         name = self.place("refs", row)
         write_image(Path(self.args.out) / name, image)
         return {"ref_image": name, "ref_size": [height, width]}
+
+    def check(self, height, width):
+        if min(height, width) < self.args.min_side:
+            raise Rejected(f"the reference has {width}x{height} pixels, a side below {self.args.min_side}")
+        if max(height / width, width / height) > self.args.max_aspect:
+            raise Rejected(f"the reference has {width}x{height} pixels, an aspect above {self.args.max_aspect:g}")
 
 
 class Verify(Stage):
@@ -1089,12 +1153,17 @@ def read_box(text, size=(1000, 1000)):
     """
     if re.search(r"\[\s*\]", text) and "bbox" not in text:
         raise Rejected("the grounder sees nothing of the kind")
+    found = [(f.get("bbox_2d", f.get("bbox")), f.get("label")) for f in json_objects(text)]
+    found = [(box, label) for box, label in found if is_box(box)]
+    if not found:  # half a JSON, or none
+        four = r"\s*,\s*".join([f"({NUMBERS})"] * 4)
+        for match in re.finditer(rf"bbox(?:_2d)?[\"']?\s*:\s*\[\s*{four}\s*\]", text):
+            label = re.match(r"[^{}]{0,40}?label[\"']?\s*:\s*([\"'])(.{1,80}?)\1\s*(?:[,}\]]|$)", text[match.end() :])
+            found.append(([float(v) for v in match.groups()], label and label[2]))
     boxes = []
-    four = r"\s*,\s*".join([f"({NUMBERS})"] * 4)
-    for match in re.finditer(rf"bbox(?:_2d)?[\"']?\s*:\s*\[\s*{four}\s*\]", text):
-        x1, y1, x2, y2 = (min(max(float(v) / side, 0), 1) for v, side in zip(match.groups(), size * 2))
-        label = re.match(r"[^{}]{0,40}?label[\"']?\s*:\s*[\"']([^\"']{1,80})", text[match.end() :])
-        boxes.append(((x2 - x1) * (y2 - y1) if x2 > x1 and y2 > y1 else 0.0, [x1, y1, x2, y2], label and label[1]))
+    for four, label in found:
+        x1, y1, x2, y2 = (min(max(v / side, 0), 1) for v, side in zip(four, size * 2))
+        boxes.append(((x2 - x1) * (y2 - y1) if x2 > x1 and y2 > y1 else 0.0, [x1, y1, x2, y2], label))
     if not boxes:
         raise Malformed(f"no box in the answer: {' '.join(text.split())[:120]!r}")
     area, box, label = max(boxes, key=lambda b: b[0])
@@ -1102,7 +1171,12 @@ def read_box(text, size=(1000, 1000)):
         raise Rejected(f"the box {[round(v, 3) for v in box]} is empty or tiny")
     if area > 0.95:
         raise Rejected("the box is the whole frame")
-    return box, label or "object"
+    return box, label.strip()[:80] if isinstance(label, str) and label.strip() else "object"
+
+
+def is_box(value):
+    number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)
+    return isinstance(value, list) and len(value) == 4 and all(map(number, value))
 
 
 def read_verdict(text):
@@ -1132,7 +1206,11 @@ def add_adapter(module, folder):
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     tensors = load_file(folder / "adapter_model.safetensors")
     weights = {name.removesuffix(".weight"): p for name, p in module.named_parameters() if name.endswith(".weight")}
-    for name in [name for name in tensors if ".lora_A." in name]:
+    lower = {name for name in tensors if ".lora_A." in name}
+    other = tensors.keys() - lower - {name.replace(".lora_A.", ".lora_B.") for name in lower}
+    if other or len(tensors) != 2 * len(lower):
+        raise ValueError(f"{folder}: not pairs of lora_A and lora_B alone ({', '.join(sorted(other)[:3]) or 'a lora_B is missing'})")
+    for name in lower:
         layer = name.split(".lora_A.")[0]
         tail = re.search(r"(?:language_model\.|visual\.|model\.)?(?:layers|blocks|merger|deepstack_merger_list)\..*", layer)
         places = [w for w in weights if tail and w.endswith(re.sub(r"^model\.", "", tail[0]))]
@@ -1160,8 +1238,10 @@ def open_model(name, device):
     if name.startswith(("http://", "https://")):
         import urllib.request
 
+        key = os.environ.get("OPENAI_API_KEY")
+        request = urllib.request.Request(f"{name.rstrip('/')}/models", headers={"Authorization": f"Bearer {key}"} if key else {})
         try:
-            with urllib.request.urlopen(f"{name.rstrip('/')}/models", timeout=30) as answer:
+            with urllib.request.build_opener(NoRedirect).open(request, timeout=30) as answer:
                 served = json.load(answer)["data"][0]["id"]
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise ValueError(f"{name}: no OpenAI-compatible server answers there ({error}); start it, or name a model") from None
@@ -1207,17 +1287,20 @@ class Paper:
             for attempt_ in range(tries):
                 try:
                     if isinstance(model, OpenAICompatible):
-                        return model.ask(prompt, media, 1.0).text
+                        return sound(model.ask(prompt, media, 1.0).text)
                     with self.lock:
-                        return model.ask(prompt, media, 1.0).text
+                        return sound(model.ask(prompt, media, 1.0).text)
                 except TryAgain as error:
                     if attempt_ == tries - 1:
                         raise
                     time.sleep(error.after or 2**attempt_ * (1 + random.random()))
 
     def score(self, source_path, target_path, row):
-        """EditScore (FACTS.md, "Curation"): of each pair of frames sqrt(min(SC) min(PQ)), from 0..25 to 0..10."""
-        pairs = zip(*(sampled_frames(path, self.args.fps)[0] for path in (source_path, target_path)))
+        """EditScore (FACTS.md, "Curation"): of each pair of frames sqrt(min(SC) min(PQ)), from 0..25 to 0..10. Frame i
+        of the edit is that of frame i of the source, whatever rate the files claim: the release writes all at 15 fps."""
+        with open_media(target_path) as (_, stream):
+            rate = float(stream.average_rate or 25)
+        pairs = zip(*(sampled_frames(path, self.args.fps, rate=rate)[0] for path in (source_path, target_path)))
         scores = []
         for source, target in pairs:
             prompt = PROMPTS["success"].format(prompt=row["prompt"])
@@ -1419,6 +1502,7 @@ def deduplicate_all(args, ledger, bases):
                 row["passed"] = "deduplicate"
                 row["cluster"], row["nearest"] = kept, cosine = found.get(row["id"], (None, None))
                 if row["id"] in guarded:
+                    row["tuning"] = False
                     row = ended(row, "deduplicate", "rejected", f"resembles {guarded[row['id']]} of the benchmark")
                 elif kept != row["id"]:
                     row = ended(row, "deduplicate", "rejected", f"the reference is that of {kept} again (cosine {cosine:.3f})")
@@ -1430,13 +1514,19 @@ def deduplicate_all(args, ledger, bases):
 
 def features_of_benchmark(args):
     """{name: feature} of a benchmark's pictures and of the first frames of its clips: no record may resemble one."""
-    kinds = (".png", ".jpg", ".jpeg", ".webp", ".mp4")
-    files = [path for path in sorted(Path(args.guard).rglob("*")) if path.suffix.lower() in kinds]
-    if not files:
-        raise ValueError(f"--guard {args.guard}: no pictures or clips there")
+    files = benchmark_files(args.guard)
     models = {"classical": Classical, "paper": Paper}[args.models](args)
     models.setup("guard")
-    return {path.name: models.embed([read_image(path)])[0].numpy() for path in tqdm(files, desc="guard", mininterval=1)}
+    name = lambda path: path.relative_to(args.guard).as_posix()
+    return {name(path): models.embed([read_image(path)])[0].numpy() for path in tqdm(files, desc="guard", mininterval=1)}
+
+
+def benchmark_files(folder):
+    kinds = (".png", ".jpg", ".jpeg", ".webp", ".mp4")
+    files = [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in kinds]
+    if not files:
+        raise ValueError(f"--guard {folder}: no pictures or clips there")
+    return files
 
 
 # ------------------------------------------------------------------------------------------------ the result
@@ -1453,7 +1543,7 @@ def write_results(args, ledger, bases):
         for shard in range(ledger.count[1]):
             for row in ledger.rows("deduplicate", shard):
                 if row["status"] == "kept" and row["id"] in rejects:
-                    row = ended(row, "person", "rejected", rejects[row["id"]])
+                    row = ended(row, "person", "rejected", rejects[row["id"]]) | {"tuning": False}
                 counts.add(row)
                 if len(told) < 200:
                     told.append(row)
@@ -1463,13 +1553,13 @@ def write_results(args, ledger, bases):
                 if row["status"] == "kept":
                     ref = os.path.relpath(out / row["ref_image"], common)
                     write("ref", [path("src_video"), path("tgt_video"), row["prompt"], ref])
-                    write_parquet(row, out / row["ref_image"])
+                    write_parquet(row, inside(out, row["ref_image"], row["id"]))
                     seen += 1
                     if len(sample) < args.page:
                         sample.append(row)
                     elif (place := chosen.randrange(seen)) < args.page:
                         sample[place] = row
-    write_page(args, ledger, bases, sorted(sample, key=lambda row: row["id"]), counts, told)
+    write_page(args, ledger, bases, sorted(sample, key=lambda row: row["id"]), counts, told, rejects)
     text = counts.markdown() + ("\n" + pair_by_pair(told) if counts.total <= len(told) else "")
     for name, content in (("funnel.md", text), ("funnel.svg", counts.svg()), ("statistics.json", json.dumps(counts.statistics(), indent=1))):
         with whole_file(out / name) as temporary:
@@ -1533,7 +1623,7 @@ def parquet_of_refvie(out, bases):
             lines.clear()
 
         def write(row, path):
-            lines.append({"iid": row["id"], **{key: row[key] for key in ("prompt", "src_video", "tgt_video")}, "ref_image_bytes": path.read_bytes()})
+            lines.append({"iid": row["id"], **{key: row[key] for key in ("prompt", "src_video", "tgt_video")}, "ref_image_bytes": Path(path).read_bytes()})
             if len(lines) == 256:
                 flush()
 
@@ -1548,12 +1638,15 @@ class Funnel:
 
     def __init__(self):
         self.total, self.left, self.reasons, self.kept, self.tuning = 0, {}, {}, [], 0
+        self.nearest = []  # cosine of each record to the nearest one kept before it, of those kept and of duplicates
 
     def add(self, row):
         self.total += 1
         self.tuning += bool(row.get("tuning"))
+        if row.get("nearest") is not None and row.get("stage") != "person":
+            self.nearest.append(row["nearest"])
         if row["status"] == "kept":
-            self.kept.append((row["kind"], row.get("frames", 0), *row.get("ref_size", (0, 0)), row.get("nearest", -1.0)))
+            self.kept.append((row["kind"], row.get("frames", 0), *row.get("ref_size", (0, 0))))
             return
         key = row["stage"]
         self.left[key] = self.left.get(key, 0) + 1
@@ -1582,12 +1675,12 @@ class Funnel:
     def statistics(self):
         """Of the kept: kinds, frames, reference sizes; and how many would be left at other thresholds of likeness."""
         tally = lambda values: {str(k): sum(v == k for v in values) for k in sorted(set(values))}
-        curve = {str(t): sum(n <= t for *_, n in self.kept) for t in (0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99)}
-        side = [f"{2 ** int(math.log2(max(min(h, w), 1)))} and up" for _, _, h, w, _ in self.kept]
+        curve = {str(t): sum(n <= t for n in self.nearest) for t in (0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99)}
+        side = [f"{2 ** int(math.log2(max(min(h, w), 1)))} and up" for _, _, h, w in self.kept]
         return {
             "records": self.total, "instruction_tuning": self.tuning, "kept": len(self.kept),
             "kinds": tally([k[0] for k in self.kept]), "frames": tally([k[1] for k in self.kept]),
-            "reference_shorter_side": tally(side), "kept_whose_nearest_is_at_most": curve,
+            "reference_shorter_side": tally(side), "left_at_a_threshold_of": curve,
         }  # fmt: skip
 
     def svg(self, width=640, bar=26):
@@ -1623,7 +1716,7 @@ command again with <code>--rejects rejects.json</code>.</p>
 <option>reference is cut off or torn</option><option>edit does not follow the instruction</option><option>edit has artefacts</option><option>not suitable</option></select>
 <button onclick="reject()">reject / take back (r)</button><button onclick="save()">save rejects.json</button> <span id="at"></span></p>
 %(cards)s<h2>Funnel</h2>%(funnel)s<h2>What became of the pairs</h2>%(table)s
-<script>let at=0;const out={},cards=[...document.querySelectorAll('.card')];
+<script>let at=0;const out=%(rejects)s,cards=[...document.querySelectorAll('.card')];
 function show(){cards.forEach((c,i)=>{c.classList.toggle('on',i==at);c.classList.toggle('no',c.dataset.id in out)});
 document.getElementById('at').textContent=cards.length?(at+1)+' of '+cards.length+', '+Object.keys(out).length+' rejected':'nothing was kept'}
 function go(d){at=Math.max(0,Math.min(cards.length-1,at+d));show()}
@@ -1633,8 +1726,8 @@ addEventListener('keydown',e=>{if(e.target.tagName=='SELECT')return;if(e.key=='A
 """
 
 
-def write_page(args, ledger, bases, rows, counts, told):
-    """page.html: one file with all pictures in it."""
+def write_page(args, ledger, bases, rows, counts, told, rejects):
+    """page.html: one file with all pictures in it. What was rejected before is saved again with what a person adds."""
     picture = lambda image: "data:image/jpeg;base64," + base64.b64encode(jpeg(image)).decode()
 
     def card(row):
@@ -1657,6 +1750,7 @@ def write_page(args, ledger, bases, rows, counts, told):
         cards = list(tqdm(pool.map(card, rows), total=len(rows), desc="page", mininterval=1))
     fill = {"count": len(rows), "kept": len(counts.kept), "funnel": counts.svg(), "cards": "".join(cards)}
     fill["table"] = markdown_to_html(pair_by_pair(told))
+    fill["rejects"] = json.dumps(rejects).replace("</", "<\\/")  # no end of the script
     content = re.sub(r"%\((\w+)\)s", lambda name: str(fill[name[1]]), PAGE)
     with whole_file(ledger.out / "page.html") as path:
         path.write_text(content, encoding="utf-8")
@@ -1773,18 +1867,25 @@ def measure_scale(folder, records=100_000, vectors=500_000, width=512):
     import resource
 
     memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    random_, table, before = random.Random(0), folder / "records.jsonl", memory()
-    with whole_file(table) as temporary, temporary.open("w") as file:
+    made = Ledger(Path(folder).resolve() / "made")  # as another run would have left it
+    random_, stage, before = random.Random(0), made.folder / "verify", memory()
+    for name in ("masks/0.png", "refs/0.png"):
+        (made.out / name).parent.mkdir(parents=True, exist_ok=True)
+        write_image(made.out / name, torch.zeros(8, 8, 3, dtype=torch.uint8))
+    stage.mkdir(parents=True, exist_ok=True)
+    (made.folder / "read.json").write_text(json.dumps({"bases": [str(made.out)]}))
+    (made.folder / "settings.json").write_text(json.dumps({"models": "classical"}))
+    with whole_file(stage / "00000.jsonl") as temporary, temporary.open("w") as file:
         for i in range(records):
             feature = np.array([random_.gauss(0, 1) for _ in range(8)], np.float16)
             line = {"src_video": f"s/{i}.mp4", "tgt_video": f"t/{i}.mp4", "prompt": "replace the car", "edit_type": "change",
-                    "edit_score": random_.uniform(4, 10), "box": [0, 0, 1, 1], "mask": f"masks/{i}.png", "key": 0,
-                    "ref_image": f"refs/{i}.png", "verdict": random_.random() < 0.8,
+                    "edit_score": random_.uniform(4, 10), "box": [0, 0, 1, 1], "mask": "masks/0.png", "key": 0,
+                    "ref_image": "refs/0.png", "ref_size": [64, 64], "verdict": random_.random() < 0.8,
+                    "base": 0, "status": "open",
                     "feature": base64.b64encode((feature / np.linalg.norm(feature)).astype(np.float16)).decode()}  # fmt: skip
             file.write(json.dumps(line) + "\n")
-    args = parse_arguments([str(table), "--out", str(folder / "out"), "--shard-rows", "1000", "--duplicate", "1"])
+    out = str(made.out.parent / "out")
+    args = parse_arguments([str(stage), "--out", out, "--shard-rows", "1000", "--duplicate", "1"])
     ledger, start = Ledger(args.out), time.perf_counter()
     read_all(args, ledger)
     bases = json.loads((ledger.folder / "read.json").read_text())["bases"]
@@ -1812,6 +1913,8 @@ def run_local(args, ledger, bases, rank, world):
     torch.set_num_threads(max(1, threads // args.workers))  # records share the cores
     for name, make in CLASSES.items():
         todo = [shard for shard in mine if not ledger.done(name, shard)]
+        stage = None  # its models go before others come
+        torch.cuda.empty_cache()
         if not todo:
             continue
         stage = make(args, bases).setup()
@@ -1851,9 +1954,14 @@ def run_ray(args, ledger, bases):
             ShardWorker, fn_constructor_args=(name, args, bases), batch_size=1, concurrency=args.workers,
             num_gpus=1 if args.models == "paper" else 0, num_cpus=1 if args.models == "paper" else 0.25,
         )  # fmt: skip
-    for _ in tqdm(data.iter_batches(batch_size=1), total=len(shards), desc="ray", unit="shard"):
-        pass
-    ray.shutdown()
+    try:
+        for _ in tqdm(data.iter_batches(batch_size=1), total=len(shards), desc="ray", unit="shard"):
+            pass
+    except ray.exceptions.RayError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ValueError(f"--engine ray: {lines[-1] if lines else type(error).__name__}") from None
+    finally:
+        ray.shutdown()
 
 
 def wait_for(ready, what, bar_seconds=30):
@@ -1883,14 +1991,22 @@ def main(argv=None):
     ledger = Ledger(args.out)
     with only_run(ledger, rank):
         if rank == 0:
-            same_settings(args, ledger)
+            same_settings(args, ledger, begin=False)  # a slip in the inputs should not bind the folder to it
+            args.guard and benchmark_files(args.guard)
             read_all(args, ledger)
-        wait_for(lambda: ledger.count, "the tables")
+            same_settings(args, ledger)
+        wait_for(lambda: ledger.count and (ledger.folder / "settings.json").is_file(), "the tables")
         same_settings(args, ledger)  # on every rank: none begins with other ones while the first is still refusing them
         bases = json.loads((ledger.folder / "read.json").read_text())["bases"]
         if args.retry_failed:
             for shard in range(rank, ledger.count[1], world):
                 ledger.reopen_failed(shard)
+            if world > 1:  # else the first could find all shards done that another is about to open again
+                import torch.distributed as dist
+
+                dist.init_process_group("gloo")
+                dist.barrier()
+                dist.destroy_process_group()
         run_ray(args, ledger, bases) if args.engine == "ray" else run_local(args, ledger, bases, rank, world)
         if rank > 0:
             return

@@ -471,7 +471,7 @@ def read_reference(ref):
 def has_columns(path, columns, found):
     absent = [name for name in columns if name not in found]
     if absent:
-        raise ValueError(f"{path}: has no column {', '.join(absent)}; it has {', '.join(found)}")
+        raise ValueError(f"{path}: has no column {', '.join(absent)}; it has {', '.join(map(str, found))}")
 
 
 def inside(base, name, where):

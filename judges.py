@@ -237,15 +237,18 @@ class OpenAICompatible:
         return Answer(message["content"], tokens, count_of(usage, "completion_tokens"))
 
 
-def sampled_frames(path, fps, max_pixels=448 * 448):
-    """Frames of a clip at `fps`, shrunk to max_pixels: uint8 (n, H, W, 3), and the seconds at which they stand."""
+def sampled_frames(path, fps, max_pixels=448 * 448, rate=None):
+    """Frames of a clip at `fps`, shrunk to max_pixels: uint8 (n, H, W, 3), and the seconds at which they stand.
+
+    rate: frames a second to be taken for the file's own, so that two clips give the same numbers of frames.
+    """
     import torch
 
     from data import decode, open_media, resize
 
     frames, seconds, due = [], [], 0.0
     with open_media(path) as (container, stream):
-        source_rate = float(stream.average_rate or 25)
+        source_rate = rate or float(stream.average_rate or 25)
         for index, rgb in decode(path, container, stream):
             if index / source_rate >= due - 1e-6:
                 scale = min(1.0, math.sqrt(max_pixels / (rgb.shape[0] * rgb.shape[1])))

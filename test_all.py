@@ -2399,6 +2399,10 @@ def test_a_ledger_read_again_takes_other_thresholds_and_asks_no_model(tmp_path, 
     rows = curated(quadruplets, tmp_path / "strict", "--min-ref-score", scores[-1], tables=["ledger/verify"])
     kept = [row for row in rows if row["status"] == "kept"]
     assert 0 < len(kept) == scores.count(scores[-1])
+    small = curated(quadruplets, tmp_path / "large", "--min-side", 2000, tables=["ledger/verify"])
+    assert any("a side below 2000" in row.get("reason", "") for row in small) and not any(row["status"] == "kept" for row in small)
+    with pytest.raises(ValueError, match="features of --models classical"):
+        curated(quadruplets, tmp_path / "mixed", "--models", "paper", tables=["ledger/verify"])
     assert all((tmp_path / "strict" / row["ref_image"]).is_file() for row in kept)
     again = curated(quadruplets, tmp_path / "strict", "--min-ref-score", scores[-1], tables=["ledger/verify"])
     assert again == rows
@@ -2430,17 +2434,54 @@ def test_bad_pairs_cost_only_themselves_and_can_be_tried_again(tmp_path, nano_da
 def test_odd_lines_of_a_table_cost_only_themselves_and_odd_fields_nothing(tmp_path, nano_data, quadruplets):
     good = {key: line[key] for line in [next(csv.DictReader((nano_data / "ref_video.csv").open()))] for key in data.COLUMNS["video"]}
     odd = {"edit_type": 7, "frames": "9", "edit_score": "high", "mask": "/etc/passwd", "ref_image": b"".hex(), "verdict": "yes"}
-    lines = [json.dumps(good | odd), "{half", "[]", json.dumps(good | {"prompt": ["x"]}), json.dumps(good | {"edit_score": "9.5"})]
+    made = {"edit_score": 9.5, "box": [0, 0, 1, 1], "key": 0, "mask": "masks/x.png", "ref_image": "/etc/passwd", "verdict": True, "feature": "AAAA"}
+    lines = [json.dumps(good | odd), "{half", "[]", json.dumps(good | {"prompt": ["x"]}), json.dumps(good | made),
+             json.dumps(good | {"edit_score": 10**400}), json.dumps(good | {"prompt": "half \ud83d"})]  # fmt: skip
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
     rows = curated(tmp_path, tmp_path / "out", "--base-path", nano_data, "--duplicate", 1, tables=["p.jsonl"])
-    assert [row["status"] == "failed" for row in rows] == [False, True, True, True, False]
+    assert [row["status"] == "failed" for row in rows] == [False, True, True, True, False, False, True]
     first = next(row for row in records_in(quadruplets) if row["src_video"] == good["src_video"])
-    assert [row["edit_score"] for row in rows if "edit_score" in row] == [first["edit_score"], 9.5]
+    assert [row["edit_score"] for row in rows if "edit_score" in row] == [first["edit_score"], 9.5, first["edit_score"]]
+    assert "passwd" not in (tmp_path / "out/ref_video.csv").read_text()
     shutil.copytree(tmp_path / "out/ledger", tmp_path / "theirs/ledger")
     shard = tmp_path / "theirs/ledger/verify/00000.jsonl"
     shard.write_text(re.sub(r"masks/[^\"]*", "../../secret.png", shard.read_text()))
     with pytest.raises(ValueError, match="line 1: ../../secret.png is outside of"):
         curated(tmp_path, tmp_path / "again", tables=["theirs/ledger/verify"])
+
+
+def test_a_shard_that_fails_as_a_whole_stops_the_run_each_time_until_it_is_mended(tmp_path, nano_data):
+    pair = next(csv.DictReader((nano_data / "ref_video.csv").open()))
+    (tmp_path / "p.csv").write_text("src_video,tgt_video,prompt\n" + "clips/a.mp4,clips/b.mp4,Add a hat.\n" * 20)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="all 20 records of a shard failed in `score`"):
+            curated(tmp_path, tmp_path / "out", "--shard-rows", 20, tables=["p.csv"])
+    (tmp_path / "clips").mkdir()
+    for name, key in (("a", "src_video"), ("b", "tgt_video")):
+        shutil.copy(nano_data / pair[key], tmp_path / "clips" / f"{name}.mp4")
+    rows = curated(tmp_path, tmp_path / "out", "--shard-rows", 20, tables=["p.csv"])
+    assert len(rows) == 20 and not any(row["status"] == "failed" for row in rows)
+
+
+def test_frames_to_be_scored_correspond_whatever_rate_the_files_claim(tmp_path):
+    frames = moving_picture(61, 32, 32)
+    for name, fps in (("source", 30), ("edit", 15)):
+        write_video(tmp_path / f"{name}.mp4", frames, fps, None, data.EXACT_VIDEO_CODEC)
+    asked = []
+    models = curate.Paper(curate.parse_arguments(["x", "--out", "x", "--device", "cpu"]))
+    models.scorer = None
+    models.ask = lambda model, prompt, images: asked.append(images) or '{"score": [20, 20]}'
+    assert models.score(tmp_path / "source.mp4", tmp_path / "edit.mp4", {"prompt": "x"}) == [8.0] * 5
+    pairs = [images for images in asked if len(images) == 2]
+    assert all((p["source"].float() - p["edited"].float()).abs().mean() < 3 for p in pairs)
+
+
+@pytest.mark.parametrize("edit_type, prompt, kind", [
+    ("Local Modification", "x", "subject"), ("Background Replacement", "x", "background"), ("camera_edit", "Replace it.", "other"),
+    ("object swap", "Remove the dog.", "remove"), (None, "Make it look like a painting.", "style"),
+])  # fmt: skip
+def test_an_edit_s_kind_is_its_type_where_that_is_known_else_what_its_words_say(edit_type, prompt, kind):
+    assert curate.kind_of(edit_type, prompt) == kind
 
 
 def same_result(out, expected):
@@ -2491,10 +2532,15 @@ def test_a_person_s_rejects_and_a_benchmark_s_pictures_leave_the_result(tmp_path
     curated(nano_data, out, "--rejects", tmp_path / "rejects.json")
     table = list(csv.DictReader((out / "ref_video.csv").open()))
     assert len(table) == len(kept) - 1 and "| person | rejected | torn | 1 |" in (out / "funnel.md").read_text()
-    (tmp_path / "bench").mkdir()
+    assert f'out={{"{kept[0]}": "torn"}}' in (out / "page.html").read_text()  # saved again with what comes to it
+    tuned = lambda folder: sum(len((folder / name).read_text().splitlines()) - 1 for name in ("video.csv", "image.csv"))
+    assert tuned(out) == tuned(quadruplets) - 1
+    (tmp_path / "bench/b").mkdir(parents=True)
     shutil.copy(quadruplets / "refs" / kept[1][:-3] / f"{kept[1]}.png", tmp_path / "bench" / "theirs.png")
+    write_image(tmp_path / "bench/b/theirs.png", torch.zeros(64, 64, 3, dtype=torch.uint8))  # of the same name
     rows = curated(nano_data, tmp_path / "guarded", "--guard", tmp_path / "bench", tables=["ref_video.csv"])
     assert [row["id"] for row in rows if "resembles theirs.png of the benchmark" in row.get("reason", "")] == [kept[1]]
+    assert not any(row["tuning"] for row in rows if row["id"] == kept[1])
 
 
 def test_duplicates_go_only_where_they_are_close_to_one_that_is_kept():
@@ -2522,6 +2568,7 @@ GOOD_BOX, WHOLE_BOX = '{"bbox_2d": [100, 200, 500, 800], "label": "a red car"}',
     (f"[{GOOD_BOX}]", "a red car"), (f"```json\n[{GOOD_BOX}]\n```", "a red car"), (f"Here: {GOOD_BOX} and so on", "a red car"),
     ("[" + f"{GOOD_BOX}, " * 30 + '{"bbox_2d": [100, 2', "a red car"), ('[{"bbox_2d": [100, 200, 500, 800]}]', "object"),
     ("{'bbox': [100.0,200.0,500.0,800.0]}", "object"), (f'[{{"bbox_2d": [1, 1, 50, 60]}}, {GOOD_BOX}]', "a red car"),
+    (GOOD_BOX.replace("a red car", "the man's hat"), "the man's hat"), ('[{"label": "a dog", "bbox_2d": [100, 200, 500, 800]}]', "a dog"),
     ("[]", curate.Rejected), ("I see no car.", curate.Malformed), ('[{"bbox_2d": [500, 200, 100, 800]}]', curate.Rejected),
     (f"[{WHOLE_BOX}]", curate.Rejected), ('[{"bbox_2d": [10, 10, 12, 12]}]', curate.Rejected), ('{"bbox_2d": [1, 2, 3]}', curate.Malformed),
 ])  # fmt: skip
@@ -2636,6 +2683,9 @@ def test_a_released_adapter_is_merged_as_its_file_says(tmp_path, style):
     assert close(weight - before, 2 * b @ a)
     save_file({"base_model.model.elsewhere.layers.9.q.lora_A.weight": a, "base_model.model.elsewhere.layers.9.q.lora_B.weight": b}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="finds no place"):
+        curate.add_adapter(asked.mllm, tmp_path)
+    save_file({f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b, f"{name}.bias": torch.zeros(3)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="not pairs of lora_A and lora_B alone"):
         curate.add_adapter(asked.mllm, tmp_path)
 
 
