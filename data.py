@@ -723,15 +723,18 @@ def fill_buckets(shapes, max_frames, max_pixels):
     return buckets
 
 
-def find_table(folder, kind):
-    """The folder's table for a kind of data, .csv or .parquet. ValueError, FileNotFoundError."""
-    if folder is None:
-        raise ValueError(f"no {kind} data: give --data DIR, or --{kind}-csv FILE")
-    for suffix in (".csv", ".parquet"):
-        path = (Path(folder) / FILES[kind]).with_suffix(suffix)
-        if path.is_file():
-            return path
-    raise FileNotFoundError(f"{folder}: has no {FILES[kind]}, which this stage needs; give its place with --{kind}-csv")
+def find_tables(folders, kind):
+    """The tables, .csv or .parquet, that folders have for a kind of data: at least one. FileNotFoundError."""
+    found = []
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"--data {folder}: no such folder")
+        paths = [(folder / FILES[kind]).with_suffix(suffix) for suffix in (".csv", ".parquet")]
+        found += [path for path in paths if path.is_file()][:1]
+    if not found:
+        names = ", ".join(map(str, folders))
+        raise FileNotFoundError(f"{names}: has no {FILES[kind]}, which this stage needs; give its place with --{kind}-csv")
+    return found
 
 
 # Commands

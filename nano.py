@@ -1036,9 +1036,9 @@ def clips_seen(checkpoint):
     """How the clips of a training were drawn, the last ones first, as far as that is recorded."""
     seen = {}  # as a set that keeps its order
     for folder in checkpoints_before(checkpoint.parent):
-        path = Path(read_run(folder)["args"]["data"]) / "world.json"
-        if path.is_file():
-            seen["{clips} of `nano.py data --seed {seed} --frames {frames}`".format(**json.loads(path.read_text()))] = True
+        for path in (Path(data) / "world.json" for data in read_run(folder)["args"]["data"]):
+            if path.is_file():
+                seen["{clips} of `nano.py data --seed {seed} --frames {frames}`".format(**json.loads(path.read_text()))] = True
     return ", ".join(seen) or "not recorded"
 
 

@@ -1449,6 +1449,21 @@ def test_training_from_a_cache_gives_the_same_losses(tmp_path, lesson):
         train.main(lessons(lesson, tmp_path / "other", "--cache", tmp_path / "cache", settings=["steps=1", "frames=5"]))
 
 
+def test_several_folders_are_trained_as_one(tmp_path, lesson):
+    for half, rows in (("a", slice(1, 4)), ("b", slice(4, None))):
+        (tmp_path / half).mkdir()
+        for table in lesson.glob("*.csv"):
+            head, *lines = table.read_text().splitlines()
+            (tmp_path / half / table.name).write_text("\n".join([head, *[head, *lines][rows]]))
+    train.main(lessons(lesson, tmp_path / "one", settings=["steps=2"]))
+    halves = ["--data", tmp_path / "a", tmp_path / "b", "--base-path", lesson]
+    train.main(lessons(lesson, tmp_path / "two", *halves, settings=["steps=2"]))
+    assert losses(tmp_path / "two") == losses(tmp_path / "one")
+    (tmp_path / "b" / "image.csv").unlink()
+    with pytest.raises(FileNotFoundError, match="b: has no image.csv"):
+        train.main(lessons(lesson, tmp_path / "none", "--data", tmp_path / "b", "--base-path", lesson, settings=["steps=2"]))
+
+
 def test_broken_samples_are_logged_and_too_many_stop_the_run(tmp_path, lesson):
     for file in lesson.glob("*.*"):
         shutil.copy(file, tmp_path)
@@ -1482,7 +1497,7 @@ def test_a_diverged_run_skips_steps_and_stops_with_the_sample(tmp_path, lesson, 
 @pytest.mark.parametrize("words, says", [
     (["--set", "speed=2"], "Stage has no 'speed'; it has"), (["--set", "steps=many"], "not of the kind"),
     (["--set", "schedule=never"], "expected constant, cosine or linear"), (["--sp", "2"], "does not divide the 1 processes"),
-    (["--weights", "nowhere"], "no such file or folder"), (["--data", "nowhere"], "has no image.csv"),
+    (["--weights", "nowhere"], "no such file or folder"), (["--data", "nowhere"], "--data nowhere: no such folder"),
     (["--dtype", "bfloat16", "--parallel", "ddp"], "take --parallel fsdp"), (["--set", "batch=3"], "not a multiple of batch"),
     (["--resume", "nowhere"], "not a checkpoint folder"), (["--set", "paint.dim=3"], "there are model, dit, vae, mllm"),
 ])  # fmt: skip

@@ -137,7 +137,8 @@ def parse_arguments(argv=None):
     add("--stage", type=int, choices=(1, 2, 3), help="1 align, 2 edit, 3 edit with references")
     add("--preset", choices=list(STAGES), default="paper", help="whose numbers (default %(default)s)")
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="steps=100 lr=1e-4 model.source=add_unscaled ...")
-    add("--data", default="data", metavar="DIR", help="has image.csv, video.csv, ref_video.csv (or .parquet) (default %(default)s)")
+    add("--data", nargs="+", default=["data"], metavar="DIR",
+        help="have image.csv, video.csv, ref_video.csv (or .parquet); several are trained as one (default: data)")  # fmt: skip
     add("--image-csv", metavar="FILE", help="this instead of DIR/image.csv")
     add("--video-csv", metavar="FILE", help="likewise")
     add("--ref-csv", metavar="FILE", help="likewise")
@@ -216,7 +217,7 @@ from tqdm import tqdm
 
 from connectors import MLLMConfig, connector, inject_lora, merge_lora
 from data import (
-    SHARD, CachedPairs, Curriculum, MediaError, Mixture, Pairs, bucket, fill_buckets, find_table, fingerprint, measure_row,
+    SHARD, CachedPairs, Curriculum, MediaError, Mixture, Pairs, bucket, fill_buckets, find_tables, fingerprint, measure_row,
     measure_rows, pad_reference, read_frames, read_reference, read_table, shard_path, whole_file, write_image, write_video,
 )  # fmt: skip
 from dit import DiTConfig
@@ -649,7 +650,8 @@ def open_data(args, stage, ranks):
     """The tables of the stage's kinds of data, and the order in which their rows come."""
     own = {"image": args.image_csv, "video": args.video_csv, "ref": args.ref_csv}
     kinds = [kind for kind, share in stage.ratio.items() if share]
-    tables = {kind: read_table(own[kind] or find_table(args.data, kind), kind, args.base_path) for kind in kinds}
+    places = {kind: [own[kind]] if own[kind] else find_tables(args.data, kind) for kind in kinds}
+    tables = {kind: [row for path in places[kind] for row in read_table(path, kind, args.base_path)] for kind in kinds}
     shapes = {}
     for kind, rows in tables.items():
         mine = range(ranks.rank, len(rows), ranks.world)
