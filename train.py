@@ -1296,7 +1296,10 @@ def memory_estimate(model, stage, ranks, shape, checkpointing):
     size = torch.empty(0, dtype=ranks.dtype).element_size()
     share = ranks.world if ranks.parallel == "fsdp" else 1
     vae = sum(p.numel() for p in model.vae.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    moments = sum(4 * p.numel() * len(MOMENTS[type(optimizer)]) for optimizer in make_optimizers(stage, trained)
+                  for p in optimizer.param_groups[0]["params"])  # fmt: skip
+    trained = sum(p.numel() for p in trained.values())
     frozen = sum(p.numel() for p in model.parameters()) - trained - vae
     blocks = [*model.dit.blocks, *model.mllm.model.language_model.layers]
     sizes = sorted((sum(p.numel() for p in block.parameters()) for block in blocks), reverse=True)
@@ -1319,9 +1322,9 @@ def memory_estimate(model, stage, ranks, shape, checkpointing):
         kept = [inside[0] * c.num_layers * 0.6, stage.batch * inside[1] * text.num_hidden_layers * 0.6]
     return {
         "weights": 4 * trained / share + size * (frozen / share + vae), "gathered": gathered,
-        "gradients": 4 * trained / share, "moments": 8 * trained / share, "average": 4 * trained / share * (stage.ema > 0),
+        "gradients": 4 * trained / share, "moments": moments / share, "average": 4 * trained / share * (stage.ema > 0),
         "activations": (sum(kept) + max(inside)) * size,
-        "snapshot": (8 + 4 * (stage.ema > 0)) * trained / share + 4 * trained * ranks.first,
+        "snapshot": (moments + 4 * (stage.ema > 0) * trained) / share + 4 * trained * ranks.first,
     }  # fmt: skip
 
 
