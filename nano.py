@@ -933,14 +933,15 @@ through on a CPU.
 RECIPE = """set -e
 python nano.py assets ../assets
 python nano.py data ../train128 --assets ../assets --clips 8000 --size 128 --frames 17 --workers 16
+python nano.py data ../stills128 --assets ../assets --clips 24000 --size 128 --frames 1 --seed 1 --workers 16
 python nano.py data ../test128 --assets ../assets --clips 400 --split test --size 128 --frames 17 --workers 16
 for piece in 1 2; do python nano.py pretrain vae --data ../train128 --out ../pre128 --steps 6000 --minutes 9; done
 for piece in 1 2; do python nano.py pretrain mllm --data ../train128 --out ../pre128 --steps 2000 --minutes 9; done
 for piece in 1 2; do python nano.py pretrain dit --data ../train128 --out ../pre128 --steps 3000 --minutes 9; done
-stage() { timeout 540 python train.py --config nano --data ../train128 --workers 12 --no-checkpointing --resume auto "$@" || test $? = 124; }
-for piece in 1 2; do stage --stage 1 --weights ../pre128/weights --out ../runs128/1 --set steps=600 lr=1e-3 global_batch=64 batch=64 warmup=50 schedule=cosine beta2=0.98; done
-for piece in 1 2; do stage --stage 2 --weights ../runs128/1 --out ../runs128/2 --set steps=3000 lr=1e-3 global_batch=64 batch=64 warmup=50 schedule=cosine beta2=0.98; done
-for piece in 1 2; do stage --stage 3 --weights ../runs128/2 --out ../runs128/3 --set steps=3000 lr=1e-3 global_batch=64 batch=64 warmup=50 schedule=cosine beta2=0.98 image=1 video=1 ref=2 shift=20; done
+stage() { timeout 540 python train.py --config nano --data ../train128 ../stills128 --workers 12 --no-checkpointing --resume auto "$@" || test $? = 124; }
+for piece in 1 2; do stage --stage 1 --weights ../pre128/weights --out ../runs128/1 --set steps=600 lr=1e-3 global_batch=64 batch=64 warmup=50 schedule=cosine beta2=0.98 optimizer=muon; done
+for piece in 1 2; do stage --stage 2 --weights ../runs128/1 --out ../runs128/2 --set steps=3000 lr=1e-3 global_batch=64 batch=64 warmup=50 schedule=cosine beta2=0.98 optimizer=muon; done
+for piece in 1 2; do stage --stage 3 --weights ../runs128/2 --out ../runs128/3 --set steps=3000 lr=1e-3 global_batch=64 batch=64 warmup=50 schedule=cosine beta2=0.98 optimizer=muon image=1 video=1 ref=2 shift=20; done
 ship() { python nano.py ship ../runs128/3/step-003000/weights.safetensors --weights ../pre128/weights --data ../test128 --made-by "one H100" --out ../nano128 "$@"; }
 ship --example 2
 python nano.py eval --weights ../nano128 --data ../test128 --out ../report128

@@ -161,7 +161,7 @@ def test_the_model_card_s_recipe_is_bash_whose_commands_parse():
     tell = 'python() { printf "%q " "$@"; echo; }; timeout() { shift; "$@"; }\n'
     done = subprocess.run(["bash", "-c", tell + nano.RECIPE], capture_output=True, text=True, check=True)
     lines = [shlex.split(line) for line in done.stdout.splitlines()]
-    assert len(lines) == 18
+    assert len(lines) == 19
     for program, *words in lines:
         importlib.import_module(Path(program).stem).parse_arguments(words)
 
