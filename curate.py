@@ -133,7 +133,9 @@ from data import (
     MediaError, decode, has_columns, inside, measure, open_media, pad_reference, parquet_file, read_image, resize, whole_file,
     write_image,
 )  # fmt: skip
-from judges import Barred, Local, Malformed, NoRedirect, OpenAICompatible, TryAgain, jpeg, json_objects, sampled_frames
+from judges import (
+    Barred, Local, Malformed, NoRedirect, OpenAICompatible, TryAgain, jpeg, json_objects, sampled_frames, sound,
+)  # fmt: skip
 from metrics import as_float, lab, luma, read_reference
 
 STAGES = ("read", "score", "ground", "synthesize", "verify", "deduplicate")
@@ -350,11 +352,6 @@ def picture_name(folder, number):
     return f"{folder}/{number[:-3]}/{number}.png"
 
 
-def sound(text):
-    """Text that can be written to any file: half of a surrogate pair, which JSON lets through, becomes "?"."""
-    return text.encode("utf-8", "replace").decode()
-
-
 def start_of(record, base, place):
     """Kind and status of a new record: one with an empty field, or a path that leaves its base, is over at once."""
     end = {"kind": None, "status": "failed", "stage": "read"}
@@ -417,13 +414,6 @@ class Ledger:
 
             yield rows, add
 
-    def forget(self, stage, shard, ids):
-        """Take records out of a journal."""
-        with self.journal(stage, shard) as (rows, _):
-            kept = [row for row in rows.values() if row["id"] not in ids]
-        with whole_file(self.path(stage, shard).with_suffix(".part")) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-
     def reopen_failed(self, shard):
         """Make the failed records of a shard open again: in every stage its done work becomes a journal without them."""
         for stage in reversed(STAGES[1:]):  # so that, killed in between, no later stage still tells of what is open again
@@ -449,6 +439,7 @@ def read_all(args, ledger):
         if json.loads((ledger.folder / "read.json").read_text())["sizes"] != sizes(args):
             raise ValueError(f"{', '.join(args.pairs)} changed since {ledger.out} was begun: give another --out")
         return
+    shutil.rmtree(ledger.folder / "read", ignore_errors=True)  # of a reading that was cut off
     bases, shard, rows, total = [], 0, [], 0
     with tqdm(desc="read", unit=" records", mininterval=1) as bar:
         for record in records_of(args, bases):
@@ -461,6 +452,7 @@ def read_all(args, ledger):
     if rows:
         ledger.write("read", shard, rows)
         shard += 1
+    same_settings(args, ledger)
     with whole_file(ledger.folder / "read.json") as path:
         path.write_text(json.dumps({"records": total, "shards": shard, "bases": bases, "sizes": sizes(args)}))
 
@@ -492,7 +484,7 @@ def same_settings(args, ledger, begin=True):
         before = json.loads(path.read_text())
         for key in before.keys() | settings.keys():
             if before.get(key) != settings.get(key):
-                last = [stage for stage in STAGES[1:-1] if (ledger.folder / stage).is_dir()][-1:]
+                last = [s for s in STAGES[1:-1] if (ledger.folder / s).is_dir() and (key != "models" or s != "verify")][-1:]
                 raise ValueError(
                     f"{ledger.out} was made with {key} {before.get(key)!r}, not {settings.get(key)!r}: give another --out"
                     + "".join(f"; {ledger.folder / stage} as its input keeps what was paid for" for stage in last)
@@ -534,8 +526,10 @@ def run_shard(stage, ledger, shard, bar=None):
             bar is None or bar.update(len(batch))
         rows = [done.get(row["id"], row) if row["status"] == "open" else row for row in rows]
     if len(waiting) >= 20 and all(done[row["id"]]["status"] == "failed" for row in waiting):
-        ledger.forget(stage.name, shard, {row["id"] for row in waiting})  # the same command tries them again
-        raise ValueError(f"all {len(waiting)} records of a shard failed in `{stage.name}`: {done[waiting[0]['id']]['reason']}")
+        raise ValueError(
+            f"all {len(waiting)} records of a shard failed in `{stage.name}`: {done[waiting[0]['id']]['reason']}; mend that and "
+            "add --retry-failed, or go on without them by the same command again"
+        )
     ledger.write(stage.name, shard, rows)
     return rows
 
@@ -549,8 +543,8 @@ class Stage:
 
     name = ""
 
-    def __init__(self, args, bases, models=None):
-        self.args, self.bases, self.made, self.ready = args, bases, models, False
+    def __init__(self, args, bases):
+        self.args, self.bases, self.loaded = args, bases, None
         self.batch = 4 * args.workers
         self.lock = threading.Lock()
 
@@ -563,14 +557,14 @@ class Stage:
         """What the records are put to, loaded for the first that asks: a ledger read again may ask nothing. Barred where
         that fails, for it is no record's fault."""
         with self.lock:
-            if not self.ready:
-                self.made = self.made or {"classical": Classical, "paper": Paper}[self.args.models](self.args)
+            if self.loaded is None:
+                models = {"classical": Classical, "paper": Paper}[self.args.models](self.args)
                 try:
-                    self.made.setup(self.name)
+                    models.setup(self.name)
                 except FORESEEN as error:
                     raise Barred(f"{self.name}: {error}") from error
-                self.ready = True
-        return self.made
+                self.loaded = models
+        return self.loaded
 
     def __call__(self, batch):
         return list(self.pool.map(self.guarded, batch))
@@ -611,7 +605,6 @@ class Score(Stage):
             found = {"frames": frames, "height": height, "width": width}
             found["frame_scores"] = [round(s, 3) for s in self.models.score(self.file(row, "src_video"), self.file(row, "tgt_video"), row)]
             found["edit_score"] = round(sum(found["frame_scores"]) / len(found["frame_scores"]), 3)
-            found["lowest_frame_score"] = min(found["frame_scores"])
         return self.judged(row | found)
 
     def judged(self, row):
@@ -1994,8 +1987,7 @@ def main(argv=None):
             same_settings(args, ledger, begin=False)  # a slip in the inputs should not bind the folder to it
             args.guard and benchmark_files(args.guard)
             read_all(args, ledger)
-            same_settings(args, ledger)
-        wait_for(lambda: ledger.count and (ledger.folder / "settings.json").is_file(), "the tables")
+        wait_for(lambda: ledger.count, "the tables")
         same_settings(args, ledger)  # on every rank: none begins with other ones while the first is still refusing them
         bases = json.loads((ledger.folder / "read.json").read_text())["bases"]
         if args.retry_failed:

@@ -32,7 +32,7 @@ from pathlib import Path
 
 from judges import (
     Barred, Gemini, JudgeError, Local, Malformed, OpenAICompatible, TryAgain, Unusable, encoded, enforce, read_answer, read_reason,
-    read_winner,
+    read_winner, sound,
 )  # fmt: skip
 
 EXAMPLES = """examples:
@@ -299,7 +299,8 @@ def read_bench(bench, path, edits, limit=None):
     for item in items:
         other = names.setdefault(item.edit, item)
         if other is not item:
-            raise JudgeError(f"{path}: items {other.key} and {item.key} would both be {item.edit.name}; rename a source")
+            print(f"warning: {path}: items {other.key} and {item.key} share the edit {item.edit.name}, as the released names "
+                  "have it: the second is judged by the first's", file=sys.stderr)  # fmt: skip
     return items[:limit]
 
 
@@ -447,12 +448,12 @@ class Asker:
             self.reached |= not isinstance(problem, TryAgain)
             if problem is None or isinstance(problem, Unusable | OSError) or self.stop:
                 return
-            if isinstance(problem, TryAgain) and attempt < self.args.retries:
+            if isinstance(problem, TryAgain):
                 wait = self.args.wait * 2**attempt * (1 + random.random() / 4)
                 until = time.monotonic() + min(wait if problem.after is None else problem.after, MAX_WAIT)
                 if problem.busy:  # everybody waits
                     self.not_before = max(self.not_before, until)
-                self.sleep_until(until)
+                attempt < self.args.retries and self.sleep_until(until)
         if not self.reached:
             why = "has no time for us" if getattr(problem, "busy", False) else "cannot be reached"
             cure = "try again later" if why.startswith("has") else "check --endpoint, and that its server is up"
@@ -466,7 +467,7 @@ class Asker:
         began, problem, found = time.time(), None, {"ok": False}
         try:
             answer = self.judge.ask(question.text, question.media, self.args.fps)
-            said = answer.text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
+            said = sound(answer.text)
             found |= {"raw": said, "tokens_in": answer.tokens_in, "tokens_out": answer.tokens_out}
             found |= {"scores": read(said, question.names), "ok": True}
         except (TryAgain, ValueError, OSError) as error:

@@ -112,7 +112,7 @@ def error_text(error, end):
     try:
         with error:
             return " ".join(read_all(error, end)[:100_000].decode("utf-8", "replace").split())
-    except (OSError, http.client.HTTPException):
+    except (OSError, ValueError, http.client.HTTPException):
         return "no text"
 
 
@@ -134,6 +134,11 @@ def check_media_counted(tokens, text, what):
     """Some proxies drop videos in silence: then the prompt counts no more tokens than its text alone."""
     if tokens is not None and tokens <= len(text) / 3:
         raise Unusable(f"{tokens} prompt tokens are no more than the text: {what} dropped the videos; see --send")
+
+
+def sound(text):
+    """Text that can be written to any file: half of a surrogate pair, which JSON lets through, becomes "?"."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def mime(path):
@@ -279,15 +284,14 @@ QWEN = {  # patch, mean, std, time step in positions a second (None: a text stam
 }
 
 
-def available(device):
-    """The torch device, if it is there; JudgeError if not."""
+def available(name):
+    """The torch device of that name, if it is there; JudgeError if not."""
     import torch
 
     try:
-        torch.empty(1, device=device)
+        return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise JudgeError(f"--device {device}: not available here; leave it out to use the CPU") from None
-    return device
+        raise JudgeError(f"--device {name}: not available here; leave it out to use what there is") from None
 
 
 class Local:
@@ -302,7 +306,7 @@ class Local:
         if kind not in QWEN:
             raise JudgeError(f"{folder}: a {kind} model; --judge local: takes {' or '.join(QWEN)}")
         self.patch, self.mean, self.std, self.positions_a_second = QWEN[kind]
-        self.device = available(torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        self.device = available(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if not (folder / "tokenizer.json").is_file():
             raise JudgeError(f"{folder}: has no tokenizer.json; give the folder of a Qwen2.5-VL or Qwen3-VL model")
         dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
@@ -463,7 +467,8 @@ def read_answer(text, names):
             return {name: read_score(flat[name]) for name in names}
     scores = {}
     for name in names:
-        pattern = rf"{name.replace('_', '[ _]')}[^\n:=]{{0,60}}[:=][\s*_\"']*{NUMBER}(?![\d.]*\d|\s*(?:-|–|to|or)\s*\d|[ \t]+[a-z])"
+        pattern = rf"{name.replace('_', '[ _]')}[^\n:=]{{0,60}}[:=][\s*_\"']*{NUMBER}(?![\d.]*\d|\s*(?:/|-|–|to|or)\s*\d)"
+        pattern += r"(?(2)|(?![ \t]+(?!stars?\b|points?\b|of 5\b)[a-z]))"  # "2 of the hats" is no score, "4/5 good" is one
         given = {m.group(0)[m.start(1) - m.start() :] for m in re.finditer(pattern, text, re.IGNORECASE)}
         values = {read_score(value) for value in given}
         if len(values) != 1:

@@ -16,6 +16,7 @@ import csv
 import hashlib
 import json
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -133,8 +134,6 @@ def panorama_image(data):
 
 def plain_name(entry):
     """What a person calls an emoji, from its Unicode name; None for what is no thing."""
-    import re
-
     name = entry["name"].lower().replace("\u2019", "'")
     if entry["category"] not in CATEGORIES or re.search(NOT_THINGS, name):
         return None
@@ -145,8 +144,6 @@ def plain_name(entry):
 def fetch_assets(args):
     """Fetch the packages and write assets.safetensors, index.json and LICENSES.txt to a folder."""
     import base64
-    import re
-
     import torch
     from safetensors.torch import save_file
     from tqdm import tqdm
@@ -965,7 +962,7 @@ def ship(args):
     if not checkpoint.is_file():
         raise FileNotFoundError(f"{checkpoint}: no such file; give weights.safetensors of a train.py checkpoint")
     row, world = find_example(data, args.example), read_world(data)
-    phases, seen = phases_of(checkpoint, Path(args.weights)), clips_seen(checkpoint)
+    phases, seen = phases_of(checkpoint, Path(args.weights)), clips_seen(checkpoint, Path(args.weights))
     evaluation = (Path(args.eval) / "eval.md").read_text() if args.eval else "Not evaluated yet.\n"
     model = KiwiEdit.from_pretrained(args.weights, dtype=torch.float32)
     load_weights(model, load_file(checkpoint), partial=True)
@@ -1033,13 +1030,17 @@ def read_run(folder):
     return json.loads((folder.parent / "config.json").read_text())
 
 
-def clips_seen(checkpoint):
-    """How the clips of a training were drawn, the last ones first, as far as that is recorded."""
+def clips_seen(checkpoint, weights):
+    """How the clips of a training were drawn, the last ones first, as far as that is recorded; of weights that were
+    shipped themselves what their card says."""
     seen = {}  # as a set that keeps its order
     for folder in checkpoints_before(checkpoint.parent):
-        for path in (Path(data) / "world.json" for data in read_run(folder)["args"]["data"]):
-            if path.is_file():
-                seen["{clips} of `nano.py data --seed {seed} --frames {frames}`".format(**json.loads(path.read_text()))] = True
+        given = read_run(folder)["args"]["data"]
+        for path in (Path(data) / "world.json" for data in ([given] if isinstance(given, str) else given)):
+            made = json.loads(path.read_text()) if path.is_file() else None
+            seen["{clips} of `nano.py data --seed {seed} --frames {frames}`".format(**made) if made else "others, not recorded"] = True
+    if (card := weights / "MODEL_CARD.md").is_file():
+        seen |= dict.fromkeys(re.findall(r"Clips of the three stages: (.*?)\. Batches", card.read_text(), re.DOTALL))
     return ", ".join(seen) or "not recorded"
 
 

@@ -963,7 +963,9 @@ class Trainer:
                 state = optimizer.state[p]
                 state.setdefault("step", torch.tensor(0.0))  # AdamW counts by parameter
                 for moment in MOMENTS[type(optimizer)]:
-                    moments[f"{names[p]}.{moment}"] = state.setdefault(moment, torch.zeros_like(p))
+                    if moment not in state:
+                        state[moment] = torch.zeros_like(p)
+                    moments[f"{names[p]}.{moment}"] = state[moment]
         return moments
 
     def restore(self, checkpoint):
@@ -972,6 +974,8 @@ class Trainer:
             self.saver.steps.add(int(checkpoint.name.removeprefix("step-")))
         saved = read_json(checkpoint / "train.json")
         self.counts.update(saved["counts"])
+        if (old := saved["stage"].get("optimizer", "adamw")) != self.stage.optimizer:
+            raise ValueError(f"{checkpoint} was trained by {old}: add --set optimizer={old}, or begin anew with --weights")
         now = json.loads(json.dumps(asdict(self.stage)))
         changed = [f"{key} {old} -> {now[key]}" for key, old in saved["stage"].items() if now.get(key) != old]
         if changed and self.ranks.first:
