@@ -1233,7 +1233,8 @@ def test_bad_input_is_one_clear_line_and_a_failure(tmp_path, small_weights, case
 def test_an_interrupted_run_leaves_no_file(tmp_path, small_weights):
     write_clip(tmp_path / "in.mp4", moving_picture(9, 64, 64))
     command = [sys.executable, str(HOUSE / "sample.py"), "in.mp4", "x", "--weights", str(small_weights), "--steps", "100000"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs are born deaf to it
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     text = ""
     while "denoise" not in text:
         text += process.stderr.read(1)
