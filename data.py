@@ -728,7 +728,7 @@ def find_tables(folders, kind):
     found = []
     for folder in map(Path, folders):
         if not folder.is_dir():
-            raise FileNotFoundError(f"--data {folder}: no such folder")
+            raise FileNotFoundError(f"--data {folder}: no such folder; give one with {', '.join(FILES.values())}, or those the stage needs")
         paths = [(folder / FILES[kind]).with_suffix(suffix) for suffix in (".csv", ".parquet")]
         found += [path for path in paths if path.is_file()][:1]
     if not found:
