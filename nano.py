@@ -144,6 +144,7 @@ def plain_name(entry):
 def fetch_assets(args):
     """Fetch the packages and write assets.safetensors, index.json and LICENSES.txt to a folder."""
     import base64
+
     import torch
     from safetensors.torch import save_file
     from tqdm import tqdm

@@ -768,13 +768,14 @@ def make_optimizers(stage, trained):
     matrices = [
         p for name, p in trained.items() if stage.optimizer == "muon" and p.ndim == 2 and not name.endswith("_queries")
     ]
-    chosen = set(matrices)
-    rest = [p for p in trained.values() if p not in chosen]
-    adamw = torch.optim.AdamW(rest, lr=stage.lr, betas=(0.9, stage.beta2), weight_decay=stage.weight_decay)
-    if not matrices:
-        return [adamw]
-    muon = torch.optim.Muon(matrices, stage.lr, weight_decay=stage.weight_decay, adjust_lr_fn="match_rms_adamw")
-    return [muon, adamw]
+    chosen, optimizers = set(matrices), []
+    if matrices:
+        muon = torch.optim.Muon(matrices, stage.lr, weight_decay=stage.weight_decay, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(muon)
+    if rest := [p for p in trained.values() if p not in chosen]:
+        adamw = torch.optim.AdamW(rest, lr=stage.lr, betas=(0.9, stage.beta2), weight_decay=stage.weight_decay)
+        optimizers.append(adamw)
+    return optimizers
 
 
 class Trainer:
