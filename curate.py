@@ -214,7 +214,7 @@ def read_pairs(path, base, models):
         for shard in shards:
             for number, line in enumerate(read_json_lines(shard), 1):
                 place, run = f"{shard}, line {number}", path.resolve().parent.parent
-                pictures = {key: inside(run, line[key], place) for key in ("mask", "ref_image") if key in line}
+                pictures = {key: str(inside(run, line[key], place)) for key in ("mask", "ref_image") if key in line}
                 yield "ledger", Path(base or home[line["base"]]), place, line | pictures
     elif path.is_dir():
         raise ValueError(f"{path}: neither Ditto-1M (training_metadata/), ReCo (*/*_data_configs.json) nor a ledger's stage; give a table")
@@ -452,7 +452,8 @@ def read_all(args, ledger):
     if rows:
         ledger.write("read", shard, rows)
         shard += 1
-    same_settings(args, ledger)
+    with whole_file(ledger.folder / "settings.json") as path:  # not before: a slip in the inputs should not bind the folder
+        path.write_text(json.dumps(settings_of(args), indent=1))
     with whole_file(ledger.folder / "read.json") as path:
         path.write_text(json.dumps({"records": total, "shards": shard, "bases": bases, "sizes": sizes(args)}))
 
@@ -473,27 +474,24 @@ def only_run(ledger, rank):
         yield
 
 
-def same_settings(args, ledger, begin=True):
-    """A folder's records were made with one set of settings; ValueError that names the one that differs. begin: write
-    them down where there are none."""
+def settings_of(args):
+    """What the records of a folder depend on."""
     free = ("out", "engine", "workers", "retry_failed", "device", "show_prompts", "measure", "rejects", "page")
     models = PAPER_MODELS if args.models == "classical" else ()
-    settings = {k: v for k, v in vars(args).items() if k not in free and k not in models} | {"prompts": PROMPTS_VERSION}
-    path = ledger.folder / "settings.json"
-    if path.is_file():
-        before = json.loads(path.read_text())
-        for key in before.keys() | settings.keys():
-            if before.get(key) != settings.get(key):
-                last = [s for s in STAGES[1:-1] if (ledger.folder / s).is_dir() and (key != "models" or s != "verify")][-1:]
-                raise ValueError(
-                    f"{ledger.out} was made with {key} {before.get(key)!r}, not {settings.get(key)!r}: give another --out"
-                    + "".join(f"; {ledger.folder / stage} as its input keeps what was paid for" for stage in last)
-                )
-        return
-    if not begin:
-        return
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1))
+    return {k: v for k, v in vars(args).items() if k not in free and k not in models} | {"prompts": PROMPTS_VERSION}
+
+
+def same_settings(args, ledger):
+    """A folder's records were made with one set of settings; ValueError that names the one that differs."""
+    path, settings = ledger.folder / "settings.json", settings_of(args)
+    before = json.loads(path.read_text()) if path.is_file() else settings
+    for key in before.keys() | settings.keys():
+        if before.get(key) != settings.get(key):
+            last = [s for s in STAGES[1:-1] if (ledger.folder / s).is_dir() and (key != "models" or s != "verify")][-1:]
+            raise ValueError(
+                f"{ledger.out} was made with {key} {before.get(key)!r}, not {settings.get(key)!r}: give another --out"
+                + "".join(f"; {ledger.folder / stage} as its input keeps what was paid for" for stage in last)
+            )
 
 
 def attempt(stage, batch):
@@ -584,8 +582,8 @@ class Stage:
     def file(self, row, key):
         """A record's file: a clip below its base, a mask or reference below --out."""
         if row[key].startswith(("masks/", "refs/")):
-            return Path(inside(Path(self.args.out).resolve(), row[key], row["id"]))
-        return Path(inside(Path(self.bases[row["base"]]), row[key], row["id"]))
+            return inside(Path(self.args.out).resolve(), row[key], row["id"])
+        return inside(Path(self.bases[row["base"]]), row[key], row["id"])
 
     def place(self, folder, row):
         name = picture_name(folder, row["id"])
@@ -1280,9 +1278,9 @@ class Paper:
             for attempt_ in range(tries):
                 try:
                     if isinstance(model, OpenAICompatible):
-                        return sound(model.ask(prompt, media, 1.0).text)
+                        return model.ask(prompt, media, 1.0).text
                     with self.lock:
-                        return sound(model.ask(prompt, media, 1.0).text)
+                        return model.ask(prompt, media, 1.0).text
                 except TryAgain as error:
                     if attempt_ == tries - 1:
                         raise
@@ -1616,7 +1614,7 @@ def parquet_of_refvie(out, bases):
             lines.clear()
 
         def write(row, path):
-            lines.append({"iid": row["id"], **{key: row[key] for key in ("prompt", "src_video", "tgt_video")}, "ref_image_bytes": Path(path).read_bytes()})
+            lines.append({"iid": row["id"], **{key: row[key] for key in ("prompt", "src_video", "tgt_video")}, "ref_image_bytes": path.read_bytes()})
             if len(lines) == 256:
                 flush()
 
@@ -1984,7 +1982,7 @@ def main(argv=None):
     ledger = Ledger(args.out)
     with only_run(ledger, rank):
         if rank == 0:
-            same_settings(args, ledger, begin=False)  # a slip in the inputs should not bind the folder to it
+            same_settings(args, ledger)
             args.guard and benchmark_files(args.guard)
             read_all(args, ledger)
         wait_for(lambda: ledger.count, "the tables")

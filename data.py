@@ -413,8 +413,9 @@ def read_table(path, kind, base=None):
     for where, (source, target, prompt, *ref) in lines:
         if not all(field and (not isinstance(field, str) or field.strip()) for field in (source, target, prompt, *ref)):
             raise ValueError(f"{where}: an empty field among {', '.join(COLUMNS[kind])}")
-        ref = [inside(base, r, where) if isinstance(r, str) else r for r in ref]
-        rows.append(Row(inside(base, source, where), inside(base, target, where), prompt.strip(), *ref))
+        source, target = (str(inside(base, name, where)) for name in (source, target))
+        ref = [str(inside(base, r, where)) if isinstance(r, str) else r for r in ref]
+        rows.append(Row(source, target, prompt.strip(), *ref))
     if not rows:
         raise ValueError(f"{path}: has no rows")
     return rows
@@ -480,7 +481,7 @@ def inside(base, name, where):
     path = os.path.normpath(os.path.join(base, name))
     if Path(os.path.abspath(base)) not in Path(os.path.abspath(path)).parents:
         raise ValueError(f"{where}: {name} is outside of {base}; give paths below it (train.py: --base-path)")
-    return path
+    return Path(path)
 
 
 def measure(path):

@@ -32,7 +32,7 @@ from pathlib import Path
 
 from judges import (
     Barred, Gemini, JudgeError, Local, Malformed, OpenAICompatible, TryAgain, Unusable, encoded, enforce, read_answer, read_reason,
-    read_winner, sound,
+    read_winner,
 )  # fmt: skip
 
 EXAMPLES = """examples:
@@ -216,13 +216,6 @@ class Item:
     ref: Path | None = None
 
 
-def below(base, name, where):
-    """The path `name` below the folder `base`. ValueError where it leads out of it."""
-    from data import inside
-
-    return Path(inside(base, name, where))
-
-
 def text_of(row, name, where):
     value = row.get(name) if isinstance(row, dict) else None
     if not isinstance(value, str) or not value.strip():
@@ -234,6 +227,8 @@ def read_refvie(path, edits):
     """RefVIE-Bench: a YAML list of src_video, instruction, ref_img, edit_type."""
     import yaml  # comes with transformers
 
+    from data import inside
+
     try:
         rows = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -243,28 +238,32 @@ def read_refvie(path, edits):
         source, instruction, ref, task = (
             text_of(row, name, where) for name in ("src_video", "instruction", "ref_img", "edit_type")
         )
-        edit = below(edits, f"{i}_{instruction[:10]}_{Path(source).name}", where)
-        sources = below(path.parent, source, where), below(path.parent, ref, where)
+        edit = inside(edits, f"{i}_{instruction[:10]}_{Path(source).name}", where)
+        sources = inside(path.parent, source, where), inside(path.parent, ref, where)
         yield Item(str(i), task, instruction, sources[0], edit, sources[1])
 
 
 def read_openve(path, edits):
     """OpenVE-Bench: a CSV of original_video, prompt, edited_type. Paths start from the CSV's folder or, as published,
     with its name."""
+    from data import inside
+
     folder = path.absolute().parent
     with path.open(newline="", encoding="utf-8-sig") as file:
         for i, row in enumerate(csv.DictReader(file)):
             where = f"{path}, row {i + 1}"
             source, instruction, task = (text_of(row, n, where) for n in ("original_video", "prompt", "edited_type"))
             if task not in LEFT_OUT:
-                edit = below(edits, f"{Path(source).stem}_edited.mp4", where)
+                edit = inside(edits, f"{Path(source).stem}_edited.mp4", where)
                 published = source.split("/")[0] == folder.name and not (folder / source).exists()
                 base = folder.parent if published else folder
-                yield Item(str(i), task, instruction, below(base, source, where), edit)
+                yield Item(str(i), task, instruction, inside(base, source, where), edit)
 
 
 def read_imgedit(path, edits):
     """ImgEdit's singleturn.json: {key: {id, prompt, edit_type}}, outputs <edit_type>/<key><picture's name>."""
+    from data import inside
+
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -272,8 +271,8 @@ def read_imgedit(path, edits):
     for key, row in rows.items() if isinstance(rows, dict) else ():
         where = f"{path}, {key}"
         source, instruction, task = (text_of(row, name, where) for name in ("id", "prompt", "edit_type"))
-        edit = below(edits, f"{task}/{key}{Path(source).name}", where)
-        yield Item(key, task, instruction, below(path.parent, source, where), edit)
+        edit = inside(edits, f"{task}/{key}{Path(source).name}", where)
+        yield Item(key, task, instruction, inside(path.parent, source, where), edit)
 
 
 BENCHES = {"refvie": read_refvie, "openve": read_openve, "imgedit": read_imgedit}
@@ -455,9 +454,10 @@ class Asker:
                     self.not_before = max(self.not_before, until)
                 attempt < self.args.retries and self.sleep_until(until)
         if not self.reached:
-            why = "has no time for us" if getattr(problem, "busy", False) else "cannot be reached"
-            cure = "try again later" if why.startswith("has") else "check --endpoint, and that its server is up"
-            self.stop = Barred(f"the judge {why} ({problem}); {cure}")
+            if problem.busy:  # only TryAgain leaves the judge unreached
+                self.stop = Barred(f"the judge has no time for us ({problem}); try again later")
+            else:
+                self.stop = Barred(f"the judge cannot be reached ({problem}); check --endpoint, and that its server is up")
 
     def try_once(self, question, attempt):
         """One request and its line in the ledger -> None, or the exception that stands for what went wrong."""
@@ -467,9 +467,8 @@ class Asker:
         began, problem, found = time.time(), None, {"ok": False}
         try:
             answer = self.judge.ask(question.text, question.media, self.args.fps)
-            said = sound(answer.text)
-            found |= {"raw": said, "tokens_in": answer.tokens_in, "tokens_out": answer.tokens_out}
-            found |= {"scores": read(said, question.names), "ok": True}
+            found |= {"raw": answer.text, "tokens_in": answer.tokens_in, "tokens_out": answer.tokens_out}
+            found |= {"scores": read(answer.text, question.names), "ok": True}
         except (TryAgain, ValueError, OSError) as error:
             problem = error
             found["error"] = str(error)
@@ -741,12 +740,15 @@ def judge_controls(rows, controls):
     table = []
     for kind, (what, criteria) in tests.items():
         asked = [(true.get(key), s) for (control, key), s in controls.items() if control == kind]
-        known = [(sum(row.score(n) for n in criteria(list(s))), sum(s[n] for n in criteria(list(s))), len(criteria(list(s))))
-                 for row, s in asked if row and s]  # fmt: skip
+        known = []  # of each pair the true edit's total, the control's, and the lowest there is
+        for row, scores in asked:
+            if row and scores:
+                names = criteria(list(scores))
+                known.append((sum(map(row.score, names)), sum(scores[name] for name in names), len(names)))
         if kind == "copy":
-            held = [given == count for _, given, count in known]
+            held = [given == lowest for _, given, lowest in known]
         else:  # what scores 1 already cannot fall: such a pair tells nothing
-            held = [given < true_score for true_score, given, count in known if true_score > count]
+            held = [given < whole for whole, given, lowest in known if whole > lowest]
         if asked:
             table.append((what, sum(held), len(held), len(known) - len(held), len(asked) - len(known)))
     return table
@@ -1177,7 +1179,8 @@ def unanswered(questions, ledger):
 
 
 def preferences(questions, ledger, lost, allow_missing):
-    """lost: pairs that could not be asked about. A win counts where both orders name the same system; what follows the position is counted apart."""
+    """A win counts where both orders name the same system; what follows the position is counted apart. lost: pairs that
+    could not be asked about."""
     said = {(q.item, q.control): ledger.good[q.key]["scores"]["winner"] for q in questions if q.key in ledger.good}
     items = list(dict.fromkeys(q.item for q in questions))
     full = [key for key in items if key not in unanswered(questions, ledger)]

@@ -30,11 +30,19 @@ class JudgeError(ValueError):
     """Input that cannot be judged; the text says what, in which file, and what to do next."""
 
 
+def sound(text):
+    """Text that can be written to any file: half of a surrogate pair, which JSON lets through, becomes "?"."""
+    return text.encode("utf-8", "replace").decode()
+
+
 @dataclass
 class Answer:
     text: str
     tokens_in: int | None = None
     tokens_out: int | None = None
+
+    def __post_init__(self):
+        self.text = sound(self.text)
 
 
 class TryAgain(Exception):
@@ -134,11 +142,6 @@ def check_media_counted(tokens, text, what):
     """Some proxies drop videos in silence: then the prompt counts no more tokens than its text alone."""
     if tokens is not None and tokens <= len(text) / 3:
         raise Unusable(f"{tokens} prompt tokens are no more than the text: {what} dropped the videos; see --send")
-
-
-def sound(text):
-    """Text that can be written to any file: half of a surrogate pair, which JSON lets through, becomes "?"."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def mime(path):

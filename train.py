@@ -1301,10 +1301,10 @@ def memory_estimate(model, stage, ranks, shape, checkpointing):
     size = torch.empty(0, dtype=ranks.dtype).element_size()
     share = ranks.world if ranks.parallel == "fsdp" else 1
     vae = sum(p.numel() for p in model.vae.parameters())
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    moments = sum(4 * p.numel() * len(MOMENTS[type(optimizer)]) for optimizer in make_optimizers(stage, trained)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = sum(p.numel() for p in parameters.values())
+    moments = sum(4 * p.numel() * len(MOMENTS[type(optimizer)]) for optimizer in make_optimizers(stage, parameters)
                   for p in optimizer.param_groups[0]["params"])  # fmt: skip
-    trained = sum(p.numel() for p in trained.values())
     frozen = sum(p.numel() for p in model.parameters()) - trained - vae
     blocks = [*model.dit.blocks, *model.mllm.model.language_model.layers]
     sizes = sorted((sum(p.numel() for p in block.parameters()) for block in blocks), reverse=True)
