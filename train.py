@@ -654,9 +654,7 @@ def open_data(args, stage, ranks):
     tables = {kind: [row for path in places[kind] for row in read_table(path, kind, args.base_path)] for kind in kinds}
     shapes = {}
     for kind, rows in tables.items():
-        mine = range(ranks.rank, len(rows), ranks.world)
-        measured = measure_rows([rows[i] for i in mine], kind == "image")
-        shapes[kind] = [shape for _, shape in sorted(ranks.gathered(list(zip(mine, measured))), key=lambda x: x[0])]
+        shapes[kind] = shapes_of(args, ranks, kind, rows)
         broken = [(rows[i].target, shape) for i, shape in enumerate(shapes[kind]) if isinstance(shape, str)]
         if ranks.first and not (Path(args.out) / "metrics.jsonl").exists():  # a run that resumes has logged them
             report_bad(args, ranks, 0, broken)
@@ -669,6 +667,22 @@ def open_data(args, stage, ranks):
         start = i * stage.steps // len(stage.pixels) * stage.batches
         phases.append((start, Mixture(buckets, stage.ratio, stage.batch, f"{args.seed} {i}")))
     return Curriculum(phases), tables
+
+
+def shapes_of(args, ranks, kind, rows):
+    """The shape of every row, or the reason why it has none: measured by all ranks, or as the cache remembers it, for
+    opening tens of thousands of files takes minutes."""
+    known = Path(args.cache or args.write_cache or "") / f"shapes-{kind}-{fingerprint(rows)}.json"
+    if args.cache and known.is_file():
+        return [shape if isinstance(shape, str) else tuple(shape) for shape in read_json(known)]
+    mine = range(ranks.rank, len(rows), ranks.world)
+    measured = measure_rows([rows[i] for i in mine], kind == "image")
+    shapes = [shape for _, shape in sorted(ranks.gathered(list(zip(mine, measured))), key=lambda x: x[0])]
+    if args.write_cache and ranks.first:
+        known.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(known) as temporary:
+            temporary.write_text(json.dumps(shapes))
+    return shapes
 
 
 def write_cache(args, stage, ranks, model, curriculum, tables):
