@@ -1250,8 +1250,9 @@ class Paper:
     """The models that the paper names. Those on this machine take one record at a time; a server takes --workers."""
 
     def __init__(self, args):
-        self.args = args
-        self.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        from model import pick_device
+
+        self.args, self.device = args, pick_device(args.device)
         self.lock = threading.Lock()
 
     def setup(self, stage):
@@ -1976,8 +1977,6 @@ def main(argv=None):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and args.engine == "ray":
         raise ValueError("--engine ray finds its own processes: start it without torchrun")
-    if args.device is None and torch.cuda.is_available():
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     args.out = str(Path(args.out).resolve())
     ledger = Ledger(args.out)
     with only_run(ledger, rank):

@@ -1072,21 +1072,40 @@ def score_items(items, judge, ledger, human, args, out):
                          f"or average over the rest with --allow-missing")  # fmt: skip
 
 
+def same_run(args):
+    """The edits of a folder are one model's, made in one way: run.json in it says which. JudgeError for another."""
+    from data import whole_file
+    from model import read_json
+
+    path = Path(args.edits) / "run.json"
+    weights = Path(args.weights)
+    asked = {name: getattr(args, name) for name in ("base", "qwen", "steps", "seed", "ref", "frames", "max_pixels")}
+    asked["weights"] = str(weights.resolve() if weights.exists() else weights)
+    if path.is_file():
+        made = read_json(path)
+        if other := [f"{name} {made.get(name)}, not {value}" for name, value in asked.items() if made.get(name) != value]:
+            raise JudgeError(f"{path}: edits are there of {'; '.join(other)}; give another --edits, or delete them")
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(asked, indent=1))
+
+
 def run(args):
     """`judge.py run`: the edits themselves, one process a GPU under torchrun, taken up where it stopped."""
     import torch
 
     from data import EXACT_VIDEO_CODEC, VIDEO_CODEC, MediaError, read_clip, read_image, write_image, write_video
-    from model import KiwiEdit
+    from model import KiwiEdit, pick_device
 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if args.device is None:
-        args.device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    device = pick_device(args.device)
     items = read_bench(args.bench, args.path, args.edits, args.limit)
+    same_run(args)
     mine = [item for item in items[rank::world] if not item.edit.is_file()]
-    print(f"[{rank}/{world}] {len(mine)} of {len(items[rank::world])} edits to make, {args.weights} on {args.device}")
-    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
-    model = KiwiEdit.from_pretrained(args.weights, args.device, dtype, args.base, args.qwen) if mine else None
+    print(f"[{rank}/{world}] {len(mine)} of {len(items[rank::world])} edits to make, {args.weights} on {device}")
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    model = KiwiEdit.from_pretrained(args.weights, device, dtype, args.base, args.qwen) if mine else None
     failed = 0
     for item in mine:
         try:

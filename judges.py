@@ -287,16 +287,6 @@ QWEN = {  # patch, mean, std, time step in positions a second (None: a text stam
 }
 
 
-def available(name):
-    """The torch device of that name, if it is there; JudgeError if not."""
-    import torch
-
-    try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise JudgeError(f"--device {name}: not available here; leave it out to use what there is") from None
-
-
 class Local:
     """Qwen2.5-VL or Qwen3-VL through transformers, greedy; patches and positions are made here (no torchvision)."""
 
@@ -305,11 +295,13 @@ class Local:
         from tokenizers import Tokenizer
         from transformers import AutoConfig, AutoModelForImageTextToText
 
+        from model import pick_device
+
         kind = AutoConfig.from_pretrained(folder).model_type
         if kind not in QWEN:
             raise JudgeError(f"{folder}: a {kind} model; --judge local: takes {' or '.join(QWEN)}")
         self.patch, self.mean, self.std, self.positions_a_second = QWEN[kind]
-        self.device = available(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = pick_device(args.device)
         if not (folder / "tokenizer.json").is_file():
             raise JudgeError(f"{folder}: has no tokenizer.json; give the folder of a Qwen2.5-VL or Qwen3-VL model")
         dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16

@@ -78,7 +78,8 @@ PRESETS = {
         MLLMConfig(QWEN_BASE, dit_dim=1536),
     ),
     "nano": KiwiConfig(
-        DiTConfig(dim=256, ffn_dim=768, num_heads=8, num_layers=6, in_dim=32, out_dim=32, freq_dim=128, text_dim=192),
+        # patches of one latent: 2x2 of 32 channels, noise and source in one token, would fill its 256 numbers
+        DiTConfig(256, 768, 8, 6, in_dim=32, out_dim=32, freq_dim=128, text_dim=192, patch_size=(1, 1, 1)),
         VAEConfig(dim=24, dec_dim=32, z_dim=32, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True)),
         # just below 112x112 a frame of 64x64 is shown to the MLLM at 84x84, in 9 tokens; from there on at 336x336
         MLLMConfig("weights/nano/mllm", 256, 16, 32, 48, max_ref_tokens=48, max_frames=4, max_pixels=112 * 112 - 1),
@@ -354,6 +355,16 @@ class KiwiEdit(nn.Module):
                 os.replace(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def pick_device(name=None):
+    """The torch device of that name; without one this process's GPU (under torchrun the one of its LOCAL_RANK), or the
+    CPU. ValueError where it is not there."""
+    name = name or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"--device {name}: not available here; leave it out to use what there is") from None
 
 
 @contextmanager

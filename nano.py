@@ -648,9 +648,11 @@ def pretrain_dit(args, rows, device):
 def pretrain(args):
     import torch
 
+    from model import pick_device
+
     Path(args.out).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = pick_device()
     rows = read_truth(args.data)
     {"vae": pretrain_vae, "mllm": pretrain_mllm, "dit": pretrain_dit}[args.part](args, rows, device)
 
@@ -838,7 +840,7 @@ def evaluate(args):
     from tqdm import tqdm
 
     from data import whole_file, write_image
-    from model import KiwiEdit
+    from model import KiwiEdit, pick_device
     from world import load_library
 
     folder, out = Path(args.data), Path(args.out)
@@ -846,8 +848,7 @@ def evaluate(args):
     world = read_world(folder)
     rows = rows[: args.cases]
     library = load_library(world["assets"] if args.assets is None else args.assets)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = KiwiEdit.from_pretrained(args.weights, device, torch.float32)
+    model = KiwiEdit.from_pretrained(args.weights, pick_device(), torch.float32)
     out.mkdir(parents=True, exist_ok=True)
     cases, pictures = [], {}
     for row in tqdm(rows, desc="eval", mininterval=5):

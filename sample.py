@@ -68,8 +68,6 @@ def main(argv=None):
 
     from data import MediaError, read_image, writable
 
-    device = pick_device(torch, args)
-    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     weights_exist(args.weights)
 
     refs = [read_image(path) for path in args.ref]
@@ -79,8 +77,12 @@ def main(argv=None):
         raise MediaError(f"{out}: a video is written as .mp4")
     writable(out)
 
-    from model import KiwiEdit
+    from model import KiwiEdit, pick_device
 
+    device = pick_device(args.device)
+    if args.offload and device.type == "cpu":
+        raise ValueError("--offload moves parts between the CPU and a GPU, and there is no GPU; leave it out")
+    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     print(f"load        {args.weights} on {device}, {str(dtype).removeprefix('torch.')}")
     home = "cpu" if args.offload else device
     model = KiwiEdit.from_pretrained(args.weights, home, dtype, args.base, args.qwen)
@@ -138,19 +140,6 @@ def read_source(args):
     count, height, width, _ = clip.frames.shape
     print(f"read        {args.input}: {count} frame{'s' * (count > 1)} of {width}x{height}, {float(clip.fps):g} fps")
     return clip
-
-
-def pick_device(torch, args):
-    """The device asked for, or the best there is. ValueError if it is not there."""
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"--device {name}: not available here; leave it out to use the CPU") from None
-    if args.offload and device.type == "cpu":
-        raise ValueError("--offload moves parts between the CPU and a GPU, and there is no GPU; leave it out")
-    return device
 
 
 def weights_exist(weights):

@@ -2291,11 +2291,16 @@ def test_run_makes_the_edits_under_the_released_names_each_once_and_in_shards(re
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
         judge.main(arguments)
-    assert sorted(p.name for p in (refvie / "new").iterdir()) == sorted(p.name for p in (refvie / "edits").iterdir())
-    with av.open(str(next((refvie / "new").iterdir()))) as small:
+    made = sorted((refvie / "new").glob("*.mp4"))
+    assert [path.name for path in made] == sorted(path.name for path in (refvie / "edits").iterdir())
+    with av.open(str(made[0])) as small:
         assert small.streams.video[0].pix_fmt == "yuv444p"  # so that the metrics see the model and not the codec
     judge.main(arguments)
     assert "0 of 1 edits to make" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="edits are there of seed 0, not 1; give another --edits"):
+        judge.main([*arguments, "--seed", "1"])
+    with pytest.raises(SystemExit, match="--device cuda:9: not available here"):
+        judge.main([*arguments, "--device", "cuda:9"])
 
 
 @demo
