@@ -81,7 +81,7 @@ PRESETS = {
         # patches of one latent: 2x2 of 32 channels, noise and source in one token, would fill its 256 numbers
         DiTConfig(256, 768, 8, 6, in_dim=32, out_dim=32, freq_dim=128, text_dim=192, patch_size=(1, 1, 1)),
         VAEConfig(dim=24, dec_dim=32, z_dim=32, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True)),
-        # just below 112x112 a frame of 64x64 is shown to the MLLM at 84x84, in 9 tokens; from there on at 336x336
+        # just below 112x112 the MLLM sees a 64x64 frame of a video at 84x84, in 9 tokens (a picture in 4); else at 336x336
         MLLMConfig("weights/nano/mllm", 256, 16, 32, 48, max_ref_tokens=48, max_frames=4, max_pixels=112 * 112 - 1),
     ),
 }
