@@ -1040,9 +1040,10 @@ def clips_seen(checkpoint, weights):
         given = read_run(folder)["args"]["data"]
         for path in (Path(data) / "world.json" for data in ([given] if isinstance(given, str) else given)):
             made = json.loads(path.read_text()) if path.is_file() else None
-            seen["{clips} of `nano.py data --seed {seed} --frames {frames}`".format(**made) if made else "others, not recorded"] = True
+            seen["{clips} of `nano.py data --seed {seed} --frames {frames}`".format(**made) if made else "others not recorded"] = True
     if (card := weights / "MODEL_CARD.md").is_file():
-        seen |= dict.fromkeys(re.findall(r"Clips of the three stages: (.*?)\. Batches", card.read_text(), re.DOTALL))
+        for told in re.findall(r"Clips of the three stages: (.*?)\. Batches", card.read_text(), re.DOTALL):
+            seen |= dict.fromkeys(told.split(", "))
     return ", ".join(seen) or "not recorded"
 
 

@@ -1696,15 +1696,17 @@ def test_what_ships_has_an_example_and_says_how_it_was_trained_and_is_the_same_e
     assert len(files) == 12
     assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
     card, table = (tmp_path / "a/MODEL_CARD.md").read_text(), (tmp_path / "eval.md").read_text()
-    for text in ("| pretrain vae | 0 | 2 |", "| train.py stage 3 | 0 | 1 | 2 |", "16 of `nano.py data --seed 0 --frames 5`", table.strip()):
+    clips = "16 of `nano.py data --seed 0 --frames 5`"
+    for text in ("| pretrain vae | 0 | 2 |", "| train.py stage 3 | 0 | 1 | 2 |", clips, table.strip()):
         assert text in card
     row = json.loads((test_clips / "truth.jsonl").read_text().splitlines()[2])
     assert (tmp_path / "a/example/prompt.txt").read_text().strip() == row["prompt"]
     assert (tmp_path / "a/example/reference.png").read_bytes() == (test_clips / row["ref_image"]).read_bytes()
+    (tmp_path / "a/MODEL_CARD.md").write_text(card.replace(clips, f"{clips}, 3 of others"))
     run_ship(train_from(tmp_path / "a", tmp_path / "more"), tmp_path / "a", test_clips, tmp_path / "c")
     rows = [line for line in card.splitlines() if line.startswith("| pretrain ")]
     again = (tmp_path / "c/MODEL_CARD.md").read_text()
-    assert again.count("16 of `nano.py data --seed 0 --frames 5`") == 1
+    assert again.count(clips) == 1 == again.count("3 of others")
     assert rows and all(row in again for row in rows) and again.count("| train.py stage 3 | 0 | 1 | 2 |") == 2
 
 
