@@ -1250,7 +1250,7 @@ class Paper:
     """The models that the paper names. Those on this machine take one record at a time; a server takes --workers."""
 
     def __init__(self, args):
-        from model import pick_device
+        from kernels import pick_device
 
         self.args, self.device = args, pick_device(args.device)
         self.lock = threading.Lock()

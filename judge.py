@@ -1096,7 +1096,8 @@ def run(args):
     import torch
 
     from data import EXACT_VIDEO_CODEC, VIDEO_CODEC, MediaError, read_clip, read_image, write_image, write_video
-    from model import KiwiEdit, pick_device
+    from kernels import pick_device
+    from model import KiwiEdit
 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = pick_device(args.device)

@@ -295,7 +295,7 @@ class Local:
         from tokenizers import Tokenizer
         from transformers import AutoConfig, AutoModelForImageTextToText
 
-        from model import pick_device
+        from kernels import pick_device
 
         kind = AutoConfig.from_pretrained(folder).model_type
         if kind not in QWEN:

@@ -357,16 +357,6 @@ class KiwiEdit(nn.Module):
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def pick_device(name=None):
-    """The torch device of that name; without one this process's GPU (under torchrun the one of its LOCAL_RANK), or the
-    CPU. ValueError where it is not there."""
-    name = name or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"--device {name}: not available here; leave it out to use what there is") from None
-
-
 @contextmanager
 def working_on(modules, device):
     """Bring modules to `device` for the block; after it their own tensors are back, uncopied. None: leave them."""

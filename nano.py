@@ -648,7 +648,7 @@ def pretrain_dit(args, rows, device):
 def pretrain(args):
     import torch
 
-    from model import pick_device
+    from kernels import pick_device
 
     Path(args.out).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
@@ -840,7 +840,8 @@ def evaluate(args):
     from tqdm import tqdm
 
     from data import whole_file, write_image
-    from model import KiwiEdit, pick_device
+    from kernels import pick_device
+    from model import KiwiEdit
     from world import load_library
 
     folder, out = Path(args.data), Path(args.out)

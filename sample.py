@@ -77,7 +77,8 @@ def main(argv=None):
         raise MediaError(f"{out}: a video is written as .mp4")
     writable(out)
 
-    from model import KiwiEdit, pick_device
+    from kernels import pick_device
+    from model import KiwiEdit
 
     device = pick_device(args.device)
     if args.offload and device.type == "cpu":

@@ -5,7 +5,8 @@
     "sdpa"    PyTorch's fused attention; the rest as "ref"
     "triton"  our kernels
     "auto"    on a CPU "sdpa"; on a GPU our kernels, with the attention that is measured fastest there
-transformers probes for a package of this name, hence `__version__`; nothing here imports triton or touches CUDA.
+transformers probes for a package of this name, hence `__version__`; importing it neither imports triton nor touches CUDA.
+`pick_device` chooses the device of every command but train.py, which has several.
 """
 
 import os
@@ -25,7 +26,7 @@ from kernels.norm import (
 )
 
 __version__ = "0.0"
-__all__ = ["attention", "gate_residual", "gate_residual_norm", "layer_norm_modulate", "rms_norm_rope", "set_backend"]
+__all__ = ["attention", "gate_residual", "gate_residual_norm", "layer_norm_modulate", "pick_device", "rms_norm_rope", "set_backend"]
 
 BACKENDS = ("auto", "ref", "sdpa", "triton")
 ATTENTION = {"ref": attention_ref, "sdpa": attention_sdpa, "triton": attention_triton}
@@ -130,3 +131,13 @@ def milliseconds(function, device, dtype, head_dim):
             stop.record()
         torch.cuda.synchronize()
     return sorted(start.elapsed_time(stop) for start, stop in events[3:])[5]
+
+
+def pick_device(name=None):
+    """The torch device of that name; without one this process's GPU (under torchrun the one of its LOCAL_RANK), or the
+    CPU. ValueError where it is not there."""
+    name = name or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"--device {name}: not available here; leave it out to use what there is") from None
