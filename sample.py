@@ -67,7 +67,12 @@ def main(argv=None):
     import torch
 
     from data import MediaError, read_image, writable
+    from kernels import pick_device
 
+    device = pick_device(args.device)
+    if args.offload and device.type == "cpu":
+        raise ValueError("--offload moves parts between the CPU and a GPU, and there is no GPU; leave it out")
+    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     weights_exist(args.weights)
 
     refs = [read_image(path) for path in args.ref]
@@ -77,13 +82,8 @@ def main(argv=None):
         raise MediaError(f"{out}: a video is written as .mp4")
     writable(out)
 
-    from kernels import pick_device
     from model import KiwiEdit
 
-    device = pick_device(args.device)
-    if args.offload and device.type == "cpu":
-        raise ValueError("--offload moves parts between the CPU and a GPU, and there is no GPU; leave it out")
-    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     print(f"load        {args.weights} on {device}, {str(dtype).removeprefix('torch.')}")
     home = "cpu" if args.offload else device
     model = KiwiEdit.from_pretrained(args.weights, home, dtype, args.base, args.qwen)

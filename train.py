@@ -672,7 +672,8 @@ def open_data(args, stage, ranks):
 def shapes_of(args, ranks, kind, rows):
     """The shape of every row, or the reason why it has none: measured by all ranks, or as the cache remembers it, for
     opening tens of thousands of files takes minutes."""
-    known = Path(args.cache or args.write_cache or "") / f"shapes-{kind}-{fingerprint(rows)}.json"
+    folder = args.cache or args.write_cache
+    known = folder and Path(folder) / f"shapes-{kind}-{fingerprint(rows)}.json"
     if args.cache and known.is_file():
         return [shape if isinstance(shape, str) else tuple(shape) for shape in read_json(known)]
     mine = range(ranks.rank, len(rows), ranks.world)
