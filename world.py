@@ -7,7 +7,8 @@
 Everything is drawn with torch at twice the size and averaged: camera motion, soft shadows, occlusion. An edit depends
 on (seed, split, index) alone. Objects, photographs and wordings of the test split never occur in training, with one
 exception that language forces: a thing that only its name describes must be one that training has named, or a new
-pair of a known colour and a known shape.
+pair of a known colour and a known shape. Training alone sees photographs and things in other colours too, and heaps of
+leaves as places: with the fifteen photographs of its split as they are, nano learned those by heart.
 """
 
 import hashlib
@@ -197,6 +198,55 @@ def pattern_photo(rng, split):
             return Photo(name, draw_pattern(kind, a, b))
 
 
+def draw_leaves(rng, skins, size=128):
+    """A seamless heap of discs and blocks of many sizes, each hiding what lies below it, as a place for training.
+
+    Radii have a density of r^-3, which gives the heap the scale invariance of photographs: the dead leaves model
+    (Lee, Mumford and Huang 2001, Occlusion Models for Natural Images). `skins`: photographs whose grain leaves wear.
+    """
+    axis = (torch.arange(size) + 0.5) / size
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    palette = rng.uniform(0.1, 0.9, (5, 3)).astype("float32")
+    palette = torch.from_numpy(palette.mean(axis=1, keepdims=True) * 0.5 + palette * 0.5)[..., None, None]
+    grain = F.interpolate(pick(rng, skins).image[None], (size, size), mode="bilinear", antialias=True)[0]
+    grain = grain - grain.mean(dim=(1, 2), keepdim=True)
+    smallest, largest, upright = float(rng.uniform(0.03, 0.12)), 0.32, rng.random() < 0.5
+    covered = 2 * math.pi * smallest**2 * math.log(largest / smallest)  # by one leaf, on average
+    image = palette[0] + grain
+    for _ in range(int(3 / covered)):
+        middle_x, middle_y, tone = (float(v) for v in rng.random(3))
+        radius = min(largest, smallest * (1 - float(rng.random())) ** -0.5)
+        angle, flatness = 0.0 if upright else float(rng.uniform(0, math.pi)), float(rng.uniform(1, 2.5))
+        dx, dy = (x - middle_x + 0.5) % 1 - 0.5, (y - middle_y + 0.5) % 1 - 0.5
+        u, v = math.cos(angle) * dx + math.sin(angle) * dy, flatness * (math.cos(angle) * dy - math.sin(angle) * dx)
+        distance = torch.hypot(u, v) if rng.random() < 0.5 else torch.maximum(u.abs(), v.abs())
+        alpha = ((radius - distance) * size + 0.5).clamp(0, 1)
+        body = palette[int(tone * 5)] + float(rng.normal(0, 0.06)) + 0.15 * v / radius + float(rng.uniform(0, 1)) * grain
+        image = image + alpha * (body - image)
+    return Photo("texture of leaves", image.clamp(0, 1))
+
+
+def colour_matrix(rng):
+    """(3, 3): colours turned about the grey axis, more or less of them, and another exposure."""
+    turn, much, light = float(rng.normal(0, 0.8)), float(rng.uniform(0.4, 1.3)), float(rng.uniform(0.6, 1.25))
+    grey, cos, sin = torch.full((3, 3), 1 / 3), math.cos(turn), math.sin(turn) / 3**0.5
+    cross = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]])
+    return light * (grey + much * (cos * (torch.eye(3) - grey) + sin * cross))
+
+
+def recoloured(rng, thing):
+    """A photograph or a sprite in other colours."""
+    matrix = colour_matrix(rng)
+
+    def turned(image):  # premultiplied, if there is alpha: linear all the same
+        colours = torch.einsum("ij,jhw->ihw", matrix, image[:3])
+        return torch.cat([torch.minimum(colours.relu(), image[3:]), image[3:]]) if len(image) > 3 else colours.clamp(0, 1)
+
+    if isinstance(thing, Photo):
+        return replace(thing, image=turned(thing.image))
+    return replace(thing, look=f"{thing.look}, recoloured", levels=[turned(level) for level in thing.levels])
+
+
 def read_index(folder):
     """What a folder of assets holds. FileNotFoundError where `nano.py assets` has not filled it."""
     path = Path(folder) / "index.json"
@@ -269,14 +319,10 @@ def draw_camera(rng, frames):
     return torch.stack([x, y, zoom], dim=1)
 
 
-def draw_view(rng, photo):
-    if photo.panorama:
-        return (
-            float(rng.uniform(-180, 180)),
-            float(rng.uniform(-8, 6)),
-            float(rng.uniform(65, 85)),
-            bool(rng.integers(2)),
-        )
+def draw_view(rng, photo, split):
+    if photo.panorama:  # training looks up and down too: fifteen panoramas have few views straight ahead
+        pitch, extent = ((-30, 25), (50, 95)) if split == "train" else ((-8, 6), (65, 85))
+        return float(rng.uniform(-180, 180)), float(rng.uniform(*pitch)), float(rng.uniform(*extent)), bool(rng.integers(2))
     return float(rng.random()), float(rng.random()), float(rng.uniform(0.5, 0.8)), bool(rng.integers(2))
 
 
@@ -515,8 +561,17 @@ def nameable(library, split):
 
 def draw_photo(rng, library, split, but=None):
     panoramas, textures = library.photos_of(split)
+    if split == "train" and rng.random() < 0.25:
+        return draw_leaves(rng, textures)
     photos = panoramas if panoramas and rng.random() < 0.7 else textures
-    return pick(rng, [p for p in photos if p is not but])
+    photo = pick(rng, [p for p in photos if but is None or p.name != but.name])
+    return recoloured(rng, photo) if split == "train" and rng.random() < 0.6 else photo
+
+
+def draw_sprite(rng, library, split, name):
+    """A look of a name; in training sometimes one that nobody drew. A coloured shape keeps the colour in its name."""
+    sprite = pick(rng, library.sprites[name])
+    return recoloured(rng, sprite) if split == "train" and name.split()[0] not in COLOURS and rng.random() < 0.4 else sprite
 
 
 def draw_scene(rng, library, split, frames, least=1):
@@ -528,9 +583,9 @@ def draw_scene(rng, library, split, frames, least=1):
         name = pick(rng, emoji if rng.random() < 0.75 else names)
         if name not in chosen:
             chosen.append(name)
-    things = draw_things(rng, [pick(rng, library.sprites[name]) for name in chosen], frames)
+    things = draw_things(rng, [draw_sprite(rng, library, split, name) for name in chosen], frames)
     photo = draw_photo(rng, library, split)
-    return Scene(photo, draw_view(rng, photo), draw_camera(rng, frames), things)
+    return Scene(photo, draw_view(rng, photo, split), draw_camera(rng, frames), things)
 
 
 def nameable_sprite(rng, library, split, without):
@@ -585,7 +640,7 @@ def change_background(rng, edit, library, split, size):
         photo, view = pattern_photo(rng, split), (0.0, 0.0, 0.7, False)
     else:
         photo = draw_photo(rng, library, split, but=scene.photo)
-        view = draw_view(rng, photo)
+        view = draw_view(rng, photo, split)
     edit.target = Scene(photo, view, scene.camera, scene.things)
     if edit.task == "background_ref":
         x, y, zoom = *rng.uniform(-0.08, 0.08, 2), rng.uniform(0.85, 1.0)
@@ -599,7 +654,7 @@ def new_sprite(rng, edit, library, split):
     present = [thing.sprite.name for thing in edit.source.things]
     if edit.task.startswith("subject"):  # the picture tells: any thing in any look
         name = pick(rng, [name for name in library.names(split) if name not in present])
-        return pick(rng, library.sprites[name]), name
+        return draw_sprite(rng, library, split, name), name
     sprite = nameable_sprite(rng, library, split, present)
     return sprite, article(sprite.name)
 
