@@ -24,9 +24,10 @@ from safetensors.torch import load_file
 
 from data import whole_file
 
+LOCAL = ("change", "remove", "add")  # the hard ones: twice as many of each
 TASKS = {
-    "image": ("style", "background", "change", "remove", "add"),
-    "video": ("style", "background", "change", "remove", "add"),
+    "image": ("style", "background", *LOCAL, *LOCAL),
+    "video": ("style", "background", *LOCAL, *LOCAL),
     "ref_video": ("subject", "background_ref", "subject", "subject_add"),
 }
 MIXTURE = ("image", "video", "ref_video", "image")  # as the paper's third stage: 2:1:1
@@ -307,8 +308,12 @@ def smooth_path(rng, frames, amount):
 
 
 def draw_camera(rng, frames):
+    """A camera at rest, or one that pans, zooms or shakes; a still's is at rest, for a still does not tell where "on the
+    left" would be in frames that it does not have."""
     kind = rng.random()
     x, y, zoom = torch.zeros(frames), torch.zeros(frames), torch.ones(frames)
+    if frames == 1:
+        return torch.stack([x, y, zoom], dim=1)
     time = torch.linspace(0, 1, frames)
     if 0.25 < kind < 0.6:
         x, y = float(rng.uniform(-0.25, 0.25)) * (time - 0.5), float(rng.uniform(-0.1, 0.1)) * (time - 0.5)
@@ -597,12 +602,13 @@ def nameable_sprite(rng, library, split, without):
             return sprite
 
 
-def show_reference(rng, sprite, size):
-    """A picture (3, size, size) of a sprite in another pose: turned, mirrored, of another size, on white or a pale tone."""
+def show_reference(rng, thing, size):
+    """A picture (3, size, size) of a thing in another pose: turned, of another size, on white or a pale tone. Not
+    mirrored: that would leave open which side is meant."""
     path = torch.tensor(
         [[*rng.uniform(-0.06, 0.06, 2), rng.uniform(0.6, 0.9), rng.uniform(-0.4, 0.4)]], dtype=torch.float32
     )
-    layer = render_thing(Thing(sprite, path, bool(rng.integers(2))), torch.tensor([[0.0, 0.0, 1.0]]), size)[0]
+    layer = render_thing(replace(thing, path=path), torch.tensor([[0.0, 0.0, 1.0]]), size)[0]
     paper = (
         torch.ones(3, 1, 1)
         if rng.random() < 0.6
@@ -628,7 +634,7 @@ def draw_edit(library, split, seed, index, frames, size):
     else:
         words |= change_thing(rng, edit, library, split)
     if task.startswith("subject"):
-        edit.ref = show_reference(rng, edit.new, 2 * size)
+        edit.ref = show_reference(rng, edit.target.things[edit.changed[1]], 2 * size)
     edit.prompt = wording(rng, task, split).format(**words)
     return edit
 
@@ -649,38 +655,41 @@ def change_background(rng, edit, library, split, size):
     return photo.name
 
 
-def new_sprite(rng, edit, library, split):
-    """What an edit brings, which is nowhere in the scene, and what the instruction calls it."""
+def new_thing(rng, edit, library, split, path):
+    """What an edit brings, which is nowhere in the scene -> the thing on a path, and what the instruction calls it."""
     present = [thing.sprite.name for thing in edit.source.things]
-    if edit.task.startswith("subject"):  # the picture tells: any thing in any look
+    if edit.task.startswith("subject"):  # the picture tells: any thing in any look, on either side
         name = pick(rng, [name for name in library.names(split) if name not in present])
-        return draw_sprite(rng, library, split, name), name
-    sprite = nameable_sprite(rng, library, split, present)
-    return sprite, article(sprite.name)
+        edit.new = draw_sprite(rng, library, split, name)
+        return Thing(edit.new, path, bool(rng.integers(2))), name
+    edit.new = nameable_sprite(rng, library, split, present)
+    return Thing(edit.new, path), article(edit.new.name)
 
 
 def add_thing(rng, edit, library, split):
     """Put a new thing at a place with a name, which others leave free -> the words for both."""
     scene, place = edit.source, pick(rng, list(PLACES))
-    edit.new, name = new_sprite(rng, edit, library, split)
     path = torch.tensor([*PLACES[place], 0.4, 0.0]).repeat(len(scene.camera), 1)
+    thing, name = new_thing(rng, edit, library, split, path)
     others = [t for t in scene.things if ((t.path[:, :2] - path[:, :2]).norm(dim=1) > 0.3).all()]
     edit.source = replace(scene, things=others)
-    edit.target = replace(scene, things=[*others, Thing(edit.new, path)])
+    edit.target = replace(scene, things=[*others, thing])
     edit.changed = (None, len(others))
     return {"w": place, "b": name}
 
 
 def change_thing(rng, edit, library, split):
-    """Remove one of the things, or put a new one on its path -> the words for them."""
+    """Remove one of the things, or put a new one on its path -> the words for them. The new one stands upright at first
+    and then turns as the old one does: how askew an old thing is cannot be told from one look at it."""
     things = list(edit.source.things)
     which = int(rng.integers(len(things)))
     old, edit.changed, words = things[which], (which, None), {"a": things[which].sprite.name}
     if edit.task == "remove":
         things.pop(which)
     else:
-        edit.new, words["b"] = new_sprite(rng, edit, library, split)
-        things[which], edit.changed = Thing(edit.new, old.path), (which, which)
+        path = old.path - old.path[:1] * torch.tensor([0, 0, 0, 1])
+        things[which], words["b"] = new_thing(rng, edit, library, split, path)
+        edit.changed = (which, which)
     edit.target = replace(edit.source, things=things)
     return words
 
