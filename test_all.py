@@ -1608,6 +1608,49 @@ def test_what_is_tested_was_never_trained_on(library):
     assert library.names("train") and not set(library.names("train")) & set(library.names("test"))
 
 
+def test_training_alone_sees_other_colours_and_heaps_of_leaves(library):
+    own = {id(photo) for photo in library.photos} | {id(look) for looks in library.sprites.values() for look in looks}
+    strange = {}
+    for split in ("train", "test"):
+        scenes = [world.draw_edit(library, split, 0, i, 1, 64).source for i in range(60)]
+        places, things = [s.photo for s in scenes], [thing.sprite for s in scenes for thing in s.things]
+        strange[split] = [sum(id(one) not in own for one in group) / len(group) for group in (places, things)]
+    assert strange["test"] == [0, 0] and 0.5 < strange["train"][0] < 0.9
+    assert strange["train"][1] == 0, "a coloured shape keeps the colour of its name"
+
+
+def test_other_colours_stay_under_the_same_alpha_and_leaves_are_seamless(library):
+    rng, sprite = np.random.default_rng(0), library.sprites["red star"][0]
+    other = world.recoloured(rng, sprite)
+    for old, new in zip(sprite.levels, other.levels):
+        assert torch.equal(old[3], new[3]) and (new[:3] <= new[3:]).all() and new.min() >= 0
+        assert (old[:3] - new[:3]).abs().max() > 0.1
+    for _ in range(5):
+        leaves = world.draw_leaves(rng, library.photos_of("train")[1]).image
+        inner = (leaves[:, 1:] - leaves[:, :-1]).abs().mean()
+        assert (leaves[:, 0] - leaves[:, -1]).abs().mean() < 3 * inner and 0 <= leaves.min() and leaves.max() <= 1
+
+
+def test_the_truth_follows_from_what_is_shown(library):
+    for i in range(120):
+        edit = world.draw_edit(library, "train", 2, i, 1 if i % 4 in (0, 3) else 5, 64)
+        if edit.kind == "image":
+            assert edit.source.camera.tolist() == [[0, 0, 1]], "a still does not show where its camera will go"
+        if edit.new:
+            thing = edit.target.things[edit.changed[1]]
+            assert thing.path[0, 3] == 0, "how askew the old thing stood cannot be told"
+            assert thing.flip is False or edit.ref is not None, "words do not say which side"
+    arrow = library.sprites["red arrow"][0]  # its head, the heavier half, is on the right
+    for seed in range(8):
+        for flip in (False, True):
+            thing = world.Thing(arrow, torch.tensor([[0.0, 0.0, 0.4, 0.0]]), flip)
+            shown = world.show_reference(np.random.default_rng(seed), thing, 64)
+            columns = ((shown - shown[:, :1, :1]).abs().amax(dim=0) > 0.1).sum(dim=0)
+            first, last = columns.nonzero()[[0, -1], 0]
+            left, right = columns[first : last + 1].chunk(2)
+            assert (right.sum() < left.sum()) == flip, "a reference shows the side that is meant"
+
+
 def test_a_perfect_edit_is_recognised_and_the_source_is_not(library):
     for index in range(0, 40, 3):
         edit = world.draw_edit(library, "test", 0, index, 5, 64)
