@@ -1764,7 +1764,7 @@ def test_the_goals_are_differences_of_the_measures():
 
 def test_a_small_denoiser_learns_two_edits_by_heart(tmp_path, library):
     """Both of the same picture: only the instruction tells them apart. Latents are the pixels of 4x4 cells."""
-    edit = next(e for e in (world.draw_edit(library, "train", 1, i, 1, 32) for i in range(99)) if e.task == "change")
+    edit = next(e for e in (world.draw_edit(library, "train", 1, i, 1, 32) for i in range(200)) if "plain" in e.prompt)
     source, changed, _ = world.draw_frames(edit, 32)
     pictures = [x.permute(0, 3, 1, 2).float() / 127.5 - 1 for x in (source, changed, 255 - source)]  # (1, 3, 32, 32)
     before, *targets = (F.pixel_unshuffle(x, 4)[:, :, None] for x in pictures)  # (1, 48, 1, 8, 8)
@@ -1777,14 +1777,15 @@ def test_a_small_denoiser_learns_two_edits_by_heart(tmp_path, library):
     with torch.no_grad():
         contexts = torch.cat([model.mllm(text, source) for text in (edit.prompt, "Show the negative.")])
     optimiser = torch.optim.AdamW((p for name, p in model.named_parameters() if "mllm" not in name), 2e-3, (0.9, 0.98))
-    for _ in range(400):
+    for step in range(400):
+        optimiser.param_groups[0]["lr"] = 2e-3 * (1 - step / 400)
         t = FlowMatch().timesteps(1000)[torch.randint(1000, (8,))]
         model.training_loss(clean.repeat(4, 1, 1, 1, 1), contexts.repeat(4, 1, 1), t, before.repeat(4, 1, 1, 1, 1)).backward()
         optimiser.step()
         optimiser.zero_grad()
     result = model.denoise(torch.randn_like(clean), contexts, before, steps=10)
     error, copied = ((x - clean).square().flatten(1).mean(dim=1) for x in (result, before))
-    assert error[0] < copied[0] / 2 and error[1] < copied[1] / 8, (error, copied)
+    assert (error < copied / 4).all(), (error, copied)
 
 
 @pytest.mark.parametrize("arguments, says", [
