@@ -1640,6 +1640,9 @@ def test_the_truth_follows_from_what_is_shown(library):
             thing = edit.target.things[edit.changed[1]]
             assert thing.path[0, 3] == 0, "how askew the old thing stood cannot be told"
             assert thing.flip is False or edit.ref is not None, "words do not say which side"
+
+
+def test_a_reference_shows_the_side_that_is_meant(library):
     arrow = library.sprites["red arrow"][0]  # its head, the heavier half, is on the right
     for seed in range(8):
         for flip in (False, True):
@@ -1648,7 +1651,7 @@ def test_the_truth_follows_from_what_is_shown(library):
             columns = ((shown - shown[:, :1, :1]).abs().amax(dim=0) > 0.1).sum(dim=0)
             first, last = columns.nonzero()[[0, -1], 0]
             left, right = columns[first : last + 1].chunk(2)
-            assert (right.sum() < left.sum()) == flip, "a reference shows the side that is meant"
+            assert (right.sum() < left.sum()) == flip
 
 
 def test_a_perfect_edit_is_recognised_and_the_source_is_not(library):
@@ -1777,15 +1780,15 @@ def test_a_small_denoiser_learns_two_edits_by_heart(tmp_path, library):
     with torch.no_grad():
         contexts = torch.cat([model.mllm(text, source) for text in (edit.prompt, "Show the negative.")])
     optimiser = torch.optim.AdamW((p for name, p in model.named_parameters() if "mllm" not in name), 2e-3, (0.9, 0.98))
-    for step in range(400):
-        optimiser.param_groups[0]["lr"] = 2e-3 * (1 - step / 400)
+    for step in range(600):
+        optimiser.param_groups[0]["lr"] = 2e-3 * (1 - step / 600)
         t = FlowMatch().timesteps(1000)[torch.randint(1000, (8,))]
         model.training_loss(clean.repeat(4, 1, 1, 1, 1), contexts.repeat(4, 1, 1), t, before.repeat(4, 1, 1, 1, 1)).backward()
         optimiser.step()
         optimiser.zero_grad()
     result = model.denoise(torch.randn_like(clean), contexts, before, steps=10)
     error, copied = ((x - clean).square().flatten(1).mean(dim=1) for x in (result, before))
-    assert (error < copied / 4).all(), (error, copied)
+    assert (error < copied / 8).all(), (error, copied)
 
 
 @pytest.mark.parametrize("arguments, says", [

@@ -162,10 +162,15 @@ def draw_textures(count=48, size=256):
     return photos
 
 
+def pixel_grid(size):
+    """Rows and columns (size, size) of a square's pixels, their middles, in (0, 1)."""
+    axis = (torch.arange(size) + 0.5) / size
+    return torch.meshgrid(axis, axis, indexing="ij")
+
+
 def draw_pattern(kind, first, second, size=128):
     """A seamless pattern of two named colours: a background that words alone describe to the pixel."""
-    axis = (torch.arange(size) + 0.5) / size
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    y, x = pixel_grid(size)
     soft = size / 8  # edges as wide as an eighth of a cell's pixel: anti-aliased when drawn small
 
     def wave(phase):
@@ -205,8 +210,7 @@ def draw_leaves(rng, skins, size=128):
     Radii have a density of r^-3, which gives the heap the scale invariance of photographs: the dead leaves model
     (Lee, Mumford and Huang 2001, Occlusion Models for Natural Images). `skins`: photographs whose grain leaves wear.
     """
-    axis = (torch.arange(size) + 0.5) / size
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    y, x = pixel_grid(size)
     palette = rng.uniform(0.1, 0.9, (5, 3)).astype("float32")
     palette = torch.from_numpy(palette.mean(axis=1, keepdims=True) * 0.5 + palette * 0.5)[..., None, None]
     grain = F.interpolate(pick(rng, skins).image[None], (size, size), mode="bilinear", antialias=True)[0]
@@ -218,8 +222,9 @@ def draw_leaves(rng, skins, size=128):
         middle_x, middle_y, tone = (float(v) for v in rng.random(3))
         radius = min(largest, smallest * (1 - float(rng.random())) ** -0.5)
         angle, flatness = 0.0 if upright else float(rng.uniform(0, math.pi)), float(rng.uniform(1, 2.5))
+        cos, sin = math.cos(angle), math.sin(angle)
         dx, dy = (x - middle_x + 0.5) % 1 - 0.5, (y - middle_y + 0.5) % 1 - 0.5
-        u, v = math.cos(angle) * dx + math.sin(angle) * dy, flatness * (math.cos(angle) * dy - math.sin(angle) * dx)
+        u, v = cos * dx + sin * dy, flatness * (cos * dy - sin * dx)
         distance = torch.hypot(u, v) if rng.random() < 0.5 else torch.maximum(u.abs(), v.abs())
         alpha = ((radius - distance) * size + 0.5).clamp(0, 1)
         body = palette[int(tone * 5)] + float(rng.normal(0, 0.06)) + 0.15 * v / radius + float(rng.uniform(0, 1)) * grain
@@ -310,10 +315,8 @@ def smooth_path(rng, frames, amount):
 def draw_camera(rng, frames):
     """A camera at rest, or one that pans, zooms or shakes; a still's is at rest, for a still does not tell where "on the
     left" would be in frames that it does not have."""
-    kind = rng.random()
+    kind = rng.random() * (frames > 1)
     x, y, zoom = torch.zeros(frames), torch.zeros(frames), torch.ones(frames)
-    if frames == 1:
-        return torch.stack([x, y, zoom], dim=1)
     time = torch.linspace(0, 1, frames)
     if 0.25 < kind < 0.6:
         x, y = float(rng.uniform(-0.25, 0.25)) * (time - 0.5), float(rng.uniform(-0.1, 0.1)) * (time - 0.5)
@@ -356,8 +359,7 @@ def draw_things(rng, sprites, frames):
 def render_background(scene, size):
     """(T, 3, size, size): the photograph as the camera sees it."""
     x, y, zoom = (v.view(-1, 1, 1) for v in scene.camera.unbind(dim=1))
-    axis = (torch.arange(size) + 0.5) / size - 0.5
-    row, column = torch.meshgrid(axis, axis, indexing="ij")
+    row, column = (place - 0.5 for place in pixel_grid(size))
     u, v = column / zoom + x, row / zoom + y  # (T, size, size), in frame widths
     first, second, extent, mirrored = scene.view
     u = -u if mirrored else u
@@ -397,8 +399,7 @@ def render_thing(thing, camera, size, shadow=False):
     level = thing.sprite.levels[
         -1 if shadow else max(i for i, im in enumerate(thing.sprite.levels) if i == 0 or im.shape[-1] >= needed)
     ]
-    axis = (torch.arange(size) + 0.5) / size - 0.5
-    row, column = torch.meshgrid(axis, axis, indexing="ij")
+    row, column = (place - 0.5 for place in pixel_grid(size))
     dx, dy = column - x.view(-1, 1, 1), row - y.view(-1, 1, 1)
     cos, sin = (angle.cos() / extent).view(-1, 1, 1), (angle.sin() / extent).view(-1, 1, 1)
     u, v = 2 * (cos * dx + sin * dy), 2 * (cos * dy - sin * dx)
@@ -556,32 +557,37 @@ class Edit:
     new: Sprite | None = None  # what a change or addition brings
 
 
+def in_colour(name):
+    """Whether a name says a colour, as those of all shapes do and those of a few emoji ("green book")."""
+    return name.split()[0] in COLOURS
+
+
 def nameable(library, split):
     """Sprites that a text may call for: of common things the first look, and the split's coloured shapes."""
-    shapes = [n for n in library.names(split) if n.split()[0] in COLOURS and len(library.sprites[n]) == 2]
+    shapes = [n for n in library.names(split) if in_colour(n) and len(library.sprites[n]) == 2]
     known = library.names("train")
     common = [n.replace("_", " ") for n in COMMON.split() if n.replace("_", " ") in known]
     return shapes, common
 
 
-def draw_photo(rng, library, split, but=None):
+def draw_photo(rng, library, split, but=""):
     panoramas, textures = library.photos_of(split)
     if split == "train" and rng.random() < 0.25:
         return draw_leaves(rng, textures)
     photos = panoramas if panoramas and rng.random() < 0.7 else textures
-    photo = pick(rng, [p for p in photos if but is None or p.name != but.name])
+    photo = pick(rng, [p for p in photos if p.name != but])
     return recoloured(rng, photo) if split == "train" and rng.random() < 0.6 else photo
 
 
 def draw_sprite(rng, library, split, name):
-    """A look of a name; in training sometimes one that nobody drew. A coloured shape keeps the colour in its name."""
+    """A look of a name; in training sometimes one that nobody drew. A name that says a colour keeps it."""
     sprite = pick(rng, library.sprites[name])
-    return recoloured(rng, sprite) if split == "train" and name.split()[0] not in COLOURS and rng.random() < 0.4 else sprite
+    return recoloured(rng, sprite) if split == "train" and not in_colour(name) and rng.random() < 0.4 else sprite
 
 
 def draw_scene(rng, library, split, frames, least=1):
     names = library.names(split)
-    emoji = [n for n in names if n.split()[0] not in COLOURS] or names
+    emoji = [n for n in names if not in_colour(n)] or names
     count = max(least, int(rng.choice([1, 2, 3], p=[0.45, 0.4, 0.15])))
     chosen = []
     while len(chosen) < count:
@@ -645,7 +651,7 @@ def change_background(rng, edit, library, split, size):
     if edit.task == "background":
         photo, view = pattern_photo(rng, split), (0.0, 0.0, 0.7, False)
     else:
-        photo = draw_photo(rng, library, split, but=scene.photo)
+        photo = draw_photo(rng, library, split, but=scene.photo.name)
         view = draw_view(rng, photo, split)
     edit.target = Scene(photo, view, scene.camera, scene.things)
     if edit.task == "background_ref":
