@@ -18,6 +18,8 @@ import json
 import math
 import re
 import sys
+from contextlib import nullcontext
+from functools import lru_cache
 from pathlib import Path
 
 EXAMPLES = """examples:
@@ -220,20 +222,27 @@ def write_example(out, library, split, seed, index, frames, size, fps):
 
 
 def write_share(job):
-    """A worker's share of the clips: every `step`th from `first`."""
+    """A run of clips, on one thread: there are as many workers as cores."""
     import torch
 
+    out, assets, split, seed, indices, frames, size, fps = job
+    torch.set_num_threads(1)
+    return [write_example(out, library_of(assets), split, seed, i, frames, size, fps) for i in indices]
+
+
+@lru_cache(maxsize=1)
+def library_of(assets):
+    """The library, loaded once a process."""
     from world import load_library
 
-    out, assets, split, seed, first, step, count, frames, size, fps = job
-    torch.set_num_threads(1)
-    library = load_library(assets)
-    return [write_example(out, library, split, seed, i, frames, size, fps) for i in range(first, count, step)]
+    return load_library(assets)
 
 
 def make_data(args):
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
+
+    from tqdm import tqdm
 
     from data import whole_file
     from world import TASKS, read_index
@@ -242,15 +251,14 @@ def make_data(args):
     args.assets is None or read_index(args.assets)  # before workers start
     for kind in TASKS:
         (out / kind).mkdir(parents=True, exist_ok=True)
-    jobs = [
-        (out, args.assets, args.split, args.seed, i, args.workers, args.clips, args.frames, args.size, args.fps)
-        for i in range(args.workers)
-    ]
-    if args.workers == 1:
-        shares = [write_share(jobs[0])]
-    else:
-        with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
-            shares = list(pool.map(write_share, jobs))
+    runs = [range(i, min(i + 32, args.clips)) for i in range(0, args.clips, 32)]
+    jobs = [(out, args.assets, args.split, args.seed, run, args.frames, args.size, args.fps) for run in runs]
+    shares = []
+    with tqdm(total=args.clips, desc="draw", unit="clip", mininterval=5) as bar:
+        with ProcessPoolExecutor(args.workers, get_context("spawn")) if args.workers > 1 else nullcontext() as pool:
+            for share in (pool.map if pool else map)(write_share, jobs):
+                shares.append(share)
+                bar.update(len(share))
     rows = sorted((row for share in shares for row in share), key=lambda row: row["index"])
     for kind in TASKS:
         columns = ["src_video", "tgt_video", "prompt"] + ["ref_image"] * (kind == "ref_video")

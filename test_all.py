@@ -9,6 +9,7 @@ import base64
 import csv
 import functools
 import importlib
+import itertools
 import json
 import os
 import random
@@ -1640,6 +1641,25 @@ def test_the_truth_follows_from_what_is_shown(library):
             thing = edit.target.things[edit.changed[1]]
             assert thing.path[0, 3] == 0, "how askew the old thing stood cannot be told"
             assert thing.flip is False or edit.ref is not None, "words do not say which side"
+
+
+def test_words_say_which_of_several_things_is_meant(library):
+    ahead = {"on the left": (-1, 0), "on the right": (1, 0), "at the top": (0, -1), "at the bottom": (0, 1)}
+    said = {"train": [], "test": []}
+    for split, index in itertools.product(said, range(120)):
+        edit = world.draw_edit(library, split, 3, index, 1 if index % 4 in (0, 3) else 5, 64)
+        things = edit.source.things
+        if edit.task in ("change", "remove", "subject") and len(things) > 1:
+            which = edit.changed[0]
+            name = things[which].sprite.name
+            side = next((side for side in (*ahead, "in the middle") if f"{name} {side}" in edit.prompt), None)
+            said[split].append(side is not None)
+            if side in ahead:
+                x, y = ahead[side]
+                places = [x * float(thing.path[0, 0]) + y * float(thing.path[0, 1]) for thing in things]
+                assert places.index(max(places)) == which, edit.prompt
+    assert all(said["test"]) and len(said["test"]) > 10, "nobody has heard the names of its things"
+    assert 0 < sum(said["train"]) < len(said["train"]), "names count too"
 
 
 def test_a_reference_shows_the_side_that_is_meant(library):

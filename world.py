@@ -684,12 +684,25 @@ def add_thing(rng, edit, library, split):
     return {"w": place, "b": name}
 
 
+def stands_out(things, which):
+    """Where one of some things is, as seen from the others on the first frame: "on the left" of all, ..., or between."""
+    places = torch.stack([thing.path[0, :2] for thing in things])
+    ahead = places[which] - torch.cat([places[:which], places[which + 1 :]])
+    sides = {"on the left": -ahead[:, 0], "on the right": ahead[:, 0], "at the top": -ahead[:, 1], "at the bottom": ahead[:, 1]}
+    side, lead = max(((side, float(by.min())) for side, by in sides.items()), key=lambda found: found[1])
+    return side if lead > 0.05 else "in the middle"
+
+
 def change_thing(rng, edit, library, split):
     """Remove one of the things, or put a new one on its path -> the words for them. The new one stands upright at first
-    and then turns as the old one does: how askew an old thing is cannot be told from one look at it."""
+    and then turns as the old one does: how askew an old thing is cannot be told from one look at it. Where there are
+    several, the words say which: always in the test split, whose things have names that training never heard, and
+    three times in four in training, so that names count too."""
     things = list(edit.source.things)
     which = int(rng.integers(len(things)))
     old, edit.changed, words = things[which], (which, None), {"a": things[which].sprite.name}
+    if len(things) > 1 and (split == "test" or rng.random() < 0.75):
+        words["a"] += " " + stands_out(things, which)
     if edit.task == "remove":
         things.pop(which)
     else:
