@@ -114,6 +114,8 @@ def parse_arguments(argv=None):
     for flag, name in PAPER_MODELS.items():
         if args.models == "classical" and getattr(args, flag):
             parser.error(f"--{flag} is for --models paper")
+        if "@" in (getattr(args, flag) or "").partition("://")[2].partition("/")[0]:  # it would stand in the ledger
+            parser.error(f"--{flag}: no user and password in the address; put the key into OPENAI_API_KEY")
         setattr(args, flag, getattr(args, flag) or name)
     if args.duplicate is None:
         args.duplicate = 0.99 if args.models == "paper" else 0.96
@@ -415,13 +417,21 @@ class Ledger:
             yield rows, add
 
     def reopen_failed(self, shard):
-        """Make the failed records of a shard open again: in every stage its done work becomes a journal without them."""
+        """Make the failed records of a shard open again: in every stage its work, done or begun, becomes a journal
+        without them."""
         for stage in reversed(STAGES[1:]):  # so that, killed in between, no later stage still tells of what is open again
+            path = self.path(stage, shard)
+            part = path.with_suffix(".part")
             rows = self.rows(stage, shard) if self.done(stage, shard) else []
             if any(row["status"] == "failed" and row["stage"] != "read" for row in rows):
                 with self.journal(stage, shard) as (_, add):
-                    add([row for row in rows if row["status"] != "failed" and row.get("passed") == stage])
-                self.path(stage, shard).unlink()
+                    add([row for row in rows if row.get("passed") == stage])
+            if part.is_file():
+                with self.journal(stage, shard) as (begun, _):
+                    kept = [row for row in begun.values() if row["status"] != "failed"]
+                with whole_file(part) as temporary, temporary.open("w", encoding="utf-8") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in kept)
+                path.unlink(missing_ok=True)
 
     @property
     def count(self):
@@ -581,7 +591,7 @@ class Stage:
 
     def file(self, row, key):
         """A record's file: a clip below its base, a mask or reference below --out."""
-        if row[key].startswith(("masks/", "refs/")):
+        if key in ("mask", "ref_image"):
             return inside(Path(self.args.out).resolve(), row[key], row["id"])
         return inside(Path(self.bases[row["base"]]), row[key], row["id"])
 
@@ -598,9 +608,9 @@ class Score(Stage):
 
     def one(self, row):
         found = {}
+        if "frames" not in row:  # whoever brings a score need not have opened the files
+            found |= dict(zip(("frames", "height", "width"), measure(self.file(row, "tgt_video"))))
         if "edit_score" not in row:
-            frames, height, width = measure(self.file(row, "tgt_video"))
-            found = {"frames": frames, "height": height, "width": width}
             found["frame_scores"] = [round(s, 3) for s in self.models.score(self.file(row, "src_video"), self.file(row, "tgt_video"), row)]
             found["edit_score"] = round(sum(found["frame_scores"]) / len(found["frame_scores"]), 3)
         return self.judged(row | found)
@@ -716,9 +726,8 @@ UNCHANGED, CHANGED = 8.0, 16.0  # CIELAB units: a VAE's trace stays below the fi
 WHITE = 255
 
 
-def look_at(path, max_pixels=LOOK_PIXELS):
-    """LOOKS frames of a clip, evenly spread, shrunk: uint8 (T, H, W, 3), and their indices."""
-    count = measure(path)[0]
+def look_at(path, count, max_pixels=LOOK_PIXELS):
+    """LOOKS of the first `count` frames of a clip, evenly spread, shrunk: uint8 (T, H, W, 3), and their indices."""
     wanted = sorted({round(i) for i in np.linspace(0, count - 1, min(LOOKS, count))})
     frames, indices = [], []
     with open_media(path) as (container, stream):
@@ -736,14 +745,15 @@ def look_at(path, max_pixels=LOOK_PIXELS):
 
 def look_at_pair(source, target):
     """The same moments of both clips, at the target's size -> source, target float (T, 3, H, W), indices."""
-    (a, ia), (b, ib) = look_at(source), look_at(target)
-    count = min(len(a), len(b))
-    if ia[:count] != ib[:count] and abs(ia[-1] - ib[-1]) > 0.1 * ib[-1] + 2:
-        raise MediaError(f"{target}: has {ib[-1] + 1} frames, its source {ia[-1] + 1}: not the same moments")
+    before, after = (measure(path)[0] for path in (source, target))
+    if abs(before - after) > 0.1 * after + 2:
+        raise MediaError(f"{target}: has {after} frames, its source {before}: not the same moments")
+    (a, _), (b, indices) = (look_at(path, min(before, after)) for path in (source, target))
+    count = min(len(a), len(b))  # a file may hold fewer frames than it declares
     if abs(math.log(a.shape[1] / a.shape[2] * b.shape[2] / b.shape[1])) > 0.05:
         raise MediaError(f"{target}: is {b.shape[2]}x{b.shape[1]} where its source is {a.shape[2]}x{a.shape[1]}, another aspect")
     a = a[:count] if a.shape == b.shape else resize(a[:count], b.shape[1:3])
-    return as_float(a), as_float(b[:count]), ib[:count]
+    return as_float(a), as_float(b[:count]), indices[:count]
 
 
 def difference(source, target):
@@ -896,8 +906,8 @@ class Classical:
             return cut_out(frame_at(target_path, row["key"]), mask)
         source, target, indices = look_at_pair(source_path, target_path)
         foreground = self.body(difference(source, target), "background")
-        frames, _ = look_at(target_path, max_pixels=1280 * 720)
-        return without_foreground(frames[: len(target)], foreground, indices.index(row["key"]))
+        frames, _ = look_at(target_path, indices[-1] + 1, max_pixels=1280 * 720)
+        return without_foreground(frames, foreground, indices.index(row["key"]))
 
     def verify(self, source_path, target_path, ref_path, row):
         """Whether the colours of the reference are those of the edit at other moments than the one it was taken from,
@@ -1227,6 +1237,7 @@ def open_model(name, device):
     """A multimodal model to ask: http://host/v1 (an OpenAI-compatible server and the model it serves), or a folder or
     hub id, BASE+ADAPTER with a LoRA over it."""
     if name.startswith(("http://", "https://")):
+        import http.client
         import urllib.request
 
         key = os.environ.get("OPENAI_API_KEY")
@@ -1234,7 +1245,7 @@ def open_model(name, device):
         try:
             with urllib.request.build_opener(NoRedirect).open(request, timeout=30) as answer:
                 served = json.load(answer)["data"][0]["id"]
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
             raise ValueError(f"{name}: no OpenAI-compatible server answers there ({error}); start it, or name a model") from None
         return OpenAICompatible(served, Settings(endpoint=name))
     from model import local_path
@@ -1285,7 +1296,7 @@ class Paper:
                 except TryAgain as error:
                     if attempt_ == tries - 1:
                         raise
-                    time.sleep(error.after or 2**attempt_ * (1 + random.random()))
+                    time.sleep(min(error.after or 2**attempt_ * (1 + random.random()), 60))
 
     def score(self, source_path, target_path, row):
         """EditScore (FACTS.md, "Curation"): of each pair of frames sqrt(min(SC) min(PQ)), from 0..25 to 0..10. Frame i
@@ -1357,8 +1368,10 @@ def trimmed(image, margin=0.05):
 
 
 def open_segmenter(name, device):
-    from transformers import Sam3TrackerModel
-
+    try:
+        from transformers import Sam3TrackerModel
+    except ImportError:
+        raise ValueError("this transformers has no SAM 3; pip install -U transformers") from None
     from model import local_path
 
     return Sam3TrackerModel.from_pretrained(local_path(name)).to(device).eval()
@@ -1724,7 +1737,8 @@ def write_page(args, ledger, bases, rows, counts, told, rejects):
 
     def card(row):
         try:
-            source, target = (look_at(Path(bases[row["base"]]) / row[key])[0] for key in ("src_video", "tgt_video"))
+            clips = [Path(bases[row["base"]]) / row[key] for key in ("src_video", "tgt_video")]
+            source, target = (look_at(clip, min(measure(clip)[0] for clip in clips))[0] for clip in clips)
             reference = read_image(ledger.out / row["ref_image"])
         except MediaError as error:
             return f'<div class="card" data-id="{row["id"]}"><p>{html.escape(str(error))}</p></div>'
@@ -1798,9 +1812,11 @@ def measure_on_truth(folder, cases=400):
         else:
             found["background"].append(hidden_psnr(edit, image, ~region[row["key"]], row["key"]))
     local, background = ([x for x in found[key] if x is not None] for key in ("local", "background"))
+    if not references:
+        raise ValueError(f"{folder}: none of its clips has a reference that could be made; draw more of them")
     precision, recall, count = find_planted(models, list(references.values()))
     mean = lambda values: sum(values) / max(len(values), 1)
-    mask_things, box_things, mask_all, box_all = (mean(column) for column in zip(*local or [[0.0] * 4]))
+    mask_things, box_things, mask_all, box_all = (mean(column) for column in zip(*local))
     return "\n".join([
         "| classical models on the nano world | cases | found | figure |", "| --- | --- | --- | --- |",
         f"| local edits: IoU of mask, of box with the edited things | {len(found['local'])} | {len(local)} | {mask_things:.3f}, {box_things:.3f} |",
@@ -1871,7 +1887,7 @@ def measure_scale(folder, records=100_000, vectors=500_000, width=512):
         for i in range(records):
             feature = np.array([random_.gauss(0, 1) for _ in range(8)], np.float16)
             line = {"src_video": f"s/{i}.mp4", "tgt_video": f"t/{i}.mp4", "prompt": "replace the car", "edit_type": "change",
-                    "edit_score": random_.uniform(4, 10), "box": [0, 0, 1, 1], "mask": "masks/0.png", "key": 0,
+                    "edit_score": random_.uniform(4, 10), "frames": 81, "height": 8, "width": 8, "box": [0, 0, 1, 1], "mask": "masks/0.png", "key": 0,
                     "ref_image": "refs/0.png", "ref_size": [64, 64], "verdict": random_.random() < 0.8,
                     "base": 0, "status": "open",
                     "feature": base64.b64encode((feature / np.linalg.norm(feature)).astype(np.float16)).decode()}  # fmt: skip

@@ -16,6 +16,7 @@ import io
 import math
 import os
 import random
+import shutil
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -65,6 +66,7 @@ SAME_BYTES = {"preset": "medium", "x264-params": "mbtree=0"}
 VIDEO_CODEC = ("yuv420p", {"crf": "16", **SAME_BYTES})  # near lossless
 SMALL_VIDEO_CODEC = ("yuv420p", {"crf": "28", **SAME_BYTES})  # to look at on a page
 EXACT_VIDEO_CODEC = ("yuv444p", {"crf": "4", **SAME_BYTES})  # pictures so small that VIDEO_CODEC costs them 15 dB
+SMALL_FRAME = 3 * 256 * 256  # values: frames that are as small, such as the nano model's
 IMAGE_CODECS = {".png": ("png", "rgb24"), ".jpg": ("mjpeg", "yuvj444p"), ".jpeg": ("mjpeg", "yuvj444p")}
 MP4_AUDIO = ("aac", "mp3", "ac3", "eac3", "alac", "opus", "flac")  # copied as they are; others become aac
 
@@ -257,6 +259,26 @@ def read_image(path, content=None):
 
 
 @contextmanager
+def whole_folder(folder):
+    """Yield an empty folder beside `folder`; it takes that one's place when the block ends well, and goes otherwise."""
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+            os.replace(folder, old)
+            os.replace(temporary, folder)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
 def whole_file(path):
     """Yield a temporary path beside `path`; rename it when the block ends well, remove it otherwise."""
     path = Path(path)
@@ -297,6 +319,11 @@ def write_image(path, image):
     frame.pts = 0
     with whole_file(path) as temporary:
         temporary.write_bytes(b"".join(bytes(packet) for packet in [*codec.encode(frame), *codec.encode(None)]))
+
+
+def faithful_codec(frames):
+    """The codec for frames (T, H, W, 3) that are judged by their pixels."""
+    return EXACT_VIDEO_CODEC if frames[0].numel() <= SMALL_FRAME else VIDEO_CODEC
 
 
 def write_video(path, frames, fps, audio_from=None, codec=VIDEO_CODEC):

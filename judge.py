@@ -48,7 +48,6 @@ judges (--judge):
 LEFT_OUT = ("creative_edit", "camera_edit", "subtitle_edit")  # of OpenVE-Bench, as in the paper and the release
 MODES = {"official": 1.0, "strict": 4.0}  # frames a second that the judge sees
 TOKENS_PER_FRAME = 258  # Gemini's usual count; other judges differ
-SMALL_FRAME = 3 * 256 * 256  # values: such frames (the nano model's) lose 15 dB to the usual codec (data.py)
 MAX_WAIT = 60.0  # seconds, the longest pause between two tries
 
 
@@ -299,7 +298,7 @@ def read_bench(bench, path, edits, limit=None):
         other = names.setdefault(item.edit, item)
         if other is not item:
             print(f"warning: {path}: items {other.key} and {item.key} share the edit {item.edit.name}, as the released names "
-                  "have it: the second is judged by the first's", file=sys.stderr)  # fmt: skip
+                  "have it: both are judged by the one file, which `run` makes of the first", file=sys.stderr)  # fmt: skip
     return items[:limit]
 
 
@@ -343,9 +342,10 @@ class Ledger:
             self.file.write("\n")
 
     def take(self, line):
-        self.lines.append(line)
-        if line["event"] == "answer" and line["ok"]:
+        answer = line["event"] == "answer" and (line["ok"], line["key"], line["ok"] or line["error"])  # KeyError: no line of ours
+        if answer and line["ok"]:
             self.good[line["key"]] = line
+        self.lines.append(line)
 
     def write(self, **line):
         with self.lock:
@@ -364,8 +364,11 @@ HASHES = {}
 def file_hash(path):
     """sha256 of a file's content, in hex; read once a run."""
     if path not in HASHES:
+        digest = hashlib.sha256()
         with open(path, "rb") as file:
-            HASHES[path] = hashlib.file_digest(file, "sha256").hexdigest()
+            while part := file.read(2**20):
+                digest.update(part)
+        HASHES[path] = digest.hexdigest()
     return HASHES[path]
 
 
@@ -1095,14 +1098,15 @@ def run(args):
     """`judge.py run`: the edits themselves, one process a GPU under torchrun, taken up where it stopped."""
     import torch
 
-    from data import EXACT_VIDEO_CODEC, VIDEO_CODEC, MediaError, read_clip, read_image, write_image, write_video
+    from data import MediaError, faithful_codec, read_image, write_image, write_video
     from kernels import pick_device
-    from model import KiwiEdit
+    from model import KiwiEdit, read_for
 
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = pick_device(args.device)
     items = read_bench(args.bench, args.path, args.edits, args.limit)
     same_run(args)
+    items = list({item.edit: item for item in reversed(items)}.values())[::-1]  # of those that share a name the first
     mine = [item for item in items[rank::world] if not item.edit.is_file()]
     print(f"[{rank}/{world}] {len(mine)} of {len(items[rank::world])} edits to make, {args.weights} on {device}")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -1110,13 +1114,12 @@ def run(args):
     failed = 0
     for item in mine:
         try:
-            clip = read_clip(item.source, args.frames, args.max_pixels)
+            clip = read_for(model.config, item.source, args.frames, args.max_pixels, every_frame=True)
             ref = read_image(item.ref) if item.ref and args.ref else None
             edited = model.edit(clip.frames, item.instruction, ref, steps=args.steps, seed=args.seed, tile=args.tile)
             item.edit.parent.mkdir(parents=True, exist_ok=True)
-            codec = EXACT_VIDEO_CODEC if edited[0].numel() <= SMALL_FRAME else VIDEO_CODEC
             write_image(item.edit, edited[0]) if clip.still else write_video(
-                item.edit, edited, clip.fps, item.source, codec
+                item.edit, edited, clip.fps, item.source, faithful_codec(edited)
             )
             print(f"[{rank}/{world}] {item.edit}", flush=True)
         except (MediaError, ValueError) as error:
@@ -1360,8 +1363,8 @@ def parse_arguments(argv=None):
     add("--ref", action=argparse.BooleanOptionalAction, default=True, help="give the reference image to the model")
     add("--steps", type=positive, help="denoising steps (default: 50; nano 4)")
     add("--seed", type=int, default=0, help="of every edit, as in the release (default %(default)s)")
-    add("--frames", type=positive, default=81, help="at most so many (default %(default)s)")
-    add("--max-pixels", type=positive, default=720 * 1280, help="larger frames are shrunk (default %(default)s)")
+    add("--frames", type=positive, help="at most so many (default: 81; nano 9)")
+    add("--max-pixels", type=positive, help="larger frames are shrunk (default: 921600; nano 4096)")
     add("--tile", type=positive, metavar="N", help="VAE tiles, for small cards")
     add("--device", help="default: this process's GPU, or the CPU")
 

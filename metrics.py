@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from data import (
-    SMALL_VIDEO_CODEC, MediaError, fit_frames, pad_reference, read_clip, read_image, resize, write_image, write_video,
+    SMALL_VIDEO_CODEC, MediaError, faithful_codec, fit_frames, pad_reference, read_clip, read_image, resize, write_image, write_video,
 )  # fmt: skip
 
 BLOCK = 8  # pixels a side at the working size: smaller shifts than this are mostly averaged away
@@ -261,7 +261,7 @@ def write_media(media, source, edit, fps, ref_path=None, height=128):
 
 
 def write_shuffled(path, edit_path):
-    """The edit with its frames in random order, as a file."""
+    """The edit with its frames in random order, as a file as good as the edit's: time alone is to be worse."""
     path.parent.mkdir(parents=True, exist_ok=True)
     clip = read_clip(edit_path)
-    write_video(path, shuffled(clip.frames), clip.fps)
+    write_video(path, shuffled(clip.frames), clip.fps, codec=faithful_codec(clip.frames))

@@ -10,7 +10,6 @@ flow matching, the training loss, the sampler, and the loading of weights in eve
 
 import json
 import math
-import os
 import pickle
 import re
 import shutil
@@ -24,7 +23,7 @@ import torch
 from torch import nn
 
 from connectors import LoRALinear, MLLMConfig, MLLMEncoder, merge_lora
-from data import pad_reference
+from data import MAX_PIXELS, nearest_size, pad_reference, read_clip, whole_folder
 from dit import DiT, DiTConfig
 from vae import VAE, VAEConfig
 
@@ -333,11 +332,7 @@ class KiwiEdit(nn.Module):
         """
         from safetensors.torch import save_file
 
-        folder = Path(folder)
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        try:
+        with whole_folder(folder) as temporary:
             config = {"format": "nanokiwi", **asdict(self.config)}
             if self.mllm is not None:
                 copy_mllm_folder(Path(self.config.mllm.folder), temporary / "mllm")
@@ -346,15 +341,6 @@ class KiwiEdit(nn.Module):
             for name, part in self.named_children():
                 state = {k: v.detach().cpu().contiguous() for k, v in part.state_dict(prefix=f"{name}.").items()}
                 save_file(state, temporary / f"{name}.safetensors")
-            if folder.exists():
-                old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-                os.replace(folder, old)
-                os.replace(temporary, folder)
-                shutil.rmtree(old)
-            else:
-                os.replace(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
@@ -578,6 +564,16 @@ def open_tensors(path, device):
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError) as error:
         reason = str(error).split("\n")[0][:200]
         raise ValueError(f"{path}: cannot be read ({reason}); fetch the file again") from None
+
+
+def read_for(config, path, frames=None, max_pixels=None, every_frame=False):
+    """A clip file as weights of this config edit it: `data.read_clip`, and of one kind of clip for weights that know no
+    other. every_frame: at the file's own frame rate, so that frame i of the edit is frame i of the file."""
+    if config.trained is None:
+        return read_clip(path, frames or 81, max_pixels or MAX_PIXELS)
+    count, height, width, fps = config.trained
+    size_of = partial(nearest_size, grid=config.pixel_grid)
+    return read_clip(path, frames or count, max_pixels or height * width, None if every_frame else fps, size_of)
 
 
 def local_path(path):

@@ -288,7 +288,7 @@ def read_frames(path):
     """uint8 (T, H, W, 3) of a clip or picture of the world, at its own size."""
     from data import read_clip, read_image
 
-    return read_clip(path).frames if path.suffix == ".mp4" else read_image(path)[None]
+    return read_clip(path, max_frames=10_000).frames if path.suffix == ".mp4" else read_image(path)[None]
 
 
 class Trainer:
@@ -320,6 +320,10 @@ class Trainer:
             state = torch.load(self.path, weights_only=True, map_location=device)
             if list(state["masters"]) != list(self.names):
                 raise ValueError(f"{self.path}: is of another model; give another --out or delete it")
+            if state.get("seed", seed) != seed:
+                raise ValueError(f"{self.path}: was begun with --seed {state['seed']}; go on with that, or give another --out")
+            if state.get("steps", steps) != steps:
+                print(f"note        {self.path}: was begun as {state['steps']} steps, now {steps}: another learning rate from here on")
             self.step, self.seconds = state["step"], state.get("seconds", 0.0)
             for optimiser, saved in zip(self.optimisers, state["optimisers"]):
                 optimiser.load_state_dict(saved)
@@ -380,7 +384,7 @@ class Trainer:
 
         masters = {n: m.view_as(p) for n, p, m in zip(self.names, self.parameters, self.masters)}
         state = {"step": self.step, "masters": masters, "optimisers": [o.state_dict() for o in self.optimisers]}
-        state |= {"seed": self.seed, "seconds": self.seconds + seconds}
+        state |= {"seed": self.seed, "steps": self.steps, "seconds": self.seconds + seconds}
         with whole_file(self.path) as path:
             torch.save(state, path)
 
@@ -403,7 +407,7 @@ def load_trained(name, module, folder):
     path = Path(folder) / f"{name}.pt"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run `python nano.py pretrain {name}` first")
-    _, unexpected = module.load_state_dict(torch.load(path, weights_only=True)["masters"], strict=False)
+    _, unexpected = module.load_state_dict(torch.load(path, weights_only=True, map_location="cpu")["masters"], strict=False)
     if unexpected:
         raise ValueError(f"{path}: is of another model ({unexpected[0]}, ...)")
     return module.eval().requires_grad_(False)
@@ -592,8 +596,12 @@ def caption_features(encoder, captions):
     return hidden * (torch.arange(CAPTION_TOKENS, device=device) < length[:, None])[..., None]
 
 
+STILL_OR_VIDEO = {"image": "still", "video": "video", "ref_video": "video"}
+
+
 def encode_world(args, rows, device):
-    """The posterior means of every target, made once per state of the VAE -> {"still": (N, z, 1, h, w), "video": ...}."""
+    """The posterior means of every target, made once per state of the VAE and the data -> {"still": (N, z, 1, h, w),
+    "video": ...}, in the order of `rows`."""
     import torch
     from safetensors.torch import load_file, save_file
     from tqdm import tqdm
@@ -603,15 +611,17 @@ def encode_world(args, rows, device):
 
     out = Path(args.out)
     vae = load_trained("vae", VAE(nano_config(out).vae), out).to(device)
-    step = torch.load(out / "vae.pt", weights_only=True, mmap=True)["step"]
-    path = out / f"latents_{Path(args.data).name}_{len(rows)}_{step}.safetensors"
+    made_of = hashlib.sha256((Path(args.data) / "world.json").read_bytes() + (Path(args.data) / "truth.jsonl").read_bytes())
+    for name, value in vae.state_dict().items():
+        made_of.update(name.encode() + value.float().cpu().numpy().tobytes())
+    path = out / f"latents_{made_of.hexdigest()[:16]}.safetensors"
     if not path.is_file():
         latents = {"still": [], "video": []}
         for row in tqdm(rows, desc="encode", mininterval=5):
             frames = read_frames(Path(args.data) / row["tgt_video"])
             with torch.no_grad():
                 mean = vae.moments(rows_of([frames], [0]).to(device), chunk=99)[0].cpu()
-            latents["still" if len(frames) == 1 else "video"].append(mean)
+            latents[STILL_OR_VIDEO[row["kind"]]].append(mean)
         with whole_file(path) as temporary:
             save_file({name: torch.cat(parts).contiguous() for name, parts in latents.items() if parts}, temporary)
     return load_file(path)
@@ -627,10 +637,9 @@ def pretrain_dit(args, rows, device):
     flat = torch.cat([z.transpose(0, 1).flatten(1) for z in latents.values()], dim=1)
     mean, std = flat.mean(dim=1), flat.std(dim=1)
     config = nano_config(args.out, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
-    captions = {
-        "still": [r["target_caption"] for r in rows if r["kind"] == "image"],
-        "video": [r["target_caption"] for r in rows if r["kind"] != "image"],
-    }
+    captions = {"still": [], "video": []}
+    for row in rows:
+        captions[STILL_OR_VIDEO[row["kind"]]].append(row["target_caption"])
     model = KiwiEdit(config)
     load_trained("vae", model.vae, args.out)
     load_trained("mllm", model.mllm, args.out).to(device)
@@ -966,7 +975,7 @@ def ship(args):
     from safetensors.torch import load_file
 
     from connectors import merge_lora
-    from data import whole_file
+    from data import whole_folder
     from model import KiwiEdit, load_weights
 
     checkpoint, data, out = Path(args.checkpoint), Path(args.data), Path(args.out)
@@ -980,23 +989,22 @@ def ship(args):
     merge_lora(model)
     clip = world["frames"], world["size"], world["size"], world["fps"]
     model.config = replace(model.config, trained=clip, steps=args.steps)
-    model.to(torch.bfloat16).save(out)
-
-    (out / "example").mkdir()
-    copyfile(data / row["src_video"], out / "example" / "source.mp4")
-    if "ref_image" in row:
-        copyfile(data / row["ref_image"], out / "example" / "reference.png")
-    (out / "example" / "prompt.txt").write_text(row["prompt"] + "\n")
-    total = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
-    card = CARD.format(
-        millions=sum(parts.values()) / 1e6, parts=", ".join(f"{name} {count:,}" for name, count in parts.items()),
-        megabytes=total / 1e6, **world, example=args.example, steps=args.steps, prompt=row["prompt"], made_by=args.made_by, seen=seen,
-        phases="\n".join(phases), evaluation=evaluation.rstrip(),
-        licences="\n".join(f"- {name} {version}: {text}" for name, (version, text, _) in PACKAGES.items()), recipe=RECIPE,
-    )  # fmt: skip
-    with whole_file(out / "MODEL_CARD.md") as path:
-        path.write_text(card)
+    with whole_folder(out) as folder:
+        model.to(torch.bfloat16).save(folder)
+        (folder / "example").mkdir()
+        copyfile(data / row["src_video"], folder / "example" / "source.mp4")
+        if "ref_image" in row:
+            copyfile(data / row["ref_image"], folder / "example" / "reference.png")
+        (folder / "example" / "prompt.txt").write_text(row["prompt"] + "\n")
+        total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        card = CARD.format(
+            millions=sum(parts.values()) / 1e6, parts=", ".join(f"{name} {count:,}" for name, count in parts.items()),
+            megabytes=total / 1e6, **world, example=args.example, steps=args.steps, prompt=row["prompt"], made_by=args.made_by,
+            seen=seen, phases="\n".join(phases), evaluation=evaluation.rstrip(),
+            licences="\n".join(f"- {name} {version}: {text}" for name, (version, text, _) in PACKAGES.items()), recipe=RECIPE,
+        )  # fmt: skip
+        (folder / "MODEL_CARD.md").write_text(card)
     print(f"write       {out}: {(total + len(card.encode())) / 1e6:.1f} MB")
 
 
@@ -1016,7 +1024,7 @@ def phases_of(checkpoint, weights):
     rows = []
     for part in ("vae", "mllm", "dit"):
         if (path := weights.parent / f"{part}.pt").is_file():
-            state = torch.load(path, weights_only=True, mmap=True)
+            state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
             seconds = f"{state['seconds']:.0f}" if "seconds" in state else "not recorded"
             rows.append(f"| pretrain {part} | {state.get('seed', 0)} | {state['step']} | | {seconds} |")
     if (card := weights / "MODEL_CARD.md").is_file():

@@ -119,25 +119,19 @@ def with_example(args):
 
 def read_source(args):
     """The clip at the size for which the weights are made, and a line about it."""
-    from functools import partial
-
-    from data import MAX_PIXELS, measure, nearest_size, read_clip
+    from data import measure
 
     total = measure(args.input)[0]  # a file that cannot be read is told of before weights are fetched
-    from model import read_weights
+    from model import read_for, read_weights
 
     config = read_weights(args.weights, args.base, args.qwen)[0]
-    if config.trained is None:
-        clip = read_clip(args.input, args.frames or 81, args.max_pixels or MAX_PIXELS)
-    else:
+    clip = read_for(config, args.input, args.frames, args.max_pixels)
+    if config.trained is not None and clip.frames.shape[:3] != (total, *clip.source_size):
         frames, height, width, fps = config.trained
-        size_of = partial(nearest_size, grid=config.pixel_grid)
-        clip = read_clip(args.input, args.frames or frames, args.max_pixels or height * width, fps, size_of)
-        if clip.frames.shape[:3] != (total, *clip.source_size):
-            print(
-                f"note        these weights know {frames} frames of {width}x{height} at {fps} fps alone: {args.input}, "
-                f"{total} of {clip.source_size[1]}x{clip.source_size[0]}, is edited at about that size"
-            )
+        print(
+            f"note        these weights know {frames} frames of {width}x{height} at {fps} fps alone: {args.input}, "
+            f"{total} of {clip.source_size[1]}x{clip.source_size[0]}, is edited at about that size"
+        )
     count, height, width, _ = clip.frames.shape
     print(f"read        {args.input}: {count} frame{'s' * (count > 1)} of {width}x{height}, {float(clip.fps):g} fps")
     return clip

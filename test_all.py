@@ -2366,6 +2366,14 @@ def test_run_makes_the_edits_under_the_released_names_each_once_and_in_shards(re
         assert small.streams.video[0].pix_fmt == "yuv444p"  # so that the metrics see the model and not the codec
     judge.main(arguments)
     assert "0 of 1 edits to make" in capsys.readouterr().out
+    rows = "original_video,prompt,edited_type\n" + "".join(f"{made[0]},Add a hat{end},local_add\n" for end in ".!")
+    (refvie / "new" / "twice.csv").write_text(rows.replace(f"{made[0].parent}/", ""))
+    monkeypatch.setenv("RANK", "0")
+    twice = ["run", "--bench", "openve", str(refvie / "new/twice.csv"), *arguments[4:6], "--edits", str(refvie / "twice"), *arguments[8:]]
+    judge.main(twice)
+    judge.main(["run", *twice[1:]])
+    said = capsys.readouterr()
+    assert said.out.count("_edited.mp4") == 1 and "of the first" in said.err
     with pytest.raises(SystemExit, match="edits are there of seed 0, not 1; give another --edits"):
         judge.main([*arguments, "--seed", "1"])
     with pytest.raises(SystemExit, match="--device cuda:9: not available here"):
@@ -2547,23 +2555,27 @@ def test_odd_lines_of_a_table_cost_only_themselves_and_odd_fields_nothing(tmp_pa
         curated(tmp_path, tmp_path / "again", tables=["theirs/ledger/verify"])
 
 
-def test_a_shard_that_fails_as_a_whole_stops_the_run_and_is_tried_again_when_it_is_mended(tmp_path, nano_data):
+@pytest.mark.parametrize("gone_on", [True, False])
+def test_a_shard_that_fails_as_a_whole_stops_the_run_and_is_tried_again_when_it_is_mended(tmp_path, nano_data, gone_on):
     pair = next(csv.DictReader((nano_data / "ref_video.csv").open()))
-    (tmp_path / "p.csv").write_text("src_video,tgt_video,prompt\n" + "clips/a.mp4,clips/b.mp4,Add a hat.\n" * 20)
+    (tmp_path / "p.csv").write_text("src_video,tgt_video,prompt\n" + "refs/a.mp4,refs/b.mp4,Add a hat.\n" * 20)  # not --out's refs
     with pytest.raises(ValueError, match="all 20 records of a shard failed in `score`.*mend that and add --retry-failed"):
         curated(tmp_path, tmp_path / "out", "--shard-rows", 20, tables=["p.csv"])
-    assert all(row["status"] == "failed" for row in curated(tmp_path, tmp_path / "out", "--shard-rows", 20, tables=["p.csv"]))
-    (tmp_path / "clips").mkdir()
+    if gone_on:
+        assert all(row["status"] == "failed" for row in curated(tmp_path, tmp_path / "out", "--shard-rows", 20, tables=["p.csv"]))
+    (tmp_path / "refs").mkdir()
     for name, key in (("a", "src_video"), ("b", "tgt_video")):
-        shutil.copy(nano_data / pair[key], tmp_path / "clips" / f"{name}.mp4")
+        shutil.copy(nano_data / pair[key], tmp_path / "refs" / f"{name}.mp4")
     rows = curated(tmp_path, tmp_path / "out", "--shard-rows", 20, "--retry-failed", tables=["p.csv"])
     assert len(rows) == 20 and not any(row["status"] == "failed" for row in rows)
 
 
 def test_frames_to_be_scored_correspond_whatever_rate_the_files_claim(tmp_path):
-    frames = moving_picture(61, 32, 32)
-    for name, fps in (("source", 30), ("edit", 15)):
-        write_video(tmp_path / f"{name}.mp4", frames, fps, None, data.EXACT_VIDEO_CODEC)
+    frames = moving_picture(65, 32, 32)
+    for name, fps, count in (("source", 30, 65), ("edit", 15, 61)):  # cut to 4k + 1, as the release does
+        write_video(tmp_path / f"{name}.mp4", frames[:count], fps, None, data.EXACT_VIDEO_CODEC)
+    source, edit, indices = curate.look_at_pair(tmp_path / "source.mp4", tmp_path / "edit.mp4")
+    assert (source - edit).abs().mean() < 0.01 and indices[-1] == 60
     asked = []
     models = curate.Paper(curate.parse_arguments(["x", "--out", "x", "--device", "cpu"]))
     models.scorer = None

@@ -501,9 +501,9 @@ def export(run, folder):
     if checkpoint is None:
         raise FileNotFoundError(f"--export {run}: not the folder of a run or of a checkpoint")
     values = read_json(checkpoint.parent / "config.json")["model"]
-    parts = DiTConfig(**values["dit"]), VAEConfig(**values["vae"]), MLLMConfig(**values["mllm"])
+    values |= {name: cls(**values[name]) for name, cls in (("dit", DiTConfig), ("vae", VAEConfig), ("mllm", MLLMConfig))}
     files = read_weights_or_run(checkpoint, WAN_BASE, QWEN_BASE)[1]
-    model = start_model(KiwiConfig(*parts, values["source"], values["ref_pad_first"]), files, "cpu")
+    model = start_model(KiwiConfig(**values), files, "cpu")
     merge_lora(model)
     model.save(folder)
     print(folder)
