@@ -2369,6 +2369,7 @@ def test_run_makes_the_edits_under_the_released_names_each_once_and_in_shards(re
     rows = "original_video,prompt,edited_type\n" + "".join(f"{made[0]},Add a hat{end},local_add\n" for end in ".!")
     (refvie / "new" / "twice.csv").write_text(rows.replace(f"{made[0].parent}/", ""))
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
     twice = ["run", "--bench", "openve", str(refvie / "new/twice.csv"), *arguments[4:6], "--edits", str(refvie / "twice"), *arguments[8:]]
     judge.main(twice)
     judge.main(["run", *twice[1:]])
@@ -2575,7 +2576,7 @@ def test_frames_to_be_scored_correspond_whatever_rate_the_files_claim(tmp_path):
     for name, fps, count in (("source", 30, 65), ("edit", 15, 61)):  # cut to 4k + 1, as the release does
         write_video(tmp_path / f"{name}.mp4", frames[:count], fps, None, data.EXACT_VIDEO_CODEC)
     source, edit, indices = curate.look_at_pair(tmp_path / "source.mp4", tmp_path / "edit.mp4")
-    assert (source - edit).abs().mean() < 0.01 and indices[-1] == 60
+    assert (source - edit).abs().mean() < 0.005 and indices[-1] == 60
     asked = []
     models = curate.Paper(curate.parse_arguments(["x", "--out", "x", "--device", "cpu"]))
     models.scorer = None
