@@ -153,6 +153,14 @@ def pad_reference(image, size, shrink=1.0):
     return out
 
 
+def beginning(path, content=None):
+    """The first 64 bytes of a file, as far as they can be read."""
+    try:
+        return path.open("rb").read(64) if content is None else content[:64]
+    except OSError:
+        return b""
+
+
 @contextmanager
 def open_media(path, content=None):
     """Open a file, or its content as bytes, and yield (container, its picture stream); every PyAV error becomes a
@@ -161,7 +169,8 @@ def open_media(path, content=None):
     if content is None and not path.is_file():
         raise MediaError(f"{path}: no such file")
     try:
-        with av.open(str(path) if content is None else io.BytesIO(content)) as container:
+        # absolute: of "clip12:30.mp4" ffmpeg would take the first part for a protocol
+        with av.open(str(path.absolute()) if content is None else io.BytesIO(content)) as container:
             # an mp3's cover art is a video stream to ffmpeg, but not a clip
             streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
             if not streams:
@@ -169,15 +178,14 @@ def open_media(path, content=None):
             yield container, streams[0]
     except (av.error.FFmpegError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        head = path.open("rb").read(64) if content is None else content[:64]
-        animated_webp = b"ANIM" in head
-        if animated_webp:
+        if b"ANIM" in beginning(path, content):
             reason = "an animated WebP, which FFmpeg does not read: convert it to GIF or mp4"
         raise MediaError(f"{path}: cannot be decoded ({reason}); is it whole, and a video or image?") from None
 
 
 def is_picture(container):
-    return container.format.name == "image2" or container.format.name.endswith("_pipe")
+    brand = container.metadata.get("major_brand", "")  # an AVIF is a picture in the manner of an mp4
+    return brand == "avif" or container.format.name == "image2" or container.format.name.endswith("_pipe")
 
 
 def upright_rgb(frame):
@@ -352,7 +360,7 @@ def mux_video(path, frames, fps, audio_from, codec):
         context = video.codec_context
         context.colorspace = context.color_primaries = context.color_trc = bt709
         context.color_range = limited
-        source = av.open(str(audio_from)) if audio_from is not None else None
+        source = av.open(str(Path(audio_from).absolute())) if audio_from is not None else None
         try:
             add_sound = copy_sound(out, source, duration) if source and source.streams.audio else None
             for image in frames:
@@ -388,13 +396,15 @@ def copy_sound(out, source, duration):
 
     def transcode():
         small = av.AudioResampler(format="fltp", layout=track.codec_context.layout, rate=sound.rate, frame_size=1024)
-        samples = 0
+        samples = None
         for frame in source.decode(sound):
             if frame.time is not None and frame.time < start:
                 continue
+            if samples is None:  # sound may set in later than the pictures
+                samples = round(((frame.time or start) - start) * sound.rate)
+            if samples >= duration * sound.rate:
+                break
             for piece in small.resample(frame):
-                if samples >= duration * sound.rate:
-                    break
                 piece.pts = samples
                 samples += piece.samples
                 out.mux(track.encode(piece))
@@ -451,10 +461,16 @@ def read_table(path, kind, base=None):
 def read_csv(path, columns):
     """Yield (place, fields) of every line."""
     with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        has_columns(path, columns, reader.fieldnames or [])
-        for line in reader:
-            yield f"{path}, line {reader.line_num}", [line[name] or "" for name in columns]
+        reader = csv.DictReader(file, strict=True)  # an unclosed quote would swallow the rest
+        try:
+            has_columns(path, columns, reader.fieldnames or [])
+            for line in reader:
+                place = f"{path}, line {reader.line_num}"
+                if any(line.get(None) or ()):
+                    raise ValueError(f"{place}: more fields than columns; a prompt with a comma needs quotes around it")
+                yield place, [line[name] or "" for name in columns]
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: {error}; is a quote not closed?") from None
 
 
 def read_parquet(path, kind):
@@ -530,6 +546,8 @@ def measure_row(row, still):
     (a, *_), (b, height, width) = measure(row.source), measure(row.target)
     if isinstance(row.ref, str):  # pictures inside of parquet are read when they are needed
         measure(row.ref)
+    if min(height, width) < GRID:
+        raise MediaError(f"{row.target}: is {width}x{height}, each side needs at least {GRID} pixels")
     return (1 if still else min(a, b)), height, width
 
 
@@ -666,7 +684,7 @@ class Pairs(torch.utils.data.Dataset):
         try:
             for number in numbers:
                 self.add(batch, mixture.buckets[kind][shape], number)
-        except MediaError as error:
+        except (ValueError, OSError) as error:  # in a worker: what it raised would come with its traceback
             return {"fatal": str(error)}
         return batch
 
@@ -737,9 +755,9 @@ def read_shard(folder, kind, shape, shard, row):
         raise ValueError(f"{path}: cannot be read ({error}); write it again with data.py cache") from None
 
 
-def fingerprint(rows):
-    """The pairs of rows, in their order, as a short text."""
-    return hashlib.sha256(repr([(r.source, r.target, r.prompt) for r in rows]).encode()).hexdigest()[:16]
+def fingerprint(rows, more=None):
+    """Rows, in their order, and what else is to be the same, as a short text."""
+    return hashlib.sha256(repr([[(r.source, r.target, r.prompt, r.ref) for r in rows], more]).encode()).hexdigest()[:16]
 
 
 def fill_buckets(shapes, max_frames, max_pixels):
@@ -770,6 +788,8 @@ def find_tables(folders, kind):
 
 def main(argv=None):
     args, rest = parse_arguments(argv)
+    if args.command == "check" and rest:
+        raise ValueError(f"check: unknown argument {rest[0]} (see --help)")
     if args.command == "cache":  # the VAE and the stages live on floors above this one
         train = str(Path(__file__).with_name("train.py"))
         os.execv(sys.executable, [sys.executable, train, *rest, "--write-cache", args.out, "--out", args.out])

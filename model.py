@@ -15,7 +15,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -219,13 +219,13 @@ class KiwiEdit(nn.Module):
         error = (prediction.float() - (noise - latents).float()).square().flatten(1).mean(dim=1)
         return (weight * error).mean()
 
-    def forward(self, requests, latents, t, source=None, ref=None, noise=None, flow=FlowMatch()):
-        """The training loss of a batch: `training_loss` on what the MLLM makes of the requests (`MLLMEncoder.prepare`)."""
+    def forward(self, requests, latents, t, source=None, ref=None, noise=None, flow=FlowMatch(), apart=False):
+        """The training loss of a batch: `training_loss` on what the MLLM makes of the requests (`MLLMEncoder.prepare`).
+
+        Contexts with references differ in length and are not padded: equal ones go together. apart: one by one, where
+        several ranks train with references, for sharded ranks must call the blocks equally often.
+        """
         contexts = self.mllm.encode(requests)
-        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        apart = ranks > 1 and self.mllm.num_queries["ref"] and self.mllm.ref_queries.requires_grad
-        # contexts with references differ in length and are not padded: equal ones go together. With several ranks one
-        # by one, for sharded ranks must call the blocks equally often
         groups = {}
         for i, context in enumerate(contexts):
             groups.setdefault(i if apart else context.shape[1], []).append(i)
@@ -242,7 +242,9 @@ class KiwiEdit(nn.Module):
     def denoise(self, noise, context, source=None, ref=None, steps=50, flow=FlowMatch(), on_step=None):
         """Euler steps from noise (B, C, T, H, W), float32, to latents. One forward a step: Kiwi-Edit has no
         classifier-free guidance. The latents stay float32 between the steps (the release keeps them in bfloat16)."""
-        context = self.dit.context_keys_values(context.to(self.dtype))
+        context = context.to(self.dtype)
+        if not hasattr(self.dit.blocks[0], "unshard"):  # a sharded block has its weights only while it is called
+            context = self.dit.context_keys_values(context)
         source, ref = (None if z is None else z.to(self.dtype) for z in (source, ref))
         sigmas = flow.sigmas(steps)
         timesteps = (1000 * sigmas).to(noise.device)
@@ -328,8 +330,10 @@ class KiwiEdit(nn.Module):
     def save(self, folder):
         """Write config.json, one safetensors per part, and the MLLM's config and tokenizer, to a folder.
 
-        The folder appears when it is whole; an older one of the same name is replaced then.
+        The folder appears when it is whole; an older one of the same name is replaced then. ValueError where something
+        else has that name.
         """
+        only_weights(folder)
         from safetensors.torch import save_file
 
         with whole_folder(folder) as temporary:
@@ -566,6 +570,15 @@ def open_tensors(path, device):
         raise ValueError(f"{path}: cannot be read ({reason}); fetch the file again") from None
 
 
+def only_weights(folder):
+    """ValueError where a folder that is to be replaced by weights holds anything but weights of ours."""
+    folder = Path(folder)
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        path = folder / "config.json"
+        if not path.is_file() or read_json(path).get("format") != "nanokiwi":
+            raise ValueError(f"{folder}: is there and not weights of ours; it would be replaced: give another name")
+
+
 def read_for(config, path, frames=None, max_pixels=None, every_frame=False):
     """A clip file as weights of this config edit it: `data.read_clip`, and of one kind of clip for weights that know no
     other. every_frame: at the file's own frame rate, so that frame i of the edit is frame i of the file."""
@@ -630,13 +643,27 @@ def read_weights(path, base=WAN_BASE, qwen=QWEN_BASE):
         if not (base / "transformer").is_dir() and read_json(base / "config.json").get("format") != "nanokiwi":
             return read_training_checkpoint(path, base, local_path(qwen))
         config, files = read_weights(base)
-        path and files.add(path, over=True)
+        if path:
+            files.add(path, over=True)
+            config = as_trained(config, path.parent)
         return config, files
     if (path / "transformer").is_dir():
         return read_diffusers_folder(path)
     if (path / "config.json").is_file():
         return read_own_folder(path)
     raise FileNotFoundError(f"{path}: neither a nanoKiwi folder (config.json) nor a diffusers one (transformer/)")
+
+
+def as_trained(config, checkpoint):
+    """A config with what the run of a checkpoint's folder had set of how the parts meet (`--set model.source=...`); as it
+    is where that is no run of ours."""
+    path = Path(checkpoint).parent / "config.json"
+    values = read_json(path) if path.is_file() else {}
+    if values.get("format") != "nanokiwi run":
+        return config
+    values = values["model"]
+    mllm = replace(config.mllm, **{name: values["mllm"][name] for name in ("context", "max_frames", "max_pixels")})
+    return replace(config, source=values["source"], ref_pad_first=values["ref_pad_first"], mllm=mllm)
 
 
 def read_own_folder(folder):

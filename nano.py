@@ -976,11 +976,12 @@ def ship(args):
 
     from connectors import merge_lora
     from data import whole_folder
-    from model import KiwiEdit, load_weights
+    from model import KiwiEdit, load_weights, only_weights
 
     checkpoint, data, out = Path(args.checkpoint), Path(args.data), Path(args.out)
     if not checkpoint.is_file():
         raise FileNotFoundError(f"{checkpoint}: no such file; give weights.safetensors of a train.py checkpoint")
+    only_weights(out)
     row, world = find_example(data, args.example), read_world(data)
     phases, seen = phases_of(checkpoint, Path(args.weights)), clips_seen(checkpoint, Path(args.weights))
     evaluation = (Path(args.eval) / "eval.md").read_text() if args.eval else "Not evaluated yet.\n"

@@ -66,13 +66,17 @@ def main(argv=None):
         raise ValueError('the instruction is empty: say what to change, e.g. "replace the car"')
     import torch
 
-    from data import MediaError, read_image, writable
+    from data import IMAGE_CODECS, MediaError, read_image, writable
     from kernels import pick_device
 
     device = pick_device(args.device)
     if args.offload and device.type == "cpu":
         raise ValueError("--offload moves parts between the CPU and a GPU, and there is no GPU; leave it out")
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    if not 0 < args.shift < float("inf"):
+        raise ValueError(f"--shift {args.shift}: a number above 0, the release's is 5")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed {args.seed}: from 0 to 2**63 - 1")
     weights_exist(args.weights)
 
     refs = [read_image(path) for path in args.ref]
@@ -80,6 +84,8 @@ def main(argv=None):
     out = Path(args.out or f"{Path(args.input).stem}_edited{'.png' if clip.still else '.mp4'}")
     if not clip.still and out.suffix.lower() != ".mp4":
         raise MediaError(f"{out}: a video is written as .mp4")
+    if clip.still and out.suffix.lower() not in IMAGE_CODECS:
+        raise MediaError(f"{out}: a picture is written as {', '.join(IMAGE_CODECS)}")
     writable(out)
 
     from model import KiwiEdit

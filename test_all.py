@@ -552,8 +552,8 @@ def moving_picture(count=9, height=70, width=102):
     return torch.stack([frame(t) for t in range(count)]).to(torch.uint8)
 
 
-def write_clip(path, frames, times=None, rate=25, sound=None):
-    """A clip with frames at `times` in milliseconds and, with sound, a 440 Hz tone of 2 s in that codec."""
+def write_clip(path, frames, times=None, rate=25, sound=None, late=0.0):
+    """A clip with frames at `times` in milliseconds and, with sound, a 440 Hz tone of 2 s in that codec, `late` s in."""
     with av.open(str(path), "w") as out:
         video = out.add_stream("libx264", rate=rate, options={"crf": "1"})
         video.height, video.width, video.pix_fmt = *frames.shape[1:3], "yuv420p"
@@ -570,7 +570,7 @@ def write_clip(path, frames, times=None, rate=25, sound=None):
             tone = (np.sin(np.arange(96000) * 440 * 2 * np.pi / 48000) * 9000).astype(np.int16)
             for i in range(0, 96000, 960):
                 piece = av.AudioFrame.from_ndarray(tone[None, i : i + 960], format="s16", layout="mono")
-                piece.rate, piece.pts = 48000, i
+                piece.rate, piece.pts = 48000, i + round(48000 * late)
                 out.mux(track.encode(piece))
             out.mux(track.encode())
     return path
@@ -627,6 +627,14 @@ def test_a_clip_keeps_its_frames_its_rate_and_its_sound(tmp_path):
         tone = np.concatenate([frame.to_ndarray()[0] for frame in out.decode(audio=0)])
     assert abs(len(tone) / 48000 - 21 * 1001 / 30000) < 0.05  # as long as the pictures
     assert abs(np.abs(np.fft.rfft(tone[9600:19200])).argmax() * 5 - 440) <= 5
+
+
+def test_sound_that_sets_in_late_stays_late(tmp_path):
+    source = write_clip(tmp_path / "in.mkv", moving_picture(30), sound="pcm_s16le", late=0.4)
+    write_video(tmp_path / "out.mp4", read_clip(source).frames, 25, audio_from=source)
+    with av.open(str(tmp_path / "out.mp4")) as out:
+        heard = [(frame.time, np.abs(frame.to_ndarray()).max() > 0.05) for frame in out.decode(audio=0)]
+    assert abs(next(time for time, loud in heard if loud) - 0.4) < 0.05
 
 
 def test_a_variable_frame_rate_becomes_a_constant_one_in_step_with_time(tmp_path):
@@ -730,6 +738,8 @@ def test_a_broken_sample_is_replaced_by_the_next_of_its_shape_and_reported(tmp_p
     ("src_video,prompt\na.png,x\n", "no column tgt_video"), ("src_video,tgt_video,prompt\n", "has no rows"),
     ("src_video,tgt_video,prompt\na.png,,x\n", "line 2: an empty field"), ("", "no column src_video"),
     ("src_video,tgt_video,prompt\na.png,../../etc/passwd,x\n", "is outside of"),
+    ("src_video,tgt_video,prompt\na.png,b.png,make it red, shiny\n", "line 2: more fields than columns"),
+    ('src_video,tgt_video,prompt\na.png,b.png,"x\na.png,b.png,y\n', "is a quote not closed"),
 ])  # fmt: skip
 def test_a_bad_table_is_refused_with_its_line(tmp_path, text, says):
     (tmp_path / "image.csv").write_text(text)
@@ -1216,6 +1226,8 @@ def test_the_bundled_weights_edit_their_example_in_a_minute(tmp_path):
     (["whole.jpg", "x", "--ref", "half.jpg"], "half.jpg"), (["whole.jpg", "x", "--device", "cuda"], "not available"),
     (["whole.jpg", "x", "-o", "words.png/out.png"], "cannot be written"), (["whole.jpg", "x", "--offload"], "no GPU"),
     (["whole.jpg", "x", "--weights", "nowhere"], "no such file or folder"), (["whole.mp4", "x", "-o", "out.avi"], ".mp4"),
+    (["whole.jpg", "x", "-o", "out.webp"], ".png"), (["whole.jpg", "x", "--shift", "0"], "above 0"),
+    (["whole.jpg", "x", "--seed", str(2**64)], "--seed"),
 ])  # fmt: skip
 def test_bad_input_is_one_clear_line_and_a_failure(tmp_path, small_weights, case, says, capsys, monkeypatch):
     if "cuda" in case and torch.cuda.is_available():
@@ -1426,11 +1438,16 @@ def test_every_ablation_of_the_source_trains_from_the_same_weights(tmp_path, les
     train.main(lessons(lesson, tmp_path / "run", stage=2, settings=["steps=1", f"model.source={how}", "mllm.context=queries"]))
     trained = load_file(tmp_path / "run" / "step-000001" / "weights.safetensors")
     train.main(["--export", str(tmp_path / "run"), "--out", str(tmp_path / "model")])
+    with pytest.raises(ValueError, match="is there and not weights of ours"):
+        train.main(["--export", str(tmp_path / "run"), "--out", str(tmp_path / "run")])
     assert small_edit(KiwiEdit.from_pretrained(tmp_path / "model", dtype=torch.float32), ref=False).shape == (6, 32, 64, 3)
     if how == "channel_concat":  # the weights' own half, and a half that started from zero
         own, source = trained["dit.patch_embedding.weight"].split(48, dim=1)
         assert own.abs().max() > 0.01 > source.abs().max() > 0
     assert ("source_scale.weight" in trained) == (how == "add_learned")
+    train.main(lessons(lesson, tmp_path / "next", "--weights", tmp_path / "run", settings=["steps=1"]))
+    config = json.loads((tmp_path / "next" / "config.json").read_text())["model"]
+    assert (config["source"], config["mllm"]["context"]) == (how, "queries"), "the next stage goes on with the same model"
 
 
 def test_a_released_training_checkpoint_goes_on_training(tmp_path, lesson, qwen_folder):
@@ -1450,8 +1467,12 @@ def test_training_from_a_cache_gives_the_same_losses_and_opens_no_file(tmp_path,
     train.main(lessons(lesson, tmp_path / "run", "--cache", tmp_path / "cache", settings=settings))
     assert losses(tmp_path / "run") == losses(tmp_path / "plain")
     train.main(lessons(lesson, tmp_path / "part", "--cache", tmp_path / "cache", stage=2, settings=["steps=1"]))
-    with pytest.raises(ValueError, match="written for other tables, pixels or frames"):
-        train.main(lessons(lesson, tmp_path / "other", "--cache", tmp_path / "cache", settings=["steps=1", "frames=5"]))
+    for other in ("frames=5", "mllm.max_frames=2", "ref_shrink=0.5"):
+        with pytest.raises(ValueError, match="written for other tables, pixels, frames or weights"):
+            train.main(lessons(lesson, tmp_path / "other", "--cache", tmp_path / "cache", settings=["steps=1", "ref_shrink=1", other]))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="begun with other rows"):
+        train.main(lessons(lesson, tmp_path / "cache", "--write-cache", tmp_path / "cache", settings=["ref_shrink=0.5"]))
 
 
 def test_several_folders_are_trained_as_one(tmp_path, lesson):
@@ -1530,11 +1551,12 @@ def test_a_full_disk_is_one_clear_line_and_leaves_no_half_checkpoint(tmp_path, l
     assert train.valid_checkpoints(tmp_path / "run") == []
 
 
-def test_a_dry_run_writes_nothing_and_a_plot_shows_the_losses(tmp_path, lesson, capsys):
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_dry_run_writes_nothing_and_a_plot_shows_the_losses(tmp_path, lesson, capsys, parallel):
     train.main(lessons(lesson, tmp_path / "run", "--dry-run"))
     said = capsys.readouterr().out
     assert "M trained" in said and "frames of 64x64" in said and "GiB" in said and not (tmp_path / "run").exists()
-    flags = ["--sample-every", "2", "--sample-steps", "1"]
+    flags = ["--sample-every", "2", "--sample-steps", "1", "--parallel", parallel]
     train.main(lessons(lesson, tmp_path / "run", *flags, settings=["steps=2"]))
     train.main(["--plot", str(tmp_path / "run")])
     assert "<polyline" in (tmp_path / "run" / "loss.svg").read_text()

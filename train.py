@@ -191,6 +191,8 @@ def parse_arguments(argv=None):
     )
     add("--plot", metavar="RUN", help="draw the losses of a run to RUN/loss.svg, nothing else")
     args = parser.parse_args(argv)
+    if args.save_every < 1:
+        parser.error(f"--save-every {args.save_every}: at least 1")
     if args.export and args.out is None:
         parser.error("--export needs --out")
     if not args.plot and not args.export and args.stage is None:
@@ -217,14 +219,14 @@ from tqdm import tqdm
 
 from connectors import MLLMConfig, connector, inject_lora, merge_lora
 from data import (
-    SHARD, CachedPairs, Curriculum, MediaError, Mixture, Pairs, bucket, fill_buckets, find_tables, fingerprint, measure_row,
+    SHARD, CachedPairs, Curriculum, MediaError, Mixture, Pairs, fill_buckets, find_tables, fingerprint,
     measure_rows, pad_reference, read_frames, read_reference, read_table, shard_path, whole_file, write_image, write_video,
 )  # fmt: skip
 from dit import DiTConfig
 from kernels import attention
 from model import (
     PRESETS, QWEN_BASE, WAN_BASE, FlowMatch, KiwiConfig, KiwiEdit, PatchEmbedder, TensorFiles, listed, load_weights, local_path,
-    meta_parameters, mllm_sizes, read_json, read_weights, released_name,
+    as_trained, meta_parameters, mllm_sizes, only_weights, read_json, read_weights, released_name,
 )  # fmt: skip
 from vae import VAEConfig
 from world import write_mllm_folder
@@ -312,7 +314,7 @@ class Ranks:
         if self.ours:
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **alone)
         self.rank, self.world, self.sp = dist.get_rank(), dist.get_world_size(), args.sp
-        if self.world % self.sp:
+        if self.sp < 1 or self.world % self.sp:
             raise ValueError(f"--sp {self.sp} does not divide the {self.world} processes")
         self.dp = self.world // self.sp
         self.mesh = init_device_mesh(self.device.type, (self.world,))
@@ -460,6 +462,8 @@ def load_model(args, stage, ranks, checkpoint):
     config, files = read_start(args, ranks)
     sizes = {**preset_sizes(args, config), **{k: v for k, v in mllm_sizes(files, {}).items() if v}}
     config = replace(config, mllm=replace(config.mllm, **sizes))
+    if checkpoint:
+        config = as_trained(config, checkpoint)
     torch.manual_seed(args.seed)  # of what the weights lack
     model = start_model(with_model_settings(config, args.set), None if args.dry_run else files, ranks.device)
     if not has_lora(model.mllm):
@@ -497,6 +501,7 @@ def start_model(config, files, device):
 
 def export(run, folder):
     """The last checkpoint of a run as a whole model, LoRA merged, in a folder that sample.py takes."""
+    only_weights(folder)
     checkpoint = find_checkpoint(run)
     if checkpoint is None:
         raise FileNotFoundError(f"--export {run}: not the folder of a run or of a checkpoint")
@@ -559,7 +564,7 @@ def read_weights_or_run(path, base, qwen):
     else:
         config, files = read_weights_or_run(began["weights"], began["base"] or base, began["qwen"] or qwen)
     files.add(checkpoint / "weights.safetensors", over=True)
-    return config, files
+    return as_trained(config, checkpoint), files
 
 
 def fit_to_ablation(model, files):
@@ -693,6 +698,7 @@ def write_cache(args, stage, ranks, model, curriculum, tables):
     """
     folder = Path(args.write_cache)
     folder.mkdir(parents=True, exist_ok=True)
+    begun = begin_cache(folder, cached_buckets(model, stage, curriculum, tables), ranks)
     shards = [(kind, shape, k, rows[k * SHARD : (k + 1) * SHARD]) for _, mixture in curriculum.phases
               for kind, buckets in mixture.buckets.items() for shape, rows in buckets.items()
               for k in range(-(-len(rows) // SHARD))]  # fmt: skip
@@ -723,27 +729,47 @@ def write_cache(args, stage, ranks, model, curriculum, tables):
     dist.barrier()
     if ranks.first:
         with whole_file(folder / "cache.json") as temporary:
-            temporary.write_text(json.dumps(cached_buckets(curriculum, tables)))
+            temporary.write_text(json.dumps(begun))
         print(folder)
 
 
-def cached_buckets(curriculum, tables):
-    """What a cache holds: {"image-1x64x64": fingerprint of its rows, ...}."""
+def begin_cache(folder, wanted, ranks):
+    """Note what is being written, before its first file: a file that is there already is of the same -> all that the
+    folder will hold. ValueError where it was begun with something else."""
+    path = folder / "begun.json"
+    told = next((p for p in (path, folder / "cache.json") if p.is_file()), None)
+    held = read_json(told) if told else {}
+    if other := sorted(name for name, value in wanted.items() if held.get(name, value) != value):
+        raise ValueError(f"{folder}: was begun with other rows, weights or settings ({', '.join(other)}); give another --out, or delete it")
+    dist.barrier()  # all have looked
+    if ranks.first:
+        with whole_file(path) as temporary:
+            temporary.write_text(json.dumps(held | wanted))
+    return held | wanted
+
+
+def cached_buckets(model, stage, curriculum, tables):
+    """What a cache holds: {"image-1x64x64": fingerprint of its rows and of what made latents and pictures of them, ...}."""
+    c = model.config
+    vae = [(name, p.detach().flatten()[:16].bfloat16().tolist()) for name, p in model.vae.named_parameters()]
+    made = [asdict(c.vae), vae, c.mllm.max_pixels, c.mllm.max_frames]
     return {
-        shard_path("", kind, shape, 0).name.rsplit("-", 1)[0]: fingerprint([tables[kind][i] for i in rows])
+        shard_path("", kind, shape, 0).name.rsplit("-", 1)[0]: fingerprint(
+            [tables[kind][i] for i in rows], made + [c.mllm.max_ref_tokens, stage.ref_shrink] * (kind == "ref")
+        )
         for _, mixture in curriculum.phases
         for kind, buckets in mixture.buckets.items()
         for shape, rows in buckets.items()
     }
 
 
-def fits_cache(folder, curriculum, tables):
-    """ValueError unless the cache holds these rows at these sizes; it may hold more, such as another stage's."""
+def fits_cache(folder, held):
+    """ValueError unless the cache has what `held` names (`cached_buckets`); it may have more, such as another stage's."""
     path = Path(folder) / "cache.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; `python data.py cache --out {folder} ...` writes it")
-    if not cached_buckets(curriculum, tables).items() <= read_json(path).items():
-        raise ValueError(f"{folder}: was written for other tables, pixels or frames; write another with data.py cache")
+    if not held.items() <= read_json(path).items():
+        raise ValueError(f"{folder}: was written for other tables, pixels, frames or weights; write another with data.py cache")
 
 
 def report_bad(args, ranks, step, broken):
@@ -862,7 +888,7 @@ class Trainer:
 
     def loader(self):
         if self.args.cache:
-            fits_cache(self.args.cache, self.curriculum, self.tables)
+            fits_cache(self.args.cache, cached_buckets(self.model, self.stage, self.curriculum, self.tables))
             pairs = CachedPairs(self.tables, self.curriculum, self.args.cache)
         else:
             pairs = Pairs(self.tables, self.curriculum, self.model.mllm.resize)
@@ -927,7 +953,8 @@ class Trainer:
         requests = [model.mllm.assemble(prompt, *seen) for prompt, seen in zip(batch["prompts"], batch["visuals"])]
         frames = latents.shape[2] + (0 if ref is None else ref.shape[2])
         tokens = len(latents) * frames * math.prod(model.dit.grid(latents)[1:])
-        return self.module(requests, latents, t, source if self.stage.source else None, ref, noise, flow), tokens
+        apart = self.ranks.world > 1 and bool(self.stage.ratio.get("ref"))
+        return self.module(requests, latents, t, source if self.stage.source else None, ref, noise, flow, apart), tokens
 
     def update(self, norm, paths, batch):
         """Step the optimizer, unless the gradient is not finite."""
@@ -992,6 +1019,8 @@ class Trainer:
         self.counts.update(saved["counts"])
         if (old := saved["stage"].get("optimizer", "adamw")) != self.stage.optimizer:
             raise ValueError(f"{checkpoint} was trained by {old}: add --set optimizer={old}, or begin anew with --weights")
+        if self.ema and not saved["stage"].get("ema"):
+            raise ValueError(f"{checkpoint} has no averaged weights: leave out --set ema, or begin anew with --weights")
         now = json.loads(json.dumps(asdict(self.stage)))
         changed = [f"{key} {old} -> {now[key]}" for key, old in saved["stage"].items() if now.get(key) != old]
         if changed and self.ranks.first:
@@ -1003,13 +1032,17 @@ class Trainer:
                 moments["step"].fill_(self.counts["updates"])
 
     def sample(self, step):
-        """Edit the first row of each table, and write source, edit and target side by side."""
+        """Edit the first sound row of each table, and write source, edit and target side by side."""
         self.model.eval()
-        for kind, rows in self.tables.items():
-            row = rows[0]
-            shape = bucket(measure_row(row, kind == "image"), self.stage.frames, self.stage.pixels[0])
-            source, target = (read_frames(path, shape[0], shape[1:]) for path in (row.source, row.target))
-            ref = read_reference(row.ref) if row.ref else None
+        for kind, buckets in self.curriculum.phases[0][1].buckets.items():
+            number, shape = min((numbers[0], shape) for shape, numbers in buckets.items())
+            row = self.tables[kind][number]
+            try:
+                source, target = (read_frames(path, shape[0], shape[1:]) for path in (row.source, row.target))
+                ref = read_reference(row.ref) if row.ref else None
+            except MediaError as error:  # no reason to end a training
+                self.ranks.first and print(f"warning: no sample of {kind}: {error}", file=sys.stderr)
+                continue
             with torch.no_grad(), gathered_root(self.model):
                 edited = self.model.edit(source, row.prompt, ref, self.args.sample_steps, shift=self.stage.shift)
             if self.ranks.first:
