@@ -342,9 +342,11 @@ class Ledger:
             self.file.write("\n")
 
     def take(self, line):
-        answer = line["event"] == "answer" and (line["ok"], line["key"], line["ok"] or line["error"])  # KeyError: no line of ours
-        if answer and line["ok"]:
-            self.good[line["key"]] = line
+        event, key = line["event"], line["key"]  # KeyError: no line of ours
+        if event == "answer" and line["ok"]:
+            self.good[key] = line
+        elif event == "answer":
+            line["error"]
         self.lines.append(line)
 
     def write(self, **line):

@@ -338,15 +338,16 @@ class Trainer:
         return torch.Generator().manual_seed(1_000_003 * self.seed + self.step)
 
     def run(self, loss_of, minutes):
-        """Steps until `minutes` are over or all are done. loss_of(generator) -> a scalar, and figures to show."""
+        """Steps, at least one, until `minutes` are over or all are done. loss_of(generator) -> a scalar, and figures to
+        show."""
         import time
 
         import torch
         from tqdm import tqdm
 
-        begin, shown, skipped = time.time(), {}, 0
+        begin, first, shown, skipped = time.time(), self.step, {}, 0
         with tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=5) as bar:
-            while self.step < self.steps and time.time() - begin < 60 * minutes:
+            while self.step < self.steps and (self.step == first or time.time() - begin < 60 * minutes):
                 rising, done = (self.step + 1) / (0.02 * self.steps), self.step / self.steps
                 for optimiser in self.optimisers:
                     optimiser.param_groups[0]["lr"] = self.rate * min(1, rising) * (1 + math.cos(math.pi * done)) / 2
