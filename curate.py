@@ -726,9 +726,13 @@ UNCHANGED, CHANGED = 8.0, 16.0  # CIELAB units: a VAE's trace stays below the fi
 WHITE = 255
 
 
-def look_at(path, count, max_pixels=LOOK_PIXELS):
+def look_at(path, count):
     """LOOKS of the first `count` frames of a clip, evenly spread, shrunk: uint8 (T, H, W, 3), and their indices."""
-    wanted = sorted({round(i) for i in np.linspace(0, count - 1, min(LOOKS, count))})
+    return frames_at(path, sorted({round(i) for i in np.linspace(0, count - 1, min(LOOKS, count))}), LOOK_PIXELS)
+
+
+def frames_at(path, wanted, max_pixels):
+    """The frames of some indices, in order, as far as the clip has them, shrunk: uint8 (T, H, W, 3), and their indices."""
     frames, indices = [], []
     with open_media(path) as (container, stream):
         for number, (_, rgb) in enumerate(decode(path, container, stream)):
@@ -906,7 +910,7 @@ class Classical:
             return cut_out(frame_at(target_path, row["key"]), mask)
         source, target, indices = look_at_pair(source_path, target_path)
         foreground = self.body(difference(source, target), "background")
-        frames, _ = look_at(target_path, indices[-1] + 1, max_pixels=1280 * 720)
+        frames, _ = frames_at(target_path, indices, 1280 * 720)
         return without_foreground(frames, foreground, indices.index(row["key"]))
 
     def verify(self, source_path, target_path, ref_path, row):

@@ -353,7 +353,7 @@ def write_video(path, frames, fps, audio_from=None, codec=VIDEO_CODEC):
 
 def mux_video(path, frames, fps, audio_from, codec):
     duration, (pixel_format, options) = len(frames) / fps, codec
-    with av.open(str(path), "w", format="mp4", container_options={"movflags": "faststart"}) as out:
+    with av.open(str(Path(path).absolute()), "w", format="mp4", container_options={"movflags": "faststart"}) as out:
         video = out.add_stream("libx264", rate=fps, options=options)
         video.height, video.width, video.pix_fmt = *frames.shape[1:3], pixel_format
         bt709, limited = 1, 1
@@ -726,8 +726,7 @@ class CachedPairs(Pairs):
         self.folder = Path(folder)
 
     def read(self, row, kind, shape, bucket, number):
-        place = bucket.index(number)
-        tensors = read_shard(self.folder, kind, shape, place // SHARD, number)
+        tensors = read_shard(self.folder, kind, shape, number // SHARD, number)
         if not tensors:
             raise MediaError(f"{row.target}: could not be read when the cache was written")
         seen = {name.removeprefix("mllm."): value for name, value in tensors.items() if name.startswith("mllm.")}
@@ -736,7 +735,7 @@ class CachedPairs(Pairs):
         return tuple(tensors.get(name) for name in ("target", "source", "ref")), (mode, visuals)
 
 
-SHARD = 64  # samples in a file of a cache
+SHARD = 64  # rows of a table whose samples of one shape are a file of a cache
 
 
 def shard_path(folder, kind, shape, number):

@@ -641,12 +641,11 @@ def read_weights(path, base=WAN_BASE, qwen=QWEN_BASE):
     if path is None or path.is_file():
         base = local_path(base)
         if not (base / "transformer").is_dir() and read_json(base / "config.json").get("format") != "nanokiwi":
-            return read_training_checkpoint(path, base, local_path(qwen))
-        config, files = read_weights(base)
-        if path:
-            files.add(path, over=True)
-            config = as_trained(config, path.parent)
-        return config, files
+            config, files = read_training_checkpoint(path, base, local_path(qwen))
+        else:
+            config, files = read_weights(base)
+            path and files.add(path, over=True)
+        return (as_trained(config, path.parent, files) if path else config), files
     if (path / "transformer").is_dir():
         return read_diffusers_folder(path)
     if (path / "config.json").is_file():
@@ -654,15 +653,22 @@ def read_weights(path, base=WAN_BASE, qwen=QWEN_BASE):
     raise FileNotFoundError(f"{path}: neither a nanoKiwi folder (config.json) nor a diffusers one (transformer/)")
 
 
-def as_trained(config, checkpoint):
+MEETING = ("context", "max_frames", "max_pixels", "max_ref_tokens")  # of MLLMConfig, what no tensor's shape tells
+
+
+def as_trained(config, checkpoint, files=None):
     """A config with what the run of a checkpoint's folder had set of how the parts meet (`--set model.source=...`); as it
-    is where that is no run of ours."""
-    path = Path(checkpoint).parent / "config.json"
+    is where that is no run of ours. files: lose what another way to inject the source has no place for."""
+    path = Path(checkpoint).absolute().parent / "config.json"
     values = read_json(path) if path.is_file() else {}
     if values.get("format") != "nanokiwi run":
         return config
     values = values["model"]
-    mllm = replace(config.mllm, **{name: values["mllm"][name] for name in ("context", "max_frames", "max_pixels")})
+    mllm = replace(config.mllm, **{name: values["mllm"][name] for name in MEETING})
+    if files is not None:
+        lost = ("source_embedder.",) * (values["source"] in ("add_shared_patch_embed", "channel_concat"))
+        lost += ("source_scale.",) * (values["source"] != "add_learned")
+        files.places = {name: place for name, place in files.places.items() if not name.startswith(lost)}
     return replace(config, source=values["source"], ref_pad_first=values["ref_pad_first"], mllm=mllm)
 
 

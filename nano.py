@@ -973,11 +973,9 @@ def ship(args):
     from shutil import copyfile
 
     import torch
-    from safetensors.torch import load_file
 
-    from connectors import merge_lora
     from data import whole_folder
-    from model import KiwiEdit, load_weights, only_weights
+    from model import KiwiEdit, only_weights
 
     checkpoint, data, out = Path(args.checkpoint), Path(args.data), Path(args.out)
     if not checkpoint.is_file():
@@ -986,9 +984,7 @@ def ship(args):
     row, world = find_example(data, args.example), read_world(data)
     phases, seen = phases_of(checkpoint, Path(args.weights)), clips_seen(checkpoint, Path(args.weights))
     evaluation = (Path(args.eval) / "eval.md").read_text() if args.eval else "Not evaluated yet.\n"
-    model = KiwiEdit.from_pretrained(args.weights, dtype=torch.float32)
-    load_weights(model, load_file(checkpoint), partial=True)
-    merge_lora(model)
+    model = KiwiEdit.from_pretrained(checkpoint, dtype=torch.float32, base=args.weights)
     clip = world["frames"], world["size"], world["size"], world["fps"]
     model.config = replace(model.config, trained=clip, steps=args.steps)
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}

@@ -1481,6 +1481,8 @@ def test_every_ablation_of_the_source_trains_from_the_same_weights(tmp_path, les
         assert own.abs().max() > 0.01 > source.abs().max() > 0
     assert ("source_scale.weight" in trained) == (how == "add_learned")
     train.main(lessons(lesson, tmp_path / "next", "--weights", tmp_path / "run", settings=["steps=1"]))
+    over = KiwiEdit.from_pretrained(tmp_path / "run/step-000001/weights.safetensors", dtype=torch.float32, base=lesson / "weights")
+    assert (over.config.source, over.config.mllm.context) == (how, "queries"), "the checkpoint edits as it is"
     config = json.loads((tmp_path / "next" / "config.json").read_text())["model"]
     assert (config["source"], config["mllm"]["context"]) == (how, "queries"), "the next stage goes on with the same model"
 
@@ -1503,7 +1505,7 @@ def test_training_from_a_cache_gives_the_same_losses_and_opens_no_file(tmp_path,
     assert losses(tmp_path / "run") == losses(tmp_path / "plain")
     train.main(lessons(lesson, tmp_path / "part", "--cache", tmp_path / "cache", stage=2, settings=["steps=1"]))
     for other in ("frames=5", "mllm.max_frames=2", "ref_shrink=0.5"):
-        with pytest.raises(ValueError, match="written for other tables, pixels, frames or weights"):
+        with pytest.raises(ValueError, match="written for other tables, pixels, frames, weights or settings"):
             train.main(lessons(lesson, tmp_path / "other", "--cache", tmp_path / "cache", settings=["steps=1", "ref_shrink=1", other]))
     monkeypatch.undo()
     with pytest.raises(ValueError, match="begun with other rows"):
@@ -1588,6 +1590,11 @@ def test_another_run_goes_on_from_a_checkpoint_given_by_its_path(tmp_path, lesso
     assert losses(tmp_path / "b") == losses(tmp_path / "a")[1:]
     with pytest.raises(ValueError, match="later checkpoints"):
         train.main(lessons(lesson, tmp_path / "a", *resume, settings=["steps=2"]))
+
+
+def test_a_shape_of_two_phases_has_the_rows_of_both_in_a_cache():
+    small, large = (Mixture({"image": {(1, 64, 64): numbers}}, {"image": 1}, 2, seed=0) for numbers in ([0, 2, 130], [2]))
+    assert train.rows_of_shapes(Curriculum([(0, large), (6, small)])) == {("image", (1, 64, 64)): [0, 2, 130]}
 
 
 def test_a_row_of_a_cache_is_its_own(tmp_path):

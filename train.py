@@ -27,6 +27,7 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 EXAMPLES = """examples:
@@ -505,9 +506,10 @@ def export(run, folder):
     checkpoint = find_checkpoint(run)
     if checkpoint is None:
         raise FileNotFoundError(f"--export {run}: not the folder of a run or of a checkpoint")
-    values = read_json(checkpoint.parent / "config.json")["model"]
+    run = read_json(checkpoint.parent / "config.json")
+    values, files = run["model"], read_weights_or_run(checkpoint, hub_base(run["args"]["config"]), QWEN_BASE)[1]
+    values["mllm"] |= mllm_sizes(files, {})  # a mode that was never trained stays away
     values |= {name: cls(**values[name]) for name, cls in (("dit", DiTConfig), ("vae", VAEConfig), ("mllm", MLLMConfig))}
-    files = read_weights_or_run(checkpoint, WAN_BASE, QWEN_BASE)[1]
     model = start_model(KiwiConfig(**values), files, "cpu")
     merge_lora(model)
     model.save(folder)
@@ -525,9 +527,12 @@ def read_start(args, ranks):
             ranks.first and print("start: random weights, for there is no --weights and no weights/nano", file=sys.stderr)
     if args.init == "random":
         return read_random(args, ranks, out)
-    hub = {"wan22_5b": WAN_BASE, "wan21_14b": "Wan-AI/Wan2.1-T2V-14B", "wan21_1_3b": "Wan-AI/Wan2.1-T2V-1.3B"}
-    base = args.base or hub.get(args.config, WAN_BASE)
-    return read_weights_or_run(args.weights, base, args.qwen or QWEN_BASE)
+    return read_weights_or_run(args.weights, args.base or hub_base(args.config), args.qwen or QWEN_BASE)
+
+
+def hub_base(config):
+    """Where the hub has Wan's weights of a --config."""
+    return {"wan21_14b": "Wan-AI/Wan2.1-T2V-14B", "wan21_1_3b": "Wan-AI/Wan2.1-T2V-1.3B"}.get(config, WAN_BASE)
 
 
 def read_random(args, ranks, out):
@@ -626,7 +631,7 @@ def choose_trained(model, stage):
 def belongs(name, stage):
     """Whether a parameter is part of what the stage trains and saves."""
     if ".lora_" in name:
-        return ("dit.lora" if name.startswith("dit.") else "lora") in stage.trains or "dit" in stage.trains
+        return bool({"dit.lora", "dit"} & set(stage.trains)) if name.startswith("dit.") else "lora" in stage.trains
     return any(name == part or name.startswith(part + ".") for part in stage.trains)
 
 
@@ -699,9 +704,11 @@ def write_cache(args, stage, ranks, model, curriculum, tables):
     folder = Path(args.write_cache)
     folder.mkdir(parents=True, exist_ok=True)
     begun = begin_cache(folder, cached_buckets(model, stage, curriculum, tables), ranks)
-    shards = [(kind, shape, k, rows[k * SHARD : (k + 1) * SHARD]) for _, mixture in curriculum.phases
-              for kind, buckets in mixture.buckets.items() for shape, rows in buckets.items()
-              for k in range(-(-len(rows) // SHARD))]  # fmt: skip
+    shards = [
+        (kind, shape, k, list(rows))
+        for (kind, shape), numbers in rows_of_shapes(curriculum).items()
+        for k, rows in groupby(numbers, lambda number: number // SHARD)
+    ]
     for kind, shape, k, rows in tqdm(
         shards[ranks.rank :: ranks.world], desc="cache", unit="file", disable=not ranks.first
     ):
@@ -733,6 +740,16 @@ def write_cache(args, stage, ranks, model, curriculum, tables):
         print(folder)
 
 
+def rows_of_shapes(curriculum):
+    """{(kind, shape): numbers of the rows, rising}, of all phases: one phase may give a shape fewer rows than another."""
+    found = {}
+    for _, mixture in curriculum.phases:
+        for kind, buckets in mixture.buckets.items():
+            for shape, numbers in buckets.items():
+                found.setdefault((kind, shape), set()).update(numbers)
+    return {key: sorted(numbers) for key, numbers in found.items()}
+
+
 def begin_cache(folder, wanted, ranks):
     """Note what is being written, before its first file: a file that is there already is of the same -> all that the
     folder will hold. ValueError where it was begun with something else."""
@@ -757,9 +774,7 @@ def cached_buckets(model, stage, curriculum, tables):
         shard_path("", kind, shape, 0).name.rsplit("-", 1)[0]: fingerprint(
             [tables[kind][i] for i in rows], made + [c.mllm.max_ref_tokens, stage.ref_shrink] * (kind == "ref")
         )
-        for _, mixture in curriculum.phases
-        for kind, buckets in mixture.buckets.items()
-        for shape, rows in buckets.items()
+        for (kind, shape), rows in rows_of_shapes(curriculum).items()
     }
 
 
@@ -768,8 +783,9 @@ def fits_cache(folder, held):
     path = Path(folder) / "cache.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; `python data.py cache --out {folder} ...` writes it")
-    if not held.items() <= read_json(path).items():
-        raise ValueError(f"{folder}: was written for other tables, pixels, frames or weights; write another with data.py cache")
+    if other := sorted(held.items() - read_json(path).items()):
+        raise ValueError(f"{folder}: was written for other tables, pixels, frames, weights or settings "
+                         f"({', '.join(name for name, _ in other)}); write another with data.py cache")  # fmt: skip
 
 
 def report_bad(args, ranks, step, broken):
@@ -1023,6 +1039,9 @@ class Trainer:
             raise ValueError(f"{checkpoint} has no averaged weights: leave out --set ema, or begin anew with --weights")
         now = json.loads(json.dumps(asdict(self.stage)))
         changed = [f"{key} {old} -> {now[key]}" for key, old in saved["stage"].items() if now.get(key) != old]
+        begun, asked = read_json(checkpoint.parent / "config.json")["args"], json.loads(json.dumps(vars(self.args), default=str))
+        of_run = ("config", "init", "weights", "base", "qwen", "seed", "data", "base_path")
+        changed += [f"--{key} {begun[key]} -> {asked[key]}" for key in of_run if key in begun and begun[key] != asked[key]]
         if changed and self.ranks.first:
             print(f"warning: not as when {checkpoint} was written: {', '.join(changed)}", file=sys.stderr)
         state = {"optimizer": self.optimizer_state(), "ema": self.ema}
