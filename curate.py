@@ -165,11 +165,12 @@ CARRIED = {  # what a record may bring along, where it is of this type; from `ke
 }  # fmt: skip
 WORDS = {  # what an instruction is about, where the data do not say; the first that is found
     "background": r"\bback(?:ground|drop)s?\b|\bscene (?:behind|around)\b|\bsetting to\b|\bsurroundings\b|\bbehind (?:everything|them|it|the \w+)\b|\bin front of\b",
-    "remove": r"\b(?:remove|delete|erase|get rid of|take (?:away|out)|eliminate|without the|disappear|has to go|(?:don't|do not) want)\b|\baway\b",
+    "remove": r"\b(?:remove|delete|erase|get rid of|take (?:away|out)|eliminate|without the|disappear|has to go|(?:don't|do not) want)\b|\baway\b|\bcut\b.*\bout of\b",
     "style": r"\bstyles?\b|\baesthetics?\b|\bstylize|\b(?:as|like|into) (?:an? )?(?:\w+ )?(?:painting|sketch|cartoon|drawing|mosaic|film|photo)\b|\blook (?:like|of)\b|\bfilter\b|"
-    r"\bwhole (?:picture|image|video|scene|clip)\b|\brestyle|\b(?:turn|show) (?:all of )?this (?:in|as)",
+    r"\bwhole (?:picture|image|video|scene|clip)\b|\brestyle|\b(?:turn|show) (?:all of )?this (?:in|as)|\bresemble\b|\blet it be\b|"
+    r"\btransform the (?:scene|video|clip|picture|image) into\b",
     "subject": r"\b(?:replace|change|swap|turn|transform|convert|add|put|place|insert|give|dress|exchange|substitute|make|draw|paste|drop|bring|"
-    r"include|introduce|use|show|set|let|instead|in place of|becomes?|should be)\b",
+    r"include|introduce|use|show|set|let|instead|in place of|becomes?|should be|want)\b",
 }
 TYPES = {
     "local_change": "subject", "local_add": "subject", "change": "subject", "add": "subject", "replace": "subject",

@@ -17,6 +17,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -1388,9 +1389,10 @@ def test_what_a_stage_saves_has_exactly_the_released_names_and_shapes(tmp_path, 
 def test_ddp_fsdp_and_sequence_parallelism_give_the_losses_of_one_process_and_resume_on_another_number(tmp_path, lesson):
     short, long = ["steps=3", "pixels=4096,6144"], ["steps=20", "pixels=4096,6144", "ema=0.9"]
     muon = [*short, "optimizer=muon"]
+    odd = ["steps=3", "pixels=3072", "image=0"]  # a token a frame, three or four in a sequence: not for two to share
     train.main(lessons(lesson, tmp_path / "one", "--save-every", "13", settings=long))
     runs = [lessons(lesson, tmp_path / name, "--save-every", "13", *flags, settings=settings) for name, flags, settings in (
-        ("ddp", [], long), ("fsdp", ["--parallel", "fsdp"], long), ("sp", ["--sp", "2"], short),
+        ("ddp", [], long), ("fsdp", ["--parallel", "fsdp"], long), ("sp", ["--sp", "2"], short), ("odd", ["--sp", "2"], odd),
         ("matrices", ["--parallel", "fsdp"], muon),
         ("half", ["--sp", "2", "--parallel", "fsdp", "--dtype", "bfloat16"], short))]  # fmt: skip
     (tmp_path / "all.py").write_text(f"import sys\nsys.path.insert(0, {str(HOUSE)!r})\nimport train\n"
@@ -1401,6 +1403,8 @@ def test_ddp_fsdp_and_sequence_parallelism_give_the_losses_of_one_process_and_re
     assert done.returncode == 0, done.stderr[-3000:]
     train.main(lessons(lesson, tmp_path / "short", settings=short))
     train.main(lessons(lesson, tmp_path / "muon", settings=muon))
+    train.main(lessons(lesson, tmp_path / "whole", settings=odd))
+    assert same_course(tmp_path / "odd", tmp_path / "whole")
     assert len(losses(tmp_path / "fsdp")) == 20
     assert same_course(tmp_path / "matrices", tmp_path / "muon") and losses(tmp_path / "muon") != losses(tmp_path / "short")
     assert same_course(tmp_path / "ddp", tmp_path / "one") and same_course(tmp_path / "fsdp", tmp_path / "one")
@@ -1411,6 +1415,25 @@ def test_ddp_fsdp_and_sequence_parallelism_give_the_losses_of_one_process_and_re
     for name in ("weights", "ema"):
         a, b = (load_file(tmp_path / run / "step-000020" / f"{name}.safetensors") for run in ("one", "fsdp"))
         assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+
+
+def test_a_signal_to_one_of_two_ranks_stops_both_after_the_same_step(tmp_path, lesson):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    both = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    command, run = [sys.executable, str(HOUSE / "train.py"), *lessons(lesson, tmp_path / "run")], tmp_path / "run"
+    ranks = [subprocess.Popen(command, env=both | {"RANK": r, "LOCAL_RANK": r}, stderr=subprocess.DEVNULL) for r in "01"]
+    try:
+        while not (run / "metrics.jsonl").exists() or len(losses_so_far(run)) < 2:
+            time.sleep(0.02)
+            assert [rank.poll() for rank in ranks] == [None, None]
+        ranks[1].send_signal(signal.SIGTERM)
+        assert [rank.wait(300) for rank in ranks] == [0, 0]
+        assert train.valid_checkpoints(run)[-1].name == f"step-{len(losses(run)):06d}"
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 def test_a_run_killed_at_any_point_goes_on_to_the_same_weights_bit_for_bit(tmp_path, lesson):
@@ -2778,6 +2801,7 @@ def test_frames_to_be_scored_correspond_whatever_rate_the_files_claim(tmp_path):
 @pytest.mark.parametrize("edit_type, prompt, kind", [
     ("Local Modification", "x", "subject"), ("Background Replacement", "x", "background"), ("camera_edit", "Replace it.", "other"),
     ("object swap", "Remove the dog.", "remove"), (None, "Make it look like a painting.", "style"),
+    (None, "Cut the cat out of the video.", "remove"), (None, "I want a hat on it.", "subject"), (None, "Let it be night.", "style"),
 ])  # fmt: skip
 def test_an_edit_s_kind_is_its_type_where_that_is_known_else_what_its_words_say(edit_type, prompt, kind):
     assert curate.kind_of(edit_type, prompt) == kind
