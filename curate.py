@@ -111,10 +111,12 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     if not args.show_prompts and not (args.pairs and (args.out or args.measure)):
         parser.error("say which pairs, and where to: curate.py pairs.csv --out out/refvie")
+    from judges import has_password
+
     for flag, name in PAPER_MODELS.items():
         if args.models == "classical" and getattr(args, flag):
             parser.error(f"--{flag} is for --models paper")
-        if "@" in (getattr(args, flag) or "").partition("://")[2].partition("/")[0]:  # it would stand in the ledger
+        if has_password(getattr(args, flag)):
             parser.error(f"--{flag}: no user and password in the address; put the key into OPENAI_API_KEY")
         setattr(args, flag, getattr(args, flag) or name)
     if args.duplicate is None:
@@ -136,7 +138,7 @@ from data import (
     write_image,
 )  # fmt: skip
 from judges import (
-    Barred, Local, Malformed, NoRedirect, OpenAICompatible, TryAgain, jpeg, json_objects, sampled_frames, sound,
+    MAX_WAIT, Barred, Local, Malformed, NoRedirect, OpenAICompatible, TryAgain, jpeg, json_objects, sampled_frames, sound,
 )  # fmt: skip
 from metrics import as_float, lab, luma, read_reference
 
@@ -259,6 +261,12 @@ def read_lines(path):
                 raise ValueError(f"{path}, after line {reader.line_num}: is not a CSV table in UTF-8 ({error})") from None
     else:
         raise ValueError(f"{path}: a table is .csv, .parquet, .json or .jsonl")
+
+
+def write_json_lines(path, rows):
+    """Whole, or not at all."""
+    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def read_json_lines(path):
@@ -396,8 +404,7 @@ class Ledger:
     def write(self, stage, shard, rows):
         path = self.path(stage, shard)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+        write_json_lines(path, rows)
         path.with_suffix(".part").unlink(missing_ok=True)
 
     @contextmanager
@@ -424,14 +431,10 @@ class Ledger:
             path = self.path(stage, shard)
             part = path.with_suffix(".part")
             rows = self.rows(stage, shard) if self.done(stage, shard) else []
-            if any(row["status"] == "failed" and row["stage"] != "read" for row in rows):
-                with self.journal(stage, shard) as (_, add):
-                    add([row for row in rows if row.get("passed") == stage])
-            if part.is_file():
+            if part.is_file() or any(row["status"] == "failed" and row["stage"] != "read" for row in rows):
                 with self.journal(stage, shard) as (begun, _):
-                    kept = [row for row in begun.values() if row["status"] != "failed"]
-                with whole_file(part) as temporary, temporary.open("w", encoding="utf-8") as file:
-                    file.writelines(json.dumps(row) + "\n" for row in kept)
+                    worked_on = begun | {row["id"]: row for row in rows if row.get("passed") == stage}
+                write_json_lines(part, [row for row in worked_on.values() if row["status"] != "failed"])
                 path.unlink(missing_ok=True)
 
     @property
@@ -1301,7 +1304,7 @@ class Paper:
                 except TryAgain as error:
                     if attempt_ == tries - 1:
                         raise
-                    time.sleep(min(error.after or 2**attempt_ * (1 + random.random()), 60))
+                    time.sleep(min(error.after or 2**attempt_ * (1 + random.random()), MAX_WAIT))
 
     def score(self, source_path, target_path, row):
         """EditScore (FACTS.md, "Curation"): of each pair of frames sqrt(min(SC) min(PQ)), from 0..25 to 0..10. Frame i
@@ -1743,7 +1746,8 @@ def write_page(args, ledger, bases, rows, counts, told, rejects):
     def card(row):
         try:
             clips = [Path(bases[row["base"]]) / row[key] for key in ("src_video", "tgt_video")]
-            source, target = (look_at(clip, min(measure(clip)[0] for clip in clips))[0] for clip in clips)
+            count = min(measure(clip)[0] for clip in clips)
+            source, target = (look_at(clip, count)[0] for clip in clips)
             reference = read_image(ledger.out / row["ref_image"])
         except MediaError as error:
             return f'<div class="card" data-id="{row["id"]}"><p>{html.escape(str(error))}</p></div>'

@@ -31,8 +31,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from judges import (
-    Barred, Gemini, JudgeError, Local, Malformed, OpenAICompatible, TryAgain, Unusable, encoded, enforce, read_answer, read_reason,
-    read_winner,
+    MAX_WAIT, Barred, Gemini, JudgeError, Local, Malformed, OpenAICompatible, TryAgain, Unusable, encoded, enforce, has_password,
+    read_answer, read_reason, read_winner,
 )  # fmt: skip
 
 EXAMPLES = """examples:
@@ -48,7 +48,6 @@ judges (--judge):
 LEFT_OUT = ("creative_edit", "camera_edit", "subtitle_edit")  # of OpenVE-Bench, as in the paper and the release
 MODES = {"official": 1.0, "strict": 4.0}  # frames a second that the judge sees
 TOKENS_PER_FRAME = 258  # Gemini's usual count; other judges differ
-MAX_WAIT = 60.0  # seconds, the longest pause between two tries
 
 
 # What is asked: criteria with our own rubric texts, which carry the paper's.
@@ -388,7 +387,7 @@ def make_judge(args):
     name = args.judge
     if name == "metrics":
         return None
-    if "@" in (args.endpoint or "").partition("://")[2].partition("/")[0]:  # it would stand in answers and reports
+    if has_password(args.endpoint):
         raise JudgeError("--endpoint: no user and password in the address; put the key into the environment")
     if name.startswith("gemini-"):
         return Gemini(name, args)

@@ -45,6 +45,14 @@ class Answer:
         self.text = sound(self.text)
 
 
+MAX_WAIT = 60.0  # seconds, the longest pause between two tries
+
+
+def has_password(address):
+    """Whether an address brings a user or a password, which would stand in ledgers and reports."""
+    return "@" in (address or "").partition("://")[2].partition("/")[0]
+
+
 class TryAgain(Exception):
     """The judge could not be reached or had no time. busy: it is overrun; after: the seconds it asked to wait."""
 

@@ -28,6 +28,7 @@ from dit import DiT, DiTConfig
 from vae import VAE, VAEConfig
 
 SOURCE_CONDITIONS = ("add_scaled", "add_learned", "add_unscaled", "add_shared_patch_embed", "channel_concat")
+NO_EMBEDDER = ("add_shared_patch_embed", "channel_concat")  # of these the ones that need none of their own
 WAN_BASE = "Wan-AI/Wan2.2-TI2V-5B"
 QWEN_BASE = "Qwen/Qwen2.5-VL-3B-Instruct"
 
@@ -142,7 +143,7 @@ class KiwiEdit(nn.Module):
         if config.source == "channel_concat":
             dit = DiTConfig(**{**asdict(dit), "in_dim": 2 * dit.in_dim})
         self.dit = DiT(dit)
-        if config.source not in ("channel_concat", "add_shared_patch_embed"):
+        if config.source not in NO_EMBEDDER:
             self.source_embedder = PatchEmbedder(config.dit)
         if config.source == "add_learned":
             self.source_scale = nn.Linear(dit.dim, 1)
@@ -666,10 +667,21 @@ def as_trained(config, checkpoint, files=None):
     values = values["model"]
     mllm = replace(config.mllm, **{name: values["mllm"][name] for name in MEETING})
     if files is not None:
-        lost = ("source_embedder.",) * (values["source"] in ("add_shared_patch_embed", "channel_concat"))
-        lost += ("source_scale.",) * (values["source"] != "add_learned")
-        files.places = {name: place for name, place in files.places.items() if not name.startswith(lost)}
+        leave_out_source(files, values["source"])
     return replace(config, source=values["source"], ref_pad_first=values["ref_pad_first"], mllm=mllm)
+
+
+def leave_out_source(files, how):
+    """Drop from the files what a way to inject the source (paper, Table 4) has no place for."""
+    lost = ("source_embedder.",) * (how in NO_EMBEDDER) + ("source_scale.",) * (how != "add_learned")
+    files.places = {name: place for name, place in files.places.items() if not name.startswith(lost)}
+
+
+def config_of(values, path):
+    """A KiwiConfig from what `asdict` made of one and `path` keeps. ValueError for an unknown key."""
+    parts = (("dit", DiTConfig), ("vae", VAEConfig), ("mllm", MLLMConfig))
+    parts = {name: from_dict(cls, values[name], path) for name, cls in parts if values.get(name)}
+    return from_dict(KiwiConfig, {**values, **parts}, path)
 
 
 def read_own_folder(folder):
@@ -679,18 +691,16 @@ def read_own_folder(folder):
         raise ValueError(f"{folder}: a training run; `python train.py --export {folder} --out FOLDER` makes a model of it")
     if form != "nanokiwi":
         raise ValueError(f"{folder}/config.json: not written by KiwiEdit.save")
-    for name, cls in (("dit", DiTConfig), ("vae", VAEConfig), ("mllm", MLLMConfig)):
-        if values.get(name):
-            values[name] = from_dict(cls, values[name], folder / "config.json")
-    if values.get("mllm"):
-        inner = (folder / values["mllm"].folder).resolve()
+    config = config_of(values, folder / "config.json")
+    if config.mllm:
+        inner = (folder / config.mllm.folder).resolve()
         if folder.resolve() not in inner.parents:
             raise ValueError(f"{folder}/config.json: mllm.folder leads out of the weights folder")
-        values["mllm"] = MLLMConfig(**{**asdict(values["mllm"]), "folder": str(inner)})
+        config = replace(config, mllm=replace(config.mllm, folder=str(inner)))
     files = TensorFiles()
     for path in tensor_files(folder, "*.safetensors"):
         files.add(path)
-    return from_dict(KiwiConfig, values, folder / "config.json"), files
+    return config, files
 
 
 def read_diffusers_folder(folder):

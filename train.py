@@ -218,18 +218,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
-from connectors import MLLMConfig, connector, inject_lora, merge_lora
+from connectors import connector, inject_lora, merge_lora
 from data import (
     SHARD, CachedPairs, Curriculum, MediaError, Mixture, Pairs, fill_buckets, find_tables, fingerprint,
     measure_rows, pad_reference, read_frames, read_reference, read_table, shard_path, whole_file, write_image, write_video,
 )  # fmt: skip
-from dit import DiTConfig
 from kernels import attention
 from model import (
-    PRESETS, QWEN_BASE, WAN_BASE, FlowMatch, KiwiConfig, KiwiEdit, PatchEmbedder, TensorFiles, listed, load_weights, local_path,
-    as_trained, meta_parameters, mllm_sizes, only_weights, read_json, read_weights, released_name,
+    PRESETS, QWEN_BASE, WAN_BASE, FlowMatch, KiwiEdit, PatchEmbedder, TensorFiles, listed, load_weights, local_path,
+    as_trained, config_of, leave_out_source, meta_parameters, mllm_sizes, only_weights, read_json, read_weights, released_name,
 )  # fmt: skip
-from vae import VAEConfig
 from world import write_mllm_folder
 
 
@@ -506,11 +504,11 @@ def export(run, folder):
     checkpoint = find_checkpoint(run)
     if checkpoint is None:
         raise FileNotFoundError(f"--export {run}: not the folder of a run or of a checkpoint")
-    run = read_json(checkpoint.parent / "config.json")
-    values, files = run["model"], read_weights_or_run(checkpoint, hub_base(run["args"]["config"]), QWEN_BASE)[1]
-    values["mllm"] |= mllm_sizes(files, {})  # a mode that was never trained stays away
-    values |= {name: cls(**values[name]) for name, cls in (("dit", DiTConfig), ("vae", VAEConfig), ("mllm", MLLMConfig))}
-    model = start_model(KiwiConfig(**values), files, "cpu")
+    path = checkpoint.parent / "config.json"
+    run = read_json(path)
+    config, files = config_of(run["model"], path), read_weights_or_run(checkpoint, hub_base(run["args"]["config"]), QWEN_BASE)[1]
+    config = replace(config, mllm=replace(config.mllm, **mllm_sizes(files, {})))  # a mode that was never trained stays away
+    model = start_model(config, files, "cpu")
     merge_lora(model)
     model.save(folder)
     print(folder)
@@ -575,8 +573,7 @@ def read_weights_or_run(path, base, qwen):
 def fit_to_ablation(model, files):
     """Leave out of the files what another way to inject the source (paper, Table 4) has no place for. -> for channel
     concatenation the patch embedding, with zeros for the source's channels where the weights have none; else None."""
-    own, optional = model.state_dict().keys(), ("source_embedder.", "source_scale.")
-    files.places = {n: place for n, place in files.places.items() if n in own or not n.startswith(optional)}
+    leave_out_source(files, model.config.source)
     name, wanted = "dit.patch_embedding.weight", model.dit.patch_embedding.weight.shape
     if name not in files or files.shape(name) == tuple(wanted) or files.shape(name)[1] * 2 != wanted[1]:
         return None
@@ -697,7 +694,7 @@ def shapes_of(args, ranks, kind, rows):
 
 
 def write_cache(args, stage, ranks, model, curriculum, tables):
-    """Latents of every row at every size of the stage, and what the MLLM will see of it: 64 rows a file.
+    """Latents of every row at every size of the stage, and what the MLLM will see of it: a file for 64 rows of a table.
 
     A file that is there stays: the command can be interrupted. References are shrunk once and for all.
     """
@@ -1039,7 +1036,7 @@ class Trainer:
             raise ValueError(f"{checkpoint} has no averaged weights: leave out --set ema, or begin anew with --weights")
         now = json.loads(json.dumps(asdict(self.stage)))
         changed = [f"{key} {old} -> {now[key]}" for key, old in saved["stage"].items() if now.get(key) != old]
-        begun, asked = read_json(checkpoint.parent / "config.json")["args"], json.loads(json.dumps(vars(self.args), default=str))
+        begun, asked = read_json(checkpoint.parent / "config.json")["args"], vars(self.args)
         of_run = ("config", "init", "weights", "base", "qwen", "seed", "data", "base_path")
         changed += [f"--{key} {begun[key]} -> {asked[key]}" for key in of_run if key in begun and begun[key] != asked[key]]
         if changed and self.ranks.first:
