@@ -1813,7 +1813,7 @@ def measure_on_truth(folder, cases=400):
         except Rejected:
             found["background" if row["kind"] == "background" else "local"].append(None)
             continue
-        edit = draw_edit(library, world["split"], world["seed"], row["index"], world["frames"], world["size"])
+        edit = draw_edit(library, world["split"], world["seed"], row["index"], world["frames"], world["size"], world.get("tasks"))
         if row["kind"] == "subject":
             truths = outlines(edit, world["size"], row["key"]), region[row["key"]]
             found["local"].append([f for truth in truths for f in (overlap(mask, truth), box_overlap(box, box_of(truth)))])

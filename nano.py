@@ -193,14 +193,14 @@ def fetch_assets(args):
 # ------------------------------------------------------------------------------------------------ data
 
 
-def write_example(out, library, split, seed, index, frames, size, fps):
+def write_example(out, library, split, seed, index, frames, size, fps, shares):
     """Draw clip `index` and write its files under `out` -> its line of truth.jsonl."""
     import torch
 
     from data import EXACT_VIDEO_CODEC, write_image, write_video
     from world import boxes, describe, draw_edit, draw_frames, to_uint8
 
-    edit = draw_edit(library, split, seed, index, frames, size)
+    edit = draw_edit(library, split, seed, index, frames, size, shares)
     source, target, mask = draw_frames(edit, size)
     still = edit.kind == "image"
     stem, ending = f"{edit.kind}/{index:06d}", "png" if still else "mp4"
@@ -225,9 +225,9 @@ def write_share(job):
     """A run of clips, on one thread: there are as many workers as cores."""
     import torch
 
-    out, assets, split, seed, indices, frames, size, fps = job
+    out, assets, split, seed, indices, frames, size, fps, shares = job
     torch.set_num_threads(1)
-    return [write_example(out, library_of(assets), split, seed, i, frames, size, fps) for i in indices]
+    return [write_example(out, library_of(assets), split, seed, i, frames, size, fps, shares) for i in indices]
 
 
 @lru_cache(maxsize=1)
@@ -249,10 +249,11 @@ def make_data(args):
 
     out = Path(args.out)
     args.assets is None or read_index(args.assets)  # before workers start
+    args.tasks = args.tasks and dict(args.tasks)
     for kind in TASKS:
         (out / kind).mkdir(parents=True, exist_ok=True)
     runs = [range(i, min(i + 32, args.clips)) for i in range(0, args.clips, 32)]
-    jobs = [(out, args.assets, args.split, args.seed, run, args.frames, args.size, args.fps) for run in runs]
+    jobs = [(out, args.assets, args.split, args.seed, run, args.frames, args.size, args.fps, args.tasks) for run in runs]
     shares = []
     with tqdm(total=args.clips, desc="draw", unit="clip", mininterval=5) as bar:
         with ProcessPoolExecutor(args.workers, get_context("spawn")) if args.workers > 1 else nullcontext() as pool:
@@ -266,7 +267,7 @@ def make_data(args):
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(row for row in rows if row["kind"] == kind)
-    world = {key: getattr(args, key) for key in ("assets", "split", "seed", "clips", "frames", "size", "fps")}
+    world = {key: getattr(args, key) for key in ("assets", "split", "seed", "clips", "frames", "size", "fps", "tasks")}
     with whole_file(out / "world.json") as path:  # what an example's index needs to be drawn again
         path.write_text(json.dumps(world))
     with whole_file(out / "truth.jsonl") as path:
@@ -776,7 +777,7 @@ def evaluate_case(model, library, world, folder, row, steps):
     size = source.shape[1]
     region = read_frames(folder / row["mask"])[0, ..., 0].unflatten(0, (-1, size)) > 127
     ref = read_frames(folder / row["ref_image"])[0] if "ref_image" in row else None
-    edit = draw_edit(library, world["split"], world["seed"], row["index"], world["frames"], world["size"])
+    edit = draw_edit(library, world["split"], world["seed"], row["index"], world["frames"], world["size"], world.get("tasks"))
     results = {"edit": model.edit(source, row["prompt"], ref, steps, seed=row["index"]), "copy": source}
     if ref is not None:
         results["edit, no reference"] = model.edit(source, row["prompt"], None, steps, seed=row["index"])
@@ -1056,7 +1057,11 @@ def clips_seen(checkpoint, weights):
         given = read_run(folder)["args"]["data"]
         for path in (Path(data) / "world.json" for data in ([given] if isinstance(given, str) else given)):
             made = json.loads(path.read_text()) if path.is_file() else None
-            seen["{clips} of `nano.py data --seed {seed} --frames {frames}`".format(**made) if made else "others not recorded"] = True
+            tasks = "".join(f" {task}={n}" for task, n in (made and made.get("tasks") or {}).items())
+            drawn = made and "{clips} of `nano.py data --seed {seed} --frames {frames}{tasks}`".format(
+                **made | {"tasks": tasks and " --tasks" + tasks}
+            )
+            seen[drawn or "others not recorded"] = True
     if (card := weights / "MODEL_CARD.md").is_file():
         for told in re.findall(r"Clips of the three stages: (.*?)\. Batches", card.read_text(), re.DOTALL):
             seen |= dict.fromkeys(told.split(", "))
@@ -1110,6 +1115,8 @@ def parse_arguments(argv=None):
     add("out", metavar="OUT", help="a folder")
     add("--clips", type=positive, default=1000, help="images, videos and reference videos 2:1:1 (default %(default)s)")
     add("--split", choices=("train", "test"), default="train", help="default %(default)s")
+    add("--tasks", nargs="+", type=task_share, metavar="TASK=N", help="these alone, and how often (default: local edits twice "
+        "as often as a style or a background): style background change remove add subject subject_add background_ref")  # fmt: skip
     add("--workers", type=positive, default=2, help="processes; the files are the same (default %(default)s)")
     add_world(add)
 
@@ -1153,6 +1160,16 @@ def add_world(add):
     add("--size", type=positive, default=64, help="pixels a side, a multiple of 32 (default %(default)s)")
     add("--frames", type=positive, default=9, help="4k + 1 (default %(default)s)")
     add("--fps", type=positive, default=8, help="default %(default)s")
+
+
+def task_share(text):
+    from world import TASKS
+
+    task, _, share = text.partition("=")
+    known = list(dict.fromkeys(task for tasks in TASKS.values() for task in tasks))
+    if task not in known or not share.isdigit() or int(share) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: TASK=N, N at least 1 and TASK one of {' '.join(known)}")
+    return task, int(share)
 
 
 def positive(text):

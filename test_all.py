@@ -22,6 +22,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from dataclasses import asdict, replace
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -233,6 +234,16 @@ def test_attention_matches_float64_at_lengths_with_tails(triton_backend, one_kin
         assert agrees_with_float64(kernels.attention, q, k, v)
 
 
+def test_attention_by_slices_of_the_batch_is_attention(monkeypatch):
+    monkeypatch.setattr(sys.modules["kernels.attention"], "SLICE", 2 * 5 * 7 * 3)
+    q, k, v = (torch.randn(5, n, 3, 16, dtype=torch.float64, requires_grad=True) for n in (5, 7, 7))
+    actual, exact = (f(q, k, v) for f in (kernels.attention_slices, kernels.attention_ref))
+    weights = torch.randn_like(exact)
+    assert close(actual, exact, 1e-12)
+    for ours, theirs in zip(*(torch.autograd.grad((out * weights).sum(), (q, k, v)) for out in (actual, exact))):
+        assert close(ours, theirs, 1e-12)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_fused_norms_match_float64_at_widths_with_tails(triton_backend, dtype, monkeypatch):
     monkeypatch.setattr(sys.modules["kernels.norm"], "PROGRAMS", 5)  # several rows a program
@@ -268,9 +279,11 @@ def test_the_kernels_register_as_operators_that_autograd_and_compile_accept(trit
 def test_a_backend_that_cannot_run_is_refused_and_auto_takes_what_can(monkeypatch):
     q = torch.randn(1, 4, 2, 16)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(ValueError, match="auto, ref, sdpa, triton"):
+    with pytest.raises(ValueError, match="auto, ref, sdpa, slices, triton"):
         kernels.set_backend("cuda")
-    assert kernels.choose(q) == "sdpa"
+    assert kernels.choose(q, measured=True) == kernels.choose(q.bfloat16()) == "sdpa"
+    assert kernels.choose(q.bfloat16(), measured=True) == "slices"
+    assert kernels.choose(torch.empty(1, 4096, 2, 16, dtype=torch.bfloat16), measured=True) == "sdpa", "scores that fill the memory"
     kernels.set_backend("triton")
     with pytest.raises(RuntimeError, match="needs a GPU"):
         kernels.attention(q, q, q)
@@ -1740,6 +1753,14 @@ def test_outside_the_mask_nothing_changes_and_inside_something_does(library, nan
         source, target = (nano.read_frames(nano_data / row[c]).int() for c in ("src_video", "tgt_video"))
         region = nano.read_frames(nano_data / row["mask"])[0, ..., 0].unflatten(0, (-1, 64)) > 127
         assert region.all() or (source - target)[~region].abs().float().mean() < 2, "the codec's share"
+
+
+def test_a_world_of_chosen_tasks_has_no_others_and_in_their_shares(library):
+    tasks = Counter(world.draw_edit(library, "train", 0, i, 1, 64, {"change": 3, "add": 1, "subject": 1}).task for i in range(160))
+    assert set(tasks) == {"change", "add", "subject"} and tasks["change"] > 2 * tasks["add"]
+    assert {world.draw_edit(library, "train", 0, i, 1, 64, {"style": 1}).kind for i in range(8)} == {"image", "video"}
+    with pytest.raises(SystemExit):
+        nano.parse_arguments(["data", "x", "--tasks", "changes=2"])
 
 
 def test_what_is_tested_was_never_trained_on(library):

@@ -570,6 +570,13 @@ def nameable(library, split):
     return shapes, common
 
 
+def tasks_of(shares):
+    """{kind: its tasks, each as often as it is to be drawn}."""
+    if shares is None:
+        return TASKS
+    return {kind: [task for task in dict.fromkeys(tasks) for _ in range(shares.get(task, 0))] for kind, tasks in TASKS.items()}
+
+
 def draw_photo(rng, library, split, but=""):
     panoramas, textures = library.photos_of(split)
     if split == "train" and rng.random() < 0.25:
@@ -623,11 +630,14 @@ def show_reference(rng, thing, size):
     return paper * (1 - layer[3:]) + layer[:3]
 
 
-def draw_edit(library, split, seed, index, frames, size):
-    """Clip `index` of a data set: everything about it is drawn from (seed, split, index)."""
+def draw_edit(library, split, seed, index, frames, size, shares=None):
+    """Clip `index` of a data set: everything about it is drawn from (seed, split, index). shares: {task: how often}, of
+    these tasks alone; None: as TASKS has them."""
     rng = np.random.default_rng([seed, split == "test", index])
-    kind = MIXTURE[index % len(MIXTURE)]
-    task = pick(rng, TASKS[kind])
+    tasks = tasks_of(shares)
+    kinds = [kind for kind in MIXTURE if tasks[kind]]
+    kind = kinds[index % len(kinds)]
+    task = pick(rng, tasks[kind])
     scene = draw_scene(rng, library, split, 1 if kind == "image" else frames)
     edit = Edit(kind, task, "", scene, scene)
     words = {"clip": "picture" if kind == "image" else "video"}

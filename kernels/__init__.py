@@ -3,8 +3,9 @@
 `dit.py` calls the functions below and never asks about hardware; `set_backend` chooses what they run:
     "ref"     the definitions in plain PyTorch
     "sdpa"    PyTorch's fused attention; the rest as "ref"
+    "slices"  attention by slices of the batch; the rest as "ref"
     "triton"  our kernels
-    "auto"    on a CPU "sdpa"; on a GPU our kernels, with the attention that is measured fastest there
+    "auto"    on a CPU "sdpa", and "slices" to train in bfloat16 on short sequences; on a GPU our kernels, with the attention that is measured fastest there
 transformers probes for a package of this name, hence `__version__`; importing it neither imports triton nor touches CUDA.
 `pick_device` chooses the device of every command but train.py, which has several.
 """
@@ -13,7 +14,7 @@ import os
 
 import torch
 
-from kernels.attention import attention_ref, attention_sdpa, attention_triton
+from kernels.attention import SLICE, attention_ref, attention_sdpa, attention_slices, attention_triton
 from kernels.norm import (
     gate_residual_norm_plain,
     gate_residual_norm_triton,
@@ -28,8 +29,8 @@ from kernels.norm import (
 __version__ = "0.0"
 __all__ = ["attention", "gate_residual", "gate_residual_norm", "layer_norm_modulate", "pick_device", "rms_norm_rope", "set_backend"]
 
-BACKENDS = ("auto", "ref", "sdpa", "triton")
-ATTENTION = {"ref": attention_ref, "sdpa": attention_sdpa, "triton": attention_triton}
+BACKENDS = ("auto", "ref", "sdpa", "slices", "triton")
+ATTENTION = {"ref": attention_ref, "sdpa": attention_sdpa, "slices": attention_slices, "triton": attention_triton}
 backend = "auto"
 fastest = {}  # (device, dtype, head_dim) -> name of an attention, measured
 
@@ -69,7 +70,7 @@ def gate_residual_norm(x, y, gate, shift, scale, eps):
 
 
 def set_backend(name):
-    """Choose "auto", "ref", "sdpa" or "triton" for all functions above, from now on and for the whole process."""
+    """Choose "auto", "ref", "sdpa", "slices" or "triton" for all functions above, from now on and for the whole process."""
     global backend
     if name not in BACKENDS:
         raise ValueError(f"set_backend({name!r}): expected one of {', '.join(BACKENDS)}")
@@ -99,6 +100,8 @@ def choose(x, measured=False):
         )
     if backend != "auto":
         return backend
+    if x.is_cpu and x.dtype == torch.bfloat16 and measured and torch.is_grad_enabled():
+        return "slices" if x.shape[1] ** 2 * x.shape[2] <= 8 * SLICE else "sdpa"
     if not x.is_cuda or x.dtype == torch.float64 or torch.cuda.get_device_capability(x.device) < (8, 0) or not has_triton():
         return "sdpa"
     return fastest_attention(x.device, x.dtype, x.shape[-1]) if measured else "triton"

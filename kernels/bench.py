@@ -181,29 +181,29 @@ def attention(args):
         return run
 
     if on_gpu():
-        device, dtype = "cuda", torch.bfloat16
-        shapes = [(18480, 18480, 24, 128), (8190, 8190, 24, 128), (18480, 512, 24, 128), (18480, 1600, 24, 128),
-                  (75600, 75600, 4, 128), (18480, 18480, 24, 64)]  # fmt: skip
+        device, shapes = "cuda", [(1, *shape, torch.bfloat16) for shape in (
+            (18480, 18480, 24, 128), (8190, 8190, 24, 128), (18480, 512, 24, 128), (18480, 1600, 24, 128),
+            (75600, 75600, 4, 128), (18480, 18480, 24, 64))]  # fmt: skip
         candidates = {"triton": ATTENTION["triton"], "cudnn": backend(SDPBackend.CUDNN_ATTENTION),
                       "flash": backend(SDPBackend.FLASH_ATTENTION),
                       "efficient": backend(SDPBackend.EFFICIENT_ATTENTION)}  # fmt: skip
         peak = ceilings(args.repeat)[0]
     else:
-        device, dtype = "cpu", torch.float32
-        shapes = [(1024, 1024, 12, 128), (1024, 512, 12, 128), (1024, 1024, 12, 64)]
-        candidates = {name: ATTENTION[name] for name in ("sdpa", "ref")}
+        device, shapes = "cpu", [(1, *shape, torch.float32) for shape in ((1024, 1024, 12, 128), (1024, 512, 12, 128), (1024, 1024, 12, 64))]
+        shapes += [(32, *shape, 8, 32, torch.bfloat16) for shape in ((64, 64), (256, 256), (256, 96))]  # a batch of nano's
+        candidates = {name: ATTENTION[name] for name in ("sdpa", "ref", "slices")}
         peak = None
     rows = []
-    for Lq, Lk, heads, dim in shapes:
-        q, k, v = (torch.randn(1, n, heads, dim, device=device, dtype=dtype, requires_grad=True) for n in (Lq, Lk, Lk))
+    for B, Lq, Lk, heads, dim, dtype in shapes:
+        q, k, v = (torch.randn(B, n, heads, dim, device=device, dtype=dtype, requires_grad=True) for n in (Lq, Lk, Lk))
         grad = torch.randn_like(q)
-        flops = 4 * Lq * Lk * heads * dim
+        flops = 4 * B * Lq * Lk * heads * dim
         for direction, factor in (("forward", 1), ("backward", 2.5)):
             runs = {}
             for name, function in candidates.items():
                 runs[name] = attention_run(function, direction, (q, k, v), grad)
             seconds = in_turns(runs, args.repeat)
-            row = {"Lq x Lk, heads x dim": f"{Lq} x {Lk}, {heads} x {dim}", "direction": direction}
+            row = {"B, Lq x Lk, heads x dim": f"{B}, {Lq} x {Lk}, {heads} x {dim}", "dtype": str(dtype)[6:], "direction": direction}
             row |= {f"{name} TFLOP/s": factor * flops / s / 1e12 for name, s in seconds.items()}
             if peak:
                 best = min(s for name, s in seconds.items() if name != "triton" and not math.isnan(s))
