@@ -1,4 +1,4 @@
-"""What Kiwi-Edit adds to a video diffusion model: a multimodal LLM that reads the request (paper, Section 3).
+"""What Kiwi-Edit adds to a video diffusion model: a multimodal LLM that reads the request (paper, Section 4).
 
     source frames (T, H, W, 3), instruction, optional reference image
       -> chat text + patches -> Qwen2.5-VL (frozen, with LoRA) -> hidden states (1, S, 2048)

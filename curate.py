@@ -1,4 +1,4 @@
-"""From editing pairs to RefVIE quadruplets (paper, Section 4: 3.7M pairs in, 477K out): `python curate.py pairs.csv --out out/refvie`.
+"""From editing pairs to RefVIE quadruplets (paper, Section 3: 3.7M pairs in, 477K out): `python curate.py pairs.csv --out out/refvie`.
 
     pairs: csv, parquet, jsonl, Ditto-1M, ReCo, OpenVE-3M -> ledger/read/00000.jsonl, ...: shards of records
       -> Score       edit_score of frame pairs       >= 6: good for instruction tuning; >= 8 and of two kinds: go on

@@ -57,6 +57,7 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
+from av.stream import Disposition
 
 GRID = 32  # pixels: the VAE's stride 16 (or 8) times the DiT's patch 2, and what every Kiwi-Edit size is floored to
 MAX_PIXELS = 720 * 1280
@@ -67,6 +68,7 @@ VIDEO_CODEC = ("yuv420p", {"crf": "16", **SAME_BYTES})  # near lossless
 SMALL_VIDEO_CODEC = ("yuv420p", {"crf": "28", **SAME_BYTES})  # to look at on a page
 EXACT_VIDEO_CODEC = ("yuv444p", {"crf": "4", **SAME_BYTES})  # pictures so small that VIDEO_CODEC costs them 15 dB
 SMALL_FRAME = 3 * 256 * 256  # values: frames that are as small, such as the nano model's
+HDR = (16, 18)  # transfer functions: PQ and HLG
 IMAGE_CODECS = {".png": ("png", "rgb24"), ".jpg": ("mjpeg", "yuvj444p"), ".jpeg": ("mjpeg", "yuvj444p")}
 MP4_AUDIO = ("aac", "mp3", "ac3", "eac3", "alac", "opus", "flac")  # copied as they are; others become aac
 
@@ -89,12 +91,12 @@ def working_size(height, width, max_pixels=MAX_PIXELS):
 
     ValueError where a side would be less than 32.
     """
-    if height * width > max_pixels:
-        scale = math.sqrt(height * width / max_pixels)
-        height, width = int(height / scale), int(width / scale)
-    if min(height, width) < GRID:
-        raise ValueError(f"{width}x{height} pixels are too few: each side needs at least {GRID}")
-    return height // GRID * GRID, width // GRID * GRID
+    scale = max(math.sqrt(height * width / max_pixels), 1)
+    h, w = int(height / scale), int(width / scale)
+    if min(h, w) < GRID:
+        shrunk = f", shrunk to at most {max_pixels} in all," * (scale > 1)
+        raise ValueError(f"{width}x{height} pixels{shrunk} are too few: each side needs at least {GRID}")
+    return h // GRID * GRID, w // GRID * GRID
 
 
 def nearest_size(height, width, max_pixels, grid):
@@ -106,7 +108,8 @@ def nearest_size(height, width, max_pixels, grid):
     """
     sizes = [(h, w) for h in range(grid, height + 1, grid) for w in range(grid, min(width, max_pixels // h) + 1, grid)]
     if not sizes:
-        raise ValueError(f"{width}x{height} pixels are too few: each side needs at least {grid}")
+        shrunk = f", shrunk to at most {max_pixels} in all," * (min(height, width) >= grid)
+        raise ValueError(f"{width}x{height} pixels{shrunk} are too few: each side needs at least {grid}")
 
     def kept(size):
         aspect = size[0] * width / (size[1] * height)
@@ -169,10 +172,13 @@ def open_media(path, content=None):
     if content is None and not path.is_file():
         raise MediaError(f"{path}: no such file")
     try:
-        # absolute: of "clip12:30.mp4" ffmpeg would take the first part for a protocol
-        with av.open(str(path.absolute()) if content is None else io.BytesIO(content)) as container:
+        # absolute: of "clip12:30.mp4" ffmpeg would take the first part for a protocol; and "100%dogs.png" for many files
+        name = str(path.absolute()) if content is None else io.BytesIO(content)
+        with av.open(name, options={"pattern_type": "none"}) as container:
             # an mp3's cover art is a video stream to ffmpeg, but not a clip
-            streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+            streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+            if any(s.disposition & Disposition.dependent for s in streams):
+                raise MediaError(f"{path}: a HEIC or AVIF picture in tiles, of which FFmpeg would give the first: convert it to JPEG or PNG")
             if not streams:
                 raise MediaError(f"{path}: has no pictures (an audio file?); give a video or an image")
             yield container, streams[0]
@@ -184,19 +190,23 @@ def open_media(path, content=None):
 
 
 def is_picture(container):
-    brand = container.metadata.get("major_brand", "")  # an AVIF is a picture in the manner of an mp4
-    return brand == "avif" or container.format.name == "image2" or container.format.name.endswith("_pipe")
+    brand = container.metadata.get("major_brand", "")  # an AVIF or HEIC is a picture in the manner of an mp4
+    return brand in ("avif", "heic", "heix", "mif1") or container.format.name == "image2" or container.format.name.endswith("_pipe")
 
 
-def upright_rgb(frame):
-    """A decoded frame as uint8 (H, W, 3): alpha laid over white, rotated as its metadata asks."""
+def upright_rgb(frame, aspect=1):
+    """A decoded frame as uint8 (H, W, 3): alpha laid over white, in square pixels, rotated as its metadata asks. aspect:
+    of the pixels, width to height."""
     if any(c.is_alpha for c in frame.format.components) or frame.format.name == "pal8":
         rgba = frame.to_ndarray(format="rgba").astype(np.uint16)
         rgb, alpha = rgba[..., :3], rgba[..., 3:]
         rgb = ((rgb * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
     else:
         rgb = frame.to_ndarray(format="rgb24")
-    return torch.from_numpy(np.rot90(rgb, round(frame.rotation / 90)).copy())
+    rgb = torch.from_numpy(np.ascontiguousarray(rgb))
+    if aspect != 1:
+        rgb = resize(rgb[None], (rgb.shape[0], round(rgb.shape[1] * aspect)))[0]
+    return rgb.rot90(round(frame.rotation / 90)).contiguous()
 
 
 def decode(path, container, stream):
@@ -207,15 +217,19 @@ def decode(path, container, stream):
     stream.thread_type = "AUTO"
     if is_picture(container):
         stream.codec_context.options = {"err_detect": "explode"}  # or half a JPEG decodes to a half grey picture
-    fps = stream.average_rate or Fraction(25)
+    fps, aspect = stream.average_rate or Fraction(25), stream.sample_aspect_ratio or 1
+    aspect = aspect if 0.25 < aspect < 4 else 1  # other numbers are mistakes
     pending, start = None, None
     for count, frame in enumerate(container.decode(stream)):
         if frame.is_corrupt:
             raise MediaError(f"{path}: frame {count} is corrupt; re-encode or fetch the file again")
+        if not count and frame.color_trc in HDR:
+            print(f"note: {path} is HDR and read without tone mapping: its colours will be dull; convert it to SDR for true ones",
+                  file=sys.stderr)  # fmt: skip
         if start is None:
             start = frame.time
         index = count if frame.time is None or start is None else round((frame.time - start) * float(fps))
-        rgb = upright_rgb(frame)
+        rgb = upright_rgb(frame, aspect)
         while pending is not None and pending[0] < index:
             yield pending
             pending = (pending[0] + 1, pending[1])
@@ -269,7 +283,7 @@ def read_image(path, content=None):
 @contextmanager
 def whole_folder(folder):
     """Yield an empty folder beside `folder`; it takes that one's place when the block ends well, and goes otherwise."""
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # what a link stands for is replaced, not the link
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -289,13 +303,17 @@ def whole_folder(folder):
 @contextmanager
 def whole_file(path):
     """Yield a temporary path beside `path`; rename it when the block ends well, remove it otherwise."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_ident()}.tmp{path.suffix}")
+    path, temporary = Path(path), temporary_name(path)
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path):
+    """Beside `path`, of this thread alone, with the same ending."""
+    return path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_ident()}.tmp{path.suffix}")
 
 
 def writable(path):
@@ -305,7 +323,7 @@ def writable(path):
         raise MediaError(f"{path}: is a folder; give a file name for the result")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{Path(path).name}.{os.getpid()}.probe"
+        probe = temporary_name(Path(path).resolve())
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -325,8 +343,12 @@ def write_image(path, image):
         codec.qmin = codec.qmax = 2
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24").reformat(format=pixel_format)
     frame.pts = 0
-    with whole_file(path) as temporary:
-        temporary.write_bytes(b"".join(bytes(packet) for packet in [*codec.encode(frame), *codec.encode(None)]))
+    content = b"".join(bytes(packet) for packet in [*codec.encode(frame), *codec.encode(None)])
+    try:
+        with whole_file(path) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:
+        raise MediaError(f"{path}: cannot be written ({error.strerror}); choose another place or make room") from None
 
 
 def faithful_codec(frames):
@@ -346,7 +368,7 @@ def write_video(path, frames, fps, audio_from=None, codec=VIDEO_CODEC):
             mux_video(temporary, frames, fps, audio_from, codec)
         except av.error.FFmpegError as error:
             if audio_from is None or isinstance(error, OSError) and error.errno == 28:  # no space left on device
-                raise MediaError(f"{path}: cannot be written ({error.strerror})") from None
+                raise MediaError(f"{path}: cannot be written ({error.strerror}); choose another place or make room") from None
             print(f"{audio_from}: its sound cannot be kept ({error.strerror})", file=sys.stderr)
             mux_video(temporary, frames, fps, None, codec)
 
@@ -362,7 +384,11 @@ def mux_video(path, frames, fps, audio_from, codec):
         context.color_range = limited
         source = av.open(str(Path(audio_from).absolute())) if audio_from is not None else None
         try:
-            add_sound = copy_sound(out, source, duration) if source and source.streams.audio else None
+            sound = source and next(iter(source.streams.audio), None)
+            if sound and sound.codec_context is None:
+                print(f"{audio_from}: its sound cannot be kept (FFmpeg has no decoder for it)", file=sys.stderr)
+                sound = None
+            add_sound = copy_sound(out, source, duration) if sound else None
             for image in frames:
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
                 out.mux(video.encode(frame.reformat(format=pixel_format, dst_colorspace="ITU709")))
@@ -471,6 +497,8 @@ def read_csv(path, columns):
                 yield place, [line[name] or "" for name in columns]
         except csv.Error as error:
             raise ValueError(f"{path}, line {reader.line_num}: {error}; is a quote not closed?") from None
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: is not UTF-8 text; save the table as CSV UTF-8") from None
 
 
 def read_parquet(path, kind):
@@ -695,24 +723,19 @@ class Pairs(torch.utils.data.Dataset):
             candidate = bucket[(start + i) % len(bucket)]
             row = self.tables[batch["kind"]][candidate]
             try:
-                pictures, visuals = self.read(row, batch["kind"], batch["shape"], bucket, candidate)
+                pictures, visuals = self.read(row, batch["kind"], batch["shape"], candidate)
             except MediaError as error:
                 reason = str(error)
                 batch["bad"].append((row.target, reason))
                 continue
-            for name, value in (
-                ("prompts", row.prompt),
-                ("paths", row.target),
-                ("pictures", pictures),
-                ("visuals", visuals),
-            ):
+            for name, value in {"prompts": row.prompt, "paths": row.target, "pictures": pictures, "visuals": visuals}.items():
                 batch[name].append(value)
             return
         raise MediaError(
             f"none of the {len(bucket)} samples of {batch['kind']} {batch['shape']} can be read; the last: {reason}"
         )
 
-    def read(self, row, kind, shape, bucket, number):
+    def read(self, row, kind, shape, number):
         target, source = (read_frames(path, shape[0], shape[1:]) for path in (row.target, row.source))
         ref = read_reference(row.ref) if row.ref else None
         return (target, source, ref), self.resize(source, ref)
@@ -725,7 +748,7 @@ class CachedPairs(Pairs):
         super().__init__(tables, curriculum, None)
         self.folder = Path(folder)
 
-    def read(self, row, kind, shape, bucket, number):
+    def read(self, row, kind, shape, number):
         tensors = read_shard(self.folder, kind, shape, number // SHARD, number)
         if not tensors:
             raise MediaError(f"{row.target}: could not be read when the cache was written")
@@ -801,8 +824,8 @@ def kind_of(path):
     """The kind of data of a table, by what it has."""
     if path.suffix == ".parquet":
         return "ref" if "ref_image_bytes" in parquet_file(path).schema_arrow.names else "video"
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        return "ref" if "ref_image" in next(csv.reader(file), []) else "video"
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:  # read_csv tells of what is not text
+        return "ref" if "ref_image" in file.readline() else "video"
 
 
 def check_table(path, base):

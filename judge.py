@@ -1359,8 +1359,9 @@ def parse_arguments(argv=None):
     bench(add)
     add("--edits", required=True, metavar="DIR", help="where they go, under the release's names")
     add("--weights", default="weights/nano", metavar="PATH|HUB_ID", help="as for sample.py (default %(default)s)")
-    add("--base", default="Wan-AI/Wan2.2-TI2V-5B", metavar="PATH|HUB_ID", help="under a .safetensors: %(default)s")
-    add("--qwen", default="Qwen/Qwen2.5-VL-3B-Instruct", metavar="PATH|HUB_ID", help="likewise: %(default)s")
+    add("--base", metavar="PATH|HUB_ID", help="under a .safetensors or a run of train.py (default: what the run began with, "
+        "else Wan-AI/Wan2.2-TI2V-5B)")  # fmt: skip
+    add("--qwen", metavar="PATH|HUB_ID", help="likewise (default: the run's, else Qwen/Qwen2.5-VL-3B-Instruct)")
     add("--ref", action=argparse.BooleanOptionalAction, default=True, help="give the reference image to the model")
     add("--steps", type=positive, help="denoising steps (default: 50; nano 4)")
     add("--seed", type=int, default=0, help="of every edit, as in the release (default %(default)s)")

@@ -30,6 +30,7 @@ from vae import VAE, VAEConfig
 SOURCE_CONDITIONS = ("add_scaled", "add_learned", "add_unscaled", "add_shared_patch_embed", "channel_concat")
 NO_EMBEDDER = ("add_shared_patch_embed", "channel_concat")  # of these the ones that need none of their own
 WAN_BASE = "Wan-AI/Wan2.2-TI2V-5B"
+HUB_BASES = {"wan22_5b": WAN_BASE, "wan21_14b": "Wan-AI/Wan2.1-T2V-14B", "wan21_1_3b": "Wan-AI/Wan2.1-T2V-1.3B", "nano": WAN_BASE}
 QWEN_BASE = "Qwen/Qwen2.5-VL-3B-Instruct"
 
 
@@ -37,7 +38,7 @@ QWEN_BASE = "Qwen/Qwen2.5-VL-3B-Instruct"
 class KiwiConfig:
     """The parts, and the two choices about how they meet. `vae` and `mllm` None: the denoiser alone.
 
-    source: how the source latents enter (paper, Table 4; `KiwiEdit.inject` is the only reader).
+    source: how the source latents enter (paper, Table 4; of a forward `KiwiEdit.inject` alone reads it).
     ref_pad_first: reference tokens before the video's, as one released checkpoint has them, or after.
     trained: (frames, height, width, frames a second) of the one kind of clip that the weights know. None: many sizes.
     steps: denoising steps of an edit for which no other number is given.
@@ -79,7 +80,7 @@ PRESETS = {
     ),
     "nano": KiwiConfig(
         # patches of one latent: 2x2 of 32 channels, noise and source in one token, would fill its 256 numbers
-        DiTConfig(256, 768, 8, 6, in_dim=32, out_dim=32, freq_dim=128, text_dim=192, patch_size=(1, 1, 1)),
+        DiTConfig(256, 768, 8, 9, in_dim=32, out_dim=32, freq_dim=128, text_dim=192, patch_size=(1, 1, 1)),
         VAEConfig(dim=24, dec_dim=32, z_dim=32, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True)),
         # just below 112x112 the MLLM sees a 64x64 frame of a video at 84x84, in 9 tokens (a picture in 4); else at 336x336
         MLLMConfig("weights/nano/mllm", 256, 16, 32, 48, max_ref_tokens=48, max_frames=4, max_pixels=112 * 112 - 1),
@@ -293,6 +294,8 @@ class KiwiEdit(nn.Module):
         with working_on((self.dit, *self.embedders()), offload_to):
             told, steps = partial(tell, "denoise"), steps or self.config.steps
             latents = self.denoise(noise, context, source, ref_latents, steps, FlowMatch(shift), told)
+        if not latents.isfinite().all():
+            raise ValueError(f"the edit's numbers overflowed in {str(self.dtype)[6:]}: take bfloat16 or float32")
 
         with working_on(self.vae, offload_to):
             return self.decode_frames(latents, tile, partial(tell, "decode"))[:count]
@@ -311,12 +314,13 @@ class KiwiEdit(nn.Module):
         return ((pixels[0].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
 
     @classmethod
-    def from_pretrained(cls, path, device="cpu", dtype=torch.bfloat16, base=WAN_BASE, qwen=QWEN_BASE):
+    def from_pretrained(cls, path, device="cpu", dtype=torch.bfloat16, base=None, qwen=None):
         """A model with weights, each tensor read straight to `device` in `dtype`, LoRA merged.
 
-        path: a folder that `save` wrote; a folder in the released diffusers layout; a hub id of either; or a released
+        path: a folder that `save` wrote; a folder in the released diffusers layout; a hub id of either; a released
         training checkpoint, one .safetensors, which lies over `base` (Wan's DiT shards and VAE) and `qwen`
-        (Qwen2.5-VL), folders or hub ids both.
+        (Qwen2.5-VL), folders or hub ids both, by default those of the 5B; or a run of train.py, a checkpoint of it or its
+        .safetensors, which by default lies over what the run began with.
         FileNotFoundError, ValueError where something is missing, unexpected, damaged or of another size.
         """
         config, files = read_weights(path, base, qwen)
@@ -325,6 +329,7 @@ class KiwiEdit(nn.Module):
         files.device = device
         missing = load_weights(model, files, partial=True, device=device, dtype=dtype)
         start_untrained(model, missing, device, dtype, path)
+        move_buffers(model, device)
         merge_lora(model)
         return model.eval()
 
@@ -496,6 +501,13 @@ def start_untrained(model, missing, device, dtype, path):
         setattr(module, leaf, nn.Parameter(value))
 
 
+def move_buffers(model, device):
+    """Rotary tables and the like, which no file holds and which were made on the CPU: not every release of transformers
+    moves them to where they are used."""
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+
+
 @contextmanager
 def meta_parameters():
     """Modules made in this block have their parameters on the meta device: nothing is allocated or initialised.
@@ -571,13 +583,17 @@ def open_tensors(path, device):
         raise ValueError(f"{path}: cannot be read ({reason}); fetch the file again") from None
 
 
-def only_weights(folder):
-    """ValueError where a folder that is to be replaced by weights holds anything but weights of ours."""
+def only_weights(folder, also=()):
+    """ValueError where a folder that is to be replaced by weights holds anything but weights of ours, and `also`."""
     folder = Path(folder)
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         path = folder / "config.json"
         if not path.is_file() or read_json(path).get("format") != "nanokiwi":
             raise ValueError(f"{folder}: is there and not weights of ours; it would be replaced: give another name")
+        known = ("config.json", "mllm", *also)
+        other = sorted(p.name for p in folder.iterdir() if p.name not in known and p.suffix != ".safetensors")
+        if other:
+            raise ValueError(f"{folder}: holds {', '.join(other)} beside weights of ours and would be replaced: give another name")
 
 
 def read_for(config, path, frames=None, max_pixels=None, every_frame=False):
@@ -619,8 +635,7 @@ def tensor_files(folder, *patterns):
     found = sorted(path for pattern in patterns for path in folder.glob(pattern))
     if not found:
         raise FileNotFoundError(f"{folder}: has no {' or '.join(patterns)}; the weights folder is not complete")
-    index = folder / "model.safetensors.index.json"
-    wanted = set(read_json(index)["weight_map"].values()) if index.is_file() else set()
+    wanted = {name for index in folder.glob("*.safetensors.index.json") for name in read_json(index)["weight_map"].values()}
     absent = sorted(name for name in wanted if not (folder / name).is_file())
     if absent:
         raise FileNotFoundError(f"{folder}: {', '.join(absent)} is missing; the weights folder is not complete")
@@ -635,23 +650,67 @@ def from_dict(cls, values, where):
     return cls(**values)
 
 
-def read_weights(path, base=WAN_BASE, qwen=QWEN_BASE):
+def read_weights(path, base=None, qwen=None, usual_base=WAN_BASE):
     """Config and files of weights in any layout; arguments as for `KiwiEdit.from_pretrained`, but a training checkpoint
-    may also lie over a nanoKiwi or diffusers folder. path None: `base` and `qwen` alone, from which training starts."""
+    may also lie over a nanoKiwi or diffusers folder. path None: `base` and `qwen` alone, from which training starts.
+    usual_base: where nothing says which."""
     path = local_path(path) if path else None
+    checkpoint = find_checkpoint(path) if path else None
+    if checkpoint and path.is_dir():
+        path = checkpoint / "weights.safetensors"
     if path is None or path.is_file():
-        base = local_path(base)
-        if not (base / "transformer").is_dir() and read_json(base / "config.json").get("format") != "nanokiwi":
-            config, files = read_training_checkpoint(path, base, local_path(qwen))
+        if not (checkpoint and base is None) and is_wan(base := local_path(base or usual_base)):
+            config, files = read_training_checkpoint(path, base, local_path(qwen or QWEN_BASE))
         else:
-            config, files = read_weights(base)
-            path and files.add(path, over=True)
-        return (as_trained(config, path.parent, files) if path else config), files
+            config, files = read_beginning(checkpoint.parent, qwen) if base is None else read_weights(base)
+            if path:
+                files.add(path, over=True)
+                trained = {name: count for name, count in mllm_sizes(files, {}).items() if count}
+                config = replace(config, mllm=replace(config.mllm, **trained))
+        return (as_trained(config, checkpoint, files) if checkpoint else config), files
     if (path / "transformer").is_dir():
         return read_diffusers_folder(path)
     if (path / "config.json").is_file():
         return read_own_folder(path)
     raise FileNotFoundError(f"{path}: neither a nanoKiwi folder (config.json) nor a diffusers one (transformer/)")
+
+
+def is_wan(folder):
+    """Whether a folder is Wan's own release, which is no whole Kiwi-Edit."""
+    return not (folder / "transformer").is_dir() and read_json(folder / "config.json").get("format") != "nanokiwi"
+
+
+def read_beginning(run, qwen=None):
+    """Config and files of what a run of train.py began with."""
+    began = read_json(run / "config.json")["args"]
+    if began["init"] == "random":
+        return read_weights(run / "init")
+    base = HUB_BASES[began["config"]]
+    try:
+        return read_weights(began["weights"], began["base"], qwen or began["qwen"], base)
+    except FileNotFoundError as error:
+        begun = began["weights"] or began["base"] or base
+        raise FileNotFoundError(f"{run} began with {begun}, which is not here ({error}); --base says where it is") from None
+
+
+def valid_checkpoints(run):
+    """The checkpoint folders of a run, oldest first."""
+    needed = ("weights.safetensors", "train.json", "state/.metadata")
+    return [p for p in sorted(run.glob("step-*")) if all((p / name).is_file() for name in needed)]
+
+
+def find_checkpoint(path):
+    """The checkpoint that a run's folder, a checkpoint's own or a file in it stands for; None if it is none of ours."""
+    path = path.absolute()
+    folder = path.parent if path.is_file() else path
+    if (folder / "train.json").is_file():
+        return folder
+    if (path / "config.json").is_file() and read_json(path / "config.json").get("format") == "nanokiwi run":
+        found = valid_checkpoints(path)
+        if not found:
+            raise FileNotFoundError(f"{path}: this run has no checkpoint yet")
+        return found[-1]
+    return None
 
 
 MEETING = ("context", "max_frames", "max_pixels", "max_ref_tokens")  # of MLLMConfig, what no tensor's shape tells
@@ -686,10 +745,7 @@ def config_of(values, path):
 
 def read_own_folder(folder):
     values = read_json(folder / "config.json")
-    form = values.pop("format", None)
-    if form == "nanokiwi run":
-        raise ValueError(f"{folder}: a training run; `python train.py --export {folder} --out FOLDER` makes a model of it")
-    if form != "nanokiwi":
+    if values.pop("format", None) != "nanokiwi":
         raise ValueError(f"{folder}/config.json: not written by KiwiEdit.save")
     config = config_of(values, folder / "config.json")
     if config.mllm:

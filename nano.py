@@ -16,6 +16,7 @@ import csv
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 from contextlib import nullcontext
@@ -292,6 +293,16 @@ def read_frames(path):
     return read_clip(path, max_frames=10_000).frames if path.suffix == ".mp4" else read_image(path)[None]
 
 
+def read_many(paths, quiet=False):
+    """The frames of files, in their order, read by as many threads as there are cores: decoding leaves Python's lock."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from tqdm import tqdm
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(tqdm(pool.map(read_frames, paths), total=len(paths), desc="read", mininterval=5, disable=quiet))
+
+
 class Trainer:
     """Float32 masters of a module whose forward and backward run in bfloat16, trained in pieces that resume.
 
@@ -471,12 +482,14 @@ def pretrain_vae(args, rows, device):
     from vae import VAE
 
     folder = Path(args.data)
-    videos = [read_frames(folder / r[k]) for r in rows if r["kind"] != "image" for k in ("src_video", "tgt_video")]
-    stills = [read_frames(folder / r[k]) for r in rows if r["kind"] == "image" for k in ("src_video", "tgt_video")]
-    stills += [read_frames(folder / r["ref_image"])[:, ::2, ::2] for r in rows if "ref_image" in r]
-    vae = VAE(nano_config(args.out).vae)
+    vae = VAE(nano_config(args).vae)
     start_vae(vae)
     trainer = Trainer("vae", vae, args.out, args.steps or 4000, 2e-3, args.seed, device)
+    if trainer.step >= trainer.steps:
+        rows = []  # nothing is read for nothing
+    videos = read_many([folder / r[k] for r in rows if r["kind"] != "image" for k in ("src_video", "tgt_video")])
+    stills = read_many([folder / r[k] for r in rows if r["kind"] == "image" for k in ("src_video", "tgt_video")])
+    stills += [ref[:, ::2, ::2] for ref in read_many([folder / r["ref_image"] for r in rows if "ref_image" in r])]
 
     def loss_of(generator):
         clips = videos if trainer.step % 4 == 3 and videos else stills
@@ -493,35 +506,38 @@ GRID = 16  # grounding answers count sixteenths of the frame
 CAPTION_TOKENS = 32
 
 
-def nano_config(out, **vae_statistics):
-    """The preset, with the MLLM's folder under `out` and the latents' mean and std where they are known."""
+def nano_config(args, **vae_statistics):
+    """The preset for the clips of --data, with the MLLM's folder under --out and the latents' mean and std where they are
+    known."""
     from dataclasses import replace
 
     from model import PRESETS
 
-    nano = PRESETS["nano"]
-    vae, mllm = replace(nano.vae, **vae_statistics), replace(nano.mllm, folder=str(Path(out) / "mllm"))
-    return replace(nano, vae=vae, mllm=mllm)
+    nano, size = PRESETS["nano"], json.loads((Path(args.data) / "world.json").read_text())["size"]
+    mllm = replace(nano.mllm, folder=str(Path(args.out) / "mllm"))
+    if size > 64:  # frames would come down to 56x56 and up again to 336x336; from 112x112 they have more to show there
+        mllm = replace(mllm, max_pixels=112 * 112)
+    return replace(nano, vae=replace(nano.vae, **vae_statistics), mllm=mllm)
 
 
-def conversation(rng, row, folder):
-    """What the MLLM is asked about a row and what it should answer -> (frames, question, reference, answer)."""
+def conversation(rng, row):
+    """What the MLLM is asked about a row and what it should answer -> (the clip's file, question, a reference's file or
+    None, answer)."""
     from world import pick
 
     kind = rng.random()
     if kind < 0.6:  # what Kiwi-Edit's system prompt asks for: the content, as the instruction would have it
-        ref = read_frames(folder / row["ref_image"])[0] if "ref_image" in row else None
-        return read_frames(folder / row["src_video"]), row["prompt"], ref, row["target_caption"]
+        return row["src_video"], row["prompt"], row.get("ref_image"), row["target_caption"]
     side, column, places = pick(rng, (("source", "src_video", "boxes"), ("target", "tgt_video", "target_boxes")))
-    frames, places = read_frames(folder / row[column]), row[places]
+    clip, places = row[column], row[places]
     if kind < 0.8 or not places:
-        return frames, "Describe this.", None, row[f"{side}_caption"]
+        return clip, "Describe this.", None, row[f"{side}_caption"]
     name = pick(rng, sorted(places))
-    return frames, f"Where is the {name}?", None, " ".join(str(round(GRID * v)) for v in places[name])
+    return clip, f"Where is the {name}?", None, " ".join(str(round(GRID * v)) for v in places[name])
 
 
 def answer_loss(encoder, conversations):
-    """Next-token cross-entropy of the answers, and the share of tokens that are right: one forward for the batch.
+    """conversations: (frames, question, reference or None, answer) each. -> next-token cross-entropy of the answers, and the share of tokens that are right: one forward for the batch.
 
     Sequences are padded at the end, where causal attention never looks.
     """
@@ -573,7 +589,7 @@ def pretrain_mllm(args, rows, device):
         texts = [row[key] for row in rows for key in ("prompt", "source_caption", "target_caption")]
         texts += [SYSTEM_PROMPT, REFERENCE_HINT, "system\nuser\nassistant\n"] * 100
         write_mllm_folder(Path(args.out) / "mllm", texts)
-    encoder = MLLMEncoder(nano_config(args.out).mllm)
+    encoder, folder = MLLMEncoder(nano_config(args).mllm), Path(args.data)
     for name, parameter in encoder.named_parameters():
         parameter.requires_grad_(name.startswith("model."))
     trainer = Trainer("mllm", encoder, args.out, args.steps or 1000, 1e-3, args.seed, device)
@@ -581,7 +597,10 @@ def pretrain_mllm(args, rows, device):
     def loss_of(generator):
         rng = np.random.default_rng([args.seed, trainer.step])
         wanted = rng.integers(len(rows), size=args.batch or 16)
-        return answer_loss(encoder, [conversation(rng, rows[i], Path(args.data)) for i in wanted])
+        clips, questions, refs, answers = zip(*(conversation(rng, rows[i]) for i in wanted))
+        seen = iter(read_many([folder / name for name in (*clips, *filter(None, refs))], quiet=True))
+        clips, refs = [next(seen) for _ in clips], [ref and next(seen)[0] for ref in refs]
+        return answer_loss(encoder, list(zip(clips, questions, refs, answers)))
 
     trainer.run(loss_of, args.minutes)
 
@@ -612,18 +631,19 @@ def encode_world(args, rows, device):
     from vae import VAE
 
     out = Path(args.out)
-    vae = load_trained("vae", VAE(nano_config(out).vae), out).to(device)
+    vae = load_trained("vae", VAE(nano_config(args).vae), out).to(device)
     made_of = hashlib.sha256((Path(args.data) / "world.json").read_bytes() + (Path(args.data) / "truth.jsonl").read_bytes())
     for name, value in vae.state_dict().items():
         made_of.update(name.encode() + value.float().cpu().numpy().tobytes())
     path = out / f"latents_{made_of.hexdigest()[:16]}.safetensors"
     if not path.is_file():
-        latents = {"still": [], "video": []}
-        for row in tqdm(rows, desc="encode", mininterval=5):
-            frames = read_frames(Path(args.data) / row["tgt_video"])
-            with torch.no_grad():
-                mean = vae.moments(rows_of([frames], [0]).to(device), chunk=99)[0].cpu()
-            latents[STILL_OR_VIDEO[row["kind"]]].append(mean)
+        latents, at_once = {"still": [], "video": []}, 32
+        for kind, parts in latents.items():
+            files = [Path(args.data) / row["tgt_video"] for row in rows if STILL_OR_VIDEO[row["kind"]] == kind]
+            for i in tqdm(range(0, len(files), at_once), desc=f"encode {kind}", mininterval=5):
+                frames = read_many(files[i : i + at_once], quiet=True)
+                with torch.no_grad():
+                    parts.append(vae.moments(rows_of(frames, range(len(frames))).to(device), chunk=99)[0].cpu())
         with whole_file(path) as temporary:
             save_file({name: torch.cat(parts).contiguous() for name, parts in latents.items() if parts}, temporary)
     return load_file(path)
@@ -638,7 +658,7 @@ def pretrain_dit(args, rows, device):
     latents = encode_world(args, rows, device)
     flat = torch.cat([z.transpose(0, 1).flatten(1) for z in latents.values()], dim=1)
     mean, std = flat.mean(dim=1), flat.std(dim=1)
-    config = nano_config(args.out, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
+    config = nano_config(args, mean=tuple(mean.tolist()), std=tuple(std.tolist()))
     captions = {"still": [], "video": []}
     for row in rows:
         captions[STILL_OR_VIDEO[row["kind"]]].append(row["target_caption"])
@@ -951,18 +971,20 @@ through on a CPU.
 ```
 """
 RECIPE = """set -e
-python nano.py assets ../assets
+[ -f ../assets/index.json ] || python nano.py assets ../assets
 python nano.py data ../train128 --assets ../assets --clips 8000 --size 128 --frames 17 --workers 16
 python nano.py data ../stills128 --assets ../assets --clips 24000 --size 128 --frames 1 --seed 1 --workers 16
 python nano.py data ../test128 --assets ../assets --clips 400 --split test --size 128 --frames 17 --workers 16
 for piece in 1 2; do python nano.py pretrain vae --data ../train128 --out ../pre128 --steps 6000 --minutes 9; done
 for piece in 1 2; do python nano.py pretrain mllm --data ../train128 --out ../pre128 --steps 2000 --minutes 9; done
 for piece in 1 2; do python nano.py pretrain dit --data ../train128 --out ../pre128 --steps 3000 --minutes 9; done
-stage() { timeout 540 python train.py --config nano --data ../train128 ../stills128 --workers 12 --no-checkpointing --resume auto "$@" || test $? = 124; }
+all="--config nano --data ../train128 ../stills128"
+CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 torchrun --nproc-per-node 16 train.py --stage 3 $all --weights ../pre128/weights --write-cache ../cache128
+stage() { timeout 540 python train.py $all --cache ../cache128 --workers 12 --no-checkpointing --resume auto "$@" || test $? = 124; }
 for piece in 1 2; do stage --stage 1 --weights ../pre128/weights --out ../runs128/1 --set steps=600 lr=1e-3 global_batch=64 batch=64 warmup=50 schedule=cosine beta2=0.98 optimizer=muon; done
 for piece in 1 2; do stage --stage 2 --weights ../runs128/1 --out ../runs128/2 --set steps=3000 lr=1e-3 global_batch=64 batch=64 warmup=50 schedule=cosine beta2=0.98 optimizer=muon; done
 for piece in 1 2; do stage --stage 3 --weights ../runs128/2 --out ../runs128/3 --set steps=3000 lr=1e-3 global_batch=64 batch=64 warmup=50 schedule=cosine beta2=0.98 optimizer=muon image=1 video=1 ref=2 shift=20; done
-ship() { python nano.py ship ../runs128/3/step-003000/weights.safetensors --weights ../pre128/weights --data ../test128 --made-by "one H100" --out ../nano128 "$@"; }
+ship() { python nano.py ship ../runs128/3 --weights ../pre128/weights --data ../test128 --made-by "one H100" --out ../nano128 "$@"; }
 ship --example 2
 python nano.py eval --weights ../nano128 --data ../test128 --out ../report128
 ship --example 2 --eval ../report128"""
@@ -977,12 +999,15 @@ def ship(args):
     import torch
 
     from data import whole_folder
-    from model import KiwiEdit, only_weights
+    from model import KiwiEdit, find_checkpoint, only_weights
 
     checkpoint, data, out = Path(args.checkpoint), Path(args.data), Path(args.out)
+    if checkpoint.is_dir() and (found := find_checkpoint(checkpoint)):
+        checkpoint = found / "weights.safetensors"
+        print(f"ship        {checkpoint}")
     if not checkpoint.is_file():
-        raise FileNotFoundError(f"{checkpoint}: no such file; give weights.safetensors of a train.py checkpoint")
-    only_weights(out)
+        raise FileNotFoundError(f"{checkpoint}: no such file; give a run of train.py or weights.safetensors of its checkpoint")
+    only_weights(out, also=("example", "MODEL_CARD.md"))
     row, world = find_example(data, args.example), read_world(data)
     phases, seen = phases_of(checkpoint, Path(args.weights)), clips_seen(checkpoint, Path(args.weights))
     evaluation = (Path(args.eval) / "eval.md").read_text() if args.eval else "Not evaluated yet.\n"
@@ -1056,12 +1081,13 @@ def clips_seen(checkpoint, weights):
     for folder in checkpoints_before(checkpoint.parent):
         given = read_run(folder)["args"]["data"]
         for path in (Path(data) / "world.json" for data in ([given] if isinstance(given, str) else given)):
-            made = json.loads(path.read_text()) if path.is_file() else None
-            tasks = "".join(f" {task}={n}" for task, n in (made and made.get("tasks") or {}).items())
-            drawn = made and "{clips} of `nano.py data --seed {seed} --frames {frames}{tasks}`".format(
-                **made | {"tasks": tasks and " --tasks" + tasks}
-            )
-            seen[drawn or "others not recorded"] = True
+            told = "others not recorded"
+            if path.is_file():
+                made = json.loads(path.read_text())
+                shares = made.get("tasks") or {}
+                words = [" --tasks"] * bool(shares) + [f"{task}={n}" for task, n in shares.items()]
+                told = f"{made['clips']} of `nano.py data --seed {made['seed']} --frames {made['frames']}{' '.join(words)}`"
+            seen[told] = True
     if (card := weights / "MODEL_CARD.md").is_file():
         for told in re.findall(r"Clips of the three stages: (.*?)\. Batches", card.read_text(), re.DOTALL):
             seen |= dict.fromkeys(told.split(", "))
@@ -1135,7 +1161,7 @@ def parse_arguments(argv=None):
     add("--seed", type=int, default=0, help="default %(default)s")
 
     add = commands.add_parser("ship", help="make a training checkpoint a folder of weights of its own").add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="weights.safetensors of a train.py checkpoint")
+    add("checkpoint", metavar="CHECKPOINT", help="a run of train.py, of which the last is taken, or a checkpoint's weights.safetensors")
     add("--weights", required=True, metavar="DIR", help="what `pretrain` wrote, from which training started")
     add("--data", required=True, metavar="DIR", help="held-out clips, of the size that training saw")
     add("--example", required=True, type=int, metavar="INDEX", help="the one that bare `python sample.py` edits (truth.jsonl)")

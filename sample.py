@@ -38,8 +38,9 @@ def parse_arguments(argv=None):
     add("--ref", nargs="+", default=[], metavar="IMG", help="one or more pictures of what the edit should look like")
     add("-o", "--out", metavar="OUT", help="default: <input name>_edited.mp4 or .png; of the example out.mp4")
     add("--weights", default=str(DEFAULT_WEIGHTS), metavar="PATH|HUB_ID", help="default: weights/nano")
-    add("--base", default="Wan-AI/Wan2.2-TI2V-5B", metavar="PATH|HUB_ID", help="under a .safetensors: %(default)s")
-    add("--qwen", default="Qwen/Qwen2.5-VL-3B-Instruct", metavar="PATH|HUB_ID", help="likewise: %(default)s")
+    add("--base", metavar="PATH|HUB_ID", help="under a .safetensors or a run of train.py (default: what the run began with, "
+        "else Wan-AI/Wan2.2-TI2V-5B)")  # fmt: skip
+    add("--qwen", metavar="PATH|HUB_ID", help="likewise (default: the run's, else Qwen/Qwen2.5-VL-3B-Instruct)")
     add("--steps", type=positive, help="denoising steps (default: 50; nano 4)")
     add("--shift", type=float, default=5.0, help="shift of the noise schedule (default %(default)s)")
     add("--seed", type=int, default=0, help="same seed, same result (default %(default)s)")
@@ -50,7 +51,7 @@ def parse_arguments(argv=None):
     add("--offload", action="store_true", help="keep on the GPU only the part at work")
     add("--tile", type=positive, metavar="N", help="VAE: work on N x N latent pixels at once; the same result, less memory")
     add("--compare", action="store_true", help="also write source, references and edit side by side: <out>_compare")
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)  # in.mp4 --steps 4 "replace the car" too
 
 
 def positive(text):
@@ -66,7 +67,7 @@ def main(argv=None):
         raise ValueError('the instruction is empty: say what to change, e.g. "replace the car"')
     import torch
 
-    from data import IMAGE_CODECS, MediaError, read_image, writable
+    from data import IMAGE_CODECS, MediaError, is_picture, open_media, read_image, writable
     from kernels import pick_device
 
     device = pick_device(args.device)
@@ -79,20 +80,28 @@ def main(argv=None):
         raise ValueError(f"--seed {args.seed}: from 0 to 2**63 - 1")
     weights_exist(args.weights)
 
+    # All that can be wrong with the files is told before weights, maybe 20 GB, are fetched.
     refs = [read_image(path) for path in args.ref]
-    clip = read_source(args)
-    out = Path(args.out or f"{Path(args.input).stem}_edited{'.png' if clip.still else '.mp4'}")
-    if not clip.still and out.suffix.lower() != ".mp4":
+    with open_media(args.input) as (container, stream):
+        still = is_picture(container) and stream.frames <= 1
+    out = Path(args.out or f"{Path(args.input).stem}_edited{'.png' if still else '.mp4'}")
+    if not still and out.suffix.lower() != ".mp4":
         raise MediaError(f"{out}: a video is written as .mp4")
-    if clip.still and out.suffix.lower() not in IMAGE_CODECS:
+    if still and out.suffix.lower() not in IMAGE_CODECS:
         raise MediaError(f"{out}: a picture is written as {', '.join(IMAGE_CODECS)}")
+    if out.resolve() in [Path(path).resolve() for path in (args.input, *args.ref)]:
+        raise MediaError(f"{out}: would replace what is edited; give another -o")
     writable(out)
+    clip = read_source(args)
 
     from model import KiwiEdit
 
     print(f"load        {args.weights} on {device}, {str(dtype).removeprefix('torch.')}")
     home = "cpu" if args.offload else device
     model = KiwiEdit.from_pretrained(args.weights, home, dtype, args.base, args.qwen)
+    embedder = getattr(model, "source_embedder", None)
+    if embedder is not None and not any(parameter.any() for parameter in embedder.parameters()):
+        print("note        these weights were not trained to look at the clip itself (stage 1?): little of it will stay")
     with Progress() as progress:
         edited = model.edit(
             clip.frames, args.instruction, refs or None, args.steps, args.seed, args.shift, args.tile,
@@ -107,10 +116,12 @@ def with_example(args):
     """The arguments as they are or, where there is neither clip nor instruction, those of the weights' example."""
     if args.input and args.instruction:
         return args
-    if args.input or args.instruction:
+    lost = next((path for path in args.ref if not Path(path).is_file()), None)  # it may be the instruction
+    if args.input or args.instruction or lost:
+        told = f'no such file: "{lost}"' if lost else f'only "{args.input}" is given'
         raise ValueError(
-            f'only "{args.input}" is given: a clip and an instruction are needed, e.g. in.mp4 "replace the car"; '
-            "without both the bundled example is edited"
+            f'{told}; a clip and an instruction are needed, and --ref, which takes all that follows it, behind them, e.g. '
+            'in.mp4 "replace the car" --ref car.png; without any the bundled example is edited'
         )
     weights_exist(args.weights)
     folder = Path(args.weights) / "example"
@@ -206,7 +217,7 @@ def run():
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\nsample.py: interrupted; nothing was written")
+        sys.exit("\nsample.py: interrupted")
     except (ValueError, OSError) as error:
         sys.exit(f"sample.py: {error}")
     except RuntimeError as error:

@@ -161,11 +161,11 @@ def test_the_readme_s_figures_are_those_of_the_committed_benchmark():
     assert quoted >= 3
 
 
-def test_the_model_card_s_recipe_is_bash_whose_commands_parse():
-    tell = 'python() { printf "%q " "$@"; echo; }; timeout() { shift; "$@"; }\n'
-    done = subprocess.run(["bash", "-c", tell + nano.RECIPE], capture_output=True, text=True, check=True)
+def test_the_model_card_s_recipe_is_bash_whose_commands_parse(tmp_path):
+    tell = 'python() { printf "%q " "$@"; echo; }; timeout() { shift; "$@"; }; torchrun() { shift 2; python "$@"; }\n'
+    done = subprocess.run(["bash", "-c", tell + nano.RECIPE], capture_output=True, text=True, check=True, cwd=tmp_path)
     lines = [shlex.split(line) for line in done.stdout.splitlines()]
-    assert len(lines) == 19
+    assert len(lines) == 20
     for program, *words in lines:
         importlib.import_module(Path(program).stem).parse_arguments(words)
 
@@ -186,9 +186,10 @@ LOADS = {"pointers": (False, False), "tma": (True, False), "specialised": (True,
 
 
 @pytest.fixture
-def triton_backend():
+def triton_backend(monkeypatch):
     """The kernels; what one of them forgets to write is NaN."""
     pytest.importorskip("triton")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # a patch embedding in ten bits would be the difference
     kernels.set_backend("triton")
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
     yield
@@ -279,7 +280,7 @@ def test_the_kernels_register_as_operators_that_autograd_and_compile_accept(trit
 def test_a_backend_that_cannot_run_is_refused_and_auto_takes_what_can(monkeypatch):
     q = torch.randn(1, 4, 2, 16)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(ValueError, match="auto, ref, sdpa, slices, triton"):
+    with pytest.raises(ValueError, match="auto, ref, sdpa, cudnn, slices, triton"):
         kernels.set_backend("cuda")
     assert kernels.choose(q, measured=True) == kernels.choose(q.bfloat16()) == "sdpa"
     assert kernels.choose(q.bfloat16(), measured=True) == "slices"
@@ -568,12 +569,12 @@ def moving_picture(count=9, height=70, width=102):
     return torch.stack([frame(t) for t in range(count)]).to(torch.uint8)
 
 
-def write_clip(path, frames, times=None, rate=25, sound=None, late=0.0):
-    """A clip with frames at `times` in milliseconds and, with sound, a 440 Hz tone of 2 s in that codec, `late` s in."""
+def write_clip(path, frames, times=None, rate=25, sound=None, late=0.0, pixels=Fraction(1)):
+    """A clip of pixels so wide with frames at `times` in milliseconds and, with sound, a 440 Hz tone of 2 s in that codec, `late` s in."""
     with av.open(str(path), "w") as out:
         video = out.add_stream("libx264", rate=rate, options={"crf": "1"})
         video.height, video.width, video.pix_fmt = *frames.shape[1:3], "yuv420p"
-        video.codec_context.time_base = Fraction(1, 1000)
+        video.codec_context.time_base, video.codec_context.sample_aspect_ratio = Fraction(1, 1000), pixels
         if sound:
             track = out.add_stream(sound, rate=48000)
             track.codec_context.layout = "mono"
@@ -671,6 +672,8 @@ def test_rotation_alpha_and_stills_are_read_as_a_person_sees_them(tmp_path):
                                           (0, 65536, 0, -65536, 0, 0, 64 << 16, 0, 1 << 30))  # fmt: skip
     (tmp_path / "phone.mp4").write_bytes(data)
     assert torch.equal(read_image(tmp_path / "phone.mp4"), upright.rot90(-1))
+    wide = write_clip(tmp_path / "wide.mp4", moving_picture(1, 64, 96), pixels=Fraction(4, 3))
+    assert measure_rows([SimpleNamespace(source=wide, target=wide, ref=None)], still=False) == [(1, 64, 128)] and read_image(wide).shape[1] == 128
     codec = av.CodecContext.create("png", "w")
     codec.width, codec.height, codec.pix_fmt, codec.time_base = 40, 40, "rgba", Fraction(1, 25)
     frame = av.VideoFrame.from_ndarray(np.full((40, 40, 4), (200, 100, 0, 51), dtype=np.uint8), format="rgba")
@@ -705,6 +708,12 @@ def test_every_bad_file_is_one_media_error_that_names_it(tmp_path):
         with pytest.raises(MediaError, match=re.escape(name)) as error:
             read_clip(tmp_path / name)
         assert "\n" not in str(error.value)
+
+
+def test_a_name_is_a_name_and_no_pattern(tmp_path):
+    for name in ("100%done.png", "my%20dog.png", "a%d.png", "clip12:30.png"):
+        write_image(tmp_path / name, moving_picture(1)[0])
+        assert torch.equal(read_image(tmp_path / name), moving_picture(1)[0])
 
 
 def test_a_file_is_whole_or_absent(tmp_path):
@@ -756,9 +765,10 @@ def test_a_broken_sample_is_replaced_by_the_next_of_its_shape_and_reported(tmp_p
     ("src_video,tgt_video,prompt\na.png,../../etc/passwd,x\n", "is outside of"),
     ("src_video,tgt_video,prompt\na.png,b.png,make it red, shiny\n", "line 2: more fields than columns"),
     ('src_video,tgt_video,prompt\na.png,b.png,"x\na.png,b.png,y\n', "is a quote not closed"),
+    ("src_video,tgt_video,prompt\na.png,b.png,caf\u00e9\n", "image.csv: is not UTF-8"),
 ])  # fmt: skip
 def test_a_bad_table_is_refused_with_its_line(tmp_path, text, says):
-    (tmp_path / "image.csv").write_text(text)
+    (tmp_path / "image.csv").write_bytes(text.encode("cp1252"))
     with pytest.raises(ValueError, match=says):
         read_table(tmp_path / "image.csv", "image")
 
@@ -1213,7 +1223,7 @@ def test_the_main_job_on_real_clips_gives_a_playable_edit(tmp_path, qwen_folder,
 
 def test_a_still_picture_gives_a_picture(tmp_path, small_weights):
     write_image(tmp_path / "in.jpg", moving_picture(1, 70, 102)[0])
-    done = run_sample(tmp_path / "in.jpg", "Make it night.", "--weights", small_weights, "--steps", 1, cwd=tmp_path)
+    done = run_sample(tmp_path / "in.jpg", "--weights", small_weights, "--steps", 1, "Make it night.", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert read_image(tmp_path / "in_edited.png").shape == (64, 96, 3)
 
@@ -1275,7 +1285,8 @@ def test_the_bundled_weights_edit_their_example_in_a_minute(tmp_path):
     (["whole.jpg", "x", "--ref", "half.jpg"], "half.jpg"), (["whole.jpg", "x", "--device", "cuda"], "not available"),
     (["whole.jpg", "x", "-o", "words.png/out.png"], "cannot be written"), (["whole.jpg", "x", "--offload"], "no GPU"),
     (["whole.jpg", "x", "--weights", "nowhere"], "no such file or folder"), (["whole.mp4", "x", "-o", "out.avi"], ".mp4"),
-    (["whole.jpg", "x", "-o", "out.webp"], ".png"), (["whole.jpg", "x", "--shift", "0"], "above 0"),
+    (["whole.jpg", "x", "-o", "out.webp"], ".png"), (["whole.jpg", "x", "-o", "../" + "{}" + "/whole.jpg"], "would replace"),
+    (["--ref", "whole.jpg", "whole.mp4", "make it red"], '"make it red"; a clip and an instruction are needed'), (["whole.jpg", "x", "--shift", "0"], "above 0"),
     (["whole.jpg", "x", "--seed", str(2**64)], "--seed"),
 ])  # fmt: skip
 def test_bad_input_is_one_clear_line_and_a_failure(tmp_path, small_weights, case, says, capsys, monkeypatch):
@@ -1284,6 +1295,7 @@ def test_bad_input_is_one_clear_line_and_a_failure(tmp_path, small_weights, case
     bad_media(tmp_path)
     before = sorted(tmp_path.iterdir())
     monkeypatch.chdir(tmp_path)
+    case = [word.format(tmp_path.name) for word in case]
     weights = [] if "--weights" in case else ["--weights", str(small_weights)]
     monkeypatch.setattr(sys, "argv", ["sample.py", *case, *weights, *([] if "--device" in case else ["--device", "cpu"])])
     with pytest.raises(SystemExit) as exit_:
@@ -1517,8 +1529,13 @@ def test_every_ablation_of_the_source_trains_from_the_same_weights(tmp_path, les
         assert own.abs().max() > 0.01 > source.abs().max() > 0
     assert ("source_scale.weight" in trained) == (how == "add_learned")
     train.main(lessons(lesson, tmp_path / "next", "--weights", tmp_path / "run", settings=["steps=1"]))
-    over = KiwiEdit.from_pretrained(tmp_path / "run/step-000001/weights.safetensors", dtype=torch.float32, base=lesson / "weights")
+    saved = tmp_path / "run/step-000001/weights.safetensors"
+    over = KiwiEdit.from_pretrained(saved, dtype=torch.float32, base=lesson / "weights")
     assert (over.config.source, over.config.mllm.context) == (how, "queries"), "the checkpoint edits as it is"
+    for path in (saved, saved.parent, tmp_path / "run"):
+        same = KiwiEdit.from_pretrained(path, dtype=torch.float32)
+        assert same.config == over.config
+        assert all(torch.equal(a, b) for a, b in zip(same.parameters(), over.parameters())), "it lies over what it began with"
     config = json.loads((tmp_path / "next" / "config.json").read_text())["model"]
     assert (config["source"], config["mllm"]["context"]) == (how, "queries"), "the next stage goes on with the same model"
 
@@ -1530,6 +1547,11 @@ def test_a_released_training_checkpoint_goes_on_training(tmp_path, lesson, qwen_
     trained, before = load_file(tmp_path / "run" / "step-000001" / "weights.safetensors"), load_file(checkpoint)
     assert before.keys() < trained.keys()  # references are new
     assert all((trained[k] - before[k]).abs().max() < 0.01 for k in before)
+    model = KiwiEdit.from_pretrained(tmp_path / "run", dtype=torch.float32)
+    assert len(model.mllm.ref_queries) and not model.dit.patch_embedding.weight.is_meta
+    (tmp_path / "wan").rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match="began with .*--base says where it is"):
+        KiwiEdit.from_pretrained(tmp_path / "run")
 
 
 def test_training_from_a_cache_gives_the_same_losses_and_opens_no_file(tmp_path, lesson, monkeypatch):
@@ -1620,8 +1642,9 @@ def test_averaged_weights_are_what_their_decay_says(tmp_path, lesson):
 
 
 def test_another_run_goes_on_from_a_checkpoint_given_by_its_path(tmp_path, lesson):
-    train.main(lessons(lesson, tmp_path / "a", "--save-every", "1", settings=["steps=2"]))
-    resume = ["--resume", tmp_path / "a/step-000001"]
+    KiwiEdit.from_pretrained(lesson / "weights").save(tmp_path / "half")  # bfloat16, from which float32 goes on
+    train.main(lessons(lesson, tmp_path / "a", "--weights", tmp_path / "half", "--save-every", "1", settings=["steps=2"]))
+    resume = ["--weights", tmp_path / "half", "--resume", tmp_path / "a/step-000001"]
     train.main(lessons(lesson, tmp_path / "b", *resume, settings=["steps=2"]))
     assert losses(tmp_path / "b") == losses(tmp_path / "a")[1:]
     with pytest.raises(ValueError, match="later checkpoints"):
@@ -1941,6 +1964,10 @@ def test_what_ships_has_an_example_and_says_how_it_was_trained_and_is_the_same_e
     again = (tmp_path / "c/MODEL_CARD.md").read_text()
     assert again.count(clips) == 1 == again.count("3 of others")
     assert rows and all(row in again for row in rows) and again.count("| train.py stage 3 | 0 | 1 | 2 |") == 2
+    drawn = {"clips": 9, "seed": 1, "frames": 5, "tasks": {"change": 2, "add": 1}}
+    (tmp_path / "world.json").write_text(json.dumps(drawn))
+    (tmp_path / "run/config.json").write_text(json.dumps(nano.read_run(checkpoint.parent) | {"args": {"data": str(tmp_path), "weights": None}}))
+    assert nano.clips_seen(checkpoint, tmp_path) == "9 of `nano.py data --seed 1 --frames 5 --tasks change=2 add=1`"
 
 
 def test_bench_writes_what_judge_reads_and_eval_wants_held_out_clips(tmp_path, nano_data):

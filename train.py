@@ -179,6 +179,7 @@ def parse_arguments(argv=None):
         help="stop if more samples are broken (default %(default)s)",
     )
     add("--save-every", type=int, default=500, metavar="STEPS", help="default %(default)s")
+    add("--save-minutes", type=float, default=30.0, metavar="M", help="save after so long too (default %(default)g)")
     add("--keep", type=int, default=3, metavar="K", help="checkpoints that stay (default %(default)s)")
     add(
         "--sample-every", type=int, default=0, metavar="STEPS", help="edit the first row of each table (default: never)"
@@ -225,14 +226,17 @@ from data import (
 )  # fmt: skip
 from kernels import attention
 from model import (
-    PRESETS, QWEN_BASE, WAN_BASE, FlowMatch, KiwiEdit, PatchEmbedder, TensorFiles, listed, load_weights, local_path,
-    as_trained, config_of, leave_out_source, meta_parameters, mllm_sizes, only_weights, read_json, read_weights, released_name,
+    HUB_BASES, PRESETS, QWEN_BASE, FlowMatch, KiwiEdit, PatchEmbedder, TensorFiles, as_trained, config_of, find_checkpoint,
+    leave_out_source, listed, load_weights, local_path, meta_parameters, mllm_sizes, move_buffers, only_weights, read_json, read_weights,
+    released_name, valid_checkpoints,
 )  # fmt: skip
 from world import write_mllm_folder
 
 
 def main(argv=None):
     args = parse_arguments(argv)
+    # Workers hand over every tensor of a batch as an open file.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     if args.plot:
         return plot(Path(args.plot))
     if args.export:
@@ -469,13 +473,13 @@ def load_model(args, stage, ranks, checkpoint):
         inject_lora(model.mllm.model.language_model, stage.lora_rank, stage.lora_targets)
     if stage.dit_lora_rank and not has_lora(model.dit):
         inject_lora(model.dit, stage.dit_lora_rank, ("q", "k", "v", "o", "ffn.0", "ffn.2"))
-    if checkpoint and not args.dry_run:
-        load_weights(model, read_tensors(checkpoint / "weights.safetensors"), partial=True)
     choose_trained(model, stage)
     if args.dry_run:
         return model
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else ranks.dtype)
+    if checkpoint:  # only now: in the 16 bits of the weights it started from it would lose half its digits
+        load_weights(model, read_tensors(checkpoint / "weights.safetensors"), partial=True)
     if args.stage > 1 and not model.mllm.connector[2].weight.any() and ranks.first:
         print("warning: the Query Connector is untrained, so stage 1 was left out; the paper measured 1.47/3.01 without "
               "it against 2.84/3.98 (Table 5)", file=sys.stderr)  # fmt: skip
@@ -495,6 +499,7 @@ def start_model(config, files, device):
         model.dit.patch_embedding.weight = torch.nn.Parameter(widened)
         missing.remove("dit.patch_embedding.weight")
     begin_additions(model, missing, device)
+    move_buffers(model, device)
     return model
 
 
@@ -506,7 +511,7 @@ def export(run, folder):
         raise FileNotFoundError(f"--export {run}: not the folder of a run or of a checkpoint")
     path = checkpoint.parent / "config.json"
     run = read_json(path)
-    config, files = config_of(run["model"], path), read_weights_or_run(checkpoint, hub_base(run["args"]["config"]), QWEN_BASE)[1]
+    config, files = config_of(run["model"], path), read_weights(checkpoint)[1]
     config = replace(config, mllm=replace(config.mllm, **mllm_sizes(files, {})))  # a mode that was never trained stays away
     model = start_model(config, files, "cpu")
     merge_lora(model)
@@ -525,12 +530,7 @@ def read_start(args, ranks):
             ranks.first and print("start: random weights, for there is no --weights and no weights/nano", file=sys.stderr)
     if args.init == "random":
         return read_random(args, ranks, out)
-    return read_weights_or_run(args.weights, args.base or hub_base(args.config), args.qwen or QWEN_BASE)
-
-
-def hub_base(config):
-    """Where the hub has Wan's weights of a --config."""
-    return {"wan21_14b": "Wan-AI/Wan2.1-T2V-14B", "wan21_1_3b": "Wan-AI/Wan2.1-T2V-1.3B"}.get(config, WAN_BASE)
+    return read_weights(args.weights, args.base, args.qwen, HUB_BASES[args.config])
 
 
 def read_random(args, ranks, out):
@@ -554,20 +554,6 @@ def read_random(args, ranks, out):
         KiwiEdit(with_model_settings(config, args.set)).save(out / "init")
     dist.barrier()
     return read_weights(out / "init")
-
-
-def read_weights_or_run(path, base, qwen):
-    """`model.read_weights`, which also takes a run of ours or a checkpoint of one: it lies over what the run began with."""
-    checkpoint = find_checkpoint(Path(path)) if path else None
-    if checkpoint is None:
-        return read_weights(path, base, qwen)
-    began = read_json(checkpoint.parent / "config.json")["args"]
-    if began["init"] == "random":
-        config, files = read_weights(checkpoint.parent / "init")
-    else:
-        config, files = read_weights_or_run(began["weights"], began["base"] or base, began["qwen"] or qwen)
-    files.add(checkpoint / "weights.safetensors", over=True)
-    return as_trained(config, checkpoint), files
 
 
 def fit_to_ablation(model, files):
@@ -813,6 +799,15 @@ class Order:
 
 # Training
 
+def of_one_rank(tensor, ranks):
+    """A DTensor's memory as a plain tensor where one rank has all of it, else what is given: each of Muon's thirty
+    operations a matrix takes longer to dispatch on a DTensor than a small model's to do."""
+    if tensor is None or ranks.world > 1 or not hasattr(tensor, "to_local"):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()
+
+
 MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
 
 
@@ -845,7 +840,8 @@ class Trainer:
         self.counts = {"step": 0, "updates": 0, "samples": 0, "tokens": 0, "bad": 0, "skipped": 0, "seconds": 0.0}
         self.module = parallelise(model, args, ranks)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizers = make_optimizers(stage, self.trained)
+        self.updated = {name: of_one_rank(p, ranks) for name, p in self.trained.items()}
+        self.optimizers = make_optimizers(stage, self.updated)
         self.ema = {name: p.detach().clone() for name, p in self.trained.items()} if stage.ema else {}
         self.saver = Checkpoints(Path(args.out), args.keep, ranks)
         self.stop = None
@@ -862,7 +858,7 @@ class Trainer:
                 signal.signal(name, handler)
 
     def loop(self, checkpoint):
-        out, stage, counts = Path(self.args.out), self.stage, self.counts
+        out, stage, counts, saved = Path(self.args.out), self.stage, self.counts, time.monotonic()
         if self.ranks.first:
             write_config(self.args, stage, self.model, out)
             cut_log(out / "metrics.jsonl", counts["step"])
@@ -884,9 +880,10 @@ class Trainer:
                     loss=f"{line['loss']:.4f}", lr=f"{line['lr']:.1e}", samples_s=f"{line['samples_s']:.2f}"
                 )
                 bar.update()
-                step = counts["step"]
-                if step % self.args.save_every == 0 and step < stage.steps:
+                step, late = counts["step"], self.ranks.any(time.monotonic() - saved > 60 * self.args.save_minutes)
+                if (step % self.args.save_every == 0 or late) and step < stage.steps:
                     self.save()
+                    saved = time.monotonic()
                 if self.args.sample_every and step % self.args.sample_every == 0:
                     self.sample(step)
         if counts["step"] not in self.saver.steps:
@@ -937,7 +934,9 @@ class Trainer:
         rate = learning_rate(stage, self.counts["step"])
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = rate
-        norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), stage.clip or math.inf)
+        for p, updated in zip(self.trained.values(), self.updated.values()):
+            updated.grad = of_one_rank(p.grad, self.ranks)
+        norm = torch.nn.utils.clip_grad_norm_(self.updated.values(), stage.clip or math.inf)
         norm = norm.full_tensor().item() if hasattr(norm, "full_tensor") else norm.item()
         self.update(norm, paths, batch)
         report_bad(self.args, self.ranks, self.counts["step"] + 1, broken)
@@ -957,7 +956,8 @@ class Trainer:
         generators, t, chance = zip(*draws)
         pictures = batch["pictures"]
         if not self.args.cache:
-            pictures = [encode(model, self.stage, *sample, c) for sample, c in zip(pictures, chance)]
+            pictures = [encode(model, self.stage, target, source if self.stage.source else None, ref, c)
+                        for (target, source, ref), c in zip(pictures, chance)]  # fmt: skip
         latents, source, ref = (
             None if part[0] is None else torch.stack(part).to(self.ranks.device).float() for part in zip(*pictures)
         )
@@ -993,6 +993,8 @@ class Trainer:
             if self.ranks.first:
                 print(f"warning: {message}", file=sys.stderr)
         self.module.zero_grad()
+        for updated in self.updated.values():
+            updated.grad = None
 
     def count(self, tokens, bad, seconds):
         counts = self.counts
@@ -1013,7 +1015,7 @@ class Trainer:
 
     def optimizer_state(self):
         """The optimizers' moments by parameter name; before the first update zeros."""
-        names, moments = {p: name for name, p in self.trained.items()}, {}
+        names, moments = {p: name for name, p in self.updated.items()}, {}
         for optimizer in self.optimizers:
             for p in optimizer.param_groups[0]["params"]:
                 state = optimizer.state[p]
@@ -1160,6 +1162,8 @@ class Checkpoints:
 
     def write(self, path, snapshot):
         try:
+            if self.ranks.device.type == "cuda":  # a new thread begins on the first GPU
+                torch.cuda.set_device(self.ranks.device)
             self.write_folder(path, snapshot)
         except BaseException as error:  # it is raised where the training loop asks
             self.error = error
@@ -1196,28 +1200,6 @@ class Checkpoints:
 
 def copied(tensors):
     return {name: t.detach().cpu().clone() if t.is_cpu else t.detach().cpu() for name, t in tensors.items()}
-
-
-def valid_checkpoints(run):
-    """The checkpoint folders of a run, oldest first."""
-    needed = ("weights.safetensors", "train.json", "state/.metadata")
-    return [p for p in sorted(run.glob("step-*")) if all((p / name).is_file() for name in needed)]
-
-
-def find_checkpoint(path):
-    """The checkpoint that a run's folder or a checkpoint's own folder stands for; None if it is neither."""
-    if (path / "train.json").is_file():
-        return path
-    if (
-        path.is_dir()
-        and (path / "config.json").is_file()
-        and read_json(path / "config.json").get("format") == "nanokiwi run"
-    ):
-        found = valid_checkpoints(path)
-        if not found:
-            raise FileNotFoundError(f"{path}: this run has no checkpoint yet")
-        return found[-1]
-    return None
 
 
 def open_run(args, ranks):

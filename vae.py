@@ -7,7 +7,7 @@
       decoder.bottom, decoder.up: the same way back         } the layer to its last frames
     video (B, 3, T, H, W), clamped to [-1, 1]
 
-Working memory does not grow with T. The first frame stands alone (an image is a clip of one frame); every
+What a clip's length adds to working memory is its features at the latent grid alone. The first frame stands alone (an image is a clip of one frame); every
 latent frame after it stands for four. Parameters keep the names of `Wan2.2_VAE.pth` / `Wan2.1_VAE.pth`.
 
 Tiles: the released code decodes overlapping tiles, attention included, and blends them; it computes each

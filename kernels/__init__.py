@@ -1,8 +1,10 @@
 """The few operations on which a DiT step spends its time, each with its plain PyTorch twin.
 
-`dit.py` calls the functions below and never asks about hardware; `set_backend` chooses what they run:
+`dit.py` calls the functions below and never asks about hardware; `set_backend`, or KIWI_KERNELS=sdpa in the environment of
+any command, chooses what they run:
     "ref"     the definitions in plain PyTorch
     "sdpa"    PyTorch's fused attention; the rest as "ref"
+    "cudnn"   cuDNN's attention; the rest as "ref"
     "slices"  attention by slices of the batch; the rest as "ref"
     "triton"  our kernels
     "auto"    on a CPU "sdpa", and "slices" to train in bfloat16 on short sequences; on a GPU our kernels, with the attention that is measured fastest there
@@ -10,11 +12,12 @@ transformers probes for a package of this name, hence `__version__`; importing i
 `pick_device` chooses the device of every command but train.py, which has several.
 """
 
+import math
 import os
 
 import torch
 
-from kernels.attention import SLICE, attention_ref, attention_sdpa, attention_slices, attention_triton
+from kernels.attention import SLICE, attention_cudnn, attention_ref, attention_sdpa, attention_slices, attention_triton
 from kernels.norm import (
     gate_residual_norm_plain,
     gate_residual_norm_triton,
@@ -29,10 +32,10 @@ from kernels.norm import (
 __version__ = "0.0"
 __all__ = ["attention", "gate_residual", "gate_residual_norm", "layer_norm_modulate", "pick_device", "rms_norm_rope", "set_backend"]
 
-BACKENDS = ("auto", "ref", "sdpa", "slices", "triton")
-ATTENTION = {"ref": attention_ref, "sdpa": attention_sdpa, "slices": attention_slices, "triton": attention_triton}
+BACKENDS = ("auto", "ref", "sdpa", "cudnn", "slices", "triton")
+ATTENTION = {"ref": attention_ref, "sdpa": attention_sdpa, "cudnn": attention_cudnn, "slices": attention_slices, "triton": attention_triton}
 backend = "auto"
-fastest = {}  # (device, dtype, head_dim) -> name of an attention, measured
+fastest = {}  # (device, dtype, head_dim, whether it trains) -> name of an attention, measured
 
 
 def attention(q, k, v):
@@ -70,10 +73,10 @@ def gate_residual_norm(x, y, gate, shift, scale, eps):
 
 
 def set_backend(name):
-    """Choose "auto", "ref", "sdpa", "slices" or "triton" for all functions above, from now on and for the whole process."""
+    """Choose one of BACKENDS for all functions above, from now on and for the whole process."""
     global backend
     if name not in BACKENDS:
-        raise ValueError(f"set_backend({name!r}): expected one of {', '.join(BACKENDS)}")
+        raise ValueError(f"{name!r} is no backend (KIWI_KERNELS, set_backend): expected one of {', '.join(BACKENDS)}")
     if name == "triton" and not has_triton():
         raise ImportError("set_backend('triton'): triton is not installed; pip install triton, or take 'auto'")
     backend = name
@@ -108,31 +111,42 @@ def choose(x, measured=False):
 
 
 def fastest_attention(device, dtype, head_dim):
-    """Measure once, say what was taken. Inside torch.compile there is no stopwatch: call once before compiling."""
-    key = (device, dtype, head_dim)
+    """Measure once, say what was taken; one that fails is not taken. Inside torch.compile there is no stopwatch: call
+    once before compiling."""
+    key = (device, dtype, head_dim, torch.is_grad_enabled())
     if key not in fastest:
-        if head_dim < 16 or head_dim & (head_dim - 1):
+        if head_dim < 16 or head_dim & (head_dim - 1) or dtype == torch.float32:  # of which tensor cores do none exactly
             return "sdpa"
         if torch.compiler.is_compiling():
             return "triton"
-        times = {name: milliseconds(ATTENTION[name], *key) for name in ("triton", "sdpa")}
+        times = {name: milliseconds(name, *key) for name in ("triton", "sdpa", "cudnn")}
         fastest[key] = min(times, key=times.get)
         measured = ", ".join(f"{name} {time:.2f} ms" for name, time in times.items())
-        print(f"kernels: attention of {dtype}, head_dim {head_dim} on {torch.cuda.get_device_name(device)}: "
-              f"{measured}; taking {fastest[key]}", flush=True)  # fmt: skip
+        print(f"kernels: attention of {dtype}, head_dim {head_dim}, {'forward and backward' if key[-1] else 'forward'} "
+              f"on {torch.cuda.get_device_name(device)}: {measured}; taking {fastest[key]}", flush=True)  # fmt: skip
     return fastest[key]
 
 
-def milliseconds(function, device, dtype, head_dim):
-    """The median forward of 8,192 tokens and 8 heads, of 10 after 3 to warm up; every run reads fresh memory."""
+def milliseconds(name, device, dtype, head_dim, trains):
+    """The median of 8,192 tokens and 8 heads, of 10 after 3 to warm up; every run reads fresh memory. Infinity, which is
+    said, where it fails."""
     inputs = [torch.randn(3, 1, 8192, 8, head_dim, device=device, dtype=dtype) for _ in range(3)]
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(13)]
-    with torch.no_grad(), torch.cuda.device(device):
-        for i, (start, stop) in enumerate(events):
-            start.record()
-            function(*inputs[i % 3])
-            stop.record()
-        torch.cuda.synchronize()
+    try:
+        with torch.set_grad_enabled(trains), torch.cuda.device(device):
+            for i, (start, stop) in enumerate(events):
+                qkv = [x.detach().requires_grad_(trains) for x in inputs[i % 3]]
+                start.record()
+                out = ATTENTION[name](*qkv)
+                if trains:
+                    torch.autograd.grad(out, qkv, inputs[i % 3][0])
+                stop.record()
+            torch.cuda.synchronize()
+    except torch.AcceleratorError:
+        raise
+    except Exception as error:
+        print(f"kernels: {name} is left out: {type(error).__name__}: {str(error).strip()[:200]}", flush=True)
+        return math.inf
     return sorted(start.elapsed_time(stop) for start, stop in events[3:])[5]
 
 
@@ -144,3 +158,7 @@ def pick_device(name=None):
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"--device {name}: not available here; leave it out to use what there is") from None
+
+
+if os.environ.get("KIWI_KERNELS"):
+    set_backend(os.environ["KIWI_KERNELS"])

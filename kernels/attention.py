@@ -7,14 +7,15 @@ FLOPs: 4 Lq Lk d per head forward, 10 backward (and 4 to recompute the scores). 
 
 The kernels follow FlashAttention-2 (arXiv 2307.08691): a block of queries meets all keys with a running softmax
 (arXiv 1805.02867) and the scores never leave the chip; backward recomputes them from the log-sum-exp, once per block
-of queries for dq and once per block of keys for dk and dv, so nothing is added atomically and every run gives the
-same bits. Loads go through pointers or, on Hopper, through the tensor memory accelerator (TMA); whether a
+of queries for dq and once per block of keys for dk and dv, so nothing is added atomically and a
+configuration gives the same bits each time (another process may time another one as the fastest). Loads go through pointers or, on Hopper, through the tensor memory accelerator (TMA); whether a
 producer warp of its own issues them (warp specialisation) is a configuration too. The first launch of a shape's
-size class times the configurations below.
+size class times the configurations below; `python -m kernels.bench check` runs each of them by itself.
 """
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 
 import torch
@@ -43,6 +44,12 @@ def attention_slices(q, k, v):
 def attention_sdpa(q, k, v):
     """PyTorch's own fused attention; it wants (B, H, L, d)."""
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def attention_cudnn(q, k, v):
+    """That of cuDNN, which PyTorch has but does not choose by itself on every card."""
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
+        return attention_sdpa(q, k, v)
 
 
 def head_matrix(pointer, length, ROW: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr):
@@ -230,14 +237,17 @@ def triton_config(name, blocks):
     return triton.Config(dict(zip(names, tiles)), num_warps=warps, num_stages=stages)
 
 
-def usable(configs, arguments, **_):
+def usable(configs, arguments, DIM, **_):
     """The configurations for this device: the tensor memory accelerator came with Hopper, and Triton's warp
-    specialisation was tried for Hopper only."""
+    specialisation was compiled for Hopper and heads of 64 and 128 alone. Products of float32 are no tensor core's: they take minutes to compile in
+    large tiles, so there is one of small ones."""
     if not arguments["q"].is_cuda:
         return configs
+    if arguments["q"].dtype == torch.float32:
+        return configs[-1:]
     major, _ = torch.cuda.get_device_capability(arguments["q"].device)
     return [
-        c for c in configs if (major >= 9 or not c.kwargs["TMA"]) and (major == 9 or not c.kwargs.get("SPECIALISE"))
+        c for c in configs if (major >= 9 or not c.kwargs["TMA"]) and (major == 9 and DIM >= 64 or not c.kwargs.get("SPECIALISE"))
     ]
 
 
@@ -254,8 +264,20 @@ def compiled(name):
     configs = [triton_config(name, config) for config in CONFIGS[name]]
     if triton.knobs.runtime.interpret:  # nothing to time
         configs = configs[:1]
-    tune = triton.autotune(configs, ["size_class", "DIM"], prune_configs_by={"early_config_prune": usable})
-    return tune(globals()[name])
+    prune = {"early_config_prune": usable}
+    return triton.autotune(configs, ["size_class", "DIM"], prune_configs_by=prune, do_bench=time_or_skip)(globals()[name])
+
+
+def time_or_skip(run, quantiles):
+    """Milliseconds of a configuration; of one that this device or this Triton cannot compile or launch, which is said,
+    infinity. An error of the device itself (torch.AcceleratorError) ends the process's work there: it passes through."""
+    try:
+        return triton.testing.do_bench(run, warmup=5, rep=30, quantiles=quantiles)
+    except torch.AcceleratorError:
+        raise
+    except Exception as error:
+        print(f"kernels: a configuration of attention is left out: {type(error).__name__}: {str(error).strip()[:200]}", flush=True)
+        return [math.inf] * len(quantiles)
 
 
 def launch(name, rows, block, tensors, q, k):

@@ -7,15 +7,18 @@
     edit        a whole edit by phase: encode, 50 steps, decode (random weights; the context is random too)
     train       steps of train.py, stage 2, random weights
     memory      no device needed: peak memory of an edit at 480p and 720p by part, computed on tensors without storage
+    check       every configuration of the attention kernels by itself, forward and backward, against float32
     compile     no device needed: compile every kernel for one, and list registers, spills and shared memory
 
 On a GPU the sizes are those of Wan2.2-TI2V-5B at 480p and 720p in bfloat16, and fractions are of a matrix product and
 a copy measured in the same run. On a CPU the widths are real, the rest is small. What is compared runs in turns, and a
 figure is the median of its turns; on a GPU between events, with the L2 cache flushed before each turn.
-Everything is printed and goes to bench/<device>.json. This command alone in kernels/ knows the floors above it.
+Everything is printed and goes to bench/<device>.json, row by row: what stops early keeps its rows. Several sections run
+each in a process of its own, so that one that fails leaves the device to the next. This command alone in kernels/ knows the floors above it.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -26,7 +29,7 @@ import time
 from pathlib import Path
 
 EXAMPLES = """examples:
-  python -m kernels.bench attention norm        # the kernels
+  python -m kernels.bench check attention norm --limit 200    # the kernels, at most 200 s a section
   python -m kernels.bench dit vae --repeat 9    # the model beside diffusers (pip install diffusers)
   python -m kernels.bench compile --arch 80     # will it spill on an A100?
 """
@@ -45,6 +48,7 @@ def parse_arguments(argv=None):
     add("what", nargs="+", choices=list(SECTIONS), help="what to measure, one or more")
     add("--repeat", type=int, default=7, help="turns of each measurement (default %(default)s)")
     add("--steps", type=int, default=50, help="edit: denoising steps (default %(default)s)")
+    add("--limit", type=float, metavar="SECONDS", help="stop a section after so long (default: never)")
     add("--arch", type=int, default=90, help="compile: compute capability, e.g. 80, 89, 90 (default %(default)s)")
     add("--out", type=Path, default=HOUSE / "bench", help="folder of the results (default: bench/ of this repository)")
     return parser.parse_args(argv)
@@ -52,14 +56,36 @@ def parse_arguments(argv=None):
 
 def main(argv=None):
     args = parse_arguments(argv)
-    for what in args.what:
-        started = time.time()
-        rows = SECTIONS[what](args)
-        print(table(rows))
-        nowhere = {"compile": f"sm_{args.arch}, compiled only", "memory": "computed"}
-        device = nowhere.get(what) or device_name()
-        path = save(args.out, device, what, rows, argv)
-        print(f"{what}: {time.time() - started:.0f} s, {path}\n", flush=True)
+    if len(args.what) > 1 or args.limit:
+        return sys.exit("; ".join(filter(None, (in_a_process(what, args) for what in args.what))) or None)
+    (what,), rows, path, started = args.what, [], None, time.time()
+    nowhere = {"compile": f"sm_{args.arch}, compiled only", "memory": "computed"}
+    device = nowhere.get(what) or device_name()
+    try:
+        for row in SECTIONS[what](args):
+            rows.append(row)
+            path = save(args.out, device, what, rows, argv)
+    finally:
+        if rows:
+            print(f"{table(rows)}\n{what}: {len(rows)} rows, {time.time() - started:.0f} s, {path}\n", flush=True)
+
+
+def in_a_process(what, args):
+    """Measure a section in a process of its own, which ends with all that it started -> what went wrong, or None."""
+    import signal
+    import subprocess
+
+    options = ["--repeat", args.repeat, "--steps", args.steps, "--arch", args.arch, "--out", args.out]
+    command = [sys.executable, "-m", "kernels.bench", what, *map(str, options)]
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        return f"{what}: failed" if process.wait(args.limit) else None
+    except subprocess.TimeoutExpired:
+        return f"{what}: stopped after {args.limit:g} s"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 # Measuring
@@ -98,8 +124,10 @@ def in_turns(functions, repeat):
         for name, function in list(alive.items())[:: -1 if turn % 2 else 1]:  # nobody always comes first
             try:
                 seconds = once(function, flush)
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                print(f"  {name}: {str(error).strip().splitlines()[0][:150]}", flush=True)
+            except torch.AcceleratorError:  # the device gives nothing more to this process
+                raise
+            except Exception as error:  # Triton's are no RuntimeErrors
+                print(f"  {name}: {type(error).__name__}: {str(error).strip()[:150]}", flush=True)
                 del alive[name]
                 continue
             if turn:
@@ -116,6 +144,7 @@ def once(function, flush):
         return time.perf_counter() - start
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     flush.zero_()
+    torch.cuda._sleep(2_000_000)  # about a millisecond, in which the CPU gets ahead: its time to launch is not the kernel's
     start.record()
     function()
     stop.record()
@@ -184,16 +213,16 @@ def attention(args):
         device, shapes = "cuda", [(1, *shape, torch.bfloat16) for shape in (
             (18480, 18480, 24, 128), (8190, 8190, 24, 128), (18480, 512, 24, 128), (18480, 1600, 24, 128),
             (75600, 75600, 4, 128), (18480, 18480, 24, 64))]  # fmt: skip
-        candidates = {"triton": ATTENTION["triton"], "cudnn": backend(SDPBackend.CUDNN_ATTENTION),
+        candidates = {"triton": ATTENTION["triton"], "cudnn": ATTENTION["cudnn"],
                       "flash": backend(SDPBackend.FLASH_ATTENTION),
                       "efficient": backend(SDPBackend.EFFICIENT_ATTENTION)}  # fmt: skip
         peak = ceilings(args.repeat)[0]
     else:
         device, shapes = "cpu", [(1, *shape, torch.float32) for shape in ((1024, 1024, 12, 128), (1024, 512, 12, 128), (1024, 1024, 12, 64))]
         shapes += [(32, *shape, 8, 32, torch.bfloat16) for shape in ((64, 64), (256, 256), (256, 96))]  # a batch of nano's
-        candidates = {name: ATTENTION[name] for name in ("sdpa", "ref", "slices")}
+        candidates = {name: ATTENTION[name] for name in ("slices", "sdpa", "ref")}
         peak = None
-    rows = []
+    ours = next(iter(candidates))
     for B, Lq, Lk, heads, dim, dtype in shapes:
         q, k, v = (torch.randn(B, n, heads, dim, device=device, dtype=dtype, requires_grad=True) for n in (Lq, Lk, Lk))
         grad = torch.randn_like(q)
@@ -206,11 +235,24 @@ def attention(args):
             row = {"B, Lq x Lk, heads x dim": f"{B}, {Lq} x {Lk}, {heads} x {dim}", "dtype": str(dtype)[6:], "direction": direction}
             row |= {f"{name} TFLOP/s": factor * flops / s / 1e12 for name, s in seconds.items()}
             if peak:
-                best = min(s for name, s in seconds.items() if name != "triton" and not math.isnan(s))
-                row |= {"best other / ours": best / seconds["triton"]}
-                row |= {"of matmul": factor * flops / seconds["triton"] / 1e12 / peak}
-            rows.append(row)
-    return rows
+                best = min((s for name, s in seconds.items() if name != ours and not math.isnan(s)), default=math.nan)
+                row |= {"best other / ours": best / seconds[ours]}
+                row |= {"of matmul": factor * flops / seconds[ours] / 1e12 / peak}
+            yield row | {f"{ours} to sdpa": relative_difference(runs[ours], attention_run(ATTENTION["sdpa"], direction, (q, k, v), grad))}
+
+
+def relative_difference(ours, theirs):
+    """|ours - theirs| / |theirs| of all that two functions return; nan where one of them cannot run."""
+    import torch
+
+    try:
+        pairs = [x if isinstance(x, tuple) else (x,) for x in (ours(), theirs())]
+        sizes = [(torch.dist(a.float(), b.float()), b.float().norm()) for a, b in zip(*pairs)]
+    except torch.AcceleratorError:
+        raise
+    except Exception:
+        return math.nan
+    return (sum(d**2 for d, _ in sizes) / sum(n**2 for _, n in sizes)).sqrt().item()
 
 
 def attention_run(function, direction, qkv, grad):
@@ -224,9 +266,64 @@ def attention_run(function, direction, qkv, grad):
     def run():
         if not kept:
             kept.append(function(*qkv))
-        torch.autograd.grad(kept[0], qkv, grad, retain_graph=True)
+        return torch.autograd.grad(kept[0], qkv, grad, retain_graph=True)
 
     return run
+
+
+def check(args):
+    """Each configuration of the attention kernels in a process of its own, a minute at most: one that hangs, cannot be
+    launched or computes something else is told apart from the rest, before a stopwatch may choose it."""
+    from multiprocessing import get_context
+
+    from kernels import attention as _  # noqa: F401: the package imports its files
+    from kernels.bench import check_one
+
+    configs = sys.modules["kernels.attention"].CONFIGS
+    if not on_gpu():
+        os.environ["TRITON_INTERPRET"] = "1"
+    cases = [(name, config, dim) for name, known in configs.items() for config in known for dim in (128, 64)]
+    context, at_once = get_context("spawn"), 8 if on_gpu() else 2
+    for i in range(0, len(cases), at_once):
+        answers = [context.SimpleQueue() for _ in cases[i : i + at_once]]
+        running = [context.Process(target=check_one, args=(*case, answer)) for case, answer in zip(cases[i:], answers)]
+        for process in running:
+            process.start()
+        end = time.monotonic() + 60 if on_gpu() else time.monotonic() + 600
+        for (name, config, dim), process, answer in zip(cases[i:], running, answers):
+            process.join(max(0, end - time.monotonic()))
+            found = {"relative difference": math.nan, "same bits again": False, "failed": "" if process.exitcode == 0 else "ended"}
+            if process.is_alive():
+                process.kill()
+                found["failed"] = "hung"
+            yield {"kernel": name, "configuration": str(config), "head_dim": dim} | (found if answer.empty() else answer.get())
+
+
+def check_one(name, config, dim, answer):
+    """Forward and backward with one configuration of a kernel, the plainest of the others, at lengths with tails."""
+    import torch
+
+    from kernels import ATTENTION
+
+    kernels = sys.modules["kernels.attention"]
+    for other in kernels.CONFIGS:
+        kernels.CONFIGS[other] = [config] if other == name else kernels.CONFIGS[other][-1:]
+    place, lengths = ("cuda", (8190, 1600)) if on_gpu() else ("cpu", (130, 70))
+    dtype = torch.bfloat16 if on_gpu() else torch.float32  # the interpreter's arithmetic of 16 bits is its own
+    try:
+        q, k, v = (torch.randn(1, n, 2, dim, device=place, dtype=dtype, requires_grad=True) for n in (lengths[0], *lengths[1:] * 2))
+        grad = torch.randn_like(q)
+        exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
+        kernels.usable = lambda configs, arguments, **_: configs
+        results = []
+        for function, inputs in ((ATTENTION["triton"], (q, k, v)),) * 2 + ((ATTENTION["ref"], exact),):
+            out = function(*inputs)
+            results.append((out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))))
+        ours, again, theirs = results
+        same = all(torch.equal(a, b) for a, b in zip(ours, again))
+        answer.put({"relative difference": relative_difference(lambda: ours, lambda: theirs), "same bits again": same, "failed": ""})
+    except Exception as error:
+        answer.put({"relative difference": math.nan, "same bits again": False, "failed": f"{type(error).__name__}: {str(error).strip()[:120]}"})
 
 
 def norm(args):
@@ -234,9 +331,11 @@ def norm(args):
 
     if on_gpu():
         peak = ceilings(args.repeat)[1]
-        return norm_rows(args.repeat, (21, 22, 40), 24, torch.bfloat16, peak)
-    return [row for heads in (12, 24) for dtype in (torch.float32, torch.bfloat16)
-            for row in norm_rows(args.repeat, (4, 16, 16), heads, dtype)]  # fmt: skip
+        yield from norm_rows(args.repeat, (21, 22, 40), 24, torch.bfloat16, peak)
+        return
+    for heads in (12, 24):
+        for dtype in (torch.float32, torch.bfloat16):
+            yield from norm_rows(args.repeat, (4, 16, 16), heads, dtype)
 
 
 def norm_rows(repeat, grid, heads, dtype, peak=None):
@@ -277,7 +376,6 @@ def norm_rows(repeat, grid, heads, dtype, peak=None):
         "gate_residual_norm": (lambda *tensors: kernels.gate_residual_norm(*tensors, 1e-6), usual_gate_norm,
                                (x, y, gate, shift, scale), (4, 6)),
     }  # fmt: skip
-    rows = []
     for name, (ours, usual, inputs, passes) in cases.items():
         for direction, count in zip(("forward", "backward"), passes):
             runs = {"ours": norm_run(ours, direction, inputs), "usual": norm_run(usual, direction, inputs)}
@@ -286,8 +384,7 @@ def norm_rows(repeat, grid, heads, dtype, peak=None):
             row = {"kernel": name, "L x D": f"{L} x {D}", "dtype": str(dtype)[6:], "direction": direction,
                    "ours ms": seconds["ours"] * 1000, "usual ms": seconds["usual"] * 1000,
                    "ours / usual": seconds["ours"] / seconds["usual"], "GB/s": bandwidth}  # fmt: skip
-            rows.append(row | ({"of copy": bandwidth / peak} if peak else {}))
-    return rows
+            yield row | ({"of copy": bandwidth / peak} if peak else {}) | {"relative difference": relative_difference(*runs.values())}
 
 
 def norm_run(function, direction, inputs):
@@ -303,12 +400,9 @@ def norm_run(function, direction, inputs):
 def compile_all(args):
     """Every kernel in every configuration through ptxas, at the widths of the 5B and the 14B model."""
     os.environ.pop("TRITON_INTERPRET", None)  # set, there would be nothing to compile
-    import importlib
-
     import triton
 
     attention, norm = (importlib.import_module(f"kernels.{name}") for name in ("attention", "norm"))
-    rows = []
     for name, configs in attention.CONFIGS.items():
         attention.compiled(name)
         for dim in (128, 64):
@@ -319,7 +413,7 @@ def compile_all(args):
                 constants = {"HEADS": 24, "DIM": dim, "PRECISION": "tf32", **blocks.kwargs}
                 options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}
                 label = f"head_dim {dim}, {config}"
-                rows.append(compile_one(triton, args.arch, getattr(attention, name), label, constants, options))
+                yield compile_one(triton, args.arch, getattr(attention, name), label, constants, options)
     left_out = {
         "rms_norm_rope_forward": [(), ("cos", "sin")],
         "rms_norm_rope_backward": [()],
@@ -334,8 +428,7 @@ def compile_all(args):
             for absent in variants:
                 constants = {"D": D, "PAIRS": 64, "BLOCK": shape["BLOCK"], **dict.fromkeys(absent)}
                 label = f"width {D}" + (f", without {' '.join(absent)}" if absent else "")
-                rows.append(compile_one(triton, args.arch, kernel, label, constants, {"num_warps": shape["num_warps"]}))
-    return rows
+                yield compile_one(triton, args.arch, kernel, label, constants, {"num_warps": shape["num_warps"]})
 
 
 FLOATS = ("lse", "delta", "cos", "sin", "rstd", "mean", "dweight", "dgate", "dshift", "dscale")
@@ -376,17 +469,18 @@ def compile_one(triton, arch, kernel, label, constants, options):
 # The model
 
 
-def diffusers():
-    try:
-        import diffusers
-    except ImportError:
-        sys.exit("kernels.bench: the comparison needs diffusers; pip install diffusers")
-    return diffusers
+def has_diffusers():
+    if importlib.util.find_spec("diffusers"):
+        return True
+    print("note: measured alone, for a comparison pip install diffusers", flush=True)
+    return False
 
 
 def diffusers_dit(config):
     """The same Wan DiT in diffusers; `model.load_weights` takes its names."""
-    return diffusers().WanTransformer3DModel(
+    from diffusers import WanTransformer3DModel
+
+    return WanTransformer3DModel(
         patch_size=config.patch_size, num_attention_heads=config.num_heads, attention_head_dim=config.head_dim,
         in_channels=config.in_dim, out_channels=config.out_dim, text_dim=config.text_dim, freq_dim=config.freq_dim,
         ffn_dim=config.ffn_dim, num_layers=config.num_layers, cross_attn_norm=True, eps=config.eps,
@@ -395,6 +489,8 @@ def diffusers_dit(config):
 
 def diffusers_vae(config):
     """The same Wan VAE in diffusers; `diffusers_vae_name` gives its names."""
+    from diffusers import AutoencoderKLWan
+
     mean, std = config.statistics
     sizes = {"base_dim": config.dim, "z_dim": config.z_dim, "dim_mult": list(config.dim_mult), "latents_mean": mean,
              "latents_std": std, "num_res_blocks": config.num_res_blocks,
@@ -402,7 +498,7 @@ def diffusers_vae(config):
     if config.version == "2.2":
         sizes |= {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12,
                   "decoder_base_dim": config.decoder_dim, "scale_factor_spatial": 16}  # fmt: skip
-    return diffusers().AutoencoderKLWan(**sizes)
+    return AutoencoderKLWan(**sizes)
 
 
 def built(device, dtype, make):
@@ -427,13 +523,14 @@ def dit(args):
     from model import PRESETS
 
     if on_gpu():
-        cases = [(name, DiTConfig(), grid, torch.bfloat16) for name, grid in GRIDS.items()]
-        cases.append(("720p + reference", DiTConfig(), (22, 44, 80), torch.bfloat16))
+        grids = {"720p": GRIDS["720p"], "720p + reference": (22, 44, 80), "480p": GRIDS["480p"], "480p + reference": (22, 30, 52)}
+        cases = [(name, DiTConfig(), grid, torch.bfloat16) for name, grid in grids.items()]
     else:
         small, large = replace(PRESETS["wan21_1_3b"].dit, num_layers=3), replace(DiTConfig(), num_layers=1)
         cases = [(name, config, (4, 32, 32), dtype) for dtype in (torch.float32, torch.bfloat16)
                  for name, config in (("1.3B, 3 of 30 layers", small), ("5B, 1 of 30 layers", large))]  # fmt: skip
-    return [dit_row(args, *case) for case in cases]
+    for case in cases:
+        yield dit_row(args, *case)
 
 
 def dit_row(args, name, config, grid, dtype):
@@ -444,9 +541,10 @@ def dit_row(args, name, config, grid, dtype):
     from model import load_weights
 
     device = "cuda" if on_gpu() else "cpu"
-    theirs = built(device, dtype, lambda: diffusers_dit(config))
     ours = built(device, dtype, lambda: DiT(config))
-    load_weights(ours, theirs.state_dict())
+    theirs = built(device, dtype, lambda: diffusers_dit(config)) if has_diffusers() else None
+    if theirs:
+        load_weights(ours, theirs.state_dict())
     x = torch.randn(1, config.in_dim, *grid, device=device, dtype=dtype)
     text = torch.randn(1, 512, config.text_dim, device=device, dtype=dtype)
     t = torch.tensor([500.0], device=device)
@@ -454,16 +552,16 @@ def dit_row(args, name, config, grid, dtype):
         kept = ours.context_keys_values(ours.text_embedding(text))
     runs = {
         "ours": lambda: ours(x, t, ours.text_embedding(text)),
-        "diffusers": lambda: theirs(x, t, text, return_dict=False)[0],
+        "diffusers": theirs and (lambda: theirs(x, t, text, return_dict=False)[0]),
         "ours, context kept": lambda: ours(x, t, kept),
     }
     if on_gpu():
-        our_compiled, their_compiled = torch.compile(ours), torch.compile(theirs)
+        torch._dynamo.reset()  # else another grid than the last would make the sizes variables, and slower code
+        our_compiled, their_compiled = (model and torch.compile(model, dynamic=False) for model in (ours, theirs))
         runs["ours, compiled"] = lambda: our_compiled(x, t, kept)
-        runs["diffusers, compiled"] = lambda: their_compiled(x, t, text, return_dict=False)[0]
+        runs["diffusers, compiled"] = theirs and (lambda: their_compiled(x, t, text, return_dict=False)[0])
     with torch.no_grad():
-        expected = runs["diffusers"]().float()
-        difference = ((runs["ours"]().float() - expected).norm() / expected.norm()).item()
+        difference = relative_difference(runs["ours"], runs["diffusers"])
         seconds = in_turns(runs, args.repeat)
     tokens = grid[0] * grid[1] * grid[2] // 4
     row = {"model": name, "tokens": tokens, "dtype": str(dtype)[6:]} | {f"{k} s": s for k, s in seconds.items()}
@@ -479,7 +577,9 @@ def vae(args):
     if on_gpu():
         size, dtypes = (81, 704, 1280), (torch.bfloat16,)
     configs = [VAEConfig(), VAEConfig(version="2.1", dim=96, z_dim=16)]
-    return [row for config in configs for dtype in dtypes for row in vae_rows(args, config, size, dtype)]
+    for config in configs:
+        for dtype in dtypes:
+            yield from vae_rows(args, config, size, dtype)
 
 
 def vae_rows(args, config, size, dtype):
@@ -490,29 +590,23 @@ def vae_rows(args, config, size, dtype):
 
     device = "cuda" if on_gpu() else "cpu"
     ours = built(device, dtype, lambda: VAE(config))
-    theirs = built(device, dtype, lambda: diffusers_vae(config))
-    theirs.load_state_dict({diffusers_vae_name(k, config): v for k, v in ours.state_dict().items()})
+    theirs = built(device, dtype, lambda: diffusers_vae(config)) if has_diffusers() else None
+    if theirs:
+        theirs.load_state_dict({diffusers_vae_name(k, config): v for k, v in ours.state_dict().items()})
     video = torch.rand(1, 3, *size, device=device, dtype=dtype) * 2 - 1
-    rows = []
     with torch.no_grad():
         latents = ours.encode(video)
         z = ours.denormalise(latents)  # diffusers leaves the normalisation to its pipelines
-        encode = {"ours": lambda: ours.encode(video), "diffusers": lambda: theirs.encode(video).latent_dist.mean}
-        decode = {"ours": lambda: ours.decode(latents), "diffusers": lambda: theirs.decode(z, return_dict=False)[0]}
+        encode = {"ours": lambda: ours.encode(video), "diffusers": theirs and (lambda: ours.normalise(theirs.encode(video).latent_dist.mean))}
+        decode = {"ours": lambda: ours.decode(latents), "diffusers": theirs and (lambda: theirs.decode(z, return_dict=False)[0])}
         for direction, runs in (("encode", encode), ("decode", decode)):
-            outputs = {name: run().float() for name, run in runs.items()} if not on_gpu() else {}
-            seconds = in_turns(runs, args.repeat if not on_gpu() else 3)
+            seconds = in_turns(runs, args.repeat if not on_gpu() else 1)
             row = {"VAE": config.version, "frames": "x".join(map(str, size)), "dtype": str(dtype)[6:],
                    "direction": direction} | {f"{name} s": s for name, s in seconds.items()}  # fmt: skip
             row["ours / diffusers"] = seconds["ours"] / seconds["diffusers"]
             if on_gpu():
-                row |= {f"{name} GiB": peak_memory(run) for name, run in runs.items()}
-            else:
-                a, b = outputs.values()
-                b = ours.normalise(b) if direction == "encode" else b
-                row["relative difference"] = ((a - b).norm() / b.norm()).item()
-            rows.append(row)
-    return rows
+                row |= {f"{name} GiB": peak_memory(run) if run else math.nan for name, run in runs.items()}
+            yield row | {"relative difference": relative_difference(*runs.values())}
 
 
 def peak_memory(run):
@@ -574,8 +668,8 @@ def edit(args):
                   "decode": lambda: model.decode_frames(source)}  # fmt: skip
         seconds = in_turns(phases, 1)
     label = "x".join(map(str, size))
-    rows = [{"model": name, "frames": label, "phase": phase, "s": s} for phase, s in seconds.items()]
-    return [*rows, {"model": name, "frames": label, "phase": f"all, {args.steps} steps", "s": sum(seconds.values())}]
+    for phase, s in {**seconds, f"all, {args.steps} steps": sum(seconds.values())}.items():
+        yield {"model": name, "frames": label, "phase": phase, "s": s}
 
 
 def memory(args):
@@ -592,7 +686,6 @@ def memory(args):
     kernels.set_backend("triton")  # on meta tensors an operator gives its result's shape
     model = built("meta", torch.bfloat16, lambda: KiwiEdit(replace(PRESETS["wan22_5b"], mllm=None)))
     dim, empty = model.config.dit.dim, lambda *shape: torch.empty(*shape, device="meta", dtype=torch.bfloat16)
-    rows = []
     for name, (frames, height, width) in GRIDS.items():
         latents, ref = empty(1, 48, frames, height, width), empty(1, 48, 1, height, width)
         video = torch.empty(1, 3, 4 * frames - 3, 16 * height, 16 * width, dtype=torch.bfloat16)  # never on the GPU
@@ -608,9 +701,8 @@ def memory(args):
             weights = sum(p.numel() * p.element_size() for p in module.parameters()) / 2**30
             with torch.no_grad():
                 peak = peak_of_live_tensors(run, module)
-            rows.append({"frames": name, "part": part, "weights GiB": weights, "peak GiB": peak, "sum GiB": weights + peak})
+            yield {"frames": name, "part": part, "weights GiB": weights, "peak GiB": peak, "sum GiB": weights + peak}
     kernels.set_backend("auto")
-    return rows
 
 
 def peak_of_live_tensors(run, module):
@@ -657,23 +749,22 @@ def train(args):
 
     import torch
 
-    name, settings, sizes = "nano", ["dit.num_layers=6"], {"small": (9, 128, 128)}
+    name, settings, sizes = "nano", ["dit.num_layers=9"], {"small": (9, 128, 128)}
     if on_gpu():
         name, sizes = "wan22_5b", {"480p": (81, 480, 832), "720p": (81, 704, 1280)}
         large = torch.cuda.get_device_properties(0).total_memory > 110 * 2**30
         settings = [f"dit.num_layers={30 if large else 15}"]
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for label, size in sizes.items():
+    for size in sizes.values():
+        with tempfile.TemporaryDirectory() as folder:  # one at a time: half of the 5B's random weights are 13 GB
             lines = train_run(Path(folder), name, size, settings, args.repeat)[2:]
-            row = {"model": f"{name}, {settings[0][4:]}", "frames": "x".join(map(str, size))}
-            keys = [key for key in ("seconds", "tokens_s", "tflop_s", "mfu", "memory_gib") if key in lines[0]]
-            rows.append(row | {key: statistics.median(line[key] for line in lines) for key in keys})
-    return rows
+        row = {"model": f"{name}, {settings[0][4:]}", "frames": "x".join(map(str, size))}
+        keys = [key for key in ("seconds", "tokens_s", "tflop_s", "mfu", "memory_gib") if key in lines[0]]
+        yield row | {key: statistics.median(line[key] for line in lines) for key in keys}
 
 
 def train_run(folder, name, size, settings, repeat):
-    """metrics.jsonl of `repeat` steps and two more, on a smooth random clip of `size`, as a list of dicts."""
+    """metrics.jsonl of `repeat` steps and two more, on a smooth random clip of `size`, as a list of dicts. Then the run
+    is killed: its last checkpoint would be some 30 GB that nobody reads."""
     import subprocess
 
     import torch
@@ -682,22 +773,28 @@ def train_run(folder, name, size, settings, repeat):
     from data import write_video
     from world import write_mllm_folder
 
-    if not (folder / "qwen").exists():
-        write_mllm_folder(folder / "qwen", ["Invert the colours."])
+    write_mllm_folder(folder / "qwen", ["Invert the colours."])
     clip = interpolate(torch.rand(1, 3, 5, 8, 8), size, mode="trilinear")[0].mul(255).byte().permute(1, 2, 3, 0)
-    run = folder / "x".join(map(str, size))
-    run.mkdir()
-    write_video(run / "source.mp4", clip.numpy(), 16)
-    write_video(run / "target.mp4", (255 - clip).numpy(), 16)
-    (run / "video.csv").write_text("src_video,tgt_video,prompt\nsource.mp4,target.mp4,Invert the colours.\n")
-    settings = [*settings, f"steps={repeat + 2}", "global_batch=1", "image=0", f"pixels={size[1] * size[2]}"]
+    write_video(folder / "source.mp4", clip.numpy(), 16)
+    write_video(folder / "target.mp4", (255 - clip).numpy(), 16)
+    (folder / "video.csv").write_text("src_video,tgt_video,prompt\nsource.mp4,target.mp4,Invert the colours.\n")
+    settings = [*settings, "steps=100000", "global_batch=1", "image=0", f"pixels={size[1] * size[2]}"]
     command = [sys.executable, HOUSE / "train.py", "--config", name, "--stage", 2, "--init", "random", "--qwen",
-               folder / "qwen", "--data", run, "--out", run / "run", "--set", *settings]  # fmt: skip
-    subprocess.run([str(word) for word in command], check=True)
-    return [json.loads(line) for line in (run / "run" / "metrics.jsonl").read_text().splitlines()]
+               folder / "qwen", "--data", folder, "--out", folder / "run", "--save-every", 100000, "--set", *settings]  # fmt: skip
+    process, metrics, lines = subprocess.Popen([str(word) for word in command]), folder / "run" / "metrics.jsonl", []
+    try:
+        while len(lines) < repeat + 2:
+            if process.poll() is not None:
+                raise RuntimeError(f"train.py ended with {process.returncode} after {len(lines)} steps")
+            time.sleep(0.2)
+            lines = metrics.read_text().split("\n")[:-1] if metrics.exists() else []
+    finally:
+        process.kill()
+        process.wait()
+    return [json.loads(line) for line in lines]
 
 
-SECTIONS = {"attention": attention, "norm": norm, "dit": dit, "vae": vae, "edit": edit, "train": train,
+SECTIONS = {"check": check, "attention": attention, "norm": norm, "dit": dit, "vae": vae, "edit": edit, "train": train,
             "memory": memory, "compile": compile_all}  # fmt: skip
 
 if __name__ == "__main__":
