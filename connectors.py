@@ -387,8 +387,3 @@ def inject_lora(module, rank, targets=LLM_LORA_TARGETS):
 def merge_lora(module):
     """Add every LoRA of `module` to its weight and drop it: the same outputs, faster."""
     replace_modules(module, lambda name, child: child.merged() if isinstance(child, LoRALinear) else None)
-
-
-def lora_state_dict(module):
-    """The LoRA parameters alone, by peft's names; `model.load_weights(module, ..., partial=True)` takes them back."""
-    return {name: value for name, value in module.state_dict().items() if ".lora_" in name}

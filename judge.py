@@ -1363,7 +1363,7 @@ def parse_arguments(argv=None):
         "else Wan-AI/Wan2.2-TI2V-5B)")  # fmt: skip
     add("--qwen", metavar="PATH|HUB_ID", help="likewise (default: the run's, else Qwen/Qwen2.5-VL-3B-Instruct)")
     add("--ref", action=argparse.BooleanOptionalAction, default=True, help="give the reference image to the model")
-    add("--steps", type=positive, help="denoising steps (default: 50; nano 4)")
+    add("--steps", type=positive, help="denoising steps (default: 50; nano 2)")
     add("--seed", type=int, default=0, help="of every edit, as in the release (default %(default)s)")
     add("--frames", type=positive, help="at most so many (default: 81; nano 9)")
     add("--max-pixels", type=positive, help="larger frames are shrunk (default: 921600; nano 4096)")

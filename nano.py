@@ -1165,7 +1165,7 @@ def parse_arguments(argv=None):
     add("--weights", required=True, metavar="DIR", help="what `pretrain` wrote, from which training started")
     add("--data", required=True, metavar="DIR", help="held-out clips, of the size that training saw")
     add("--example", required=True, type=int, metavar="INDEX", help="the one that bare `python sample.py` edits (truth.jsonl)")
-    add("--steps", type=positive, default=4, help="denoising steps that the weights ask for (default %(default)s)")
+    add("--steps", type=positive, default=2, help="denoising steps that the weights ask for (default %(default)s)")
     add("--made-by", required=True, metavar="TEXT", help='the machine, for the model card, e.g. "one H100"')
     add("--eval", metavar="DIR", help="what `eval` wrote, for the model card")
     add("--out", required=True, metavar="DIR", help="e.g. weights/nano")

@@ -41,7 +41,7 @@ def parse_arguments(argv=None):
     add("--base", metavar="PATH|HUB_ID", help="under a .safetensors or a run of train.py (default: what the run began with, "
         "else Wan-AI/Wan2.2-TI2V-5B)")  # fmt: skip
     add("--qwen", metavar="PATH|HUB_ID", help="likewise (default: the run's, else Qwen/Qwen2.5-VL-3B-Instruct)")
-    add("--steps", type=positive, help="denoising steps (default: 50; nano 4)")
+    add("--steps", type=positive, help="denoising steps (default: 50; nano 2)")
     add("--shift", type=float, default=5.0, help="shift of the noise schedule (default %(default)s)")
     add("--seed", type=int, default=0, help="same seed, same result (default %(default)s)")
     add("--frames", type=positive, help="at most so many frames, reduced to 4k + 1 (default: 81; nano 9)")
