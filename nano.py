@@ -1006,7 +1006,7 @@ def ship(args):
         checkpoint = found / "weights.safetensors"
         print(f"ship        {checkpoint}")
     if not checkpoint.is_file():
-        raise FileNotFoundError(f"{checkpoint}: no such file; give a run of train.py or weights.safetensors of its checkpoint")
+        raise FileNotFoundError(f"{checkpoint}: no such file; give a run of train.py, or the weights.safetensors of a train.py checkpoint")
     only_weights(out, also=("example", "MODEL_CARD.md"))
     row, world = find_example(data, args.example), read_world(data)
     phases, seen = phases_of(checkpoint, Path(args.weights)), clips_seen(checkpoint, Path(args.weights))
