@@ -32,7 +32,7 @@ def attention_ref(q, k, v):
 
 def attention_slices(q, k, v):
     """As the above, a few samples at a time, so that their scores (bfloat16 as q is) stay in a CPU's cache: the backward
-    of PyTorch's fused attention takes up to ten times as long there in bfloat16 (`python -m kernels.bench attention`)."""
+    of PyTorch's fused attention takes two to ten times as long there in bfloat16 (`python -m kernels.bench attention`)."""
     samples = max(1, SLICE // (q.shape[1] * k.shape[1] * q.shape[2]))
     outs = []
     for some in zip(q.split(samples), k.split(samples), v.split(samples)):
