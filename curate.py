@@ -1792,7 +1792,7 @@ def measure_on_truth(folder, cases=400):
     Masks are held against the things themselves (old and new, as far as they are seen) and against every pixel that
     differs, which takes in their soft shadows.
     """
-    from world import draw_edit, load_library
+    from world import load_library, redraw_edit
 
     folder = Path(folder)
     if not (folder / "truth.jsonl").is_file():
@@ -1813,7 +1813,7 @@ def measure_on_truth(folder, cases=400):
         except Rejected:
             found["background" if row["kind"] == "background" else "local"].append(None)
             continue
-        edit = draw_edit(library, world["split"], world["seed"], row["index"], world["frames"], world["size"], world.get("tasks"))
+        edit = redraw_edit(library, world, row["index"])
         if row["kind"] == "subject":
             truths = outlines(edit, world["size"], row["key"]), region[row["key"]]
             found["local"].append([f for truth in truths for f in (overlap(mask, truth), box_overlap(box, box_of(truth)))])

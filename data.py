@@ -825,7 +825,7 @@ def kind_of(path):
     if path.suffix == ".parquet":
         return "ref" if "ref_image_bytes" in parquet_file(path).schema_arrow.names else "video"
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:  # read_csv tells of what is not text
-        return "ref" if "ref_image" in file.readline() else "video"
+        return "ref" if "ref_image" in next(csv.reader(file), []) else "video"
 
 
 def check_table(path, base):

@@ -791,13 +791,13 @@ def evaluate_case(model, library, world, folder, row, steps):
     import torch
 
     from data import pad_reference
-    from world import draw_edit
+    from world import redraw_edit
 
     source, target = (read_frames(folder / row[key]) for key in ("src_video", "tgt_video"))
     size = source.shape[1]
     region = read_frames(folder / row["mask"])[0, ..., 0].unflatten(0, (-1, size)) > 127
     ref = read_frames(folder / row["ref_image"])[0] if "ref_image" in row else None
-    edit = draw_edit(library, world["split"], world["seed"], row["index"], world["frames"], world["size"], world.get("tasks"))
+    edit = redraw_edit(library, world, row["index"])
     results = {"edit": model.edit(source, row["prompt"], ref, steps, seed=row["index"]), "copy": source}
     if ref is not None:
         results["edit, no reference"] = model.edit(source, row["prompt"], None, steps, seed=row["index"])

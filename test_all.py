@@ -773,6 +773,12 @@ def test_a_bad_table_is_refused_with_its_line(tmp_path, text, says):
         read_table(tmp_path / "image.csv", "image")
 
 
+def test_a_table_has_references_where_a_column_says_so(tmp_path):
+    for columns, kind in (("src_video,tgt_video,prompt,ref_image", "ref"), ("src_video,tgt_video,prompt,ref_image_note", "video")):
+        (tmp_path / "t.csv").write_text(columns + "\n")
+        assert data.kind_of(tmp_path / "t.csv") == kind
+
+
 def test_parquet_with_reference_bytes_gives_the_rows_that_a_csv_gives(tmp_path):
     pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     write_image(tmp_path / "ref.png", moving_picture(1, 50, 40)[0])

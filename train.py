@@ -799,6 +799,7 @@ class Order:
 
 # Training
 
+
 def of_one_rank(tensor, ranks):
     """A DTensor's memory as a plain tensor where one rank has all of it, else what is given: each of Muon's thirty
     operations a matrix takes longer to dispatch on a DTensor than a small model's to do."""

@@ -655,6 +655,11 @@ def draw_edit(library, split, seed, index, frames, size, shares=None):
     return edit
 
 
+def redraw_edit(library, world, index):
+    """The same clip once more, of a data set whose world.json says how it was drawn."""
+    return draw_edit(library, world["split"], world["seed"], index, world["frames"], world["size"], world.get("tasks"))
+
+
 def change_background(rng, edit, library, split, size):
     """A pattern that words describe, or a photograph with another view of it as the reference -> its name."""
     scene = edit.source
