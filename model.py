@@ -95,10 +95,16 @@ class FlowMatch:
     shift moves the schedule towards noise: sigma -> shift sigma / (1 + (shift - 1) sigma). sigma_min is where the
     unshifted schedule would end after its last step; the released diffusers pipeline has 0.003 / 1.002 there, the
     released training and inference 0.
+    weighting: of the training loss over t. "bell" is the release's (`training_sigmas`), "none" takes all timesteps alike.
     """
 
     shift: float = 5.0
     sigma_min: float = 0.0
+    weighting: str = "bell"
+
+    def __post_init__(self):
+        if self.weighting not in ("bell", "none"):
+            raise ValueError(f"FlowMatch.weighting: {self.weighting!r}, expected bell or none")
 
     def sigmas(self, steps):
         """(steps + 1,) float32, from 1 down to a final 0."""
@@ -112,13 +118,30 @@ class FlowMatch:
     def training_sigmas(self, t):
         """For timesteps t (B,): sigma (B,) and loss weight (B,) of the nearest of the 1000 training steps.
 
-        The weight is a bell over t around 500, lowered until its smallest value is 0, with a mean of 1.
+        The weight is a bell over t around 500, lowered until its smallest value is 0, with a mean of 1. So t = 1000,
+        where an edit of few steps makes up its mind, weighs nothing: "none" is for weights that edit in few steps.
         """
         timesteps = self.timesteps(1000).to(t.device)
         bell = torch.exp(-2 * ((timesteps - 500) / 1000) ** 2)
         weight = (bell - bell.min()) / (bell - bell.min()).mean()
+        if self.weighting == "none":
+            weight = torch.ones_like(weight)
         nearest = (t.float()[:, None] - timesteps).abs().argmin(dim=1)
         return timesteps[nearest] / 1000, weight[nearest]
+
+
+def balance_weights(latents, source, scale=0.1):
+    """Weights of the places of a loss, (B, 1, T, H, W) with a mean of 1 in each sample: what an edit changes and what
+    it keeps count by the square roots of their shares.
+
+    A thing on 3 of 100 places has 3 % of a plain mean and 15 % of this one. A place has changed as far as its squared
+    difference, mean over channels, stands above `scale`, in variances of a latent. latents, source: (B, C, T, H, W).
+    """
+    changed = (latents.float() - source.float()).square().mean(dim=1, keepdim=True)
+    changed = changed / (changed + scale)
+    share = changed.mean(dim=(2, 3, 4), keepdim=True).clamp(1e-3, 1 - 1e-3)
+    weights = changed * share.rsqrt() + (1 - changed) * (1 - share).rsqrt()
+    return weights / weights.mean(dim=(2, 3, 4), keepdim=True)
 
 
 class PatchEmbedder(nn.Module):
@@ -208,20 +231,23 @@ class KiwiEdit(nn.Module):
             return torch.cat([ref_tokens, tokens], dim=2), slice(ref, ref + video)
         return torch.cat([tokens, ref_tokens], dim=2), slice(0, video)
 
-    def training_loss(self, latents, context, t, source=None, ref=None, noise=None, flow=FlowMatch()):
+    def training_loss(
+        self, latents, context, t, source=None, ref=None, noise=None, flow=FlowMatch(), balance=False
+    ):
         """Weighted flow-matching loss, a float32 scalar. latents: clean target (B, C, T, H, W); t: (B,); rest as
-        `velocity`. noise: like latents, drawn if not given."""
+        `velocity`. noise: like latents, drawn if not given. balance: weigh places by `balance_weights`."""
         noise = torch.randn_like(latents) if noise is None else noise
         sigma, weight = flow.training_sigmas(t)
         s = sigma.to(latents.dtype).view(-1, 1, 1, 1, 1)
+        places = balance_weights(latents, source) if balance else 1
         noisy, source, ref = (
             z if z is None else z.to(self.dtype) for z in ((1 - s) * latents + s * noise, source, ref)
         )
         prediction = self.velocity(noisy, t, context, source, ref)
-        error = (prediction.float() - (noise - latents).float()).square().flatten(1).mean(dim=1)
-        return (weight * error).mean()
+        error = places * (prediction.float() - (noise - latents).float()).square()
+        return (weight * error.flatten(1).mean(dim=1)).mean()
 
-    def forward(self, requests, latents, t, source=None, ref=None, noise=None, flow=FlowMatch(), apart=False):
+    def forward(self, requests, latents, t, source=None, ref=None, noise=None, flow=FlowMatch(), balance=False, apart=False):
         """The training loss of a batch: `training_loss` on what the MLLM makes of the requests (`MLLMEncoder.prepare`).
 
         Contexts with references differ in length and are not padded: equal ones go together. apart: one by one, where
@@ -235,7 +261,7 @@ class KiwiEdit(nn.Module):
         for rows in groups.values():
             x, at, *rest = (z if z is None else z[rows] for z in (latents, t, source, ref, noise))
             context = torch.cat([contexts[i] for i in rows])
-            loss = loss + len(rows) / len(t) * self.training_loss(x, context, at, *rest, flow)
+            loss = loss + len(rows) / len(t) * self.training_loss(x, context, at, *rest, flow, balance)
         # What this kind of data does not use gets a gradient of zero: all ranks must reduce the same parameters.
         additions = [p for name, p in self.named_parameters() if not name.startswith(("dit.", "vae.", "mllm.model."))]
         return loss + 0 * sum(p.float().sum() for p in additions if p.requires_grad)

@@ -7,6 +7,7 @@
     ship      the last stage's checkpoint over those weights    -> weights/nano in bfloat16, example, model card
     eval      edits of held-out clips against their truth       -> eval.md, eval.json, sheet.png
     bench     held-out reference edits in RefVIE-Bench's layout -> refvie_bench.yaml for judge.py
+    recipe    all of that as bash, for one H100 or two CPU cores -> stdout
 
 What exists only because the real weights are 20 GB lives here and in world.py.
 """
@@ -960,34 +961,57 @@ The training clips are drawn from these packages, whose licences allow it (and f
 
 {licences}
 
-## On one H100
+## To make such weights
 
-128x128x17, pieces of at most nine minutes that go on where they stopped; the whole block can be run again. Nobody has
-run it on that machine yet: its steps and what it takes there are estimates. With the sizes and steps of a toy it ran
-through on a CPU.
+`python nano.py recipe MACHINE` prints the whole curriculum as bash, from no data to weights that are measured, at the
+sizes for two CPU cores (64x64x9) or for one H100 (128x128x17, in pieces of at most nine minutes). What was interrupted
+goes on where it stopped when the line is given again. README says what the first reaches. On an H100 nobody has run the
+second yet: its steps, and the 25 minutes they should take there, are estimates.
 
 ```bash
-{recipe}
+bash -c "$(python nano.py recipe cpu)"
+bash -c "$(python nano.py recipe h100)"
 ```
 """
 RECIPE = """set -e
 [ -f ../assets/index.json ] || python nano.py assets ../assets
-python nano.py data ../train128 --assets ../assets --clips 8000 --size 128 --frames 17 --workers 16
-python nano.py data ../stills128 --assets ../assets --clips 24000 --size 128 --frames 1 --seed 1 --workers 16
-python nano.py data ../test128 --assets ../assets --clips 400 --split test --size 128 --frames 17 --workers 16
-for piece in 1 2; do python nano.py pretrain vae --data ../train128 --out ../pre128 --steps 6000 --minutes 9; done
-for piece in 1 2; do python nano.py pretrain mllm --data ../train128 --out ../pre128 --steps 2000 --minutes 9; done
-for piece in 1 2; do python nano.py pretrain dit --data ../train128 --out ../pre128 --steps 3000 --minutes 9; done
-all="--config nano --data ../train128 ../stills128"
-CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 torchrun --nproc-per-node 16 train.py --stage 3 $all --weights ../pre128/weights --write-cache ../cache128
-stage() { timeout 540 python train.py $all --cache ../cache128 --workers 12 --no-checkpointing --resume auto "$@" || test $? = 124; }
-for piece in 1 2; do stage --stage 1 --weights ../pre128/weights --out ../runs128/1 --set steps=600 lr=1e-3 global_batch=64 batch=64 warmup=50 schedule=cosine beta2=0.98 optimizer=muon; done
-for piece in 1 2; do stage --stage 2 --weights ../runs128/1 --out ../runs128/2 --set steps=3000 lr=1e-3 global_batch=64 batch=64 warmup=50 schedule=cosine beta2=0.98 optimizer=muon; done
-for piece in 1 2; do stage --stage 3 --weights ../runs128/2 --out ../runs128/3 --set steps=3000 lr=1e-3 global_batch=64 batch=64 warmup=50 schedule=cosine beta2=0.98 optimizer=muon image=1 video=1 ref=2 shift=20; done
-ship() { python nano.py ship ../runs128/3 --weights ../pre128/weights --data ../test128 --made-by "one H100" --out ../nano128 "$@"; }
+python nano.py data {out}/clips --assets ../assets --clips {clips} --size {size} --frames {frames} --workers {cores}
+python nano.py data {out}/stills --assets ../assets --clips {stills} --size {size} --frames 1 --seed 1 --workers {cores}
+python nano.py data {out}/test --assets ../assets --clips 400 --split test --size {size} --frames {frames} --workers {cores}
+for piece in {pieces}; do python nano.py pretrain vae --data {out}/clips --out {out}/pre --steps {vae} --minutes {minutes}; done
+for piece in {pieces}; do python nano.py pretrain mllm --data {out}/clips --out {out}/pre --steps {mllm} --minutes {minutes}; done
+for piece in {pieces}; do python nano.py pretrain dit --data {out}/clips --out {out}/pre --steps {dit} --minutes {minutes}; done
+all="--config nano --data {out}/clips {out}/stills"
+CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 torchrun --nproc-per-node {cores} train.py --stage 3 $all --weights {out}/pre/weights --write-cache {out}/cache
+stage() {{ timeout {minutes}m python train.py $all --cache {out}/cache --workers {loaders} --no-checkpointing --dtype bfloat16 --parallel fsdp --resume auto "$@" || test $? = 124; }}
+for piece in {pieces}; do stage --stage 1 --weights {out}/pre/weights --out {out}/runs/1 --set steps={stage1} {batch} {optimizer}; done
+for piece in {pieces}; do stage --stage 2 --weights {out}/runs/1 --out {out}/runs/2 --set steps={stage2} {batch} {optimizer} {few}; done
+for piece in {pieces}; do stage --stage 3 --weights {out}/runs/2 --out {out}/runs/3 --set steps={stage3} {batch} {optimizer} {few} image=2 video=1 ref=2; done
+ship() {{ python nano.py ship {out}/runs/3 --weights {out}/pre/weights --data {out}/test --made-by "{machine}" --out {out}/nano "$@"; }}
 ship --example 2
-python nano.py eval --weights ../nano128 --data ../test128 --out ../report128
-ship --example 2 --eval ../report128"""
+python nano.py eval --weights {out}/nano --data {out}/test --out {out}/report
+ship --example 2 --eval {out}/report
+echo "$((SECONDS / 60)) minutes\""""
+MACHINES = {
+    # pieces of at most nine minutes, as devices are lent; on a GPU the VAE alone is quick enough to encode with
+    "h100": dict(
+        machine="one H100", out="../nano128", size=128, frames=17, clips=8000, stills=24000, cores=16, loaders=12,
+        pieces="1 2", minutes=9, vae=6000, mllm=2000, dit=3000, stage1=600, stage2=3000, stage3=3000,
+        batch="global_batch=64 batch=64", optimizer="lr=1e-3 warmup=50 schedule=cosine beta2=0.98 optimizer=muon",
+    ),
+    "cpu": dict(
+        machine="two CPU cores", out="../nano64", size=64, frames=9, clips=4000, stills=12000, cores=2, loaders=1,
+        pieces="1", minutes=100, vae=1000, mllm=300, dit=200, stage1=150, stage2=600, stage3=1700,
+        batch="global_batch=32 batch=32", optimizer="lr=2e-3 warmup=20 schedule=cosine beta2=0.98 optimizer=muon",
+    ),
+}  # fmt: skip
+
+
+def recipe(machine):
+    """The whole curriculum as lines of bash, at the sizes for a machine: from no data and no weights to weights that are
+    measured. Every line goes on where it stopped."""
+    # for edits in two steps the noisy timesteps matter, and the small places that an edit changes
+    return RECIPE.format(few="shift=20 weighting=none balance=true", **MACHINES[machine])
 
 
 def ship(args):
@@ -1027,7 +1051,7 @@ def ship(args):
             millions=sum(parts.values()) / 1e6, parts=", ".join(f"{name} {count:,}" for name, count in parts.items()),
             megabytes=total / 1e6, **world, example=args.example, steps=args.steps, prompt=row["prompt"], made_by=args.made_by,
             seen=seen, phases="\n".join(phases), evaluation=evaluation.rstrip(),
-            licences="\n".join(f"- {name} {version}: {text}" for name, (version, text, _) in PACKAGES.items()), recipe=RECIPE,
+            licences="\n".join(f"- {name} {version}: {text}" for name, (version, text, _) in PACKAGES.items()),
         )  # fmt: skip
         (folder / "MODEL_CARD.md").write_text(card)
     print(f"write       {out}: {(total + len(card.encode())) / 1e6:.1f} MB")
@@ -1177,6 +1201,9 @@ def parse_arguments(argv=None):
     add("--assets", metavar="DIR", help="default: where the data had them")
     add("--cases", type=positive, default=400, help="at most so many (default %(default)s)")
     add("--steps", type=positive, help="denoising steps (default: what the weights ask for)")
+
+    add = commands.add_parser("recipe", help="print the whole curriculum as bash: bash -c \"$(python nano.py recipe cpu)\"").add_argument
+    add("machine", choices=tuple(MACHINES), help="the sizes: for one H100, or two CPU cores and 100 minutes")
     return parser.parse_args(argv)
 
 
@@ -1216,6 +1243,7 @@ def main(argv=None):
         "pretrain": pretrain,
         "ship": ship,
         "eval": evaluate,
+        "recipe": lambda args: print(recipe(args.machine)),
     }
     commands[args.command](args)
 

@@ -58,7 +58,7 @@ from data import (
 )  # fmt: skip
 from dit import DiT, DiTConfig, rope_3d
 from kernels.bench import diffusers_dit, diffusers_vae, diffusers_vae_name, table
-from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit, load_weights, our_name, released_name
+from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit, balance_weights, load_weights, our_name, released_name
 from vae import VAE, VAEConfig
 
 HOUSE = Path(__file__).parent
@@ -161,11 +161,13 @@ def test_the_readme_s_figures_are_those_of_the_committed_benchmark():
     assert quoted >= 3
 
 
-def test_the_model_card_s_recipe_is_bash_whose_commands_parse(tmp_path):
+@pytest.mark.parametrize("machine, count", [("h100", 20), ("cpu", 14)])
+def test_the_recipes_are_bash_whose_commands_parse(tmp_path, capsys, machine, count):
+    nano.main(["recipe", machine])
     tell = 'python() { printf "%q " "$@"; echo; }; timeout() { shift; "$@"; }; torchrun() { shift 2; python "$@"; }\n'
-    done = subprocess.run(["bash", "-c", tell + nano.RECIPE], capture_output=True, text=True, check=True, cwd=tmp_path)
+    done = subprocess.run(["bash", "-c", tell + capsys.readouterr().out], capture_output=True, text=True, check=True, cwd=tmp_path)
     lines = [shlex.split(line) for line in done.stdout.splitlines()]
-    assert len(lines) == 20
+    assert lines.pop() == ["0", "minutes"] and len(lines) == count
     for program, *words in lines:
         importlib.import_module(Path(program).stem).parse_arguments(words)
 
@@ -828,6 +830,34 @@ def test_the_schedules_match_the_release():
         t, sigma, weight = (torch.tensor([r[name] for r in sampled]) for name in names)
         ours = FlowMatch().training_sigmas(t)
         assert torch.allclose(ours[0], sigma, atol=1e-6) and torch.allclose(ours[1], weight, atol=1e-5), suffix
+
+
+def test_a_loss_without_the_bell_takes_all_timesteps_alike_also_the_first_of_an_edit():
+    t = torch.tensor([1000.0, 700.0])
+    bell, none = (FlowMatch(20.0, weighting=w).training_sigmas(t)[1] for w in ("bell", "none"))
+    assert bell[0] == 0 < bell[1] and none.tolist() == [1, 1]
+    with pytest.raises(ValueError, match="weighting: 'flat', expected bell or none"):
+        FlowMatch(weighting="flat")
+
+
+def test_a_balanced_loss_hears_a_small_change_and_a_small_rest():
+    source = torch.randn(3, 16, 2, 4, 4)
+    target = source.clone()
+    target[0, :, 0, 0, 0] += 30  # one place of 32
+    target[1, :, :, 1:] += 30  # all but 8
+    weights = balance_weights(target, source)
+    assert torch.allclose(weights.mean(dim=(1, 2, 3, 4)), torch.ones(3)) and (weights[2] == 1).all()
+    small, rest = weights[0, 0, 0, 0, 0] / weights[0, 0, 1, 0, 0], weights[1, 0, 0, 0, 0] / weights[1, 0, 0, 1, 0]
+    assert abs(small - 31**0.5) < 0.1 and abs(rest - 3**0.5) < 0.1  # the root of (kept / changed)
+    model, t, context = denoiser(), torch.tensor([300.0]), torch.randn(1, 3, 64)
+    noise = torch.randn(1, 16, 2, 4, 4)
+    sigma, weight = FlowMatch().training_sigmas(t)
+    noisy = (1 - sigma) * target[:1] + sigma * noise
+    error = model.velocity(noisy, t, context, source[:1]) - (noise - target[:1])
+    loss = model.training_loss(target[:1], context, t, source[:1], noise=noise, balance=True)
+    assert torch.allclose(loss, weight * (weights[:1] * error.square()).mean(), rtol=1e-5)
+    with pytest.raises(ValueError, match="nothing tells what an edit changes"):
+        replace(train.STAGES["paper"][1], balance=True)  # the DiT of stage 1 sees no source
 
 
 def golden_pipeline():
@@ -1628,7 +1658,8 @@ def test_every_number_of_a_stage_changes_what_is_learned(tmp_path, lesson):
         return load_file(tmp_path / name / "step-000003/weights.safetensors")
 
     plain = learned("plain")
-    for number in ("warmup=9", "schedule=linear", "clip=1e-9", "shift=20", "beta2=0.5", "weight_decay=0.5", "ref_shrink=0.3"):
+    for number in ("warmup=9", "schedule=linear", "clip=1e-9", "shift=20", "beta2=0.5", "weight_decay=0.5", "ref_shrink=0.3",
+                   "weighting=none", "balance=true"):  # fmt: skip
         other = learned(number, number)
         assert any(not torch.equal(plain[k], other[k]) for k in plain), number
 
@@ -1684,6 +1715,7 @@ def test_a_diverged_run_skips_steps_and_stops_with_the_sample(tmp_path, lesson, 
 
 @pytest.mark.parametrize("words, says", [
     (["--set", "speed=2"], "Stage has no 'speed'; it has"), (["--set", "steps=many"], "not of the kind"),
+    (["--set", "weighting=no"], "Stage.weighting: 'no', expected bell or none"),
     (["--set", "schedule=never"], "expected constant, cosine or linear"), (["--sp", "2"], "does not divide the 1 processes"),
     (["--weights", "nowhere"], "no such file or folder"), (["--data", "nowhere"], "--data nowhere: no such folder"),
     (["--dtype", "bfloat16", "--parallel", "ddp"], "take --parallel fsdp"), (["--set", "batch=3"], "not a multiple of batch"),

@@ -74,6 +74,8 @@ class Stage:
     beta2: float = 0.999
     clip: float = 1.0
     shift: float = 5.0
+    weighting: str = "bell"  # of the loss over the timesteps, or "none" (FlowMatch)
+    balance: bool = False  # what an edit changes and what it keeps count by the roots of their shares (balance_weights)
     ref_shrink: float = 0.7  # a reference is shrunk by a random factor between this and 1
     ema: float = 0.0  # decay of the averaged weights; 0: none
 
@@ -82,6 +84,10 @@ class Stage:
             raise ValueError(f"Stage.schedule: {self.schedule!r}, expected constant, cosine or linear")
         if self.optimizer not in ("adamw", "muon"):
             raise ValueError(f"Stage.optimizer: {self.optimizer!r}, expected adamw or muon")
+        if self.weighting not in ("bell", "none"):
+            raise ValueError(f"Stage.weighting: {self.weighting!r}, expected bell or none")
+        if self.balance and not self.source:
+            raise ValueError("Stage.balance: this stage shows the DiT no source, so nothing tells what an edit changes")
         for name in ("steps", "global_batch", "batch", "frames"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Stage.{name}: {getattr(self, name)}, expected at least 1")
@@ -952,7 +958,7 @@ class Trainer:
 
     def loss(self, batch):
         """The mean loss of a batch and the number of its tokens in the DiT."""
-        flow, model = FlowMatch(self.stage.shift), self.model
+        flow, model = FlowMatch(self.stage.shift, weighting=self.stage.weighting), self.model
         draws = [draw(self.args.seed, number, flow, model.config.dit.bf16_timesteps) for number in batch["numbers"]]
         generators, t, chance = zip(*draws)
         pictures = batch["pictures"]
@@ -968,7 +974,8 @@ class Trainer:
         frames = latents.shape[2] + (0 if ref is None else ref.shape[2])
         tokens = len(latents) * frames * math.prod(model.dit.grid(latents)[1:])
         apart = self.ranks.world > 1 and bool(self.stage.ratio.get("ref"))
-        return self.module(requests, latents, t, source if self.stage.source else None, ref, noise, flow, apart), tokens
+        source = source if self.stage.source else None
+        return self.module(requests, latents, t, source, ref, noise, flow, self.stage.balance, apart), tokens
 
     def update(self, norm, paths, batch):
         """Step the optimizer, unless the gradient is not finite."""
