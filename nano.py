@@ -1000,8 +1000,8 @@ MACHINES = {
         batch="global_batch=64 batch=64", optimizer="lr=1e-3 warmup=50 schedule=cosine beta2=0.98 optimizer=muon",
     ),
     "cpu": dict(
-        machine="two CPU cores", out="../nano64", size=64, frames=9, clips=4000, stills=12000, cores=2, loaders=1,
-        pieces="1", minutes=100, vae=1000, mllm=300, dit=200, stage1=150, stage2=600, stage3=1700,
+        machine="two CPU cores", out="../nano64", size=64, frames=9, clips=4000, stills=16000, cores=2, loaders=1,
+        pieces="1", minutes=100, vae=2500, mllm=400, dit=250, stage1=200, stage2=700, stage3=1900,
         batch="global_batch=32 batch=32", optimizer="lr=2e-3 warmup=20 schedule=cosine beta2=0.98 optimizer=muon",
     ),
 }  # fmt: skip

@@ -17,7 +17,15 @@ import os
 
 import torch
 
-from kernels.attention import SLICE, attention_cudnn, attention_ref, attention_sdpa, attention_slices, attention_triton
+from kernels.attention import (
+    SLICE,
+    attention_cudnn,
+    attention_ref,
+    attention_sdpa,
+    attention_slices,
+    attention_triton,
+    left_out,
+)
 from kernels.norm import (
     gate_residual_norm_plain,
     gate_residual_norm_triton,
@@ -132,22 +140,17 @@ def milliseconds(name, device, dtype, head_dim, trains):
     said, where it fails."""
     inputs = [torch.randn(3, 1, 8192, 8, head_dim, device=device, dtype=dtype) for _ in range(3)]
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(13)]
-    try:
-        with torch.set_grad_enabled(trains), torch.cuda.device(device):
-            for i, (start, stop) in enumerate(events):
-                qkv = [x.detach().requires_grad_(trains) for x in inputs[i % 3]]
-                start.record()
-                out = ATTENTION[name](*qkv)
-                if trains:
-                    torch.autograd.grad(out, qkv, inputs[i % 3][0])
-                stop.record()
-            torch.cuda.synchronize()
-    except torch.AcceleratorError:
-        raise
-    except Exception as error:
-        print(f"kernels: {name} is left out: {type(error).__name__}: {str(error).strip()[:200]}", flush=True)
-        return math.inf
-    return sorted(start.elapsed_time(stop) for start, stop in events[3:])[5]
+    with left_out(name), torch.set_grad_enabled(trains), torch.cuda.device(device):
+        for i, (start, stop) in enumerate(events):
+            qkv = [x.detach().requires_grad_(trains) for x in inputs[i % 3]]
+            start.record()
+            out = ATTENTION[name](*qkv)
+            if trains:
+                torch.autograd.grad(out, qkv, inputs[i % 3][0])
+            stop.record()
+        torch.cuda.synchronize()
+        return sorted(start.elapsed_time(stop) for start, stop in events[3:])[5]
+    return math.inf
 
 
 def pick_device(name=None):

@@ -16,6 +16,7 @@ size class times the configurations below; `python -m kernels.bench check` runs 
 from __future__ import annotations
 
 import math
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -269,15 +270,22 @@ def compiled(name):
 
 
 def time_or_skip(run, quantiles):
-    """Milliseconds of a configuration; of one that this device or this Triton cannot compile or launch, which is said,
-    infinity. An error of the device itself (torch.AcceleratorError) ends the process's work there: it passes through."""
-    try:
+    """Milliseconds of a configuration; infinity of one that this device or this Triton cannot compile or launch."""
+    with left_out("a configuration of attention"):
         return triton.testing.do_bench(run, warmup=5, rep=30, quantiles=quantiles)
+    return [math.inf] * len(quantiles)
+
+
+@contextmanager
+def left_out(what):
+    """What fails inside is left out, and said; Triton's errors are of many kinds. An error of the device itself passes
+    through, for it gives nothing more to this process."""
+    try:
+        yield
     except torch.AcceleratorError:
         raise
     except Exception as error:
-        print(f"kernels: a configuration of attention is left out: {type(error).__name__}: {str(error).strip()[:200]}", flush=True)
-        return [math.inf] * len(quantiles)
+        print(f"kernels: {what} is left out: {type(error).__name__}: {str(error).strip()[:200]}", flush=True)
 
 
 def launch(name, rows, block, tensors, q, k):

@@ -117,20 +117,19 @@ def in_turns(functions, repeat):
     """
     import torch
 
+    from kernels import left_out
+
     times = {name: [] for name in functions}
     alive = {name: function for name, function in functions.items() if function}
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda") if on_gpu() else None
     for turn in range(repeat + 1):
         for name, function in list(alive.items())[:: -1 if turn % 2 else 1]:  # nobody always comes first
-            try:
+            seconds = None
+            with left_out(name):
                 seconds = once(function, flush)
-            except torch.AcceleratorError:  # the device gives nothing more to this process
-                raise
-            except Exception as error:  # Triton's are no RuntimeErrors
-                print(f"  {name}: {type(error).__name__}: {str(error).strip()[:150]}", flush=True)
+            if seconds is None:
                 del alive[name]
-                continue
-            if turn:
+            elif turn:
                 times[name].append(seconds)
     return {name: statistics.median(ts) if name in alive else float("nan") for name, ts in times.items()}
 
@@ -245,14 +244,13 @@ def relative_difference(ours, theirs):
     """|ours - theirs| / |theirs| of all that two functions return; nan where one of them cannot run."""
     import torch
 
-    try:
+    from kernels import left_out
+
+    with left_out("a difference"):
         pairs = [x if isinstance(x, tuple) else (x,) for x in (ours(), theirs())]
         sizes = [(torch.dist(a.float(), b.float()), b.float().norm()) for a, b in zip(*pairs)]
-    except torch.AcceleratorError:
-        raise
-    except Exception:
-        return math.nan
-    return (sum(d**2 for d, _ in sizes) / sum(n**2 for _, n in sizes)).sqrt().item()
+        return (sum(d**2 for d, _ in sizes) / sum(n**2 for _, n in sizes)).sqrt().item()
+    return math.nan
 
 
 def attention_run(function, direction, qkv, grad):
