@@ -181,6 +181,8 @@ def open_media(path, content=None):
                 raise MediaError(f"{path}: a HEIC or AVIF picture in tiles, of which FFmpeg would give the first: convert it to JPEG or PNG")
             if not streams:
                 raise MediaError(f"{path}: has no pictures (an audio file?); give a video or an image")
+            if streams[0].codec_context is None:
+                raise MediaError(f"{path}: FFmpeg has no decoder for it here; convert it to PNG or mp4")
             yield container, streams[0]
     except (av.error.FFmpegError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -209,6 +211,11 @@ def upright_rgb(frame, aspect=1):
     return rgb.rot90(round(frame.rotation / 90)).contiguous()
 
 
+@lru_cache(4096)  # once a file, however often training reads it
+def note_hdr(path):
+    print(f"note: {path} is HDR and read without tone mapping: its colours will be dull; convert it to SDR for true ones", file=sys.stderr)
+
+
 def decode(path, container, stream):
     """Yield (index, frame, rgb) of the clip's upright frames at its average rate.
 
@@ -224,8 +231,7 @@ def decode(path, container, stream):
         if frame.is_corrupt:
             raise MediaError(f"{path}: frame {count} is corrupt; re-encode or fetch the file again")
         if not count and frame.color_trc in HDR:
-            print(f"note: {path} is HDR and read without tone mapping: its colours will be dull; convert it to SDR for true ones",
-                  file=sys.stderr)  # fmt: skip
+            note_hdr(path)
         if start is None:
             start = frame.time
         index = count if frame.time is None or start is None else round((frame.time - start) * float(fps))

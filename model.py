@@ -708,7 +708,9 @@ def is_wan(folder):
 
 def read_beginning(run, qwen=None):
     """Config and files of what a run of train.py began with."""
-    began = read_json(run / "config.json")["args"]
+    config = read_json(run / "config.json")
+    # from where the run lies, so that it is found from any folder; what is not a path here stays as it was typed
+    began = config["args"] | {name: str((run / path).resolve()) for name, path in config.get("began", {}).items()}
     if began["init"] == "random":
         return read_weights(run / "init")
     base = HUB_BASES[began["config"]]
@@ -716,7 +718,7 @@ def read_beginning(run, qwen=None):
         return read_weights(began["weights"], began["base"], qwen or began["qwen"], base)
     except FileNotFoundError as error:
         begun = began["weights"] or began["base"] or base
-        raise FileNotFoundError(f"{run} began with {begun}, which is not here ({error}); --base says where it is") from None
+        raise FileNotFoundError(f"{run} began with {begun}, which is not here ({error}); --base, or --qwen, says where it is") from None
 
 
 def valid_checkpoints(run):
@@ -753,7 +755,11 @@ def as_trained(config, checkpoint, files=None):
     mllm = replace(config.mllm, **{name: values["mllm"][name] for name in MEETING})
     if files is not None:
         leave_out_source(files, values["source"])
-    return replace(config, source=values["source"], ref_pad_first=values["ref_pad_first"], mllm=mllm)
+    trained = values.get("trained") and tuple(values["trained"])
+    steps = values.get("steps", config.steps)
+    return replace(
+        config, source=values["source"], ref_pad_first=values["ref_pad_first"], mllm=mllm, trained=trained, steps=steps
+    )
 
 
 def leave_out_source(files, how):
@@ -766,7 +772,8 @@ def config_of(values, path):
     """A KiwiConfig from what `asdict` made of one and `path` keeps. ValueError for an unknown key."""
     parts = (("dit", DiTConfig), ("vae", VAEConfig), ("mllm", MLLMConfig))
     parts = {name: from_dict(cls, values[name], path) for name, cls in parts if values.get(name)}
-    return from_dict(KiwiConfig, {**values, **parts}, path)
+    trained = values.get("trained") and tuple(values["trained"])  # a list in JSON
+    return from_dict(KiwiConfig, {**values, **parts, "trained": trained}, path)
 
 
 def read_own_folder(folder):

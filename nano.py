@@ -351,14 +351,15 @@ class Trainer:
         return torch.Generator().manual_seed(1_000_003 * self.seed + self.step)
 
     def run(self, loss_of, minutes):
-        """Steps, at least one, until `minutes` are over or all are done. loss_of(generator) -> a scalar, and figures to
-        show."""
+        """Steps, at least one, until `minutes` are over or all are done -> whether all are. The state is saved every minute.
+        loss_of(generator) -> a scalar, and figures to show."""
         import time
 
         import torch
         from tqdm import tqdm
 
         begin, first, shown, skipped = time.time(), self.step, {}, 0
+        saved = begin
         with tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=5) as bar:
             while self.step < self.steps and (self.step == first or time.time() - begin < 60 * minutes):
                 rising, done = (self.step + 1) / (0.02 * self.steps), self.step / self.steps
@@ -381,14 +382,16 @@ class Trainer:
                 for key, value in {"loss": loss.detach(), "norm": norm, **figures}.items():
                     shown[key] = 0.98 * shown.get(key, float(value)) + 0.02 * float(value)
                 bar.set_postfix({key: f"{value:.4g}" for key, value in shown.items()}, refresh=False)
-                if self.step % 500 == 0:
-                    self.save(time.time() - begin)
+                if time.time() - saved > 60:
+                    saved = time.time()
+                    self.save(saved - begin)
         self.save(time.time() - begin)
         self.finish()
         figures = ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
         print(
             f"{self.name:<11} step {self.step} of {self.steps}, {time.time() - begin:.0f} s, {skipped} skipped, {figures}"
         )
+        return self.step == self.steps
 
     def save(self, seconds):
         """seconds: of this piece; the file adds them up."""
@@ -500,7 +503,7 @@ def pretrain_vae(args, rows, device):
             video = video.flip(4)
         return vae_loss(video, *reconstruct(vae, video.bfloat16(), generator))
 
-    trainer.run(loss_of, args.minutes)
+    return trainer.run(loss_of, args.minutes)
 
 
 GRID = 16  # grounding answers count sixteenths of the frame
@@ -603,7 +606,7 @@ def pretrain_mllm(args, rows, device):
         clips, refs = [next(seen) for _ in clips], [ref and next(seen)[0] for ref in refs]
         return answer_loss(encoder, list(zip(clips, questions, refs, answers)))
 
-    trainer.run(loss_of, args.minutes)
+    return trainer.run(loss_of, args.minutes)
 
 
 def caption_features(encoder, captions):
@@ -680,9 +683,10 @@ def pretrain_dit(args, rows, device):
             features = caption_features(model.mllm, [captions[kind][i] for i in wanted])
         return model.training_loss(clean, model.dit.text_embedding(features.to(clean)), t, noise=noise), {}
 
-    trainer.run(loss_of, args.minutes)
+    done = trainer.run(loss_of, args.minutes)
     model.save(Path(args.out) / "weights")
     print(f"write       {args.out}/weights: what train.py --weights starts from")
+    return done
 
 
 def pretrain(args):
@@ -694,7 +698,8 @@ def pretrain(args):
     torch.manual_seed(args.seed)
     device = pick_device()
     rows = read_truth(args.data)
-    {"vae": pretrain_vae, "mllm": pretrain_mllm, "dit": pretrain_dit}[args.part](args, rows, device)
+    if not {"vae": pretrain_vae, "mllm": pretrain_mllm, "dit": pretrain_dit}[args.part](args, rows, device):
+        sys.exit(75)  # the recipe's "call me again": sysexits' EX_TEMPFAIL
 
 
 # ------------------------------------------------------------------------------------------------ evaluation
@@ -964,8 +969,8 @@ The training clips are drawn from these packages, whose licences allow it (and f
 ## To make such weights
 
 `python nano.py recipe MACHINE` prints the whole curriculum as bash, from no data to weights that are measured, at the
-sizes for two CPU cores (64x64x9) or for one H100 (128x128x17, in pieces of at most nine minutes). What was interrupted
-goes on where it stopped when the line is given again. README says what the first reaches. On an H100 nobody has run the
+sizes for two CPU cores (64x64x9) or for one H100 (128x128x17, in pieces of at most nine minutes). Given again, it goes on
+where it stopped. README says what the first reaches. On an H100 nobody has run the
 second yet: its steps, and the 25 minutes they should take there, are estimates.
 
 ```bash
@@ -975,33 +980,34 @@ bash -c "$(python nano.py recipe h100)"
 """
 RECIPE = """set -e
 [ -f ../assets/index.json ] || python nano.py assets ../assets
-python nano.py data {out}/clips --assets ../assets --clips {clips} --size {size} --frames {frames} --workers {cores}
-python nano.py data {out}/stills --assets ../assets --clips {stills} --size {size} --frames 1 --seed 1 --workers {cores}
-python nano.py data {out}/test --assets ../assets --clips 400 --split test --size {size} --frames {frames} --workers {cores}
-for piece in {pieces}; do python nano.py pretrain vae --data {out}/clips --out {out}/pre --steps {vae} --minutes {minutes}; done
-for piece in {pieces}; do python nano.py pretrain mllm --data {out}/clips --out {out}/pre --steps {mllm} --minutes {minutes}; done
-for piece in {pieces}; do python nano.py pretrain dit --data {out}/clips --out {out}/pre --steps {dit} --minutes {minutes}; done
+[ -f {out}/clips/truth.jsonl ] || python nano.py data {out}/clips --assets ../assets --clips {clips} --size {size} --frames {frames} --workers {cores}
+[ -f {out}/stills/truth.jsonl ] || python nano.py data {out}/stills --assets ../assets --clips {stills} --size {size} --frames 1 --seed 1 --workers {cores}
+[ -f {out}/test/truth.jsonl ] || python nano.py data {out}/test --assets ../assets --clips 400 --split test --size {size} --frames {frames} --workers {cores}
+pretrain() {{ until python nano.py pretrain "$@" --data {out}/clips --out {out}/pre --minutes {minutes}; do test $? = 75; done; }}
+pretrain vae --steps {vae}
+pretrain mllm --steps {mllm}
+pretrain dit --steps {dit}
 all="--config nano --data {out}/clips {out}/stills"
-CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 torchrun --nproc-per-node {cores} train.py --stage 3 $all --weights {out}/pre/weights --write-cache {out}/cache
-stage() {{ timeout {minutes}m python train.py $all --cache {out}/cache --workers {loaders} --no-checkpointing --dtype bfloat16 --parallel fsdp --resume auto "$@" || test $? = 124; }}
-for piece in {pieces}; do stage --stage 1 --weights {out}/pre/weights --out {out}/runs/1 --set steps={stage1} {batch} {optimizer}; done
-for piece in {pieces}; do stage --stage 2 --weights {out}/runs/1 --out {out}/runs/2 --set steps={stage2} {batch} {optimizer} {few}; done
-for piece in {pieces}; do stage --stage 3 --weights {out}/runs/2 --out {out}/runs/3 --set steps={stage3} {batch} {optimizer} {few} image=2 video=1 ref=2; done
+CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 torchrun --nproc-per-node {cores} train.py --stage 3 $all --weights {out}/pre/weights --write-cache {out}/cache --out {out}/cache
+stage() {{ until timeout {minutes}m python train.py $all --cache {out}/cache --workers {loaders} --no-checkpointing --dtype bfloat16 --parallel fsdp --resume auto "$@"; do test $? = 124; done; }}
+stage --stage 1 --weights {out}/pre/weights --out {out}/runs/1 --set steps={stage1} {batch} {optimizer}
+stage --stage 2 --weights {out}/runs/1 --out {out}/runs/2 --set steps={stage2} {batch} {optimizer} {few}
+stage --stage 3 --weights {out}/runs/2 --out {out}/runs/3 --set steps={stage3} {batch} {optimizer} {few} image=2 video=1 ref=2
 ship() {{ python nano.py ship {out}/runs/3 --weights {out}/pre/weights --data {out}/test --made-by "{machine}" --out {out}/nano "$@"; }}
 ship --example 2
 python nano.py eval --weights {out}/nano --data {out}/test --out {out}/report
 ship --example 2 --eval {out}/report
 echo "$((SECONDS / 60)) minutes\""""
 MACHINES = {
-    # pieces of at most nine minutes, as devices are lent; on a GPU the VAE alone is quick enough to encode with
+    # in pieces of at most nine minutes, as GPUs are lent
     "h100": dict(
         machine="one H100", out="../nano128", size=128, frames=17, clips=8000, stills=24000, cores=16, loaders=12,
-        pieces="1 2", minutes=9, vae=6000, mllm=2000, dit=3000, stage1=600, stage2=3000, stage3=3000,
+        minutes=9, vae=6000, mllm=2000, dit=3000, stage1=600, stage2=3000, stage3=3000,
         batch="global_batch=64 batch=64", optimizer="lr=1e-3 warmup=50 schedule=cosine beta2=0.98 optimizer=muon",
     ),
     "cpu": dict(
         machine="two CPU cores", out="../nano64", size=64, frames=9, clips=4000, stills=16000, cores=2, loaders=1,
-        pieces="1", minutes=100, vae=2500, mllm=400, dit=250, stage1=200, stage2=700, stage3=1900,
+        minutes=60, vae=2500, mllm=400, dit=250, stage1=200, stage2=700, stage3=1900,
         batch="global_batch=32 batch=32", optimizer="lr=2e-3 warmup=20 schedule=cosine beta2=0.98 optimizer=muon",
     ),
 }  # fmt: skip
@@ -1009,7 +1015,8 @@ MACHINES = {
 
 def recipe(machine):
     """The whole curriculum as lines of bash, at the sizes for a machine: from no data and no weights to weights that are
-    measured. Every line goes on where it stopped."""
+    measured. Given again, it goes on where it stopped: pretraining where it was saved last, training after its last
+    checkpoint."""
     # for edits in two steps the noisy timesteps matter, and the small places that an edit changes
     return RECIPE.format(few="shift=20 weighting=none balance=true", **MACHINES[machine])
 
@@ -1179,7 +1186,7 @@ def parse_arguments(argv=None):
     add("part", choices=("vae", "mllm", "dit"), help="in this order")
     add("--data", required=True, metavar="DIR", help="what `nano.py data` wrote")
     add("--out", required=True, metavar="DIR", help="states to resume from, and weights/ for `train.py --weights`")
-    add("--minutes", type=float, default=9, help="stop after so long; the next call goes on (default %(default)s)")
+    add("--minutes", type=float, default=9, help="stop after so long with exit code 75; the next call goes on (default %(default)s)")
     add("--steps", type=positive, help="of the whole training (default: 4000, 1000, 800)")
     add("--batch", type=positive, help="default: 16 stills or 8 clips, 16, 64")
     add("--seed", type=int, default=0, help="default %(default)s")

@@ -89,8 +89,11 @@ def main(argv=None):
         raise MediaError(f"{out}: a video is written as .mp4")
     if still and out.suffix.lower() not in IMAGE_CODECS:
         raise MediaError(f"{out}: a picture is written as {', '.join(IMAGE_CODECS)}")
-    if out.resolve() in [Path(path).resolve() for path in (args.input, *args.ref)]:
-        raise MediaError(f"{out}: would replace what is edited; give another -o")
+    beside = out.with_stem(out.stem + "_compare")
+    written = [out, *([beside, beside.with_suffix(".png")] if args.compare else [])]
+    for path in (args.input, *args.ref):
+        if Path(path).resolve() in [target.resolve() for target in written]:
+            raise MediaError(f"{path}: would be replaced by what is written; give another -o")
     writable(out)
     clip = read_source(args)
 
@@ -109,7 +112,7 @@ def main(argv=None):
         )  # fmt: skip
     write(out, edited, clip)
     if args.compare:
-        compare(out.with_stem(out.stem + "_compare"), clip, refs, edited)
+        compare(beside, clip, refs, edited)
 
 
 def with_example(args):

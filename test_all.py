@@ -161,13 +161,13 @@ def test_the_readme_s_figures_are_those_of_the_committed_benchmark():
     assert quoted >= 3
 
 
-@pytest.mark.parametrize("machine, count", [("h100", 20), ("cpu", 14)])
-def test_the_recipes_are_bash_whose_commands_parse(tmp_path, capsys, machine, count):
+@pytest.mark.parametrize("machine", ["h100", "cpu"])
+def test_the_recipes_are_bash_whose_commands_parse(tmp_path, capsys, machine):
     nano.main(["recipe", machine])
     tell = 'python() { printf "%q " "$@"; echo; }; timeout() { shift; "$@"; }; torchrun() { shift 2; python "$@"; }\n'
     done = subprocess.run(["bash", "-c", tell + capsys.readouterr().out], capture_output=True, text=True, check=True, cwd=tmp_path)
     lines = [shlex.split(line) for line in done.stdout.splitlines()]
-    assert lines.pop() == ["0", "minutes"] and len(lines) == count
+    assert lines.pop() == ["0", "minutes"] and len(lines) == 14
     for program, *words in lines:
         importlib.import_module(Path(program).stem).parse_arguments(words)
 
@@ -213,6 +213,19 @@ def one_kind_of_load(request, monkeypatch):
     module.compiled.cache_clear()
     yield
     module.compiled.cache_clear()
+
+
+def test_attention_is_measured_inside_a_checkpoint_without_a_trace(capsys):
+    def block(x):  # in the forward, as the first block of a training on a GPU does; it is known when that is recomputed
+        if not measured:
+            with kernels.left_out("a candidate"):
+                measured.append(kernels.run_alone(kernels.ATTENTION["ref"], [torch.randn(1, 4, 2, 8) for _ in range(3)], trains=True))
+        return x.sin().cos()
+
+    measured, x = [], torch.randn(5, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False).sum().backward()
+    assert torch.allclose(x.grad, -x.sin().sin() * x.cos()) and "left out" not in capsys.readouterr().out
+    assert len(measured) == 1 and all(gradient.any() for gradient in measured[0])
 
 
 def agrees_with_float64(function, *inputs):
@@ -696,6 +709,8 @@ def bad_media(folder):
     (folder / "words.png").write_text("not a picture")
     write_image(folder / "dot.png", np.zeros((1, 1, 3), dtype=np.uint8))
     write_image(folder / "whole.jpg", moving_picture(1)[0])
+    write_image(folder / "its_compare.png", moving_picture(1)[0])
+    (folder / "drawing.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" width="64" height="64"/>')
     (folder / "half.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:900])
     with av.open(str(folder / "sound.mp3"), "w") as out:
         track = out.add_stream("mp3", rate=44100)
@@ -706,7 +721,7 @@ def bad_media(folder):
 
 def test_every_bad_file_is_one_media_error_that_names_it(tmp_path):
     bad_media(tmp_path)
-    for name in ("half.mp4", "flipped.mp4", "empty.mp4", "words.png", "dot.png", "half.jpg", "sound.mp3", "absent.mp4"):
+    for name in ("half.mp4", "flipped.mp4", "empty.mp4", "words.png", "dot.png", "half.jpg", "sound.mp3", "absent.mp4", "drawing.svg"):
         with pytest.raises(MediaError, match=re.escape(name)) as error:
             read_clip(tmp_path / name)
         assert "\n" not in str(error.value)
@@ -846,7 +861,7 @@ def test_a_balanced_loss_hears_a_small_change_and_a_small_rest():
     target[0, :, 0, 0, 0] += 30  # one place of 32
     target[1, :, :, 1:] += 30  # all but 8
     weights = balance_weights(target, source)
-    assert torch.allclose(weights.mean(dim=(1, 2, 3, 4)), torch.ones(3)) and (weights[2] == 1).all()
+    assert torch.allclose(weights.mean(dim=(1, 2, 3, 4)), torch.ones(3)) and torch.allclose(weights[2], torch.ones(()))
     small, rest = weights[0, 0, 0, 0, 0] / weights[0, 0, 1, 0, 0], weights[1, 0, 0, 0, 0] / weights[1, 0, 0, 1, 0]
     assert abs(small - 31**0.5) < 0.1 and abs(rest - 3**0.5) < 0.1  # the root of (kept / changed)
     model, t, context = denoiser(), torch.tensor([300.0]), torch.randn(1, 3, 64)
@@ -1321,7 +1336,9 @@ def test_the_bundled_weights_edit_their_example_in_a_minute(tmp_path):
     (["whole.jpg", "x", "--ref", "half.jpg"], "half.jpg"), (["whole.jpg", "x", "--device", "cuda"], "not available"),
     (["whole.jpg", "x", "-o", "words.png/out.png"], "cannot be written"), (["whole.jpg", "x", "--offload"], "no GPU"),
     (["whole.jpg", "x", "--weights", "nowhere"], "no such file or folder"), (["whole.mp4", "x", "-o", "out.avi"], ".mp4"),
-    (["whole.jpg", "x", "-o", "out.webp"], ".png"), (["whole.jpg", "x", "-o", "../" + "{}" + "/whole.jpg"], "would replace"),
+    (["whole.jpg", "x", "-o", "out.webp"], ".png"), (["whole.jpg", "x", "-o", "../" + "{}" + "/whole.jpg"], "would be replaced"),
+    (["whole.jpg", "x", "--ref", "its_compare.png", "-o", "its.png", "--compare"], "its_compare.png: would be replaced"),
+    (["drawing.svg", "x"], "no decoder"),
     (["--ref", "whole.jpg", "whole.mp4", "make it red"], '"make it red"; a clip and an instruction are needed'), (["whole.jpg", "x", "--shift", "0"], "above 0"),
     (["whole.jpg", "x", "--seed", str(2**64)], "--seed"),
 ])  # fmt: skip
@@ -1586,8 +1603,18 @@ def test_a_released_training_checkpoint_goes_on_training(tmp_path, lesson, qwen_
     model = KiwiEdit.from_pretrained(tmp_path / "run", dtype=torch.float32)
     assert len(model.mllm.ref_queries) and not model.dit.patch_embedding.weight.is_meta
     (tmp_path / "wan").rename(tmp_path / "moved")
-    with pytest.raises(FileNotFoundError, match="began with .*--base says where it is"):
+    with pytest.raises(FileNotFoundError, match="began with .*--base, or --qwen, says where it is"):
         KiwiEdit.from_pretrained(tmp_path / "run")
+    moved = ["--base", str(tmp_path / "moved"), "--qwen", str(tmp_path / "qwen")]
+    train.main(["--export", str(tmp_path / "run"), "--out", str(tmp_path / "whole"), *moved])
+
+
+def test_what_a_run_began_with_is_found_from_any_folder(tmp_path, lesson, monkeypatch):
+    monkeypatch.chdir(lesson.parent)
+    begun = lesson.relative_to(lesson.parent) / "weights"
+    train.main(lessons(lesson, tmp_path / "run", "--weights", begun, settings=["steps=1", "model.steps=3"]))
+    monkeypatch.chdir(tmp_path)
+    assert KiwiEdit.from_pretrained(tmp_path / "run").config.steps == 3
 
 
 def test_training_from_a_cache_gives_the_same_losses_and_opens_no_file(tmp_path, lesson, monkeypatch):
@@ -1662,6 +1689,16 @@ def test_every_number_of_a_stage_changes_what_is_learned(tmp_path, lesson):
                    "weighting=none", "balance=true"):  # fmt: skip
         other = learned(number, number)
         assert any(not torch.equal(plain[k], other[k]) for k in plain), number
+
+
+def test_a_run_that_goes_on_with_another_loss_says_so(tmp_path, lesson, capsys):
+    train.main(lessons(lesson, tmp_path / "run", settings=["steps=1"]))
+    written = tmp_path / "run" / "step-000001" / "train.json"
+    saved = json.loads(written.read_text())
+    del saved["stage"]["balance"]  # as before there was such a setting
+    written.write_text(json.dumps(saved))
+    train.main(lessons(lesson, tmp_path / "run", "--resume", "auto", settings=["steps=2", "balance=true"]))
+    assert "balance False -> True" in capsys.readouterr().err
 
 
 def test_each_size_of_a_stage_has_its_share_of_the_steps():
@@ -1948,7 +1985,8 @@ def test_clips(tmp_path_factory):
 
 
 def test_pretraining_in_pieces_is_one_training(tmp_path, nano_data, pretrained):
-    run_pretrain("vae", nano_data, tmp_path, "--minutes", "0")
+    with pytest.raises(SystemExit, match="75"):
+        run_pretrain("vae", nano_data, tmp_path, "--minutes", "0")
     first = torch.load(tmp_path / "vae.pt", weights_only=True)
     run_pretrain("vae", nano_data, tmp_path)
     whole, pieces = (torch.load(folder / "vae.pt", weights_only=True) for folder in (pretrained, tmp_path))

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import groupby
@@ -241,12 +241,12 @@ from world import write_mllm_folder
 
 def main(argv=None):
     args = parse_arguments(argv)
-    # Workers hand over every tensor of a batch as an open file.
-    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    with suppress(ValueError, OSError):  # workers hand over every tensor of a batch as an open file; macOS refuses "all"
+        resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     if args.plot:
         return plot(Path(args.plot))
     if args.export:
-        return export(Path(args.export), Path(args.out))
+        return export(Path(args.export), Path(args.out), args.base, args.qwen)
     stage = choose_stage(args)
     ranks = Ranks(args)
     try:
@@ -509,16 +509,18 @@ def start_model(config, files, device):
     return model
 
 
-def export(run, folder):
-    """The last checkpoint of a run as a whole model, LoRA merged, in a folder that sample.py takes."""
+def export(run, folder, base=None, qwen=None):
+    """The last checkpoint of a run as a whole model, LoRA merged, in a folder that sample.py takes. base, qwen: of what
+    the run began with, where that has moved."""
     only_weights(folder)
     checkpoint = find_checkpoint(run)
     if checkpoint is None:
         raise FileNotFoundError(f"--export {run}: not the folder of a run or of a checkpoint")
     path = checkpoint.parent / "config.json"
     run = read_json(path)
-    config, files = config_of(run["model"], path), read_weights(checkpoint)[1]
-    config = replace(config, mllm=replace(config.mllm, **mllm_sizes(files, {})))  # a mode that was never trained stays away
+    config, (began, files) = config_of(run["model"], path), read_weights(checkpoint, base, qwen)
+    sizes = mllm_sizes(files, {})  # a mode that was never trained stays away
+    config = replace(config, mllm=replace(config.mllm, folder=began.mllm.folder, **sizes))
     model = start_model(config, files, "cpu")
     merge_lora(model)
     model.save(folder)
@@ -1045,7 +1047,9 @@ class Trainer:
         if self.ema and not saved["stage"].get("ema"):
             raise ValueError(f"{checkpoint} has no averaged weights: leave out --set ema, or begin anew with --weights")
         now = json.loads(json.dumps(asdict(self.stage)))
-        changed = [f"{key} {old} -> {now[key]}" for key, old in saved["stage"].items() if now.get(key) != old]
+        usual = {field.name: field.default for field in fields(self.stage)}  # an older checkpoint lacks what is new
+        then = {key: saved["stage"].get(key, usual[key]) for key in now}
+        changed = [f"{key} {then[key]} -> {now[key]}" for key in now if now[key] != then[key]]
         begun, asked = read_json(checkpoint.parent / "config.json")["args"], vars(self.args)
         of_run = ("config", "init", "weights", "base", "qwen", "seed", "data", "base_path")
         changed += [f"--{key} {begun[key]} -> {asked[key]}" for key in of_run if key in begun and begun[key] != asked[key]]
@@ -1281,7 +1285,10 @@ def cut_log(path, step):
 
 def write_config(args, stage, model, out):
     """What the run was asked for, resolved: config.json."""
-    config = {"format": "nanokiwi run", "args": vars(args), "stage": asdict(stage), "model": asdict(model.config)}
+    typed = {name: Path(vars(args)[name]) for name in ("weights", "base", "qwen") if vars(args)[name]}
+    began = {name: path for name, path in typed.items() if path.exists() and not path.is_absolute()}
+    config = {"format": "nanokiwi run", "args": vars(args), "stage": asdict(stage), "model": asdict(model.config),
+              "began": {name: os.path.relpath(path, out) for name, path in began.items()}}  # fmt: skip
     with whole_file(out / "config.json") as temporary:
         temporary.write_text(json.dumps(config, indent=1))
 

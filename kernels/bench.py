@@ -241,11 +241,13 @@ def attention(args):
 
 
 def relative_difference(ours, theirs):
-    """|ours - theirs| / |theirs| of all that two functions return; nan where one of them cannot run."""
+    """|ours - theirs| / |theirs| of all that two functions return; nan where there is no second or one of them fails."""
     import torch
 
     from kernels import left_out
 
+    if theirs is None:
+        return math.nan
     with left_out("a difference"):
         pairs = [x if isinstance(x, tuple) else (x,) for x in (ours(), theirs())]
         sizes = [(torch.dist(a.float(), b.float()), b.float().norm()) for a, b in zip(*pairs)]
