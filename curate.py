@@ -20,6 +20,7 @@ The paper's pipeline was never released; prompts and thresholds that it does not
 import argparse
 import base64
 import csv
+import errno
 import fcntl
 import html
 import json
@@ -32,9 +33,10 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 EXAMPLES = """examples:
@@ -138,7 +140,7 @@ from data import (
     write_image,
 )  # fmt: skip
 from judges import (
-    MAX_WAIT, Barred, Local, Malformed, NoRedirect, OpenAICompatible, TryAgain, jpeg, json_objects, sampled_frames, sound,
+    MAX_WAIT, Barred, Local, Malformed, NoRedirect, OpenAICompatible, TryAgain, jpeg, json_objects, key_of, sampled_frames, sound,
 )  # fmt: skip
 from metrics import as_float, lab, luma, read_reference
 
@@ -166,9 +168,13 @@ CARRIED = {  # what a record may bring along, where it is of this type; from `ke
     "box": list, "mask": str, "label": str, "ref_image": str, "ref_size": list, "verdict": bool, "verdict_reason": str, "feature": str,
 }  # fmt: skip
 WORDS = {  # what an instruction is about, where the data do not say; the first that is found
-    "background": r"\bback(?:ground|drop)s?\b|\bscene (?:behind|around)\b|\bsetting to\b|\bsurroundings\b|\bbehind (?:everything|them|it|the \w+)\b|\bin front of\b",
-    "remove": r"\b(?:remove|delete|erase|get rid of|take (?:away|out)|eliminate|without the|disappear|has to go|(?:don't|do not) want)\b|\baway\b|\bcut\b.*\bout of\b",
-    "style": r"\bstyles?\b|\baesthetics?\b|\bstylize|\b(?:as|like|into) (?:an? )?(?:\w+ )?(?:painting|sketch|cartoon|drawing|mosaic|film|photo)\b|\blook (?:like|of)\b|\bfilter\b|"
+    "remove": r"\b(?:remove|delete|erase|get rid of|take (?:away|out)|eliminate)\b(?! the back)|\b(?:without the|disappear|has to go|(?:don't|do not) want)\b|"
+    r"\baway\b|\bcut\b.*\bout of\b",
+    # "the man in the background", "in front of the shop" and "behind the counter" say where a local edit is
+    "background": r"(?<!in the )(?<!from the )(?<!in )\bback(?:ground|drop)s?\b|\bwould like\b.*\bin the background\b|\bscene (?:behind|around)\b|\bsetting to\b|"
+    r"\bsurroundings\b|\bwhat is behind\b|\b(?:behind everything|(?:place|scene|view) behind (?:it|them))\b|"
+    r"\b(?:set|put|place|move|show) (?:it|them|everything|everyone) (?:all )?in front of\b",
+    "style": r"\b(?<!hair )(?<!hair)styles?\b|\baesthetics?\b|\bstylize|\b(?:as|like|into) (?:an? )?(?:\w+ )?(?:painting|sketch|cartoon|drawing|mosaic|film|photo)\b|\blook (?:like|of)\b|\bfilter\b|"
     r"\bwhole (?:picture|image|video|scene|clip)\b|\brestyle|\b(?:turn|show) (?:all of )?this (?:in|as)|\bresemble\b|\blet it be\b|"
     r"\btransform the (?:scene|video|clip|picture|image) into\b",
     "subject": r"\b(?:replace|change|swap|turn|transform|convert|add|put|place|insert|give|dress|exchange|substitute|make|draw|paste|drop|bring|"
@@ -212,7 +218,10 @@ def read_pairs(path, base, models):
                     line = None
                 yield "ReCo", Path(base or path), place, line
     elif shards := sorted(path.glob("[0-9]*.jsonl")):
-        home = json.loads((path.parent / "read.json").read_text())["bases"]
+        told = json.loads((path.parent / "read.json").read_text())
+        if len(shards) < told["shards"]:
+            raise ValueError(f"{path}: that stage is not done, {len(shards)} of {told['shards']} shards; finish the run, or give an earlier stage")
+        home = told["bases"]
         made = json.loads((path.parent / "settings.json").read_text())["models"]
         if path.name in ("verify", "deduplicate") and made != models:
             raise ValueError(f"{path} holds features of --models {made}, whose likeness is another's: say --models {made}")
@@ -236,8 +245,10 @@ def read_lines(path):
             for i, line in enumerate(file.read_row_group(group, wanted).to_pylist()):
                 yield f"{path}, row {i} of group {group}", line
     elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8", errors="replace") as file:
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
             for number, text in enumerate(file, 1):
+                if not text.strip():
+                    continue
                 try:
                     yield f"{path}, line {number}", json.loads(text)
                 except ValueError:
@@ -253,12 +264,14 @@ def read_lines(path):
             yield f"{path}, entry {number}", line
     elif path.suffix == ".csv":
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(file, strict=True)  # an unclosed quote would swallow the rest
             try:
                 for line in reader:
+                    if any(line.pop(None, None) or ()):
+                        raise ValueError(f"{path}, line {reader.line_num}: more fields than columns; a prompt with a comma needs quotes around it")
                     yield f"{path}, line {reader.line_num}", line
             except (csv.Error, UnicodeError) as error:
-                raise ValueError(f"{path}, after line {reader.line_num}: is not a CSV table in UTF-8 ({error})") from None
+                raise ValueError(f"{path}, after line {reader.line_num}: is not a CSV table in UTF-8 ({error}); is a quote not closed?") from None
     else:
         raise ValueError(f"{path}: a table is .csv, .parquet, .json or .jsonl")
 
@@ -322,9 +335,10 @@ def records_of(args, bases):
             if name == "ledger":
                 adopt(record, Path(args.out))
             record |= start_of(record, base, place)
-            if name == "ledger" and line["status"] == "rejected" and line["stage"] in PAID:
+            ended_before = ("rejected",) if args.retry_failed else ("rejected", "failed")
+            if name == "ledger" and line["status"] in ended_before and line["stage"] in PAID:
                 tuning = record.get("edit_score", 0) >= args.min_score
-                record |= {"status": "rejected", "stage": line["stage"], "reason": line["reason"], "tuning": tuning}
+                record |= {key: line[key] for key in ("status", "stage", "reason")} | {"tuning": tuning}
             yield record
             number += 1
     if not number:
@@ -501,23 +515,17 @@ def same_settings(args, ledger):
     before = json.loads(path.read_text()) if path.is_file() else settings
     for key in before.keys() | settings.keys():
         if before.get(key) != settings.get(key):
-            last = [s for s in STAGES[1:-1] if (ledger.folder / s).is_dir() and (key != "models" or s != "verify")][-1:]
+            done = lambda stage: ledger.count and all(ledger.done(stage, shard) for shard in range(ledger.count[1]))
+            last = [s for s in STAGES[1:-1] if done(s) and (key != "models" or s != "verify")][-1:]
             raise ValueError(
                 f"{ledger.out} was made with {key} {before.get(key)!r}, not {settings.get(key)!r}: give another --out"
                 + "".join(f"; {ledger.folder / stage} as its input keeps what was paid for" for stage in last)
             )
 
 
-def attempt(stage, batch):
-    """A stage's work on open records: each comes back open, rejected or failed; a bad one costs itself alone."""
-    try:
-        return stage(batch)
-    except FORESEEN as error:
-        if isinstance(error, Barred) or isinstance(error, OSError) and error.errno == 28:  # no space left on device
-            raise
-        if len(batch) > 1:
-            return [row for one in batch for row in attempt(stage, [one])]
-        return [ended(batch[0], stage.name, "failed", error)]
+def out_of_room(error):
+    """Whether a disk or a quota is full: no record's fault. MediaErrors have it as what they were raised for."""
+    return any(getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for e in (error, error.__context__))
 
 
 def ended(row, stage, status, reason):
@@ -531,11 +539,11 @@ def run_shard(stage, ledger, shard, bar=None):
     with ledger.journal(stage.name, shard) as (done, add):
         waiting = [row for row in rows if row["status"] == "open" and row["id"] not in done]
         bar is None or bar.update(len(rows) - len(waiting))
-        for start in range(0, len(waiting), stage.batch):
-            batch = [row | {"passed": stage.name} for row in attempt(stage, waiting[start : start + stage.batch])]
-            add(batch)
-            done |= {row["id"]: row for row in batch}
-            bar is None or bar.update(len(batch))
+        for row in stage(waiting):
+            row["passed"] = stage.name
+            add([row])
+            done[row["id"]] = row
+            bar is None or bar.update()
         rows = [done.get(row["id"], row) if row["status"] == "open" else row for row in rows]
     if len(waiting) >= 20 and all(done[row["id"]]["status"] == "failed" for row in waiting):
         raise ValueError(
@@ -550,14 +558,13 @@ def run_shard(stage, ledger, shard, bar=None):
 
 
 class Stage:
-    """setup() once in a process, then batch -> batch. `one` does a record's work: it returns what to add to the record,
-    or raises Rejected. Records of a batch are worked on by several threads."""
+    """setup() once in a process, then records -> records. `one` does a record's work: it returns what to add to the
+    record, or raises Rejected. Several threads work on records."""
 
     name = ""
 
     def __init__(self, args, bases):
         self.args, self.bases, self.loaded = args, bases, None
-        self.batch = 4 * args.workers
         self.lock = threading.Lock()
 
     def setup(self):
@@ -578,8 +585,28 @@ class Stage:
                 self.loaded = models
         return self.loaded
 
-    def __call__(self, batch):
-        return list(self.pool.map(self.guarded, batch))
+    def __call__(self, rows):
+        """Yield the records, open, rejected or failed, as they are done. What ends the run is raised after all that were
+        begun are done: they may have been paid for."""
+        rows, busy, ends = iter(rows), set(), None
+        try:
+            while busy or ends is None:
+                if ends is None:
+                    busy |= {self.pool.submit(self.guarded, row) for row in islice(rows, 2 * self.args.workers - len(busy))}
+                if not busy:
+                    break
+                done, busy = wait(busy, return_when=FIRST_COMPLETED)
+                for future in done:
+                    if future.exception() is None:
+                        yield future.result()
+                    elif ends is None:
+                        ends = future.exception()
+                        busy = {future for future in busy if not future.cancel()}
+        finally:
+            for future in busy:
+                future.cancel()
+        if ends is not None:
+            raise ends
 
     def guarded(self, row):
         try:
@@ -589,7 +616,7 @@ class Stage:
         except Barred:
             raise
         except FORESEEN as error:
-            if isinstance(error, OSError) and error.errno == 28:
+            if out_of_room(error):
                 raise
             return ended(row, self.name, "failed", error)
 
@@ -1248,7 +1275,7 @@ def open_model(name, device):
         import http.client
         import urllib.request
 
-        key = os.environ.get("OPENAI_API_KEY")
+        key = key_of("OPENAI_API_KEY")
         request = urllib.request.Request(f"{name.rstrip('/')}/models", headers={"Authorization": f"Bearer {key}"} if key else {})
         try:
             with urllib.request.build_opener(NoRedirect).open(request, timeout=30) as answer:
@@ -1535,10 +1562,14 @@ def features_of_benchmark(args):
 
 
 def benchmark_files(folder):
-    kinds = (".png", ".jpg", ".jpeg", ".webp", ".mp4")
-    files = [path for path in sorted(Path(folder).rglob("*")) if path.suffix.lower() in kinds]
+    """Its pictures and clips, by their endings; what else lies there is told, for a clip among it would not be guarded."""
+    kinds = ".png .jpg .jpeg .webp .bmp .gif .tif .tiff .avif .heic .mp4 .m4v .mov .webm .mkv .avi".split()
+    found = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
+    files = [path for path in found if path.suffix.lower() in kinds]
     if not files:
         raise ValueError(f"--guard {folder}: no pictures or clips there")
+    other = sorted({path.suffix.lower() or path.name for path in found} - set(kinds))
+    print(f"guard       {len(files)} pictures and clips of {folder}" + (f"; not read: {', '.join(other)}" if other else ""))
     return files
 
 
@@ -1552,7 +1583,8 @@ def write_results(args, ledger, bases):
     rejects = read_rejects(args.rejects)
     counts, sample, seen = Funnel(), [], 0
     chosen, told = random.Random(0), []
-    with training_tables(out, common) as write, parquet_of_refvie(out, bases) as write_parquet:
+    home = Path(os.path.commonpath(bases))
+    with training_tables(out, common) as write, parquet_of_refvie(out) as write_parquet:
         for shard in range(ledger.count[1]):
             for row in ledger.rows("deduplicate", shard):
                 if row["status"] == "kept" and row["id"] in rejects:
@@ -1566,7 +1598,8 @@ def write_results(args, ledger, bases):
                 if row["status"] == "kept":
                     ref = os.path.relpath(out / row["ref_image"], common)
                     write("ref", [path("src_video"), path("tgt_video"), row["prompt"], ref])
-                    write_parquet(row, inside(out, row["ref_image"], row["id"]))
+                    clips = {key: os.path.relpath(Path(bases[row["base"]]) / row[key], home) for key in ("src_video", "tgt_video")}
+                    write_parquet(row | clips, inside(out, row["ref_image"], row["id"]))
                     seen += 1
                     if len(sample) < args.page:
                         sample.append(row)
@@ -1617,8 +1650,9 @@ def training_tables(out, common):
 
 
 @contextmanager
-def parquet_of_refvie(out, bases):
-    """Yield write(record, picture's path) for refvie.parquet in the layout of the published set."""
+def parquet_of_refvie(out):
+    """Yield write(record, picture's path) for refvie.parquet in the layout of the published set; its clips' paths start
+    from the base folder of the inputs, of several from the one above all."""
     try:
         import pyarrow
         from pyarrow.parquet import ParquetWriter

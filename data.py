@@ -480,8 +480,9 @@ def read_table(path, kind, base=None):
     lines = read_parquet(path, kind) if path.suffix == ".parquet" else read_csv(path, COLUMNS[kind])
     rows = []
     for where, (source, target, prompt, *ref) in lines:
-        if not all(field and (not isinstance(field, str) or field.strip()) for field in (source, target, prompt, *ref)):
-            raise ValueError(f"{where}: an empty field among {', '.join(COLUMNS[kind])}")
+        texts = [source, target, prompt, *(r for r in ref if not isinstance(r, tuple))]
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ValueError(f"{where}: an empty field, or no text, among {', '.join(COLUMNS[kind])}")
         source, target = (str(inside(base, name, where)) for name in (source, target))
         ref = [str(inside(base, r, where)) if isinstance(r, str) else r for r in ref]
         rows.append(Row(source, target, prompt.strip(), *ref))
@@ -531,7 +532,8 @@ def parquet_file(path):
 
 @lru_cache(maxsize=2)
 def reference_bytes(path, group):
-    """The reference pictures of a row group; neighbours are asked for together, so the last two stay."""
+    """The reference pictures of a row group; the last two stay, for `check` reads in order. Training shuffles, and reads
+    a group for nearly every picture: ref_video.csv with its files is quicker there."""
     return parquet_file(path).read_row_group(group, ["ref_image_bytes"]).column(0)
 
 

@@ -248,8 +248,10 @@ def read_openve(path, edits):
 
     folder = path.absolute().parent
     with path.open(newline="", encoding="utf-8-sig") as file:
-        for i, row in enumerate(csv.DictReader(file)):
+        for i, row in enumerate(csv.DictReader(file, strict=True)):  # an unclosed quote would swallow the rest
             where = f"{path}, row {i + 1}"
+            if any(row.get(None) or ()):
+                raise JudgeError(f"{where}: more fields than columns; a prompt with a comma needs quotes around it")
             source, instruction, task = (text_of(row, n, where) for n in ("original_video", "prompt", "edited_type"))
             if task not in LEFT_OUT:
                 edit = inside(edits, f"{Path(source).stem}_edited.mp4", where)
@@ -635,6 +637,7 @@ METRICS_VERSION = "metrics/2"
 
 def measure_all(items, args, ledger, out):
     """Metrics of every item, those that the ledger knows already excepted -> rows."""
+    import torch
     from tqdm import tqdm
 
     from data import MediaError
@@ -657,8 +660,12 @@ def measure_all(items, args, ledger, out):
             row.error = f"unreadable: {error}"
         return row
 
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # items run side by side
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(tqdm(pool.map(one, items), total=len(items), desc="metrics"))
+        rows = list(tqdm(pool.map(one, items), total=len(items), desc="metrics"))
+    torch.set_num_threads(threads)
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------ controls
@@ -1029,11 +1036,8 @@ def human_agreement(human, rows):
 
 def score(args):
     """`judge.py score`: metrics, then the judge, then the report."""
-    import torch
-
     from data import writable
 
-    torch.set_num_threads(1)  # items run side by side
     items = read_bench(args.bench, args.path, args.edits, args.limit)
     human = read_human(args.human, items) if args.human else None  # before the judge is paid
     out = Path(args.out)
@@ -1076,15 +1080,19 @@ def score_items(items, judge, ledger, human, args, out):
                          f"or average over the rest with --allow-missing")  # fmt: skip
 
 
-def same_run(args):
-    """The edits of a folder are one model's, made in one way: run.json in it says which. JudgeError for another."""
+def same_run(args, items):
+    """The edits of a folder are one model's, made in one way: run.json in it says which. JudgeError for another, and for
+    edits of which nothing is said."""
     from data import whole_file
-    from model import read_json
+    from model import read_json, read_weights
 
     path = Path(args.edits) / "run.json"
     weights = Path(args.weights)
     asked = {name: getattr(args, name) for name in ("base", "qwen", "steps", "seed", "ref", "frames", "max_pixels")}
     asked["weights"] = str(weights.resolve() if weights.exists() else weights)
+    asked["files"] = fingerprint(sorted({file for file, _ in read_weights(args.weights, args.base, args.qwen)[1].places.values()}))
+    if not path.is_file() and (there := next((item.edit for item in items if item.edit.is_file()), None)):
+        raise JudgeError(f"{there}: is there, and no {path} says whose edit it is; give another --edits")
     if path.is_file():
         made = read_json(path)
         if other := [f"{name} {made.get(name)}, not {value}" for name, value in asked.items() if made.get(name) != value]:
@@ -1093,6 +1101,18 @@ def same_run(args):
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(asked, indent=1))
+
+
+def fingerprint(files):
+    """Of weights, quickly: their files' sizes, first and last million bytes."""
+    digest = hashlib.sha256()
+    for path in files:
+        size = Path(path).stat().st_size
+        with open(path, "rb") as file:
+            digest.update(f"{Path(path).name} {size}".encode() + file.read(1 << 20))
+            file.seek(max(size - (1 << 20), 0))
+            digest.update(file.read())
+    return digest.hexdigest()[:16]
 
 
 def run(args):
@@ -1106,7 +1126,7 @@ def run(args):
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = pick_device(args.device)
     items = read_bench(args.bench, args.path, args.edits, args.limit)
-    same_run(args)
+    same_run(args, items)
     items = list({item.edit: item for item in reversed(items)}.values())[::-1]  # of those that share a name the first
     mine = [item for item in items[rank::world] if not item.edit.is_file()]
     print(f"[{rank}/{world}] {len(mine)} of {len(items[rank::world])} edits to make, {args.weights} on {device}")
@@ -1123,8 +1143,11 @@ def run(args):
                 item.edit, edited, clip.fps, item.source, faithful_codec(edited)
             )
             print(f"[{rank}/{world}] {item.edit}", flush=True)
-        except (MediaError, ValueError) as error:
+        except (MediaError, ValueError, torch.OutOfMemoryError) as error:
             failed += 1
+            if isinstance(error, torch.OutOfMemoryError):
+                torch.cuda.empty_cache()
+                error = f"out of memory on {device}: add --tile 16, or smaller --frames or --max-pixels"
             print(f"[{rank}/{world}] item {item.key} skipped: {error}", file=sys.stderr, flush=True)
     if failed and world == 1:  # under torchrun a failing process would end the others; `score` counts what is missing
         raise JudgeError(f"{failed} of {len(mine)} edits failed, see above; run again when they are mended")
@@ -1132,11 +1155,8 @@ def run(args):
 
 def compare(args):
     """`judge.py compare`: which of two systems wins, each pair shown in both orders; metrics as paired differences."""
-    import torch
-
     from data import whole_file, writable
 
-    torch.set_num_threads(1)
     out = Path(args.out)
     writable(out / "answers.jsonl")
     judge, sides = make_judge(args), [read_bench(args.bench, args.path, d, args.limit) for d in (args.a, args.b)]
@@ -1262,6 +1282,8 @@ def read_released(path):
                 value = json.loads(line)
                 task, scores, text = value.get("subtask") or value["edited_type"], value["scores"], value["result"]
                 scores = [int(score) for score in scores]
+                if not isinstance(text, str):
+                    raise ValueError
             except (ValueError, KeyError, AttributeError, TypeError):
                 raise JudgeError(f"{path}, line {i + 1}: not a line of the released scripts' score files") from None
             if not scores:
@@ -1411,6 +1433,10 @@ def main(argv=None):
         sys.exit("judge.py: interrupted; run the same command again to go on")
     except (ValueError, OSError, csv.Error) as error:
         sys.exit(f"judge.py: {' '.join(str(error).split())}")
+    except RuntimeError as error:  # torch.OutOfMemoryError, without importing torch for --help
+        if "out of memory" not in str(error):
+            raise
+        sys.exit("judge.py: out of GPU memory; take --device cpu, or a larger card")
 
 
 if __name__ == "__main__":

@@ -73,6 +73,15 @@ class Unusable(Malformed):
     """Asking the same again would not help: the request is wrong, or the videos do not reach the model."""
 
 
+def key_of(name):
+    """A key from the environment, without the line's end that a file of secrets gives it; None where there is none.
+    JudgeError where it cannot be sent: what refuses it there would print it."""
+    key = os.environ.get(name, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise JudgeError(f"{name} has a character that no key has, a line's end perhaps; export the key alone")
+    return key or None
+
+
 class NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_):  # would carry the key to another host
         return None
@@ -171,7 +180,7 @@ class Gemini:
     def __init__(self, model, args):
         self.model, self.deadline = model, args.deadline
         self.url = f"{(args.endpoint or GEMINI).rstrip('/')}/models/{urllib.parse.quote(model)}:generateContent"
-        self.key = os.environ.get("GEMINI_API_KEY")
+        self.key = key_of("GEMINI_API_KEY")
         if not self.key and not args.dry_run:
             raise JudgeError("GEMINI_API_KEY is not set: export the key, or choose another --judge")
         if not self.url.startswith("https://") and urllib.parse.urlsplit(self.url).hostname not in (
@@ -221,7 +230,7 @@ class OpenAICompatible:
             raise JudgeError("--judge openai:... needs --endpoint, e.g. http://localhost:8000/v1")
         self.model, self.deadline, self.send = model, args.deadline, args.send
         self.url = f"{args.endpoint.rstrip('/')}/chat/completions"
-        self.key = os.environ.get("OPENAI_API_KEY")
+        self.key = key_of("OPENAI_API_KEY")
 
     def ask(self, text, media, fps):
         content = []

@@ -2692,6 +2692,16 @@ def test_run_makes_the_edits_under_the_released_names_each_once_and_in_shards(re
     assert not torch.equal(read_clip(refvie / "plain" / made[0].name).frames, read_clip(made[0]).frames)
     with pytest.raises(SystemExit, match="edits are there of seed 0, not 1; give another --edits"):
         judge.main([*arguments, "--seed", "1"])
+    other = Path(shutil.copytree(small_weights, refvie / "weights"))
+    on_other = [word.replace(str(small_weights), str(other)) for word in [*arguments, "--edits", str(refvie / "others")]]
+    judge.main(on_other)
+    dit = load_file(other / "dit.safetensors")
+    save_file({name: tensor + 1 for name, tensor in dit.items()}, other / "dit.safetensors")
+    with pytest.raises(SystemExit, match="edits are there of files .*; give another --edits"):
+        judge.main(on_other)  # the same folder, with other weights in it
+    (refvie / "new" / "run.json").unlink()
+    with pytest.raises(SystemExit, match="no .*run.json says whose edit it is"):
+        judge.main(arguments)
     with pytest.raises(SystemExit, match="--device cuda:9: not available here"):
         judge.main([*arguments, "--device", "cuda:9"])
 
@@ -2871,6 +2881,71 @@ def test_odd_lines_of_a_table_cost_only_themselves_and_odd_fields_nothing(tmp_pa
         curated(tmp_path, tmp_path / "again", tables=["theirs/ledger/verify"])
 
 
+def test_a_run_that_is_barred_keeps_what_was_answered_and_asks_it_no_more(tmp_path, nano_data, monkeypatch):
+    asked, score = [], curate.Classical.score
+
+    def barred_at_the_fourth(models, source, target, row):
+        asked.append(row["id"])
+        if len(asked) == 4:
+            raise curate.Barred("the key is refused")
+        return score(models, source, target, row)
+
+    monkeypatch.setattr(curate.Classical, "score", barred_at_the_fourth)
+    with pytest.raises(curate.Barred):
+        curated(nano_data, tmp_path / "out", "--workers", 1, "--shard-rows", 100)
+    curated(nano_data, tmp_path / "out", "--workers", 1, "--shard-rows", 100)
+    assert asked.count(asked[3]) == 2 and len(asked) == len(set(asked)) + 1
+
+
+def test_a_full_disk_stops_the_run_and_fails_no_record(tmp_path, nano_data, monkeypatch):
+    def full(path, image):
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError:
+            raise MediaError(f"{path}: cannot be written") from None
+
+    monkeypatch.setattr(curate, "write_image", full)
+    with pytest.raises(MediaError, match="cannot be written"):
+        curated(nano_data, tmp_path / "out")
+    monkeypatch.undo()
+    assert not any(row["status"] == "failed" for row in curated(nano_data, tmp_path / "out"))
+
+
+def test_a_ledger_is_an_input_only_where_its_stage_is_whole_and_what_failed_stays_so(tmp_path, nano_data, quadruplets, monkeypatch):
+    theirs = Path(shutil.copytree(quadruplets, tmp_path / "theirs"))
+    shard = theirs / "ledger/verify/00000.jsonl"
+    rows = list(curate.read_json_lines(shard))
+    number = next(i for i, row in enumerate(rows) if row["status"] == "open")
+    rows[number] = curate.ended(rows[number], "verify", "failed", "no answer") | {"verdict": None}
+    curate.write_json_lines(shard, rows)
+    before = records_in(theirs, "verify")
+    kept = curated(theirs / "ledger", tmp_path / "again", tables=["verify"])
+    assert (kept[number]["status"], kept[number]["reason"]) == ("failed", "no answer") and len(kept) == len(before)
+    assert curated(theirs / "ledger", tmp_path / "asked", "--retry-failed", tables=["verify"])[number]["status"] == "kept"
+    last = sorted(shard.parent.iterdir())[-1]
+    last.unlink()
+    with pytest.raises(ValueError, match="that stage is not done"):
+        curated(theirs / "ledger", tmp_path / "part", tables=["verify"])
+    with pytest.raises(ValueError, match="ledger/synthesize as its input keeps what was paid for"):
+        curated(nano_data, theirs, "--min-ref-score", 9)
+
+
+@pytest.mark.parametrize("line, says", [("a.mp4,b.mp4,Replace it, then leave", "line 3: more fields"), ('a.mp4,b.mp4,"Add a hat', "a quote not closed")])
+def test_a_table_that_csv_would_misread_is_refused(tmp_path, line, says):
+    (tmp_path / "p.csv").write_text(f"src_video,tgt_video,prompt\na.mp4,b.mp4,Add a hat.\n{line}\n")
+    with pytest.raises(ValueError, match=says):
+        curated(tmp_path, tmp_path / "out", tables=["p.csv"])
+
+
+def test_a_key_with_a_line_s_end_is_that_key_and_never_told(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
+    assert judges.key_of("OPENAI_API_KEY") == "sk-secret"
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-\nsecret")
+    with pytest.raises(ValueError, match="OPENAI_API_KEY has a character that no key has") as error:
+        curate.open_model("http://127.0.0.1:9/v1", "cpu")
+    assert "sk-" not in str(error.value)
+
+
 @pytest.mark.parametrize("gone_on", [True, False])
 def test_a_shard_that_fails_as_a_whole_stops_the_run_and_is_tried_again_when_it_is_mended(tmp_path, nano_data, gone_on):
     pair = next(csv.DictReader((nano_data / "ref_video.csv").open()))
@@ -2926,6 +3001,10 @@ def test_frames_to_be_scored_correspond_whatever_rate_the_files_claim(tmp_path):
     ("Local Modification", "x", "subject"), ("Background Replacement", "x", "background"), ("camera_edit", "Replace it.", "other"),
     ("object swap", "Remove the dog.", "remove"), (None, "Make it look like a painting.", "style"),
     (None, "Cut the cat out of the video.", "remove"), (None, "I want a hat on it.", "subject"), (None, "Let it be night.", "style"),
+    (None, "Remove the man in front of the shop.", "remove"), (None, "Add a red car in front of the house.", "subject"),
+    (None, "Replace the woman behind the counter with a robot.", "subject"), (None, "Delete the dog in the background.", "remove"),
+    (None, "Remove the background and show a beach.", "background"), (None, "Move everything in front of a lake.", "background"),
+    (None, "Replace her hair with a hair style of the eighties.", "subject"),
 ])  # fmt: skip
 def test_an_edit_s_kind_is_its_type_where_that_is_known_else_what_its_words_say(edit_type, prompt, kind):
     assert curate.kind_of(edit_type, prompt) == kind
