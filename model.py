@@ -336,8 +336,8 @@ class KiwiEdit(nn.Module):
 
     def decode_frames(self, latents, tile=None, on_chunk=None):
         """Latents (1, z, t, h, w) -> uint8 frames (4t - 3, H, W, 3) on the CPU; rounded, where the release cuts off."""
-        pixels = self.vae.decode(latents, tile, on_chunk=on_chunk, out_device="cpu")
-        return ((pixels[0].float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+        pixels = self.vae.decode(latents, tile, on_chunk=on_chunk, out_device="cpu", levels=True)
+        return pixels[0].permute(1, 2, 3, 0).contiguous()
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=torch.bfloat16, base=None, qwen=None):

@@ -330,7 +330,7 @@ class Trainer:
             torch.optim.AdamW(rest, rate, (0.9, 0.98), weight_decay=0.01),
         ]
         if self.path.is_file():
-            state = torch.load(self.path, weights_only=True, map_location=device)
+            state = torch.load(self.path, weights_only=True, map_location="cpu")  # where AdamW wants its step counts
             if list(state["masters"]) != list(self.names):
                 raise ValueError(f"{self.path}: is of another model; give another --out or delete it")
             if state.get("seed", seed) != seed:

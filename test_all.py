@@ -29,6 +29,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+if os.environ.get("KIWI_TEST_GPU") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bounds are those of float32 on a CPU; the kernels' tests alone are for both
+
 import av
 import numpy as np
 import pytest
@@ -37,7 +40,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: the kernels run here too, interpreted
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: the kernels run on a CPU too, interpreted
 
 import curate
 import data
@@ -211,7 +214,7 @@ def one_kind_of_load(request, monkeypatch):
         real = [config for config in configs if config[2:-2] == kind]
         monkeypatch.setitem(module.CONFIGS, name, real if DEVICE == "cuda" else [(16, 32, *kind, 4, 1)])
     module.compiled.cache_clear()
-    yield
+    yield request.param
     module.compiled.cache_clear()
 
 
@@ -244,7 +247,10 @@ def agrees_with_float64(function, *inputs):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_matches_float64_at_lengths_with_tails(triton_backend, one_kind_of_load, dtype):
-    lengths = [(37, 53, 2, 64), (33, 64, 1, 128), (5, 7, 3, 16)] + [(300, 515, 2, 128)] * (DEVICE == "cuda")
+    if DEVICE == "cuda" and dtype == torch.float32 and one_kind_of_load != "pointers":
+        pytest.skip("on a GPU float32 is loaded by pointers alone")
+    lengths = [(37, 53, 2, 64), (33, 64, 1, 128)] + [(300, 515, 2, 128)] * (DEVICE == "cuda")
+    lengths += [(5, 7, 3, 16)] * (DEVICE == "cpu" or one_kind_of_load != "specialised")  # that is for heads of 64 and more
     for queries, keys, heads, dim in lengths:
         q, k, v = (torch.randn(2, n, heads, dim).to(dtype) for n in (queries, keys, keys))
         assert agrees_with_float64(kernels.attention, q, k, v)

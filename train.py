@@ -315,7 +315,8 @@ class Ranks:
 
     def __init__(self, args):
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        on_gpu = torch.cuda.is_available() and not args.dry_run
+        has_gpu = torch.cuda.is_available()
+        on_gpu = has_gpu and not args.dry_run  # which tells of what will run there
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu")
         if on_gpu:
             torch.cuda.set_device(self.device)
@@ -330,8 +331,8 @@ class Ranks:
         pairs = init_device_mesh(self.device.type, (self.dp, self.sp), mesh_dim_names=("data", "sequence"))
         self.sequence = pairs["sequence"].get_group()
         self.background = dist.new_group(backend="gloo")  # for the thread that writes checkpoints
-        self.parallel = args.parallel or ("fsdp" if on_gpu else "ddp")
-        self.dtype = getattr(torch, args.dtype or ("bfloat16" if on_gpu else "float32"))
+        self.parallel = args.parallel or ("fsdp" if has_gpu else "ddp")
+        self.dtype = getattr(torch, args.dtype or ("bfloat16" if has_gpu else "float32"))
         if self.dtype != torch.float32 and self.parallel == "ddp":
             raise ValueError(
                 "--dtype bfloat16 keeps float32 master weights by FSDP2: take --parallel fsdp, also on one GPU"
@@ -1357,7 +1358,8 @@ def memory_estimate(model, stage, ranks, shape, checkpointing):
     """Bytes a rank needs, by purpose, for batches of `shape` (frames, height, width).
 
     Activations: the input of every block, and what the backward of one block keeps inside it (of all blocks without
-    checkpointing), some 20 D + 4 F numbers a token with its gradients; the same for the language model.
+    checkpointing), some 20 D + 4 F numbers a token with its gradients; the same for the language model. When they are
+    gone, AdamW on a GPU (of "fsdp" here) takes a float32 copy of all that it updates: where that is more, it counts.
     """
     size = torch.empty(0, dtype=ranks.dtype).element_size()
     share = ranks.world if ranks.parallel == "fsdp" else 1
@@ -1386,10 +1388,13 @@ def memory_estimate(model, stage, ranks, shape, checkpointing):
     kept = [tokens * c.dim * c.num_layers, stage.batch * seen * text.hidden_size * text.num_hidden_layers]
     if not checkpointing:
         kept = [inside[0] * c.num_layers * 0.6, stage.batch * inside[1] * text.num_hidden_layers * 0.6]
+    activations = (sum(kept) + max(inside)) * size
+    if ranks.parallel == "fsdp" and stage.optimizer == "adamw":
+        activations = max(activations, 4 * trained / share - gathered)
     return {
         "weights": 4 * trained / share + size * (frozen / share + vae), "gathered": gathered,
         "gradients": 4 * trained / share, "moments": moments / share, "average": 4 * trained / share * (stage.ema > 0),
-        "activations": (sum(kept) + max(inside)) * size,
+        "activations": activations,
         "snapshot": (moments + 4 * (stage.ema > 0) * trained) / share + 4 * trained * ranks.first,
     }  # fmt: skip
 

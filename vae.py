@@ -485,10 +485,11 @@ class VAE(nn.Module):
         """
         return self.normalise(self.moments(video, tile, chunk, on_chunk)[0])
 
-    def decode(self, latents, tile=None, chunk=1, on_chunk=None, out_device=None):
+    def decode(self, latents, tile=None, chunk=1, on_chunk=None, out_device=None, levels=False):
         """Normalised latents (B, z, 1 + k, h, w) to video (B, 3, 4k + 1, h*s, w*s), clamped to [-1, 1].
 
-        The frames are collected on `out_device` (default: the latents'). Other arguments as for `encode`.
+        The frames are collected on `out_device` (default: the latents'). levels: as uint8, each rounded to the nearest of
+        256 levels where it was decoded. Other arguments as for `encode`.
         """
         c = self.config
         self.weights_like_activations()
@@ -502,7 +503,9 @@ class VAE(nn.Module):
             inner = [(a - w, b - w) for (a, b), (w, _) in zip(core, window)]
             for part in features:
                 x = crop(self.decoder.up(crop(part, window), state), inner, c.space_stride)
-                frames.append(x.clamp(-1, 1).to(out_device or latents.device))
+                x = x.clamp(-1, 1)
+                x = ((x.float() + 1) * 127.5).round().to(torch.uint8) if levels else x
+                frames.append(x.to(out_device or latents.device))
                 on_chunk and on_chunk(len(tiles) * len(features) + len(frames), len(windows) * len(features))
             tiles.append((core, torch.cat(frames, dim=2)))
         return join_tiles(tiles, height, width)

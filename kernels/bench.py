@@ -272,7 +272,7 @@ def attention_run(function, direction, qkv, grad):
 
 
 def check(args):
-    """Each configuration of the attention kernels in a process of its own, a minute at most: one that hangs, cannot be
+    """Each configuration of the attention kernels in a process of its own, 90 s at most: one that hangs, cannot be
     launched or computes something else is told apart from the rest, before a stopwatch may choose it."""
     from multiprocessing import get_context
 
@@ -282,13 +282,13 @@ def check(args):
     if not on_gpu():
         os.environ["TRITON_INTERPRET"] = "1"
     cases = [(name, config, dim) for name, known in configs.items() for config in known for dim in (128, 64)]
-    context, at_once = get_context("spawn"), 8 if on_gpu() else 2
+    context, at_once = get_context("spawn"), 16 if on_gpu() else 2
     for i in range(0, len(cases), at_once):
         answers = [context.SimpleQueue() for _ in cases[i : i + at_once]]
         running = [context.Process(target=check_one, args=(*case, answer)) for case, answer in zip(cases[i:], answers)]
         for process in running:
             process.start()
-        end = time.monotonic() + 60 if on_gpu() else time.monotonic() + 600
+        end = time.monotonic() + (90 if on_gpu() else 600)
         for (name, config, dim), process, answer in zip(cases[i:], running, answers):
             process.join(max(0, end - time.monotonic()))
             found = {"relative difference": math.nan, "same bits again": False, "failed": "" if process.exitcode == 0 else "ended"}
