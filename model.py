@@ -331,8 +331,7 @@ class KiwiEdit(nn.Module):
 
     def encode_frames(self, frames, tile=None, on_chunk=None):
         """uint8 frames (T, H, W, 3) -> latents (1, z, 1 + (T-1)/4, h, w), on the VAE's device."""
-        pixels = (frames.permute(3, 0, 1, 2)[None].float() * (2 / 255) - 1).to(self.vae.conv1.weight.dtype)
-        return self.vae.encode(pixels, tile, on_chunk=on_chunk)
+        return self.vae.encode(frames.permute(3, 0, 1, 2)[None], tile, on_chunk=on_chunk)
 
     def decode_frames(self, latents, tile=None, on_chunk=None):
         """Latents (1, z, t, h, w) -> uint8 frames (4t - 3, H, W, 3) on the CPU; rounded, where the release cuts off."""

@@ -426,6 +426,15 @@ def test_tiles_are_seamless_and_their_halo_is_no_larger_than_needed_by_two(versi
         assert not torch.equal(vae.decode(latents, tile=9), decoded)
 
 
+def test_levels_and_numbers_between_minus_one_and_one_are_the_same_frames():
+    vae, levels = randomise(VAE(tiny_vae())), torch.randint(256, (1, 3, 5, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        latents = vae.encode(levels)
+        assert torch.equal(latents, vae.encode(levels.float() * (2 / 255) - 1))
+        rounded = ((vae.decode(latents) + 1) * 127.5).round()
+        assert torch.equal(vae.decode(latents, levels=True), rounded.to(torch.uint8)) and rounded.unique().numel() > 99
+
+
 def test_the_memory_of_streaming_does_not_grow_with_the_frames():
     vae = randomise(VAE(tiny_vae()))
     sizes = {}

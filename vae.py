@@ -464,7 +464,8 @@ class VAE(nn.Module):
             state, features = {}, []
             for start, stop in spans:
                 frames = video[:, :, max(0, (start - 1) * c.time_stride + 1) : (stop - 1) * c.time_stride + 1]
-                x = crop(frames, window, c.space_stride).to(weight.device, weight.dtype)
+                x = crop(frames, window, c.space_stride).to(weight.device)
+                x = (x.float() * (2 / 255) - 1 if x.dtype == torch.uint8 else x).to(weight.dtype)
                 inner = [(a - w, b - w) for (a, b), (w, _) in zip(core, window)]
                 features.append(crop(self.encoder.down(x, state), inner))
                 on_chunk and on_chunk(len(tiles) * len(spans) + len(features), len(windows) * len(spans))
@@ -477,7 +478,7 @@ class VAE(nn.Module):
     def encode(self, video, tile=None, chunk=1, on_chunk=None):
         """Video to normalised latents, the posterior's mean and not a sample.
 
-        video: (B, 3, T, H, W) in [-1, 1], on any device (chunks are moved as they are needed), T = 4k + 1,
+        video: (B, 3, T, H, W) in [-1, 1], or uint8, on any device (chunks are moved as they are needed), T = 4k + 1,
         H and W multiples of the space stride -> (B, z, 1 + k, H/s, W/s).
         tile: latent pixels a side that are worked on at once; None: the whole frame. The result is the same.
         on_chunk(done, total): called after each chunk of each tile, for progress bars.
