@@ -263,7 +263,10 @@ def make_data(args):
                 shares.append(share)
                 bar.update(len(share))
     rows = sorted((row for share in shares for row in share), key=lambda row: row["index"])
-    for kind in TASKS:
+    kinds = [kind for kind in TASKS if any(row["kind"] == kind for row in rows)]
+    for kind in TASKS.keys() - kinds:  # of clips that were there before; a table without rows is none
+        (out / f"{kind}.csv").unlink(missing_ok=True)
+    for kind in kinds:
         columns = ["src_video", "tgt_video", "prompt"] + ["ref_image"] * (kind == "ref_video")
         with whole_file(out / f"{kind}.csv") as path, path.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
@@ -274,7 +277,7 @@ def make_data(args):
         path.write_text(json.dumps(world))
     with whole_file(out / "truth.jsonl") as path:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    print(f"write       {len(rows)} clips, {out}/image.csv, video.csv, ref_video.csv, truth.jsonl")
+    print(f"write       {len(rows)} clips, {out}/{''.join(f'{kind}.csv, ' for kind in kinds)}truth.jsonl")
 
 
 # ------------------------------------------------------------------------------------------------ pretraining

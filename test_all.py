@@ -1868,6 +1868,14 @@ def test_outside_the_mask_nothing_changes_and_inside_something_does(library, nan
         assert region.all() or (source - target)[~region].abs().float().mean() < 2, "the codec's share"
 
 
+def test_a_folder_has_tables_for_the_kinds_of_its_clips_alone(tmp_path):
+    small = ["--frames", "1", "--workers", "1", "--clips"]
+    nano.main(["data", str(tmp_path), *small, "4"])
+    assert len(list(tmp_path.glob("*.csv"))) == 3
+    nano.main(["data", str(tmp_path), *small, "1", "--tasks", "subject=1"])
+    assert [path.name for path in tmp_path.glob("*.csv")] == ["ref_video.csv"]
+
+
 def test_a_world_of_chosen_tasks_has_no_others_and_in_their_shares(library):
     tasks = Counter(world.draw_edit(library, "train", 0, i, 1, 64, {"change": 3, "add": 1, "subject": 1}).task for i in range(160))
     assert set(tasks) == {"change", "add", "subject"} and tasks["change"] > 2 * tasks["add"]
