@@ -1924,7 +1924,7 @@ def measure_scale(folder, records=100_000, vectors=500_000, width=512):
         (made.out / name).parent.mkdir(parents=True, exist_ok=True)
         write_image(made.out / name, torch.zeros(8, 8, 3, dtype=torch.uint8))
     stage.mkdir(parents=True, exist_ok=True)
-    (made.folder / "read.json").write_text(json.dumps({"bases": [str(made.out)]}))
+    (made.folder / "read.json").write_text(json.dumps({"bases": [str(made.out)], "shards": 1}))
     (made.folder / "settings.json").write_text(json.dumps({"models": "classical"}))
     with whole_file(stage / "00000.jsonl") as temporary, temporary.open("w") as file:
         for i in range(records):

@@ -2960,6 +2960,10 @@ def test_a_table_that_csv_would_misread_is_refused(tmp_path, line, says):
         curated(tmp_path, tmp_path / "out", tables=["p.csv"])
 
 
+def test_the_measure_of_scale_runs_the_real_bookkeeping(tmp_path):
+    assert "40 records through four stages" in curate.measure_scale(tmp_path, records=40, vectors=30, width=8)
+
+
 def test_a_key_with_a_line_s_end_is_that_key_and_never_told(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
     assert judges.key_of("OPENAI_API_KEY") == "sk-secret"
