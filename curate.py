@@ -136,7 +136,7 @@ from tqdm import tqdm
 
 from connectors import PIXEL_MEAN, PIXEL_STD
 from data import (
-    MediaError, decode, has_columns, inside, measure, open_media, pad_reference, parquet_file, read_image, resize, whole_file,
+    MediaError, csv_lines, decode, has_columns, inside, measure, open_media, pad_reference, parquet_file, read_image, resize, whole_file,
     write_image,
 )  # fmt: skip
 from judges import (
@@ -263,15 +263,7 @@ def read_lines(path):
         for number, line in enumerate(lines):
             yield f"{path}, entry {number}", line
     elif path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)  # an unclosed quote would swallow the rest
-            try:
-                for line in reader:
-                    if any(line.pop(None, None) or ()):
-                        raise ValueError(f"{path}, line {reader.line_num}: more fields than columns; a prompt with a comma needs quotes around it")
-                    yield f"{path}, line {reader.line_num}", line
-            except (csv.Error, UnicodeError) as error:
-                raise ValueError(f"{path}, after line {reader.line_num}: is not a CSV table in UTF-8 ({error}); is a quote not closed?") from None
+        yield from csv_lines(path)
     else:
         raise ValueError(f"{path}: a table is .csv, .parquet, .json or .jsonl")
 
@@ -423,7 +415,7 @@ class Ledger:
 
     @contextmanager
     def journal(self, stage, shard):
-        """Yield ({id: record} that were done before, a function that adds records)."""
+        """Yield ({id: record} that were done before, a function that adds one)."""
         path = self.path(stage, shard).with_suffix(".part")
         path.parent.mkdir(parents=True, exist_ok=True)
         content = path.read_bytes() if path.is_file() else b""
@@ -432,8 +424,8 @@ class Ledger:
         with path.open("ab") as file:
             file.truncate(len(whole))
 
-            def add(done):
-                file.write(b"".join(json.dumps(row).encode() + b"\n" for row in done))
+            def add(row):
+                file.write(json.dumps(row).encode() + b"\n")
                 file.flush()
 
             yield rows, add
@@ -541,7 +533,7 @@ def run_shard(stage, ledger, shard, bar=None):
         bar is None or bar.update(len(rows) - len(waiting))
         for row in stage(waiting):
             row["passed"] = stage.name
-            add([row])
+            add(row)
             done[row["id"]] = row
             bar is None or bar.update()
         rows = [done.get(row["id"], row) if row["status"] == "open" else row for row in rows]
@@ -589,12 +581,9 @@ class Stage:
         """Yield the records, open, rejected or failed, as they are done. What ends the run is raised after all that were
         begun are done: they may have been paid for."""
         rows, busy, ends = iter(rows), set(), None
+        more = lambda: {self.pool.submit(self.guarded, row) for row in islice(rows, 2 * self.args.workers - len(busy))}
         try:
-            while busy or ends is None:
-                if ends is None:
-                    busy |= {self.pool.submit(self.guarded, row) for row in islice(rows, 2 * self.args.workers - len(busy))}
-                if not busy:
-                    break
+            while busy := busy if ends else busy | more():
                 done, busy = wait(busy, return_when=FIRST_COMPLETED)
                 for future in done:
                     if future.exception() is None:
@@ -1592,13 +1581,13 @@ def write_results(args, ledger, bases):
                 counts.add(row)
                 if len(told) < 200:
                     told.append(row)
-                path = lambda key: os.path.relpath(Path(bases[row["base"]]) / row[key], common)
+                path = lambda key, start=common: os.path.relpath(Path(bases[row["base"]]) / row[key], start)
                 if row.get("tuning"):
                     write("image" if row.get("frames") == 1 else "video", [path("src_video"), path("tgt_video"), row["prompt"]])
                 if row["status"] == "kept":
                     ref = os.path.relpath(out / row["ref_image"], common)
                     write("ref", [path("src_video"), path("tgt_video"), row["prompt"], ref])
-                    clips = {key: os.path.relpath(Path(bases[row["base"]]) / row[key], home) for key in ("src_video", "tgt_video")}
+                    clips = {key: path(key, home) for key in ("src_video", "tgt_video")}
                     write_parquet(row | clips, inside(out, row["ref_image"], row["id"]))
                     seen += 1
                     if len(sample) < args.page:

@@ -477,7 +477,10 @@ def read_table(path, kind, base=None):
     base = Path(base or path.parent).resolve()
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; `python nano.py data DIR` makes a small data set")
-    lines = read_parquet(path, kind) if path.suffix == ".parquet" else read_csv(path, COLUMNS[kind])
+    if path.suffix == ".parquet":
+        lines = read_parquet(path, kind)
+    else:
+        lines = ((place, [line[name] for name in COLUMNS[kind]]) for place, line in csv_lines(path, COLUMNS[kind]))
     rows = []
     for where, (source, target, prompt, *ref) in lines:
         texts = [source, target, prompt, *(r for r in ref if not isinstance(r, tuple))]
@@ -491,17 +494,17 @@ def read_table(path, kind, base=None):
     return rows
 
 
-def read_csv(path, columns):
-    """Yield (place, fields) of every line."""
+def csv_lines(path, columns=()):
+    """Yield (place, line as a dict) of a CSV table that has these columns. ValueError where csv alone would misread it."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, strict=True)  # an unclosed quote would swallow the rest
         try:
             has_columns(path, columns, reader.fieldnames or [])
             for line in reader:
                 place = f"{path}, line {reader.line_num}"
-                if any(line.get(None) or ()):
+                if any(line.pop(None, None) or ()):
                     raise ValueError(f"{place}: more fields than columns; a prompt with a comma needs quotes around it")
-                yield place, [line[name] or "" for name in columns]
+                yield place, line
         except csv.Error as error:
             raise ValueError(f"{path}, line {reader.line_num}: {error}; is a quote not closed?") from None
         except UnicodeDecodeError:
@@ -832,7 +835,7 @@ def kind_of(path):
     """The kind of data of a table, by what it has."""
     if path.suffix == ".parquet":
         return "ref" if "ref_image_bytes" in parquet_file(path).schema_arrow.names else "video"
-    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:  # read_csv tells of what is not text
+    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:  # csv_lines tells of what is not text
         return "ref" if "ref_image" in next(csv.reader(file), []) else "video"
 
 

@@ -244,20 +244,16 @@ def read_refvie(path, edits):
 def read_openve(path, edits):
     """OpenVE-Bench: a CSV of original_video, prompt, edited_type. Paths start from the CSV's folder or, as published,
     with its name."""
-    from data import inside
+    from data import csv_lines, inside
 
     folder = path.absolute().parent
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        for i, row in enumerate(csv.DictReader(file, strict=True)):  # an unclosed quote would swallow the rest
-            where = f"{path}, row {i + 1}"
-            if any(row.get(None) or ()):
-                raise JudgeError(f"{where}: more fields than columns; a prompt with a comma needs quotes around it")
-            source, instruction, task = (text_of(row, n, where) for n in ("original_video", "prompt", "edited_type"))
-            if task not in LEFT_OUT:
-                edit = inside(edits, f"{Path(source).stem}_edited.mp4", where)
-                published = source.split("/")[0] == folder.name and not (folder / source).exists()
-                base = folder.parent if published else folder
-                yield Item(str(i), task, instruction, inside(base, source, where), edit)
+    for i, (where, row) in enumerate(csv_lines(path)):
+        source, instruction, task = (text_of(row, n, where) for n in ("original_video", "prompt", "edited_type"))
+        if task not in LEFT_OUT:
+            edit = inside(edits, f"{Path(source).stem}_edited.mp4", where)
+            published = source.split("/")[0] == folder.name and not (folder / source).exists()
+            base = folder.parent if published else folder
+            yield Item(str(i), task, instruction, inside(base, source, where), edit)
 
 
 def read_imgedit(path, edits):
@@ -1091,13 +1087,13 @@ def same_run(args, items):
     asked = {name: getattr(args, name) for name in ("base", "qwen", "steps", "seed", "ref", "frames", "max_pixels")}
     asked["weights"] = str(weights.resolve() if weights.exists() else weights)
     asked["files"] = fingerprint(sorted({file for file, _ in read_weights(args.weights, args.base, args.qwen)[1].places.values()}))
-    if not path.is_file() and (there := next((item.edit for item in items if item.edit.is_file()), None)):
-        raise JudgeError(f"{there}: is there, and no {path} says whose edit it is; give another --edits")
     if path.is_file():
         made = read_json(path)
         if other := [f"{name} {made.get(name)}, not {value}" for name, value in asked.items() if made.get(name) != value]:
             raise JudgeError(f"{path}: edits are there of {'; '.join(other)}; give another --edits, or delete them")
         return
+    if there := next((item.edit for item in items if item.edit.is_file()), None):
+        raise JudgeError(f"{there}: is there, and no {path} says whose edit it is; give another --edits")
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(asked, indent=1))

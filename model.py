@@ -55,6 +55,7 @@ class KiwiConfig:
     def __post_init__(self):
         if self.steps < 1:
             raise ValueError(f"KiwiConfig.steps: {self.steps}, expected at least 1")
+        object.__setattr__(self, "trained", self.trained and tuple(self.trained))  # a list in JSON
         if self.trained is not None and (len(self.trained) != 4 or min(self.trained) < 1):
             raise ValueError(f"KiwiConfig.trained: {self.trained!r}, expected frames, height, width, frames a second")
         if self.source not in SOURCE_CONDITIONS:
@@ -754,11 +755,8 @@ def as_trained(config, checkpoint, files=None):
     mllm = replace(config.mllm, **{name: values["mllm"][name] for name in MEETING})
     if files is not None:
         leave_out_source(files, values["source"])
-    trained = values.get("trained") and tuple(values["trained"])
-    steps = values.get("steps", config.steps)
-    return replace(
-        config, source=values["source"], ref_pad_first=values["ref_pad_first"], mllm=mllm, trained=trained, steps=steps
-    )
+    kept = {name: values[name] for name in ("source", "ref_pad_first")}
+    return replace(config, **kept, mllm=mllm, trained=values.get("trained"), steps=values.get("steps", config.steps))
 
 
 def leave_out_source(files, how):
@@ -771,8 +769,7 @@ def config_of(values, path):
     """A KiwiConfig from what `asdict` made of one and `path` keeps. ValueError for an unknown key."""
     parts = (("dit", DiTConfig), ("vae", VAEConfig), ("mllm", MLLMConfig))
     parts = {name: from_dict(cls, values[name], path) for name, cls in parts if values.get(name)}
-    trained = values.get("trained") and tuple(values["trained"])  # a list in JSON
-    return from_dict(KiwiConfig, {**values, **parts, "trained": trained}, path)
+    return from_dict(KiwiConfig, {**values, **parts}, path)
 
 
 def read_own_folder(folder):
