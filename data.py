@@ -16,6 +16,7 @@ import io
 import math
 import os
 import random
+import re
 import shutil
 import sys
 import threading
@@ -196,9 +197,45 @@ def is_picture(container):
     return brand in ("avif", "heic", "heix", "mif1") or container.format.name == "image2" or container.format.name.endswith("_pipe")
 
 
-def upright_rgb(frame, aspect=1):
-    """A decoded frame as uint8 (H, W, 3): alpha laid over white, in square pixels, rotated as its metadata asks. aspect:
-    of the pixels, width to height."""
+def mirrored(frame):
+    """Whether a frame's metadata mirror it, which `frame.rotation` cannot say."""
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # a picture with EXIF, a type that PyAV has no name for: `mirrored_by_exif`
+        return False
+    if matrix is None:
+        return False
+    a, b, _, c, d = (float(x) for x in np.frombuffer(bytes(matrix), np.int32)[:5])
+    return a * d < b * c
+
+
+def mirrored_by_exif(content):
+    """Whether the EXIF orientation in a picture file's bytes is one of the four that mirror."""
+    start = re.search(rb"(Exif\0\0|eXIf|EXIF....)(?=II\*\0|MM\0\*)", content, re.DOTALL)  # JPEG, PNG, WebP
+    if not start:
+        return False
+    exif = content[start.end() :]
+    order = "little" if exif[:2] == b"II" else "big"
+    first = int.from_bytes(exif[4:8], order) + 2
+    for at in range(first, first + 12 * int.from_bytes(exif[first - 2 : first], order), 12):
+        if int.from_bytes(exif[at : at + 2], order) == 0x0112:
+            return int.from_bytes(exif[at + 8 : at + 10], order) in (2, 4, 5, 7)
+    return False
+
+
+def decoded(container, stream):
+    """Yield (frame, whether its metadata mirror it)."""
+    flip = False
+    for packet in container.demux(stream):
+        if packet.size and is_picture(container):
+            flip = mirrored_by_exif(bytes(packet))  # a picture's one packet is the file
+        for frame in packet.decode():
+            yield frame, flip or mirrored(frame)
+
+
+def upright_rgb(frame, aspect=1, mirror=False):
+    """A decoded frame as uint8 (H, W, 3): alpha laid over white, in square pixels, mirrored and rotated as its metadata
+    ask. aspect: of the pixels, width to height."""
     if any(c.is_alpha for c in frame.format.components) or frame.format.name == "pal8":
         rgba = frame.to_ndarray(format="rgba").astype(np.uint16)
         rgb, alpha = rgba[..., :3], rgba[..., 3:]
@@ -208,16 +245,19 @@ def upright_rgb(frame, aspect=1):
     rgb = torch.from_numpy(np.ascontiguousarray(rgb))
     if aspect != 1:
         rgb = resize(rgb[None], (rgb.shape[0], round(rgb.shape[1] * aspect)))[0]
-    return rgb.rot90(round(frame.rotation / 90)).contiguous()
+    turns = round(frame.rotation / 90)
+    if mirror:  # the rotation is read off the first axis, which the mirror has turned by 180 degrees
+        rgb, turns = rgb.flip(1), turns + 2
+    return rgb.rot90(turns).contiguous()
 
 
 @lru_cache(4096)  # once a file, however often training reads it
-def note_hdr(path):
-    print(f"note: {path} is HDR and read without tone mapping: its colours will be dull; convert it to SDR for true ones", file=sys.stderr)
+def note(path, text):
+    print(f"note: {path} {text}", file=sys.stderr)
 
 
 def decode(path, container, stream):
-    """Yield (index, frame, rgb) of the clip's upright frames at its average rate.
+    """Yield (index, rgb) of the clip's upright frames at its average rate.
 
     A variable frame rate becomes a constant one: a frame stays until the next, of two in one tick the later wins.
     """
@@ -227,15 +267,17 @@ def decode(path, container, stream):
     fps, aspect = stream.average_rate or Fraction(25), stream.sample_aspect_ratio or 1
     aspect = aspect if 0.25 < aspect < 4 else 1  # other numbers are mistakes
     pending, start = None, None
-    for count, frame in enumerate(container.decode(stream)):
+    if stream.metadata.get("alpha_mode") == "1":
+        note(path, "is WebM with alpha, which FFmpeg's decoder drops: what shows through is black; give ProRes 4444 or PNG for white")
+    for count, (frame, mirror) in enumerate(decoded(container, stream)):
         if frame.is_corrupt:
             raise MediaError(f"{path}: frame {count} is corrupt; re-encode or fetch the file again")
         if not count and frame.color_trc in HDR:
-            note_hdr(path)
+            note(path, "is HDR and read without tone mapping: its colours will be dull; convert it to SDR for true ones")
         if start is None:
             start = frame.time
         index = count if frame.time is None or start is None else round((frame.time - start) * float(fps))
-        rgb = upright_rgb(frame, aspect)
+        rgb = upright_rgb(frame, aspect, mirror)
         while pending is not None and pending[0] < index:
             yield pending
             pending = (pending[0] + 1, pending[1])
@@ -244,8 +286,18 @@ def decode(path, container, stream):
         yield pending
 
 
+def shown_frames(container, stream):
+    """How many frames a clip's header promises. It may count more packets than are shown: a cut without re-encoding leaves
+    those since the last key frame in the file, and its edit list hides them."""
+    fps = stream.average_rate or Fraction(25)
+    length = stream.duration * stream.time_base if stream.duration else Fraction(container.duration or 0, 10**6)
+    counts = [count for count in (stream.frames, round(length * fps)) if count]
+    return min(counts, default=1)
+
+
 def read_clip(path, max_frames=81, max_pixels=MAX_PIXELS, max_fps=None, size_of=working_size):
-    """The first 4k + 1 (at most max_frames) frames of a video or image file, fitted to the working size.
+    """The first 4k + 1 (at most max_frames) frames of a video or image file, fitted to the working size; of a clip of 2 to
+    4 frames all.
 
     max_fps: of a clip that has about twice as many every second frame is taken, and so on. size_of: another rule than
     `working_size`, (height, width, max_pixels) -> (h, w). Frames are resized as they are decoded: memory is that of the
@@ -268,12 +320,13 @@ def read_clip(path, max_frames=81, max_pixels=MAX_PIXELS, max_fps=None, size_of=
             frames.append(fit_frames(rgb[None], size)[0])
             if len(frames) == max_frames:
                 break
-        declared = stream.frames
+        declared = stream.frames and shown_frames(container, stream)
     if not frames:
         raise MediaError(f"{path}: has no frames")
     if len(frames) < min(declared // stride, max_frames) // 2:
         raise MediaError(f"{path}: ends after {number + 1} of {declared} frames; fetch the file again")
-    frames = torch.stack(frames[: usable_frames(len(frames), max_frames)])
+    count = usable_frames(len(frames), max_frames)
+    frames = torch.stack(frames[: count if count > 1 else 4])  # of fewer than 5 one alone would be a picture
     return Clip(frames, fps / stride, still and len(frames) == 1, source_size, str(path))
 
 
@@ -309,7 +362,8 @@ def whole_folder(folder):
 @contextmanager
 def whole_file(path):
     """Yield a temporary path beside `path`; rename it when the block ends well, remove it otherwise."""
-    path, temporary = Path(path), temporary_name(path)
+    path = Path(path)
+    temporary = temporary_name(path)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -573,11 +627,7 @@ def measure(path):
             break
         else:
             raise MediaError(f"{path}: has no frames")
-        if is_picture(container):
-            return 1, *rgb.shape[:2]
-        fps = stream.average_rate or Fraction(25)
-        length = stream.duration * stream.time_base if stream.duration else Fraction(container.duration or 0, 10**6)
-        return max(stream.frames or round(length * fps), 1), *rgb.shape[:2]
+        return 1 if is_picture(container) else shown_frames(container, stream), *rgb.shape[:2]
 
 
 def measure_row(row, still):

@@ -13,6 +13,7 @@ import math
 import pickle
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -296,8 +297,8 @@ class KiwiEdit(nn.Module):
         -> uint8 torch (T, H, W, 3), on the CPU. ValueError where an argument does not fit.
         """
         tell = progress or (lambda phase, done, total: None)
-        video = torch.as_tensor(video)
-        refs = [] if ref is None else [torch.as_tensor(r) for r in (ref if isinstance(ref, list) else [ref])]
+        video = torch.as_tensor(video).cpu()
+        refs = [] if ref is None else [torch.as_tensor(r).cpu() for r in (ref if isinstance(ref, list) else [ref])]
         unit = self.config.pixel_grid
         if video.ndim != 4 or video.dtype != torch.uint8 or video.shape[-1] != 3 or not len(video):
             raise ValueError(f"video: expected uint8 (T, H, W, 3), got {video.dtype} {tuple(video.shape)}")
@@ -325,7 +326,14 @@ class KiwiEdit(nn.Module):
             raise ValueError(f"the edit's numbers overflowed in {str(self.dtype)[6:]}: take bfloat16 or float32")
 
         with working_on(self.vae, offload_to):
-            return self.decode_frames(latents, tile, partial(tell, "decode"))[:count]
+            told = partial(tell, "decode")
+            try:
+                return self.decode_frames(latents, tile, told)[:count]
+            except torch.OutOfMemoryError:  # the largest need of a whole edit comes last, when all steps are done
+                if tile is not None:
+                    raise
+            print("note: out of GPU memory: decoding once more, in tiles (tile=16), to the same result", file=sys.stderr)
+            return self.decode_frames(latents, 16, told)[:count]
 
     def embedders(self):
         return [m for name, m in self.named_children() if name in ("source_embedder", "ref_embedder", "source_scale")]
@@ -688,12 +696,14 @@ def read_weights(path, base=None, qwen=None, usual_base=WAN_BASE):
         if not (checkpoint and base is None) and is_wan(base := local_path(base or usual_base)):
             config, files = read_training_checkpoint(path, base, local_path(qwen or QWEN_BASE))
         else:
-            config, files = read_beginning(checkpoint.parent, qwen) if base is None else read_weights(base)
+            config, files = read_beginning(checkpoint.parent, qwen) if base is None else read_weights(base, qwen=qwen)
             if path:
                 files.add(path, over=True)
                 trained = {name: count for name, count in mllm_sizes(files, {}).items() if count}
                 config = replace(config, mllm=replace(config.mllm, **trained))
         return (as_trained(config, checkpoint, files) if checkpoint else config), files
+    if base or qwen:
+        raise ValueError(f"{path} is whole: --base and --qwen go with a .safetensors or a run of train.py")
     if (path / "transformer").is_dir():
         return read_diffusers_folder(path)
     if (path / "config.json").is_file():

@@ -80,7 +80,7 @@ def main(argv=None):
         raise ValueError(f"--seed {args.seed}: from 0 to 2**63 - 1")
     weights_exist(args.weights)
 
-    # All that can be wrong with the files is told before weights, maybe 20 GB, are fetched.
+    # What headers and first frames tell of wrong files is told before weights, maybe 20 GB, are fetched.
     refs = [read_image(path) for path in args.ref]
     with open_media(args.input) as (container, stream):
         still = is_picture(container) and stream.frames <= 1

@@ -18,6 +18,7 @@ import shlex
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -56,7 +57,7 @@ from connectors import (
     MLLMConfig, MLLMEncoder, fit_pixels, inject_lora, merge_lora, sample_frames, video_frame_sizes,
 )  # fmt: skip
 from data import (
-    Curriculum, MediaError, Mixture, Pairs, bucket, fit_frames, measure_rows, nearest_size, pad_reference, read_clip, read_image,
+    Curriculum, MediaError, Mixture, Pairs, bucket, fit_frames, measure, measure_rows, nearest_size, pad_reference, read_clip, read_image,
     read_table, usable_frames, whole_file, working_size, write_image, write_video,
 )  # fmt: skip
 from dit import DiT, DiTConfig, rope_3d
@@ -712,6 +713,43 @@ def test_rotation_alpha_and_stills_are_read_as_a_person_sees_them(tmp_path):
     assert read_clip(tmp_path / "glass.png").still
 
 
+def test_what_metadata_mirror_is_mirrored(tmp_path):
+    write_image(tmp_path / "plain.jpg", moving_picture(1, 64, 96)[0])
+    plain, jpeg = read_image(tmp_path / "plain.jpg"), (tmp_path / "plain.jpg").read_bytes()
+    ways = {2: plain.flip(1), 4: plain.flip(0), 5: plain.transpose(0, 1), 6: plain.rot90(-1), 7: plain.transpose(0, 1).flip(0, 1)}
+    for orientation, seen in ways.items():
+        exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01" + struct.pack(">HHIHHI", 0x0112, 3, 1, orientation, 0, 0)
+        (tmp_path / "exif.jpg").write_bytes(jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:])
+        assert torch.equal(read_image(tmp_path / "exif.jpg"), seen), orientation
+    path = write_clip(tmp_path / "in.mp4", moving_picture(1, 64, 96))
+    data = bytearray(path.read_bytes())
+    matrix = data.find(b"tkhd") + 4 + 40  # the track header's display matrix
+    data[matrix : matrix + 36] = struct.pack(">9i", -65536, 0, 0, 0, 65536, 0, 96 << 16, 0, 1 << 30)
+    (tmp_path / "selfie.mp4").write_bytes(data)
+    assert torch.equal(read_image(tmp_path / "selfie.mp4"), read_image(path).flip(1))
+
+
+def test_a_clip_cut_without_encoding_it_anew_has_the_frames_that_are_shown(tmp_path):
+    source = write_clip(tmp_path / "in.mp4", moving_picture(60))
+    with av.open(str(source)) as old, av.open(str(tmp_path / "cut.mp4"), "w") as new:
+        stream = old.streams.video[0]
+        track, cut = new.add_stream_from_template(stream), round(Fraction(48, 25) / stream.time_base)
+        for packet in old.demux(stream):
+            if packet.size:
+                packet.pts, packet.dts, packet.stream = packet.pts - cut, packet.dts - cut, track
+                new.mux(packet)
+    with av.open(str(tmp_path / "cut.mp4")) as clip:
+        assert clip.streams.video[0].frames == 60  # what makes it hard
+    assert measure(tmp_path / "cut.mp4")[0] == 12
+    assert torch.equal(read_clip(tmp_path / "cut.mp4").frames, read_clip(source).frames[48:57])
+
+
+def test_of_two_to_four_frames_all_are_kept_for_one_alone_would_be_a_picture(tmp_path):
+    for count, read in ((1, 1), (2, 2), (4, 4), (5, 5), (8, 5)):
+        write_video(str(tmp_path / "in.mp4"), moving_picture(count, 64, 64), 25)
+        assert len(read_clip(tmp_path / "in.mp4").frames) == read
+
+
 def bad_media(folder):
     whole = write_clip(folder / "whole.mp4", moving_picture(40, 128, 128)).read_bytes()
     (folder / "half.mp4").write_bytes(whole[: len(whole) // 2])
@@ -1166,6 +1204,22 @@ def test_an_edit_is_reproducible_keeps_its_shape_and_survives_offload_and_tiles(
     other = model.edit(source, "Replace the sky.", [picture, picture], steps=2, seed=3, tile=1, offload_to="cpu")
     assert (plain.int() - other.int()).abs().max() <= 1
     assert not torch.equal(plain, model.edit(source, "Replace the sky.", [picture, picture], steps=2, seed=4))
+
+
+def test_an_edit_whose_decoding_does_not_fit_the_card_is_decoded_in_tiles(qwen_folder, capsys):
+    model = small_model(qwen_folder).eval()
+    source = moving_picture(1, 32, 704)  # 44 latent pixels wide
+
+    def small_card(module, inputs):
+        if inputs[0].shape[-1] > 300:  # pixels; a tile and its halo have 272
+            raise torch.OutOfMemoryError
+
+    plain = model.edit(source, "Replace the sky.", steps=1)
+    model.vae.decoder.head["0"].register_forward_pre_hook(small_card)
+    assert (plain.int() - model.edit(source, "Replace the sky.", steps=1).int()).abs().max() <= 1
+    assert "in tiles" in capsys.readouterr().err
+    with pytest.raises(torch.OutOfMemoryError):
+        model.edit(source, "Replace the sky.", steps=1, tile=44)
 
 
 def test_weights_of_an_earlier_stage_edit_but_refuse_a_reference(tmp_path, qwen_folder):
