@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -62,7 +63,7 @@ from data import (
 )  # fmt: skip
 from dit import DiT, DiTConfig, rope_3d
 from kernels.bench import diffusers_dit, diffusers_vae, diffusers_vae_name, table
-from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit, balance_weights, load_weights, our_name, released_name
+from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit, balance_weights, load_weights, our_name, read_for, read_weights, released_name, working_on
 from vae import VAE, VAEConfig
 
 HOUSE = Path(__file__).parent
@@ -313,6 +314,12 @@ def test_a_backend_that_cannot_run_is_refused_and_auto_takes_what_can(monkeypatc
     kernels.set_backend("auto")
 
 
+def test_keys_behind_the_last_weigh_nothing_however_low_the_others_score(triton_backend, one_kind_of_load):
+    axis = F.normalize(torch.ones(64), dim=0)
+    q, k = 8 * axis + 0.1 * torch.randn(1, 37, 1, 64), -8 * axis + 0.1 * torch.randn(1, 53, 1, 64)  # each score about -8
+    assert agrees_with_float64(kernels.attention, 2 * q, 2 * k, torch.randn(1, 53, 1, 64))
+
+
 # ------------------------------------------------------------------------------------------------ dit.py
 
 
@@ -444,7 +451,8 @@ def test_the_memory_of_streaming_does_not_grow_with_the_frames():
         with torch.no_grad():
             for start in (0, *range(1, frames, 4)):
                 vae.encoder.down(torch.rand(1, 3, 4 if start else 1, 32, 32), state)
-        sizes[frames] = sum(t.numel() for t in state.values() if isinstance(t, torch.Tensor))
+        sizes[frames] = sum(t.untyped_storage().nbytes() for t in state.values() if isinstance(t, torch.Tensor))
+        assert sizes[frames] == sum(t.nbytes for t in state.values() if isinstance(t, torch.Tensor)), "a view keeps its chunk alive"
     assert sizes[41] == sizes[9] == sizes[5]
 
 
@@ -881,6 +889,28 @@ def test_check_names_what_is_wrong_with_a_table(tmp_path, capsys):
         assert words in said
 
 
+def test_a_path_into_a_sibling_whose_name_begins_alike_is_outside(tmp_path):
+    with pytest.raises(ValueError, match="is outside of"):
+        data.inside(tmp_path / "data", "../data-secret/x.png", "here")
+
+
+def test_a_pair_is_as_long_as_its_shorter_file_and_two_lost_frames_are_forgiven(tmp_path):
+    long, short = (write_clip(tmp_path / f"{count}.mp4", moving_picture(count, 64, 64)) for count in (13, 9))
+    rows = [SimpleNamespace(source=a, target=b, ref=None) for a, b in ((long, short), (short, long))]
+    assert measure_rows(rows, still=False) == [(9, 64, 64)] * 2
+    assert len(data.read_frames(short, 11, (64, 64))) == 11
+    with pytest.raises(MediaError, match="ends after 9 of 12"):
+        data.read_frames(short, 12, (64, 64))
+
+
+def test_sound_that_mp4_can_hold_is_copied_and_ends_with_the_pictures(tmp_path):
+    source = write_clip(tmp_path / "in.mp4", moving_picture(30), sound="aac")
+    write_video(tmp_path / "out.mp4", read_clip(source, 21).frames, 25, audio_from=source)
+    with av.open(str(tmp_path / "out.mp4")) as out:
+        heard = [(frame.time, np.abs(frame.to_ndarray()).max() > 0.05) for frame in out.decode(audio=0)]
+    assert next(time for time, loud in heard if loud) < 0.1 and abs(heard[-1][0] - 21 / 25) < 0.1
+
+
 # ------------------------------------------------------------------------------------------------ model.py
 
 
@@ -1286,11 +1316,72 @@ def test_damaged_weights_are_refused_with_the_reason(tmp_path, qwen_folder, how,
         KiwiEdit.from_pretrained(tmp_path / "own", dtype=torch.float32)
 
 
+class Bomb:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
 def test_a_pickle_that_is_more_than_tensors_is_not_executed(tmp_path, qwen_folder):
     checkpoint = save_training_layout(small_model(qwen_folder), tmp_path)
-    torch.save({"conv1.weight": Path("/etc")}, tmp_path / "wan" / "Wan2.2_VAE.pth")
+    torch.save({"conv1.weight": Bomb(tmp_path / "executed")}, tmp_path / "wan" / "Wan2.2_VAE.pth")
     with pytest.raises(ValueError, match=r"Wan2\.2_VAE\.pth: cannot be read"):
         KiwiEdit.from_pretrained(checkpoint, base=tmp_path / "wan", qwen=tmp_path / "qwen")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_all_of_wan_s_dits_round_timesteps_and_read_four_tokens_of_a_reference(tmp_path, qwen_folder):
+    model = small_model(qwen_folder)
+    configs = [read_weights(save_diffusers_layout(model, tmp_path / "diffusers"))[0]]
+    configs.append(read_weights(save_training_layout(model, tmp_path), tmp_path / "wan", tmp_path / "qwen")[0])
+    assert all(config.mllm.max_ref_tokens == 4 for config in configs)  # as many as the model saved has
+    assert all(config.dit.bf16_timesteps for config in [*configs, *(PRESETS[name] for name in ("wan22_5b", "wan21_14b", "wan21_1_3b"))])
+
+
+def test_weights_neither_lead_out_of_their_folder_nor_lack_a_shard_nor_replace_what_is_not_theirs(tmp_path, qwen_folder):
+    model, own = small_model(qwen_folder), tmp_path / "own"
+    model.save(own)
+    config = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps({**config, "mllm": {**config["mllm"], "folder": str(qwen_folder)}}))
+    with pytest.raises(ValueError, match="leads out"):
+        KiwiEdit.from_pretrained(own)
+    (own / "thesis.txt").write_text("my only copy")
+    with pytest.raises(ValueError, match="thesis.txt"):
+        model.save(own)
+    checkpoint = save_training_layout(model, tmp_path)
+    index = {"weight_map": {"head.modulation": "diffusion_pytorch_model-00003-of-00003.safetensors"}}
+    (tmp_path / "wan" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match="00003-of-00003.safetensors is missing"):
+        KiwiEdit.from_pretrained(checkpoint, base=tmp_path / "wan", qwen=tmp_path / "qwen")
+
+
+def test_whole_weights_refuse_a_base_that_they_would_not_read(tmp_path, qwen_folder):
+    small_model(qwen_folder).save(tmp_path / "own")
+    with pytest.raises(ValueError, match="own is whole: --base"):
+        KiwiEdit.from_pretrained(tmp_path / "own", base=tmp_path / "wna")
+
+
+def test_latents_stay_float32_between_the_steps_of_a_bfloat16_model():
+    x = denoiser().bfloat16().denoise(torch.randn(1, 16, 1, 4, 4), torch.randn(1, 3, 64), steps=3)
+    assert x.dtype == torch.float32 and not torch.equal(x, x.bfloat16().float())
+
+
+def test_a_clip_of_another_length_is_filled_with_its_last_frame(qwen_folder):
+    model, seen = small_model(qwen_folder).eval(), []
+    model.mllm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    video = moving_picture(6, 32, 64)
+    model.edit(video, "Replace the sky.", steps=1)
+    assert torch.equal(seen[0], torch.cat([video, video[-1:].expand(3, -1, -1, -1)]))
+
+
+def test_after_its_work_a_part_has_its_own_tensors_back():
+    layer = torch.nn.Linear(3, 3)
+    home = layer.weight.data_ptr()
+    with working_on(layer, "cpu"):
+        layer.weight.data = layer.weight.data.clone()  # as on another device
+    assert layer.weight.data_ptr() == home
 
 
 # ------------------------------------------------------------------------------------------------ sample.py
@@ -1438,6 +1529,23 @@ def test_an_interrupted_run_leaves_no_file(tmp_path, small_weights):
     process.send_signal(signal.SIGINT)
     assert process.wait(60) != 0 and "interrupted" in process.stderr.read()
     assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
+
+
+def test_seed_steps_and_shift_reach_the_denoising(monkeypatch, tmp_path, small_weights):
+    asked, first = [], ["--weights", str(small_weights), "--device", "cpu", "-o", str(tmp_path / "out.png")]
+    denoised = lambda self, noise, *rest: asked.append((noise[0, 0, 0, 0, 0].item(), *rest[3:5])) or noise
+    monkeypatch.setattr(KiwiEdit, "denoise", denoised)
+    write_image(tmp_path / "in.png", moving_picture(1, 64, 64)[0])
+    for flags in ((), ("--shift", "3"), ("--steps", "7"), ("--seed", "1")):
+        sample.main([str(tmp_path / "in.png"), "Make it snow.", *first, *flags])
+    assert [(steps, flow.shift) for _, steps, flow in asked] == [(50, 5.0), (50, 3.0), (7, 5.0), (50, 5.0)]
+    assert asked[0][0] == asked[1][0] != asked[3][0]
+
+
+def test_a_judge_s_edits_have_every_frame_of_the_file(tmp_path):
+    write_video(tmp_path / "in.mp4", moving_picture(9, 64, 64), 16)
+    config = replace(PRESETS["nano"], trained=(9, 64, 64, 8))
+    assert [read_for(config, tmp_path / "in.mp4", every_frame=every).fps for every in (False, True)] == [8, 16]
 
 
 # ------------------------------------------------------------------------------------------------ train.py
@@ -1873,6 +1981,57 @@ def test_the_help_of_train_and_data_answers_without_torch():
         probe += "except SystemExit: assert not {'torch', 'av', 'transformers', 'numpy'} & sys.modules.keys()"
         done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=HOUSE)
         assert done.returncode == 0 and "examples:" in done.stdout, done.stderr
+
+
+def test_the_paper_s_numbers_are_the_defaults():
+    told = {1: ({"image": 1, "video": 0, "ref": 0}, 30_000), 2: ({"image": 1, "video": 1, "ref": 0}, 10_000), 3: ({"image": 2, "video": 1, "ref": 1}, 10_000)}
+    for number, stage in train.STAGES["paper"].items():  # FACTS.md, "Training"
+        assert (stage.ratio, stage.steps) == told[number] and stage.source == (number > 1)
+        assert (stage.global_batch, stage.lr, stage.optimizer, stage.lora_rank, stage.shift) == (128, 2e-5, "adamw", 64, 5.0)
+    assert [stage.lr for stage in train.STAGES["released"].values()] == [1e-5, 1e-5, 5e-6]
+
+
+def test_timesteps_are_drawn_over_the_whole_schedule_and_rounded_where_weights_see_them_so():
+    draws = torch.tensor([train.draw(0, number, FlowMatch(), False)[1].item() for number in range(2000)])
+    assert len(draws.unique()) > 800 and abs((draws < FlowMatch().timesteps(1000)[500]).float().mean() - 0.5) < 0.05
+    rounded = torch.stack([train.draw(0, number, FlowMatch(), True)[1] for number in range(50)])
+    assert torch.equal(rounded, rounded.bfloat16().float())
+
+
+@contextmanager
+def trainer_of(lesson, out, *settings):
+    args = train.parse_arguments(lessons(lesson, out, settings=settings))
+    stage, ranks = train.choose_stage(args), train.Ranks(args)
+    try:
+        model = train.load_model(args, stage, ranks, None)
+        yield train.Trainer(args, stage, ranks, model, *train.open_data(args, stage, ranks))
+    finally:
+        ranks.leave()
+
+
+def test_a_batch_has_the_mean_loss_of_its_items_each_with_its_own_words(tmp_path, lesson):
+    per_item = ("numbers", "prompts", "paths", "pictures", "visuals")
+    with trainer_of(lesson, tmp_path, "batch=2", "ref=0", "ref_shrink=1") as trainer:
+        batch = next(iter(trainer.loader())) | {"prompts": ["Invert it.", "Make it snow."]}
+        singles = [{k: v[i : i + 1] if k in per_item else v for k, v in batch.items()} for i in range(2)]
+        whole, *parts = (trainer.loss(each)[0].detach() for each in (batch, *singles))
+    assert close(whole, torch.stack(parts).mean(), 1e-5) and abs(parts[0] - parts[1]) > 1e-3 * whole
+
+
+def test_phases_begin_and_samples_are_numbered_by_batches_and_items(tmp_path, lesson):
+    with trainer_of(lesson, tmp_path, "steps=20", "pixels=4096,6144", "batch=2") as trainer:
+        pairs = Pairs(trainer.tables, trainer.curriculum, lambda source, row: None)
+        assert [start for start, _ in trainer.curriculum.phases] == [0, 10 * trainer.stage.batches]
+        assert pairs[0]["numbers"] + pairs[1]["numbers"] == [0, 1, 2, 3]
+
+
+def test_muon_takes_matrices_of_the_blocks_and_adamw_the_rest():
+    shapes = {"dit.blocks.0.ffn.0.weight": (4, 3), "mllm.ref_queries": (4, 3), "dit.blocks.0.modulation": (1, 6, 3)}
+    trained = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
+    muon, adamw = train.make_optimizers(replace(train.STAGES["paper"][3], optimizer="muon"), trained)
+    assert [len(o.param_groups[0]["params"]) for o in (muon, adamw)] == [1, 2] and adamw.defaults["betas"] == (0.9, 0.999)
+
+
 # ------------------------------------------------------------------------------------------------ nano.py, world.py
 
 
@@ -2186,6 +2345,38 @@ def test_an_archive_that_is_not_the_checked_one_is_refused(tmp_path):
         nano.fetch_package("@pmndrs/assets", tmp_path)
     assert nano.plain_name({"name": "DOG FACE", "category": "Animals & Nature"}) == "dog"
     assert nano.plain_name({"name": "Clock Face One Oclock", "category": "Travel & Places"}) is None
+
+
+def test_an_answer_s_word_is_read_off_before_the_model_sees_it(monkeypatch, qwen_folder):
+    encoder, seen = randomise(MLLMEncoder.from_config(qwen_folder, dit_dim=16, num_image_queries=3)), []
+    monkeypatch.setattr(F, "cross_entropy", lambda logits, wanted: seen.append((logits, wanted)) or logits.sum())
+    still = torch.zeros(1, 56, 56, 3, dtype=torch.uint8)
+    for answer in ("ab", "xb"):
+        nano.answer_loss(encoder, [(still, "Describe this.", None, answer)])
+    (a, wanted_a), (x, wanted_x) = seen
+    assert wanted_a[0] != wanted_x[0] and torch.equal(wanted_a[1:], wanted_x[1:])
+    assert close(a[0], x[0], 1e-5) and not close(a[1], x[1], 1e-3)
+
+
+def test_eval_asks_with_and_without_the_reference_and_copies_the_source(library, test_clips):
+    row = next(r for r in nano.read_truth(test_clips) if "ref_image" in r and r["task"].startswith("subject"))
+    asked, same = [], lambda x: x
+    edit = lambda source, prompt, ref, *rest, **more: asked.append(ref is not None) or source
+    model = SimpleNamespace(edit=edit, encode_frames=same, decode_frames=same)
+    measures, _ = nano.evaluate_case(model, library, nano.read_world(test_clips), test_clips, row, 1)
+    assert asked == [True, False] and measures["copy"]["psnr_in"] < 30 < measures["ceiling"]["psnr_in"]
+
+
+def test_a_box_encloses_the_thing_as_it_is_drawn(library):
+    edits = [world.draw_edit(library, "train", 0, i, 5, 64, {"remove": 1}) for i in range(80)]
+    edits = [edit for edit in edits if len(edit.source.things) == 1]
+    for edit in edits:
+        x0, y0, x1, y1 = curate.box_of(world.render(edit.source, 64)[2][0][0, 0] > 0.5)
+        a, b, c, d = next(iter(world.boxes(edit.source).values()))
+        assert a - 0.05 < x0 and x1 < c + 0.05 and b - 0.05 < y0 and y1 < d + 0.05
+    assert len(edits) > 5
+
+
 # ------------------------------------------------------------------------------------------------ metrics.py, judges.py, judge.py
 
 
@@ -2851,6 +3042,51 @@ def test_a_local_judge_numbers_and_generates_as_transformers_does(tmp_path, kind
         assert ours.ask("Judge it.", media, 4.0).tokens_in == ids.shape[1]
 
 
+def test_an_item_s_average_is_over_its_criteria_and_the_overall_over_the_tasks():
+    told = [("0", "subject", (5, 4, 3)), ("1", "subject", (3, 1, 2)), ("2", "background", (2, 1, 0))]
+    rows = []
+    for key, task, scores in told:
+        answer = dict(zip(judge.REFERENCE_TASKS[task][1], scores))
+        rows.append(judge.Row(judge.Item(key, task, "x", None, None), answers=[answer]))
+    by_task, overall = judge.score_means("refvie", rows, False)
+    assert by_task["subject"]["average"].value == 3 and overall.value == 2
+
+
+def test_compared_metrics_are_the_first_less_the_second_and_columns_are_those_published():
+    pairs = [tuple(judge.Row(None, metrics=dict.fromkeys(metrics.METRICS) | {"flicker": value}) for value in (3.0, 1.0))]
+    assert [str(cell) for cell in judge.paired_metrics(pairs, 0, True)[2][1][2:]] == ["2.00", "1", "1"]
+    by_task = dict.fromkeys(("local_add", "global_style"))
+    assert judge.published_cells("openve", by_task, (1, 2, 3, 4, 5, 3)) == ["5.00", "1.00", "-"]
+
+
+def test_a_wrong_reference_is_another_one_of_the_same_task_first():
+    told = [("subject", "vae.py"), ("background", "dit.py"), ("subject", "vae.py"), ("subject", "data.py")]
+    items = [judge.Item(str(i), task, "x", None, None, HOUSE / ref) for i, (task, ref) in enumerate(told)]
+    assert [path.name for path in judge.wrong_references(items, items[0])] == ["data.py", "dit.py"]
+
+
+def test_run_edits_the_benchmark_with_the_seed_asked_for(refvie, small_weights, monkeypatch):
+    asked = []
+    monkeypatch.setattr(KiwiEdit, "edit", lambda self, frames, *rest, **more: asked.append((len(frames), more["seed"])) or frames)
+    words = ["run", "--bench", "refvie", refvie / "bench.yaml", "--weights", small_weights, "--edits", refvie / "new"]
+    judge.main([str(word) for word in (*words, "--seed", 7, "--limit", 1, "--device", "cpu")])
+    assert asked == [(5, 7)]
+
+
+def test_edit_strength_is_in_levels_and_the_area_a_share():
+    source = torch.zeros(2, 3, 16, 16)
+    edit = source.clone()
+    edit[..., :8] = 51 / 255
+    measured = metrics.measure(source, edit)
+    assert measured["edit_strength"] == pytest.approx(25.5) and measured["edited_area"] == 0.5
+
+
+def test_what_gemini_only_thinks_is_no_answer():
+    parts = [{"text": "perhaps 5", "thought": True}, {"text": "4"}]
+    reply = {"candidates": [{"content": {"parts": parts}}], "usageMetadata": {"promptTokenCount": 900, "candidatesTokenCount": 9}}
+    assert judges.Gemini.reply(None, reply, "x").text == "4"
+
+
 # ------------------------------------------------------------------------------------------------ curate.py
 
 
@@ -3264,7 +3500,7 @@ def test_the_paper_s_models_go_through_all_stages(tmp_path, nano_data, kind, mon
     live = [row for row in rows if row["status"] != "rejected" or row["stage"] == "deduplicate"]
     assert len(live) == len([row for row in rows if row["kind"] in curate.KINDS]) >= 2
     assert all(row["edit_score"] == 8.0 and row["label"] == "a red car" and row["verdict_reason"] == "same" for row in live)
-    assert {negative for _, negative, *_ in models.editor.asked} == {" "} and len({seed for *_, seed in models.editor.asked}) == len(live)
+    assert {asked[1:3] for asked in models.editor.asked} == {(" ", 4.0)} and len({seed for *_, seed in models.editor.asked}) == len(live)
     assert all("a red car" in prompt for prompt, *_ in models.editor.asked)
 
 
@@ -3288,6 +3524,9 @@ def test_a_released_adapter_is_merged_as_its_file_says(tmp_path, style):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
     curate.add_adapter(asked.mllm, tmp_path)
     assert close(weight - before, 2 * b @ a)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_rslora": True}))
+    curate.add_adapter(asked.mllm, tmp_path)
+    assert close(weight - before, 6 * b @ a)  # 8 / sqrt(4) more
     save_file({"base_model.model.elsewhere.layers.9.q.lora_A.weight": a, "base_model.model.elsewhere.layers.9.q.lora_B.weight": b}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="finds no place"):
         curate.add_adapter(asked.mllm, tmp_path)
@@ -3328,3 +3567,87 @@ def test_a_reference_is_cut_out_of_a_real_edit_and_a_wrong_one_is_noticed(tmp_pa
     assert models.verify(source, target, tmp_path / "glasses.png", row)[0]
     write_image(tmp_path / "wrong.png", curate.frame_at(other, 0))
     assert not models.verify(source, target, tmp_path / "wrong.png", row)[0]
+
+
+def test_of_two_alike_the_better_is_kept(tmp_path):
+    feature, ledger = curate.pack(torch.tensor([1.0, 0.0])), curate.Ledger(tmp_path)
+    rows = [{"id": name, "status": "open", "edit_score": score, "feature": feature} for name, score in (("a", 8.0), ("b", 9.0))]
+    ledger.write("verify", 0, rows)
+    (ledger.folder / "read.json").write_text(json.dumps({"records": 2, "shards": 1}))
+    curate.deduplicate_all(SimpleNamespace(guard=None, duplicate=0.9), ledger, [])
+    assert [row["status"] for row in ledger.rows("deduplicate", 0)] == ["rejected", "kept"]
+
+
+def test_a_clip_whose_first_frame_is_the_benchmark_s_is_left_out(tmp_path, nano_data, quadruplets):
+    kept = next(row for row in records_in(quadruplets) if row["status"] == "kept")
+    (tmp_path / "bench").mkdir()
+    write_image(tmp_path / "bench" / "first.png", curate.frame_at(nano_data / kept["src_video"], 0))
+    rows = curated(nano_data, tmp_path / "out", "--guard", tmp_path / "bench", tables=["ref_video.csv"])
+    row = next(row for row in rows if row["id"] == kept["id"])
+    assert "of the benchmark" in row["reason"] and not row["tuning"]
+
+
+def test_limits_are_of_the_longer_side_to_the_shorter_of_the_mask_and_of_the_same_moments(tmp_path):
+    stage = curate.Synthesize(SimpleNamespace(min_side=8, max_aspect=4.0), [])
+    stage.check(40, 10)
+    for height, width in ((41, 10), (10, 41)):
+        with pytest.raises(curate.Rejected, match="aspect above 4"):
+            stage.check(height, width)
+    for name, count, height in (("a", 9, 64), ("b", 21, 64), ("c", 9, 96)):
+        write_clip(tmp_path / f"{name}.mp4", moving_picture(count, height, 64))
+    for other, says in (("b", "not the same moments"), ("c", "another aspect")):
+        with pytest.raises(MediaError, match=says):
+            curate.look_at_pair(tmp_path / "a.mp4", tmp_path / f"{other}.mp4")
+    ground = curate.Ground(SimpleNamespace(out=tmp_path), [tmp_path])
+    for share, says in ((0.81, "covers 81%"), (0, "is empty")):
+        mask = torch.arange(10_000).view(100, 100) < share * 10_000
+        ground.loaded = SimpleNamespace(ground=lambda source, target, row: ([0, 0, 1, 1], mask, 0))
+        with pytest.raises(curate.Rejected, match=says):
+            ground.one({"id": "1", "src_video": "a.mp4", "tgt_video": "a.mp4", "base": 0})
+
+
+def test_styles_and_removals_are_for_tuning_alone(tmp_path):
+    stage = curate.Score(SimpleNamespace(min_score=6.0, min_ref_score=8.0), [])
+    for kind, score, says in (("style", 9.0, "a style is no object"), ("remove", 9.0, "leaves nothing"), ("subject", 7.0, "tuning only")):
+        with pytest.raises(curate.Rejected, match=says) as error:
+            stage.judged({"edit_score": score, "kind": kind})
+        assert error.value.found["tuning"]
+    assert stage.judged({"edit_score": 8.0, "kind": "subject"})["tuning"]
+
+
+def test_the_paper_s_scorer_and_verifier_see_the_frames_they_are_told_of(tmp_path):
+    for name, colour in (("source", BLUE), ("target", RED)):
+        write_video(tmp_path / f"{name}.mp4", smooth_clip(colour), 4)
+    write_image(tmp_path / "ref.png", smooth_clip(GREEN)[0])
+    asked, models = [], curate.Paper(curate.parse_arguments(["x", "--out", "x", "--device", "cpu"]))
+    models.scorer = models.verifier = None
+
+    def ask(model, prompt, images):
+        asked.append({label: "RGB"[image.float()[40, 30].argmax()] for label, image in images.items()})
+        return '{"score": [20, 20]}' if "score" in prompt else '{"match": true, "reason": "same"}'
+
+    models.ask = ask
+    files = tmp_path / "source.mp4", tmp_path / "target.mp4"
+    models.score(*files, {"prompt": "x"})
+    assert asked[:2] == [{"source": "B", "edited": "R"}, {"edited": "R"}]
+    models.verify(*files, tmp_path / "ref.png", {"prompt": "x", "kind": "subject", "key": 0})
+    assert asked[-1] == {"edited": "R", "reference": "G"}
+
+
+def test_sam_sees_boxes_in_its_pixels_and_colours_from_minus_one_to_one():
+    class Segmenter(torch.nn.Module):
+        config = SimpleNamespace(prompt_encoder_config=SimpleNamespace(image_size=100))
+
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, pixel_values, input_boxes, multimask_output):
+            self.seen = pixel_values, input_boxes
+            return SimpleNamespace(pred_masks=torch.ones(1, 1, 1, 4, 4))
+
+    for level in (0, 255):
+        model = Segmenter()
+        curate.segment(model, torch.full((60, 90, 3), level, dtype=torch.uint8), [0.1, 0.2, 0.5, 0.8])
+        assert close(model.seen[0], torch.full((1, 3, 100, 100), level / 127.5 - 1))
+        assert model.seen[1].flatten().tolist() == pytest.approx([10, 20, 50, 80])
