@@ -1797,11 +1797,14 @@ def test_what_a_run_began_with_is_found_from_any_folder(tmp_path, lesson, monkey
 def test_training_from_a_cache_gives_the_same_losses_and_opens_no_file(tmp_path, lesson, monkeypatch):
     settings = ["steps=3", "ref_shrink=1"]
     train.main(lessons(lesson, tmp_path / "plain", settings=settings))
+    train.main(lessons(lesson, tmp_path / "plain1", stage=1, settings=["steps=1"]))  # which shows no source
     train.main(lessons(lesson, tmp_path / "cache", "--write-cache", tmp_path / "cache", settings=settings))
     monkeypatch.setattr(train, "measure_rows", None)
     train.main(lessons(lesson, tmp_path / "run", "--cache", tmp_path / "cache", settings=settings))
     assert losses(tmp_path / "run") == losses(tmp_path / "plain")
-    train.main(lessons(lesson, tmp_path / "part", "--cache", tmp_path / "cache", stage=2, settings=["steps=1"]))
+    for stage in (1, 2):
+        train.main(lessons(lesson, tmp_path / f"part{stage}", "--cache", tmp_path / "cache", stage=stage, settings=["steps=1"]))
+    assert losses(tmp_path / "part1") == losses(tmp_path / "plain1")
     for other in ("frames=5", "mllm.max_frames=2", "ref_shrink=0.5"):
         with pytest.raises(ValueError, match="written for other tables, pixels, frames, weights or settings"):
             train.main(lessons(lesson, tmp_path / "other", "--cache", tmp_path / "cache", settings=["steps=1", "ref_shrink=1", other]))
