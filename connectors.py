@@ -375,7 +375,12 @@ def replace_modules(module, replace):
 
 
 def inject_lora(module, rank, targets=LLM_LORA_TARGETS):
-    """Give every Linear of `module` whose name ends in one of `targets` ("q_proj", "ffn.0", ...) a LoRA."""
+    """Give every Linear of `module` whose name ends in one of `targets` ("q_proj", "ffn.0", ...) a LoRA. ValueError for a
+    target that none has."""
+    linear = [name for name, child in module.named_modules() if type(child) is nn.Linear]
+    for target in targets:
+        if not any(name == target or name.endswith("." + target) for name in linear):
+            raise ValueError(f"LoRA: {type(module).__name__} has no linear layer {target!r}")
 
     def replace(name, child):
         wanted = any(name == t or name.endswith("." + t) for t in targets)

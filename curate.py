@@ -2052,6 +2052,8 @@ def main(argv=None):
         text, counts, common = write_results(args, ledger, bases)
     print(text)
     print(f"write       {args.out}/page.html, funnel.md, statistics.json: look at page.html")
+    if sum(count for (_, status, _), count in counts.reasons.items() if status == "failed") == counts.total:
+        raise ValueError(f"not one of {counts.total} records could be worked on; the table above says why (--retry-failed tries them again)")
     if counts.kept:
         print(f"train       python train.py --stage 3 --ref-csv {args.out}/ref_video.csv --base-path {common} --data DIR --out runs/3")
 

@@ -1376,7 +1376,7 @@ def parse_arguments(argv=None):
     add = command("run", run, "make the edits with Kiwi-Edit, under torchrun on several GPUs")
     bench(add)
     add("--edits", required=True, metavar="DIR", help="where they go, under the release's names")
-    add("--weights", default="weights/nano", metavar="PATH|HUB_ID", help="as for sample.py (default %(default)s)")
+    add("--weights", default=str(Path(__file__).parent / "weights" / "nano"), metavar="PATH|HUB_ID", help="as for sample.py (default: weights/nano)")
     add("--base", metavar="PATH|HUB_ID", help="under a .safetensors or a run of train.py (default: what the run began with, "
         "else Wan-AI/Wan2.2-TI2V-5B)")  # fmt: skip
     add("--qwen", metavar="PATH|HUB_ID", help="likewise (default: the run's, else Qwen/Qwen2.5-VL-3B-Instruct)")

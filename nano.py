@@ -250,6 +250,9 @@ def make_data(args):
     from world import TASKS, read_index
 
     out = Path(args.out)
+    others = [path.name for path in out.glob("*") if path.name in ("image.csv", "video.csv", "ref_video.csv", "truth.jsonl")]
+    if others and not (out / "world.json").exists():
+        raise ValueError(f"{out}: has {', '.join(sorted(others))} that nano.py did not write, and would replace: give another folder")
     args.assets is None or read_index(args.assets)  # before workers start
     args.tasks = args.tasks and dict(args.tasks)
     for kind in TASKS:
@@ -264,6 +267,9 @@ def make_data(args):
                 bar.update(len(share))
     rows = sorted((row for share in shares for row in share), key=lambda row: row["index"])
     kinds = [kind for kind in TASKS if any(row["kind"] == kind for row in rows)]
+    world = {key: getattr(args, key) for key in ("assets", "split", "seed", "clips", "frames", "size", "fps", "tasks")}
+    with whole_file(out / "world.json") as path:  # what an example's index needs to be drawn again; says whose the tables are
+        path.write_text(json.dumps(world))
     for kind in TASKS.keys() - kinds:  # of clips that were there before; a table without rows is none
         (out / f"{kind}.csv").unlink(missing_ok=True)
     for kind in kinds:
@@ -272,9 +278,6 @@ def make_data(args):
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(row for row in rows if row["kind"] == kind)
-    world = {key: getattr(args, key) for key in ("assets", "split", "seed", "clips", "frames", "size", "fps", "tasks")}
-    with whole_file(out / "world.json") as path:  # what an example's index needs to be drawn again
-        path.write_text(json.dumps(world))
     with whole_file(out / "truth.jsonl") as path:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     print(f"write       {len(rows)} clips, {out}/{''.join(f'{kind}.csv, ' for kind in kinds)}truth.jsonl")
@@ -1263,7 +1266,7 @@ def run():
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\nnano.py: interrupted; what was finished is kept")
+        sys.exit("\nnano.py: interrupted; pretraining goes on from its last minute, everything else begins anew")
     except (ValueError, OSError) as error:
         sys.exit(f"nano.py: {error}")
 

@@ -117,10 +117,10 @@ def main(argv=None):
 
 def with_example(args):
     """The arguments as they are or, where there is neither clip nor instruction, those of the weights' example."""
-    if args.input and args.instruction:
+    if args.input is not None and args.instruction is not None:
         return args
     lost = next((path for path in args.ref if not Path(path).is_file()), None)  # it may be the instruction
-    if args.input or args.instruction or lost:
+    if args.input is not None or lost:
         told = f'no such file: "{lost}"' if lost else f'only "{args.input}" is given'
         raise ValueError(
             f'{told}; a clip and an instruction are needed, and --ref, which takes all that follows it, behind them, e.g. '

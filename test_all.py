@@ -11,6 +11,7 @@ import functools
 import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -63,7 +64,7 @@ from data import (
 )  # fmt: skip
 from dit import DiT, DiTConfig, rope_3d
 from kernels.bench import diffusers_dit, diffusers_vae, diffusers_vae_name, table
-from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit, balance_weights, load_weights, our_name, read_for, read_weights, released_name, working_on
+from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit, balance_weights, load_weights, our_name, read_for, read_weights, released_name, valid_checkpoints, working_on
 from vae import VAE, VAEConfig
 
 HOUSE = Path(__file__).parent
@@ -1491,6 +1492,7 @@ def test_the_bundled_weights_edit_their_example_in_a_minute(tmp_path):
 
 @pytest.mark.parametrize("case, says", [
     ([], "has no example"), (["whole.mp4"], '"whole.mp4" is given'), (["--ref", "whole.jpg"], "has no example"),
+    (["whole.mp4", ""], "the instruction is empty"), (["", ""], "the instruction is empty"),
     (["absent.mp4", "x"], "no such file"), (["half.mp4", "x"], "cannot be decoded"), (["sound.mp3", "x"], "no pictures"),
     (["dot.png", "x"], "too few"), (["whole.jpg", " "], "instruction is empty"),
     (["whole.jpg", "x", "--ref", "half.jpg"], "half.jpg"), (["whole.jpg", "x", "--device", "cuda"], "not available"),
@@ -1754,6 +1756,8 @@ def test_every_ablation_of_the_source_trains_from_the_same_weights(tmp_path, les
     with pytest.raises(ValueError, match="is there and not weights of ours"):
         train.main(["--export", str(tmp_path / "run"), "--out", str(tmp_path / "run")])
     assert small_edit(KiwiEdit.from_pretrained(tmp_path / "model", dtype=torch.float32), ref=False).shape == (6, 32, 64, 3)
+    with pytest.raises(ValueError, match="needs them as they are"):
+        train.main(["--export", str(tmp_path / "run"), "--out", str(lesson / "weights")])
     if how == "channel_concat":  # the weights' own half, and a half that started from zero
         own, source = trained["dit.patch_embedding.weight"].split(48, dim=1)
         assert own.abs().max() > 0.01 > source.abs().max() > 0
@@ -1924,6 +1928,50 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path):
     assert (tmp_path / "w/x").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["w"]
 
 
+def test_after_an_error_no_worker_waits_and_the_last_checkpoint_is_whole(tmp_path, lesson, monkeypatch):
+    save, loss = train.save_file, train.Trainer.loss
+
+    def slowly(*tensors):
+        time.sleep(1)
+        save(*tensors)
+
+    def no_memory(trainer, batch):
+        if trainer.counts["step"] == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss(trainer, batch)
+
+    monkeypatch.setattr(train, "save_file", slowly)
+    monkeypatch.setattr(train.Trainer, "loss", no_memory)
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        train.main(lessons(lesson, tmp_path, "--workers", 2, "--save-every", 1, settings=["steps=2"]))
+    assert multiprocessing.active_children() == [] and error.tb  # which keeps the loader
+    assert [path.name for path in valid_checkpoints(tmp_path)] == ["step-000001"] and not list(tmp_path.glob(".step-*"))
+
+
+def test_a_checkpoint_of_another_stage_or_that_is_damaged_is_not_resumed_from_and_other_rows_are_told_of(tmp_path, lesson, capsys):
+    mine = Path(shutil.copytree(lesson, tmp_path / "mine", ignore=shutil.ignore_patterns("weights")))
+    train.main(lessons(lesson, tmp_path / "run", "--data", mine, stage=1, settings=["steps=1"]))
+    table = mine / "image.csv"
+    table.write_text(table.read_text() + table.read_text().splitlines()[1] + "\n")
+    again = ["--data", mine, "--resume", "auto"]
+    train.main(lessons(lesson, tmp_path / "run", *again, stage=1, settings=["steps=2"]))
+    assert "the image rows, whose order begins anew" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="trains other parts: a next stage begins with --weights"):
+        train.main(lessons(lesson, tmp_path / "run", *again, stage=2, settings=["steps=3"]))
+    state = next((tmp_path / "run" / "step-000002" / "state").glob("*.distcp"))
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"step-000002/state: cannot be read"):
+        train.main(lessons(lesson, tmp_path / "run", *again, stage=1, settings=["steps=3"]))
+
+
+def test_a_base_path_is_of_the_tables_named_where_some_are(tmp_path, lesson):
+    shutil.copy(lesson / "ref_video.csv", tmp_path / "curated.csv")
+    named = ["--ref-csv", tmp_path / "curated.csv", "--base-path", lesson]
+    train.main(lessons(lesson, tmp_path / "named", *named, settings=["steps=1"]))
+    train.main(lessons(lesson, tmp_path / "plain", settings=["steps=1"]))
+    assert losses(tmp_path / "named") == losses(tmp_path / "plain")
+
+
 def test_a_diverged_run_skips_steps_and_stops_with_the_sample(tmp_path, lesson, capsys):
     with pytest.raises(ValueError, match=r"5 steps in a row were skipped.*_tgt\.(png|mp4)"):
         train.main(lessons(lesson, tmp_path / "run", settings=["lr=1e30", "weight_decay=0"]))
@@ -1937,6 +1985,9 @@ def test_a_diverged_run_skips_steps_and_stops_with_the_sample(tmp_path, lesson, 
     (["--weights", "nowhere"], "no such file or folder"), (["--data", "nowhere"], "--data nowhere: no such folder"),
     (["--dtype", "bfloat16", "--parallel", "ddp"], "take --parallel fsdp"), (["--set", "batch=3"], "not a multiple of batch"),
     (["--resume", "nowhere"], "not a checkpoint folder"), (["--set", "paint.dim=3"], "there are model, dit, vae, mllm"),
+    (["--set", "ema=1.5"], "Stage.ema: 1.5"), (["--set", "image=-1"], "shares of at least 0"),
+    (["--set", "trains=lora,dti"], "the model has no 'dti'"), (["--set", "lora_targets=q_proj,key"], "no linear layer 'key'"),
+    (["--init", "random"], "leave out --weights"),
 ])  # fmt: skip
 def test_a_bad_request_to_train_is_one_clear_line(tmp_path, lesson, monkeypatch, words, says):
     plain = lessons(lesson, tmp_path / "run", settings=words[1:] if words[0] == "--set" else [])
@@ -1973,6 +2024,8 @@ def test_a_dry_run_writes_nothing_and_a_plot_shows_the_losses(tmp_path, lesson, 
     assert "M trained" in said and "frames of 64x64" in said and "GiB" in said and not (tmp_path / "run").exists()
     flags = ["--sample-every", "2", "--sample-steps", "1", "--parallel", parallel]
     train.main(lessons(lesson, tmp_path / "run", *flags, settings=["steps=2"]))
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')  # killed while it wrote
     train.main(["--plot", str(tmp_path / "run")])
     assert "<polyline" in (tmp_path / "run" / "loss.svg").read_text()
     assert read_clip(tmp_path / "run" / "samples" / "step-000002-ref.mp4").frames.shape[2] == 3 * 96
@@ -2090,6 +2143,9 @@ def test_a_folder_has_tables_for_the_kinds_of_its_clips_alone(tmp_path):
     assert len(list(tmp_path.glob("*.csv"))) == 3
     nano.main(["data", str(tmp_path), *small, "1", "--tasks", "subject=1"])
     assert [path.name for path in tmp_path.glob("*.csv")] == ["ref_video.csv"]
+    (tmp_path / "world.json").unlink()  # as where the table is a person's own
+    with pytest.raises(ValueError, match=r"has ref_video\.csv, truth\.jsonl that nano\.py did not write"):
+        nano.main(["data", str(tmp_path), *small, "1"])
 
 
 def test_a_world_of_chosen_tasks_has_no_others_and_in_their_shares(library):
@@ -3291,6 +3347,12 @@ def test_a_shard_half_done_is_finished_without_asking_again(tmp_path, nano_data,
         monkeypatch.setattr(curate.Classical, work, None)
     curated(nano_data, out)
     assert done and same_result(out, quadruplets)
+
+
+def test_a_run_in_which_every_record_fails_ends_in_an_error(tmp_path, nano_data):
+    shutil.copy(nano_data / "ref_video.csv", tmp_path / "p.csv")  # away from its clips
+    with pytest.raises(ValueError, match="not one of [0-9]+ records could be worked on"):
+        curated(tmp_path, tmp_path / "out", tables=["p.csv"])
 
 
 def test_a_middling_edit_is_for_instruction_tuning_alone_and_a_poor_one_for_nothing(tmp_path, nano_data):

@@ -93,6 +93,10 @@ class Stage:
                 raise ValueError(f"Stage.{name}: {getattr(self, name)}, expected at least 1")
         if self.global_batch % self.batch:
             raise ValueError(f"Stage.global_batch: {self.global_batch} is not a multiple of batch {self.batch}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"Stage.ema: {self.ema}, expected 0, or the decay of an average, below 1")
+        if min(self.ratio.values()) < 0:
+            raise ValueError(f"Stage.image, Stage.video, Stage.ref: {self.ratio}, expected shares of at least 0")
         if not any(self.ratio.values()):
             raise ValueError("Stage.image, Stage.video, Stage.ref: all 0, so there is nothing to train on")
 
@@ -149,7 +153,8 @@ def parse_arguments(argv=None):
     add("--image-csv", metavar="FILE", help="this instead of DIR/image.csv")
     add("--video-csv", metavar="FILE", help="likewise")
     add("--ref-csv", metavar="FILE", help="likewise")
-    add("--base-path", metavar="DIR", help="what the paths in the tables start from (default: the table's folder)")
+    add("--base-path", metavar="DIR", help="what the paths in the tables start from (default: the table's folder); "
+        "with any --*-csv, in those alone")  # fmt: skip
     add("--out", metavar="RUN", help="folder of the run: config.json, metrics.jsonl, checkpoints (default: runs/STAGE)")
     add("--weights", metavar="PATH|HUB_ID", help="where to start (see below; default, without --out: the run before)")
     add("--base", metavar="PATH|HUB_ID", help="Wan's weights (default: those of --config on the hub)")
@@ -219,6 +224,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -250,6 +256,8 @@ def main(argv=None):
     stage = choose_stage(args)
     ranks = Ranks(args)
     try:
+        if stage.batches % ranks.dp:
+            raise ValueError(f"global_batch / batch is {stage.batches}, not a multiple of {ranks.dp} data-parallel ranks")
         checkpoint = open_run(args, ranks)
         curriculum, tables = open_data(args, stage, ranks)  # first: a slip here should not cost the loading of 5B
         model = load_model(args, stage, ranks, checkpoint)
@@ -383,9 +391,6 @@ class Ulysses:
 
     def __init__(self, dit, group):
         self.group, self.size, self.rank = group, group.size(), group.rank()
-        heads = dit.config.num_heads
-        if heads % self.size:
-            raise ValueError(f"--sp {self.size} does not divide the {heads} heads of the DiT")
         for block in dit.blocks:
             block.self_attn.attend = self.attend
             block.register_forward_pre_hook(self.enter)
@@ -474,8 +479,11 @@ def load_model(args, stage, ranks, checkpoint):
     config = replace(config, mllm=replace(config.mllm, **sizes))
     if checkpoint:
         config = as_trained(config, checkpoint)
+    config = with_model_settings(config, args.set)
+    if config.dit.num_heads % ranks.sp:
+        raise ValueError(f"--sp {ranks.sp} does not divide the {config.dit.num_heads} heads of the DiT")
     torch.manual_seed(args.seed)  # of what the weights lack
-    model = start_model(with_model_settings(config, args.set), None if args.dry_run else files, ranks.device)
+    model = start_model(config, None if args.dry_run else files, ranks.device)
     if not has_lora(model.mllm):
         inject_lora(model.mllm.model.language_model, stage.lora_rank, stage.lora_targets)
     if stage.dit_lora_rank and not has_lora(model.dit):
@@ -514,11 +522,15 @@ def export(run, folder, base=None, qwen=None):
     """The last checkpoint of a run as a whole model, LoRA merged, in a folder that sample.py takes. base, qwen: of what
     the run began with, where that has moved."""
     only_weights(folder)
-    checkpoint = find_checkpoint(run)
+    checkpoint, run_folder = find_checkpoint(run), run
     if checkpoint is None:
         raise FileNotFoundError(f"--export {run}: not the folder of a run or of a checkpoint")
     path = checkpoint.parent / "config.json"
     run = read_json(path)
+    started = {**{name: run["args"].get(name) for name in ("weights", "base", "qwen")}, **run.get("began", {}), "given": base}
+    for name, start in started.items():
+        if start and Path(folder).resolve() in ((checkpoint.parent / start).resolve(), Path(start).resolve()):
+            raise ValueError(f"--out {folder}: {run_folder} lies over these weights and needs them as they are; give another folder")
     config, (began, files) = config_of(run["model"], path), read_weights(checkpoint, base, qwen)
     sizes = mllm_sizes(files, {})  # a mode that was never trained stays away
     config = replace(config, mllm=replace(config.mllm, folder=began.mllm.folder, **sizes))
@@ -538,6 +550,8 @@ def read_start(args, ranks):
             args.init = "random"
             ranks.first and print("start: random weights, for there is no --weights and no weights/nano", file=sys.stderr)
     if args.init == "random":
+        if args.weights or args.base:
+            raise ValueError(f"--init random begins with no weights: leave out {'--weights' if args.weights else '--base'}")
         return read_random(args, ranks, out)
     return read_weights(args.weights, args.base, args.qwen, HUB_BASES[args.config])
 
@@ -614,7 +628,12 @@ def has_lora(module):
 
 
 def choose_trained(model, stage):
-    """Set requires_grad for exactly what the stage trains."""
+    """Set requires_grad for exactly what the stage trains. ValueError for a part that there is not."""
+    names = [name for name, _ in model.named_parameters()]
+    known = {*REFER, "dit.lora"}  # some of which are not part of every way to inject the source
+    for part in stage.trains:
+        if part not in known and not any(name == part or name.startswith(part + ".") for name in names):
+            raise ValueError(f"Stage.trains: the model has no {part!r}; the stages train {', '.join(sorted(known))}")
     for name, parameter in model.named_parameters():
         # Wan's projection of T5 features is saved with the DiT and never used: DDP would wait for its gradient
         parameter.requires_grad_(belongs(name, stage) and not name.startswith("dit.text_embedding."))
@@ -653,7 +672,9 @@ def open_data(args, stage, ranks):
     own = {"image": args.image_csv, "video": args.video_csv, "ref": args.ref_csv}
     kinds = [kind for kind, share in stage.ratio.items() if share]
     places = {kind: [own[kind]] if own[kind] else find_tables(args.data, kind) for kind in kinds}
-    tables = {kind: [row for path in places[kind] for row in read_table(path, kind, args.base_path)] for kind in kinds}
+    # with tables of other names --base-path is theirs alone: those of --data begin at their folder
+    bases = {kind: args.base_path if own[kind] or not any(own.values()) else None for kind in kinds}
+    tables = {kind: [row for path in places[kind] for row in read_table(path, kind, bases[kind])] for kind in kinds}
     shapes = {}
     for kind, rows in tables.items():
         shapes[kind] = shapes_of(args, ranks, kind, rows)
@@ -841,10 +862,6 @@ class Trainer:
     """The loop and what it keeps: model, optimizers, averaged weights, and the counters that a checkpoint holds."""
 
     def __init__(self, args, stage, ranks, model, curriculum, tables):
-        if stage.batches % ranks.dp:
-            raise ValueError(
-                f"global_batch / batch is {stage.batches}, not a multiple of {ranks.dp} data-parallel ranks"
-            )
         self.args, self.stage, self.ranks, self.model = args, stage, ranks, model
         self.curriculum, self.tables = curriculum, tables
         self.counts = {"step": 0, "updates": 0, "samples": 0, "tokens": 0, "bad": 0, "skipped": 0, "seconds": 0.0}
@@ -854,7 +871,8 @@ class Trainer:
         self.optimizers = make_optimizers(stage, self.updated)
         self.ema = {name: p.detach().clone() for name, p in self.trained.items()} if stage.ema else {}
         self.saver = Checkpoints(Path(args.out), args.keep, ranks)
-        self.stop = None
+        self.begun_with = {kind: fingerprint(rows) for kind, rows in tables.items()}
+        self.batches, self.stop = None, None
         self.trouble = 0  # steps skipped in a row
 
     def train(self, checkpoint):
@@ -863,7 +881,11 @@ class Trainer:
         before = {name: signal.signal(name, self.ask_to_stop) for name in (signal.SIGTERM, signal.SIGINT)}
         try:
             self.loop(checkpoint)
-        finally:
+        finally:  # of an error too
+            if self.saver.thread:  # it needs the process groups
+                self.saver.thread.join()
+            if hasattr(self.batches, "_shutdown_workers"):  # they ignore SIGTERM: the interpreter would wait for them for ever
+                self.batches._shutdown_workers()
             for name, handler in before.items():
                 signal.signal(name, handler)
 
@@ -873,7 +895,7 @@ class Trainer:
             write_config(self.args, stage, self.model, out)
             cut_log(out / "metrics.jsonl", counts["step"])
             cut_log(out / "bad.jsonl", counts["step"])
-        loader = iter(self.loader())
+        self.batches = iter(self.loader())
         with (
             Log(out, self.ranks.first) as log,
             tqdm(
@@ -881,7 +903,7 @@ class Trainer:
             ) as bar,
         ):
             while counts["step"] < stage.steps:
-                line = self.step(loader)
+                line = self.step()
                 if line is None:
                     break
                 self.saver.check()
@@ -919,13 +941,13 @@ class Trainer:
             worker_init_fn=leave_signals_to_the_trainer,
         )  # fmt: skip
 
-    def step(self, loader):
+    def step(self):
         """One update -> its line of metrics; None if a signal came before its end: then it leaves no trace."""
         started, stage = time.perf_counter(), self.stage
         here = stage.batches // self.ranks.dp
         loss_sum, tokens, flops, broken, paths = 0.0, 0, 0.0, [], []
         for i in range(here):
-            batch = next(loader)
+            batch = next(self.batches)
             if self.ranks.any(self.stop is not None):
                 self.module.zero_grad()
                 self.stop = self.stop or "a signal to another rank"
@@ -1022,7 +1044,8 @@ class Trainer:
                              f"{self.args.max_bad:g} per cent; see {self.args.out}/bad.jsonl")  # fmt: skip
 
     def save(self):
-        self.saver.save(self.counts, self.stage, self.model, self.optimizer_state(), self.ema)
+        told = {"counts": dict(self.counts), "stage": asdict(self.stage), "tables": self.begun_with}
+        self.saver.save(told, self.stage, self.model, self.optimizer_state(), self.ema)
 
     def optimizer_state(self):
         """The optimizers' moments by parameter name; before the first update zeros."""
@@ -1045,6 +1068,8 @@ class Trainer:
         self.counts.update(saved["counts"])
         if (old := saved["stage"].get("optimizer", "adamw")) != self.stage.optimizer:
             raise ValueError(f"{checkpoint} was trained by {old}: add --set optimizer={old}, or begin anew with --weights")
+        if sorted(saved["stage"]["trains"]) != sorted(self.stage.trains):
+            raise ValueError(f"{checkpoint} is of a stage that trains other parts: a next stage begins with --weights {checkpoint.parent}")
         if self.ema and not saved["stage"].get("ema"):
             raise ValueError(f"{checkpoint} has no averaged weights: leave out --set ema, or begin anew with --weights")
         now = json.loads(json.dumps(asdict(self.stage)))
@@ -1054,10 +1079,16 @@ class Trainer:
         begun, asked = read_json(checkpoint.parent / "config.json")["args"], vars(self.args)
         of_run = ("config", "init", "weights", "base", "qwen", "seed", "data", "base_path")
         changed += [f"--{key} {begun[key]} -> {asked[key]}" for key in of_run if key in begun and begun[key] != asked[key]]
+        held = saved.get("tables", self.begun_with)
+        changed += [f"the {kind} rows, whose order begins anew" for kind, print_ in self.begun_with.items() if held.get(kind) != print_]
         if changed and self.ranks.first:
             print(f"warning: not as when {checkpoint} was written: {', '.join(changed)}", file=sys.stderr)
         state = {"optimizer": self.optimizer_state(), "ema": self.ema}
-        dcp.load(state, checkpoint_id=checkpoint / "state")
+        try:
+            dcp.load(state, checkpoint_id=checkpoint / "state")
+        except (CheckpointException, RuntimeError, AssertionError) as error:
+            reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            raise ValueError(f"{checkpoint}/state: cannot be read ({reason}); resume from an older checkpoint, or begin anew with --weights") from None
         for optimizer in self.optimizers:
             for moments in optimizer.state.values():
                 moments["step"].fill_(self.counts["updates"])
@@ -1133,7 +1164,7 @@ def learning_rate(stage, step):
 
 class Checkpoints:
     """Folders step-NNNNNN of a run: weights.safetensors (what the stage trains, released names), ema.safetensors,
-    state/ (the optimizer's moments, torch.distributed.checkpoint), train.json (counters).
+    state/ (the optimizer's moments, torch.distributed.checkpoint), train.json (counters, fingerprints of the tables).
 
     A save copies to memory and returns; a thread writes to a hidden folder and renames it when whole. So every
     step-NNNNNN is complete, whenever the run was killed.
@@ -1151,16 +1182,17 @@ class Checkpoints:
     def path(self, step):
         return self.out / f"step-{step:06d}"
 
-    def save(self, counts, stage, model, moments, ema):
+    def save(self, told, stage, model, moments, ema):
         self.wait()
-        self.steps.add(counts["step"])
+        step = told["counts"]["step"]
+        self.steps.add(step)
         weights = {name: p for name, p in model.named_parameters() if belongs(name, stage)}
         snapshot = {
             "weights": self.whole(weights), "ema": self.whole({**weights, **ema} if ema else {}),
             "state": {"optimizer": copied(moments), "ema": copied(ema)},
-            "train": {"counts": dict(counts), "stage": asdict(stage)},
+            "train": told,
         }  # fmt: skip
-        self.thread = threading.Thread(target=self.write, args=(self.path(counts["step"]), snapshot))
+        self.thread = threading.Thread(target=self.write, args=(self.path(step), snapshot))
         self.thread.start()
 
     def whole(self, tensors):
@@ -1413,7 +1445,7 @@ def plot(run):
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; --plot takes the folder of a run")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # the last may be half written
     points = [(line["step"], line["loss"]) for line in lines if math.isfinite(line["loss"])]
     if not points:
         raise ValueError(f"{path}: has no losses yet")
