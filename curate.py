@@ -23,6 +23,7 @@ import csv
 import errno
 import fcntl
 import html
+import inspect
 import json
 import math
 import os
@@ -58,6 +59,7 @@ PAPER_MODELS = {  # flag: what the paper names, where it says
     "verifier": "Qwen/Qwen3-VL-8B-Instruct",
     "embedder": "openai/clip-vit-large-patch14",
 }
+SERVED = dict.fromkeys(("scorer", "grounder", "verifier"), "or http://HOST/v1#NAME of a server ")
 
 
 def positive(text):
@@ -91,7 +93,7 @@ def parse_arguments(argv=None):
     add("--base-path", metavar="DIR", help="what paths in the tables start from (default: the table's folder)")
     add("--models", choices=("classical", "paper"), default="classical", help="default %(default)s")
     for flag, name in PAPER_MODELS.items():
-        add(f"--{flag}", metavar="MODEL", help=f"with --models paper (default {name})")
+        add(f"--{flag}", metavar="MODEL", help=f"with --models paper: a folder or hub id, {SERVED.get(flag, '')}(default {name})")
     add("--min-score", type=float, default=6.0, metavar="0..10", help="for instruction tuning (default %(default)s)")
     add("--min-ref-score", type=float, default=8.0, metavar="0..10", help="to get a reference (default %(default)s)")
     add("--fps", type=above(0), default=1.0, help="frame pairs a second that are scored (default %(default)s)")
@@ -140,7 +142,7 @@ from data import (
     write_image,
 )  # fmt: skip
 from judges import (
-    MAX_WAIT, Barred, Local, Malformed, NoRedirect, OpenAICompatible, TryAgain, jpeg, json_objects, key_of, sampled_frames, sound,
+    MAX_WAIT, Barred, Local, Malformed, NoRedirect, OpenAICompatible, TryAgain, Unusable, jpeg, json_objects, key_of, sampled_frames, sound,
 )  # fmt: skip
 from metrics import as_float, lab, luma, read_reference
 
@@ -199,7 +201,7 @@ def kind_of(edit_type, prompt):
     return known or next((kind for kind, words in WORDS.items() if re.search(words, prompt, re.IGNORECASE)), "other")
 
 
-def read_pairs(path, base, models):
+def read_pairs(path, base, settings):
     """Yield (name of the set, base folder, place, line as a dict) of everything in `path`. ValueError, FileNotFoundError."""
     path = Path(path)
     if path.is_file():
@@ -222,9 +224,10 @@ def read_pairs(path, base, models):
         if len(shards) < told["shards"]:
             raise ValueError(f"{path}: that stage is not done, {len(shards)} of {told['shards']} shards; finish the run, or give an earlier stage")
         home = told["bases"]
-        made = json.loads((path.parent / "settings.json").read_text())["models"]
-        if path.name in ("verify", "deduplicate") and made != models:
-            raise ValueError(f"{path} holds features of --models {made}, whose likeness is another's: say --models {made}")
+        made = json.loads((path.parent / "settings.json").read_text())
+        for name in ("models", "embedder"):
+            if path.name in ("verify", "deduplicate") and made.get(name) != settings.get(name):
+                raise ValueError(f"{path} holds features of --{name} {made.get(name)}, whose likeness is another's: say --{name} {made.get(name)}")
         for shard in shards:
             for number, line in enumerate(read_json_lines(shard), 1):
                 place, run = f"{shard}, line {number}", path.resolve().parent.parent
@@ -272,6 +275,8 @@ def write_json_lines(path, rows):
     """Whole, or not at all."""
     with whole_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())  # or a machine that dies could keep the new name and lose what is in it
 
 
 def read_json_lines(path):
@@ -306,7 +311,7 @@ def records_of(args, bases):
     number, told, home = 0, set(), lru_cache(lambda base: str(base.resolve()))
     for source in args.pairs:
         known = None  # the set that this input was found to be
-        for name, base, place, line in read_pairs(source, args.base_path, args.models):
+        for name, base, place, line in read_pairs(source, args.base_path, settings_of(args)):
             fields = line if isinstance(line, dict) else {}
             fits = lambda key: all(column in fields for column in SETS[key][0])
             name = name if name in ("ledger", "ReCo") else next((key for key in SETS if fits(key)), known)
@@ -405,7 +410,13 @@ class Ledger:
         return self.path(stage, shard).is_file()
 
     def rows(self, stage, shard):
-        return list(read_json_lines(self.path(stage, shard)))
+        rows = list(read_json_lines(self.path(stage, shard)))
+        found = json.loads((self.folder / "read.json").read_text())
+        size = found.get("shard_rows", 0)  # ledgers begun before this number was kept are not checked
+        if size and len(rows) != min(size, found["records"] - shard * size):
+            raise ValueError(f"{self.path(stage, shard)}: has lost records, {len(rows)} are left (a crash?): delete it"
+                             f"{' and read.json' if stage == 'read' else ''}, and the same command makes it anew")  # fmt: skip
+        return rows
 
     def write(self, stage, shard, rows):
         path = self.path(stage, shard)
@@ -475,7 +486,7 @@ def read_all(args, ledger):
     with whole_file(ledger.folder / "settings.json") as path:  # not before: a slip in the inputs should not bind the folder
         path.write_text(json.dumps(settings_of(args), indent=1))
     with whole_file(ledger.folder / "read.json") as path:
-        path.write_text(json.dumps({"records": total, "shards": shard, "bases": bases, "sizes": sizes(args)}))
+        path.write_text(json.dumps({"records": total, "shards": shard, "shard_rows": args.shard_rows, "bases": bases, "sizes": sizes(args)}))
 
 
 def sizes(args):
@@ -556,7 +567,7 @@ class Stage:
     name = ""
 
     def __init__(self, args, bases):
-        self.args, self.bases, self.loaded = args, bases, None
+        self.args, self.bases, self.loaded, self.barred = args, bases, None, None
         self.lock = threading.Lock()
 
     def setup(self):
@@ -568,23 +579,32 @@ class Stage:
         """What the records are put to, loaded for the first that asks: a ledger read again may ask nothing. Barred where
         that fails, for it is no record's fault."""
         with self.lock:
+            if self.barred:  # loading may take minutes: the others that wait need not fail one by one
+                raise self.barred
             if self.loaded is None:
                 models = {"classical": Classical, "paper": Paper}[self.args.models](self.args)
                 try:
                     models.setup(self.name)
                 except FORESEEN as error:
-                    raise Barred(f"{self.name}: {error}") from error
+                    self.barred = Barred(f"{self.name}: {error}")
+                    raise self.barred from error
                 self.loaded = models
         return self.loaded
 
     def __call__(self, rows):
-        """Yield the records, open, rejected or failed, as they are done. What ends the run is raised after all that were
-        begun are done: they may have been paid for."""
+        """Yield the records, open, rejected or failed, as they are done. What ends the run, Ctrl-C too, is raised after all
+        that were begun are done: they may have been paid for. A second Ctrl-C leaves them."""
         rows, busy, ends = iter(rows), set(), None
         more = lambda: {self.pool.submit(self.guarded, row) for row in islice(rows, 2 * self.args.workers - len(busy))}
         try:
             while busy := busy if ends else busy | more():
-                done, busy = wait(busy, return_when=FIRST_COMPLETED)
+                try:
+                    done, busy = wait(busy, return_when=FIRST_COMPLETED)
+                except KeyboardInterrupt as stop:
+                    if ends is not None:
+                        raise
+                    ends, done, busy = stop, set(), {future for future in busy if not future.cancel()}
+                    print(f"\nnote        the {len(busy)} records under way are finished; Ctrl-C once more leaves them", file=sys.stderr)
                 for future in done:
                     if future.exception() is None:
                         yield future.result()
@@ -767,12 +787,18 @@ def frames_at(path, wanted, max_pixels):
     return torch.stack(frames), indices
 
 
-def look_at_pair(source, target):
-    """The same moments of both clips, at the target's size -> source, target float (T, 3, H, W), indices."""
+def moments(source, target):
+    """How many frames two clips have in common. MediaError where one is so much longer that they show other moments."""
     before, after = (measure(path)[0] for path in (source, target))
     if abs(before - after) > 0.1 * after + 2:
         raise MediaError(f"{target}: has {after} frames, its source {before}: not the same moments")
-    (a, _), (b, indices) = (look_at(path, min(before, after)) for path in (source, target))
+    return min(before, after)
+
+
+def look_at_pair(source, target):
+    """The same moments of both clips, at the target's size -> source, target float (T, 3, H, W), indices."""
+    shared = moments(source, target)
+    (a, _), (b, indices) = (look_at(path, shared) for path in (source, target))
     count = min(len(a), len(b))  # a file may hold fewer frames than it declares
     if abs(math.log(a.shape[1] / a.shape[2] * b.shape[2] / b.shape[1])) > 0.05:
         raise MediaError(f"{target}: is {b.shape[2]}x{b.shape[1]} where its source is {a.shape[2]}x{a.shape[1]}, another aspect")
@@ -1258,20 +1284,22 @@ class Settings:
 
 
 def open_model(name, device):
-    """A multimodal model to ask: http://host/v1 (an OpenAI-compatible server and the model it serves), or a folder or
-    hub id, BASE+ADAPTER with a LoRA over it."""
+    """A multimodal model to ask: http://host/v1#MODEL (of an OpenAI-compatible server; one that serves a single model
+    needs no #MODEL), or a folder or hub id, BASE+ADAPTER with a LoRA over it. ValueError where it cannot be had."""
     if name.startswith(("http://", "https://")):
         import http.client
         import urllib.request
 
-        key = key_of("OPENAI_API_KEY")
-        request = urllib.request.Request(f"{name.rstrip('/')}/models", headers={"Authorization": f"Bearer {key}"} if key else {})
+        key, (address, _, model) = key_of("OPENAI_API_KEY"), name.partition("#")
+        request = urllib.request.Request(f"{address.rstrip('/')}/models", headers={"Authorization": f"Bearer {key}"} if key else {})
         try:
             with urllib.request.build_opener(NoRedirect).open(request, timeout=30) as answer:
-                served = json.load(answer)["data"][0]["id"]
+                served = [entry["id"] for entry in json.load(answer)["data"]]
         except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
             raise ValueError(f"{name}: no OpenAI-compatible server answers there ({error}); start it, or name a model") from None
-        return OpenAICompatible(served, Settings(endpoint=name))
+        if (model or len(served) != 1) and model not in served:
+            raise ValueError(f"{name}: serves {len(served)} models, {', '.join(served[:8])}...: say which, {address}#MODEL")
+        return OpenAICompatible(model or served[0], Settings(endpoint=address))
     from model import local_path
 
     base, _, adapter = name.partition("+")
@@ -1295,6 +1323,9 @@ class Paper:
             self.scorer = open_model(self.args.scorer, self.device)
         elif stage == "ground":
             self.grounder = open_model(self.args.grounder, self.device)
+            if isinstance(self.grounder, OpenAICompatible) and re.search("qwen2[._]5.vl", self.grounder.model, re.IGNORECASE):
+                raise ValueError(f"{self.args.grounder}: Qwen2.5-VL counts boxes in pixels of the size that its server shrinks to, "
+                                 "which we cannot know: serve Qwen3-VL, or give the folder or hub id")  # fmt: skip
             self.segmenter = open_segmenter(self.args.segmenter, self.device)
         elif stage == "synthesize":
             self.editor = open_editor(self.args.editor, self.device)
@@ -1303,8 +1334,9 @@ class Paper:
         if stage in ("verify", "guard"):
             self.embedder = open_embedder(self.args.embedder, self.device)
 
-    def ask(self, model, prompt, images, tries=5):
-        """The answer to a prompt about images, uint8 (H, W, 3) by label. Tries again where a server was busy."""
+    def ask(self, model, prompt, images, read, tries=5):
+        """read(the answer) to a prompt about images, uint8 (H, W, 3) by label. Asks a server again that was busy, or whose
+        answer cannot be read: it draws another, and the record's other answers are paid for."""
         with tempfile.TemporaryDirectory() as folder:
             media = []
             for label, image in images.items():
@@ -1314,34 +1346,37 @@ class Paper:
             for attempt_ in range(tries):
                 try:
                     if isinstance(model, OpenAICompatible):
-                        return model.ask(prompt, media, 1.0).text
+                        return read(model.ask(prompt, media, 1.0).text)
                     with self.lock:
-                        return model.ask(prompt, media, 1.0).text
-                except TryAgain as error:
-                    if attempt_ == tries - 1:
+                        said = model.ask(prompt, media, 1.0).text
+                    return read(said)
+                except (TryAgain, Malformed) as error:
+                    again = isinstance(error, TryAgain)
+                    if attempt_ == tries - 1 or isinstance(error, Unusable) or not (again or isinstance(model, OpenAICompatible)):
                         raise
-                    time.sleep(min(error.after or 2**attempt_ * (1 + random.random()), MAX_WAIT))
+                    again and time.sleep(min(error.after or 2**attempt_ * (1 + random.random()), MAX_WAIT))
 
     def score(self, source_path, target_path, row):
         """EditScore (FACTS.md, "Curation"): of each pair of frames sqrt(min(SC) min(PQ)), from 0..25 to 0..10. Frame i
         of the edit is that of frame i of the source, whatever rate the files claim: the release writes all at 15 fps."""
+        moments(source_path, target_path)
         with open_media(target_path) as (_, stream):
             rate = float(stream.average_rate or 25)
         pairs = zip(*(sampled_frames(path, self.args.fps, rate=rate)[0] for path in (source_path, target_path)))
         scores = []
         for source, target in pairs:
             prompt = PROMPTS["success"].format(prompt=row["prompt"])
-            success = read_scores(self.ask(self.scorer, prompt, {"source": source, "edited": target}))
-            quality = read_scores(self.ask(self.scorer, PROMPTS["quality"].format(), {"edited": target}))
+            success = self.ask(self.scorer, prompt, {"source": source, "edited": target}, read_scores)
+            quality = self.ask(self.scorer, PROMPTS["quality"].format(), {"edited": target}, read_scores)
             scores.append(math.sqrt(min(success) * min(quality)) * 10 / 25)
         return scores
 
     def ground(self, source_path, target_path, row):
         frame = frame_at(target_path, 0)
-        said = self.ask(self.grounder, PROMPTS[f"ground_{row['kind']}"].format(prompt=row["prompt"]), {"frame": frame})
         absolute = isinstance(self.grounder, Local) and self.grounder.positions_a_second  # Qwen2.5-VL
         size = self.grounder.seen_size(*frame.shape[:2])[::-1] if absolute else (1000, 1000)
-        box, row["label"] = read_box(said, tuple(size))
+        prompt = PROMPTS[f"ground_{row['kind']}"].format(prompt=row["prompt"])
+        box, row["label"] = self.ask(self.grounder, prompt, {"frame": frame}, lambda said: read_box(said, tuple(size)))
         with self.lock:
             mask = segment(self.segmenter, frame, box)
         within = mask[round(box[1] * len(mask)) : round(box[3] * len(mask)), round(box[0] * mask.shape[1]) : round(box[2] * mask.shape[1])]
@@ -1368,7 +1403,7 @@ class Paper:
 
     def verify(self, source_path, target_path, ref_path, row):
         images = {"edited": frame_at(target_path, row["key"]), "reference": read_image(ref_path)}
-        return read_verdict(self.ask(self.verifier, PROMPTS[f"verify_{row['kind']}"].format(prompt=row["prompt"]), images))
+        return self.ask(self.verifier, PROMPTS[f"verify_{row['kind']}"].format(prompt=row["prompt"]), images, read_verdict)
 
     def embed(self, images):
         with self.lock:
@@ -1413,14 +1448,40 @@ def segment(model, frame, box):
 
 
 def open_editor(name, device):
-    try:
-        from diffusers import QwenImageEditPlusPipeline
-    except ImportError:
-        raise ValueError("--models paper makes references with diffusers; pip install diffusers pillow") from None
+    editor_is_installed()
+    from diffusers import QwenImageEditPlusPipeline
+
     from model import local_path
 
     dtype = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
-    return QwenImageEditPlusPipeline.from_pretrained(local_path(name), torch_dtype=dtype).to(device)
+    pipeline = QwenImageEditPlusPipeline.from_pretrained(local_path(name), torch_dtype=dtype).to(device)
+    tell_of_pictures(pipeline.text_encoder)
+    return pipeline
+
+
+def editor_is_installed():
+    """ValueError with the mend, before days of work, where diffusers or what Qwen's processor needs is missing."""
+    try:
+        import torchvision  # noqa: F401
+        from diffusers import QwenImageEditPlusPipeline  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"--models paper makes references with diffusers ({error}); pip install diffusers pillow torchvision "
+            f"torch=={torch.__version__.partition('+')[0]}"
+        ) from None
+
+
+def tell_of_pictures(mllm):
+    """diffusers 0.42 does not say which tokens are a picture's, and without it transformers gives Qwen2.5-VL the
+    positions of text, in silence: say it."""
+
+    def told(module, arguments, keywords):
+        if "mm_token_type_ids" in keywords or keywords.get("input_ids") is None:
+            return None
+        return arguments, keywords | {"mm_token_type_ids": (keywords["input_ids"] == module.config.image_token_id).int()}
+
+    if "mm_token_type_ids" in inspect.signature(mllm.forward).parameters:  # older ones see it from the tokens
+        mllm.register_forward_pre_hook(told, with_kwargs=True)
 
 
 def open_embedder(name, device):
@@ -2028,6 +2089,9 @@ def main(argv=None):
     args.out = str(Path(args.out).resolve())
     ledger = Ledger(args.out)
     with only_run(ledger, rank):
+        made = ("synthesize", "verify", "deduplicate")  # stages of a ledger whose references are there
+        if args.models == "paper" and any(Path(path).name not in made for path in args.pairs):
+            editor_is_installed()
         if rank == 0:
             same_settings(args, ledger)
             args.guard and benchmark_files(args.guard)

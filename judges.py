@@ -87,8 +87,11 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def post(url, headers, body, deadline, secret=None):
-    """POST JSON, get JSON, within `deadline` seconds in all. TryAgain, Barred or Unusable where that fails."""
+def post(url, headers, body, deadline, secret=None, trusted=False):
+    """POST JSON, get JSON, within `deadline` seconds in all. TryAgain, Barred or Unusable where that fails.
+
+    trusted: it answered before, so that 403 is about this request (OpenRouter says so of what a moderator stopped).
+    """
     data = json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json", **headers})
     hide = lambda text: text.replace(secret, "***") if secret else text
@@ -103,7 +106,7 @@ def post(url, headers, body, deadline, secret=None):
         reason = f"HTTP {error.code}: {hide(error_text(error, end))[:300]}"
         if error.code == 404:
             raise Barred(f"the judge has no such model or address ({reason}); check --judge and --endpoint") from None
-        if error.code in (401, 403) or "API key not valid" in reason:  # the latter is Gemini's, with a 400
+        if error.code == 401 or (error.code == 403 and not trusted) or "API key not valid" in reason:  # the latter is Gemini's, with a 400
             raise Barred(f"the judge refuses the key ({reason}); check the environment variable") from None
         if error.code in (408, 409, 425, 429) or error.code >= 500:
             after = error.headers.get("Retry-After", "")
@@ -177,6 +180,8 @@ def encoded(path):
 class Gemini:
     """Google's native generateContent, videos as inline data with an explicit frame rate."""
 
+    trusted = False  # until it has answered
+
     def __init__(self, model, args):
         self.model, self.deadline = model, args.deadline
         self.url = f"{(args.endpoint or GEMINI).rstrip('/')}/models/{urllib.parse.quote(model)}:generateContent"
@@ -204,7 +209,8 @@ class Gemini:
         size = sum(len(part["inlineData"]["data"]) for part in parts if "inlineData" in part)
         if size > INLINE_LIMIT:
             raise Unusable(f"{size / 1e6:.0f} MB of videos are more than one request takes; re-encode them smaller")
-        answer = post(self.url, {"x-goog-api-key": self.key}, body, self.deadline, self.key)
+        answer = post(self.url, {"x-goog-api-key": self.key}, body, self.deadline, self.key, self.trusted)
+        self.trusted = True
         return understood(self.reply, answer, text)
 
     def reply(self, answer, text):
@@ -224,6 +230,8 @@ class Gemini:
 
 class OpenAICompatible:
     """chat/completions; videos as frames at the given rate (any server), or as video_url (vLLM)."""
+
+    trusted = False  # until it has answered
 
     def __init__(self, model, args):
         if not args.endpoint:
@@ -249,7 +257,8 @@ class OpenAICompatible:
         if self.send == "video":
             body["mm_processor_kwargs"] = {"fps": fps}  # vLLM's name for the frame rate
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        answer = post(self.url, headers, body, self.deadline, self.key)
+        answer = post(self.url, headers, body, self.deadline, self.key, self.trusted)
+        self.trusted = True
         return understood(self.reply, answer, text)
 
     def reply(self, answer, text):
@@ -391,7 +400,7 @@ class Local:
                     pieces += [words(f"<{stamp:.1f} seconds>") + open_, (pad, (1, *grid[1:]), 0), close]
             else:
                 rate = (len(seconds) - 1) / seconds[-1] if seconds[-1] else 1.0
-                step = int((self.positions_a_second or 0) * 2 / rate)
+                step = (self.positions_a_second or 0) * 2 / rate
                 pieces += [open_, (pad, grid, step), close]
         pieces.append(end + words("\n") + start + words("assistant\n"))
         pixels = {}
@@ -412,7 +421,7 @@ class Local:
         for piece in pieces:
             if isinstance(piece, tuple):
                 pad, (t, h, w), step = piece
-                axes = (step * torch.arange(t), torch.arange(h // 2), torch.arange(w // 2))
+                axes = ((step * torch.arange(t)).long(), torch.arange(h // 2), torch.arange(w // 2))
                 here = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
                 ids += [pad] * here.shape[1]
             else:
@@ -436,7 +445,7 @@ class Local:
         return patchify(resize(frames, self.seen_size(*frames.shape[1:3])), self.patch, self.mean, self.std)
 
 
-LONGEST = 20_000  # characters of an answer that are read
+LONGEST = 20_000  # characters of an answer that are read: its last, for some models think aloud before
 NUMBER = r"(-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*(\d+))?"
 
 
@@ -472,7 +481,7 @@ def read_answer(text, names):
 
     JSON first, whatever stands around it; else lines such as "**Visual quality:** 4/5", also out of half a JSON.
     """
-    text = text[:LONGEST]
+    text = text.rpartition("</think>")[2][-LONGEST:]
     for found in reversed(list(json_objects(text))):
         flat = {flat_name(k): v for k, v in found.items()}
         if all(name in flat for name in names):
@@ -499,7 +508,8 @@ def read_reason(text):
 
 def read_winner(text, names=()):
     """A pairwise answer -> {"winner": "1" | "2" | "tie"}."""
-    given = re.findall(r"winner[\"'*\s]*[:=][\s\"'*]*(1|2|tie)\b", text, re.IGNORECASE)
+    text = text.rpartition("</think>")[2]
+    given = re.findall(r"winner[\"'*\s]*[:=][\s\"'*]*(1|2|tie)(?=[\"'*\s]*(?:[,}.;(\n]|$))", text, re.IGNORECASE)
     if len({g.lower() for g in given}) != 1:
         raise Malformed(f"no winner in the answer: {' '.join(text.split())[:120]!r}")
     return {"winner": given[0].lower()}

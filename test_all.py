@@ -3146,6 +3146,30 @@ def test_what_gemini_only_thinks_is_no_answer():
     assert judges.Gemini.reply(None, reply, "x").text == "4"
 
 
+def test_what_a_judge_thinks_aloud_is_not_its_answer_and_a_winner_is_one():
+    draft, final = ('{"quality": %d, "consistency": %d}' % (score, score) for score in (5, 1))
+    thought = "Let me see. " * 2000
+    for text in (draft + thought + final, f"<think>{draft}</think>\nQuality: 1\nConsistency: 1"):
+        assert judges.read_answer(text, ("quality", "consistency")) == {"quality": 1, "consistency": 1}
+    assert judges.read_winner("**Winner:** 2 (sharper)") == {"winner": "2"} and judges.read_winner('{"winner": "tie"}') == {"winner": "tie"}
+    for text in ('{"winner": "1 or 2"}', '{"winner": "1/2"}', "winner: 1 and 2 are equal"):
+        with pytest.raises(judges.Malformed):
+            judges.read_winner(text)
+
+
+def test_a_refusal_of_one_request_is_no_refusal_of_the_key():
+    fake = FakeJudge(lambda request, nth: ("status", 403, {}))
+    body = {"messages": [{"content": "Judge."}, {"content": []}]}
+    for trusted, error in ((False, judges.Barred), (True, judges.Unusable)):
+        with pytest.raises(error, match="HTTP 403"):
+            judges.post(f"{fake.url}/chat/completions", {}, body, 10, trusted=trusted)
+
+
+def test_frames_closer_than_a_position_share_it():
+    _, positions = judges.Local.lay_out(None, [[1, 2], (7, (4, 2, 2), 0.5)])
+    assert positions[0, 0].tolist() == [0, 1, 2, 2, 3, 3]
+
+
 # ------------------------------------------------------------------------------------------------ curate.py
 
 
@@ -3561,6 +3585,7 @@ def test_the_paper_s_models_go_through_all_stages(tmp_path, nano_data, kind, mon
     monkeypatch.setattr(curate, "segment", lambda model, frame, box, true=curate.segment: (
         true(model, frame, box) | True) & torch.nn.functional.pad(torch.ones(20, 20, dtype=bool), (10, 34, 15, 29)))  # fmt: skip
     monkeypatch.setattr(curate.Paper, "setup", lambda self, stage: self.__dict__.update(models.__dict__))
+    monkeypatch.setattr(curate, "editor_is_installed", lambda: None)
     rows = curated(nano_data, tmp_path / "out", "--models", "paper", tables=["ref_video.csv"])
     live = [row for row in rows if row["status"] != "rejected" or row["stage"] == "deduplicate"]
     assert len(live) == len([row for row in rows if row["kind"] in curate.KINDS]) >= 2
@@ -3687,9 +3712,9 @@ def test_the_paper_s_scorer_and_verifier_see_the_frames_they_are_told_of(tmp_pat
     asked, models = [], curate.Paper(curate.parse_arguments(["x", "--out", "x", "--device", "cpu"]))
     models.scorer = models.verifier = None
 
-    def ask(model, prompt, images):
+    def ask(model, prompt, images, read):
         asked.append({label: "RGB"[image.float()[40, 30].argmax()] for label, image in images.items()})
-        return '{"score": [20, 20]}' if "score" in prompt else '{"match": true, "reason": "same"}'
+        return read('{"score": [20, 20]}' if "score" in prompt else '{"match": true, "reason": "same"}')
 
     models.ask = ask
     files = tmp_path / "source.mp4", tmp_path / "target.mp4"
@@ -3716,3 +3741,96 @@ def test_sam_sees_boxes_in_its_pixels_and_colours_from_minus_one_to_one():
         curate.segment(model, torch.full((60, 90, 3), level, dtype=torch.uint8), [0.1, 0.2, 0.5, 0.8])
         assert close(model.seen[0], torch.full((1, 3, 100, 100), level / 127.5 - 1))
         assert model.seen[1].flatten().tolist() == pytest.approx([10, 20, 50, 80])
+
+
+def test_a_server_of_several_models_is_told_which(monkeypatch):
+    class Listing(BaseHTTPRequestHandler):
+        def do_GET(self):
+            data = json.dumps({"data": [{"id": "first"}, {"id": "wanted-VL"}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Listing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    assert curate.open_model(f"{url}#wanted-VL", "cpu").model == "wanted-VL"
+    for name in (url, f"{url}#absent"):
+        with pytest.raises(ValueError, match="serves 2 models, first, wanted-VL.*say which"):
+            curate.open_model(name, "cpu")
+    server.shutdown()
+
+
+def test_a_server_s_answer_that_cannot_be_read_is_asked_for_again_and_a_local_one_is_not(tmp_path):
+    models, said = curate.Paper(curate.parse_arguments(["x", "--out", "x", "--device", "cpu"])), iter(["hm", '{"score": [20, 20]}', "hm"])
+    server = object.__new__(judges.OpenAICompatible)
+    server.ask = lambda *_: judges.Answer(next(said))
+    assert models.ask(server, "How good?", {"edited": smooth_clip(RED)[0]}, curate.read_scores) == [20, 20]
+    with pytest.raises(judges.Malformed):
+        models.ask(SimpleNamespace(ask=server.ask), "How good?", {}, curate.read_scores)
+
+
+def test_ctrl_c_keeps_the_records_under_way_and_begins_no_other(monkeypatch, capsys):
+    stage, pressed = curate.Score(SimpleNamespace(workers=2), []), []
+    stage.one = lambda row: time.sleep(0.3) or {"done": True}
+
+    def interrupted(busy, wait=curate.wait, **how):
+        if not pressed:
+            raise KeyboardInterrupt(pressed.append(1))
+        return wait(busy, **how)
+
+    monkeypatch.setattr(curate, "wait", interrupted)
+    finished = []
+    with pytest.raises(KeyboardInterrupt):
+        finished += iter(stage.setup()({"id": str(i)} for i in range(20)))
+    with pytest.raises(KeyboardInterrupt):
+        pressed.clear()
+        for row in stage({"id": str(i)} for i in range(20)):
+            finished.append(row)
+    assert 1 <= len(finished) <= 4 and all(row["done"] for row in finished) and "once more" in capsys.readouterr().err
+
+
+def test_models_that_cannot_be_loaded_are_loaded_once(monkeypatch):
+    tries = []
+    monkeypatch.setattr(curate.Classical, "setup", lambda self, stage: tries.append(stage) or int("no such model"))
+    stage = curate.Score(curate.parse_arguments(["x", "--out", "x", "--workers", "4"]), []).setup()
+    with pytest.raises(curate.Barred, match="score: invalid literal"):
+        list(stage([{"id": str(i), "frames": 9, "src_video": "a", "tgt_video": "b", "base": 0} for i in range(8)]))
+    assert tries == ["score"]
+
+
+def test_a_shard_that_lost_records_is_not_taken_for_whole_and_features_of_another_embedder_are_not_compared(tmp_path, nano_data, quadruplets):
+    out = Path(shutil.copytree(quadruplets, tmp_path / "out"))
+    shard = out / "ledger/synthesize/00000.jsonl"
+    shard.write_text("".join(shard.read_text().splitlines(True)[:-1]))
+    shutil.rmtree(out / "ledger/verify"), shutil.rmtree(out / "ledger/deduplicate")
+    with pytest.raises(ValueError, match=r"synthesize/00000\.jsonl: has lost records, 4 are left"):
+        curated(nano_data, out)
+    settings = quadruplets / "ledger/settings.json"
+    told = json.loads(settings.read_text()) | {"models": "paper", "embedder": "A"}
+    shutil.copytree(quadruplets, tmp_path / "paper")
+    (tmp_path / "paper/ledger/settings.json").write_text(json.dumps(told))
+    with pytest.raises(ValueError, match="features of --embedder A"):
+        curated(tmp_path / "paper/ledger", tmp_path / "again", "--models", "paper", "--embedder", "B", tables=["verify"])
+
+
+def test_clips_of_other_moments_are_not_scored_by_the_paper_s_models_either(tmp_path):
+    for name, count in (("source", 49), ("target", 3)):
+        write_clip(tmp_path / f"{name}.mp4", moving_picture(count, 64, 64))
+    models = curate.Paper(curate.parse_arguments(["x", "--out", "x", "--device", "cpu"]))
+    with pytest.raises(MediaError, match="not the same moments"):
+        models.score(tmp_path / "source.mp4", tmp_path / "target.mp4", {"prompt": "x"})
+
+
+def test_the_editor_s_language_model_is_told_which_tokens_are_a_picture_s(tmp_path):
+    mllm = randomise(judges.Local(tiny_local_judge(tmp_path / "mllm", "qwen2_5_vl"), curate.Settings(device="cpu")).mllm)
+    picture = mllm.config.image_token_id
+    ids = torch.tensor([[5, 6, *[picture] * 4, 7]])
+    words = dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.randn(16, 1176), image_grid_thw=torch.tensor([[1, 4, 4]]))
+    plain, right = mllm(**words).logits, mllm(**words, mm_token_type_ids=(ids == picture).int()).logits
+    curate.tell_of_pictures(mllm)
+    assert torch.equal(mllm(**words).logits, right) and not close(plain, right, 1e-3)
