@@ -1008,7 +1008,7 @@ MACHINES = {
     # in pieces of at most nine minutes, as GPUs are lent
     "h100": dict(
         machine="one H100", out="../nano128", size=128, frames=17, clips=8000, stills=24000, cores=16, loaders=12,
-        minutes=9, vae=6000, mllm=2000, dit=3000, stage1=600, stage2=3000, stage3=3000,
+        minutes=9, vae=4000, mllm=2000, dit=3000, stage1=600, stage2=2000, stage3=2000,
         batch="global_batch=64 batch=64", optimizer="lr=1e-3 warmup=50 schedule=cosine beta2=0.98 optimizer=muon",
     ),
     "cpu": dict(

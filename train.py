@@ -896,6 +896,8 @@ class Trainer:
             cut_log(out / "metrics.jsonl", counts["step"])
             cut_log(out / "bad.jsonl", counts["step"])
         self.batches = iter(self.loader())
+        if self.ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.ranks.device)  # `memory_gib` is of the steps, not of the loading
         with (
             Log(out, self.ranks.first) as log,
             tqdm(
@@ -1485,6 +1487,8 @@ def run():
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("train.py: out of GPU memory; --dry-run says what a rank needs: take more GPUs, fewer --set pixels= or frames=, or a smaller --config")
 
 
 if __name__ == "__main__":

@@ -139,9 +139,9 @@ def fastest_attention(device, dtype, head_dim):
 def milliseconds(name, device, dtype, head_dim, trains):
     """The median of 8,192 tokens and 8 heads, of 10 after 3 to warm up; every run reads fresh memory. Infinity, which is
     said, where it fails."""
-    inputs = [torch.randn(3, 1, 8192, 8, head_dim, device=device, dtype=dtype) for _ in range(3)]
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(13)]
     with left_out(name), torch.cuda.device(device):
+        inputs = [torch.randn(3, 1, 8192, 8, head_dim, device=device, dtype=dtype) for _ in range(3)]
         for i, (start, stop) in enumerate(events):
             start.record()
             run_alone(ATTENTION[name], inputs[i % 3], trains)

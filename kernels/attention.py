@@ -239,16 +239,16 @@ def triton_config(name, blocks):
 
 
 def usable(configs, arguments, DIM, **_):
-    """The configurations for this device: the tensor memory accelerator came with Hopper, and Triton's warp
-    specialisation was compiled for Hopper and heads of 64 and 128 alone. Products of float32 are no tensor core's: they take minutes to compile in
-    large tiles, so there is one of small ones."""
+    """The configurations for this device, the plainest first, which is taken where none can be timed. The tensor memory
+    accelerator came with Hopper, and Triton's warp specialisation was compiled for Hopper and heads of 64 and 128 alone.
+    Products of float32 are no tensor core's: they take minutes to compile in large tiles, so there is one of small ones."""
     if not arguments["q"].is_cuda:
         return configs
     if arguments["q"].dtype == torch.float32:
         return configs[-1:]
     major, _ = torch.cuda.get_device_capability(arguments["q"].device)
     return [
-        c for c in configs if (major >= 9 or not c.kwargs["TMA"]) and (major == 9 and DIM >= 64 or not c.kwargs.get("SPECIALISE"))
+        c for c in reversed(configs) if (major >= 9 or not c.kwargs["TMA"]) and (major == 9 and DIM >= 64 or not c.kwargs.get("SPECIALISE"))
     ]
 
 

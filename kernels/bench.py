@@ -530,10 +530,13 @@ def dit(args):
                  for name, config in (("1.3B, 3 of 30 layers", small), ("5B, 1 of 30 layers", large))]  # fmt: skip
     for case in cases:
         yield dit_row(args, *case)
+    if on_gpu():  # last, and one size: compiling takes minutes
+        yield dit_row(args, *cases[0], compiled=True)
 
 
-def dit_row(args, name, config, grid, dtype):
-    """A forward of ours and of diffusers' from latents and 512 text features, and ours with the context's keys kept."""
+def dit_row(args, name, config, grid, dtype, compiled=False):
+    """A forward of ours and of diffusers' from latents and 512 text features, and ours with the context's keys kept;
+    compiled: those too."""
     import torch
 
     from dit import DiT
@@ -555,10 +558,9 @@ def dit_row(args, name, config, grid, dtype):
         "ours, context kept": lambda: ours(x, t, kept),
     }
     if on_gpu():
-        torch._dynamo.reset()  # else another grid than the last would make the sizes variables, and slower code
-        our_compiled, their_compiled = (model and torch.compile(model, dynamic=False) for model in (ours, theirs))
-        runs["ours, compiled"] = lambda: our_compiled(x, t, kept)
-        runs["diffusers, compiled"] = theirs and (lambda: their_compiled(x, t, text, return_dict=False)[0])
+        our_compiled, their_compiled = (compiled and model and torch.compile(model, dynamic=False) for model in (ours, theirs))
+        runs["ours, compiled"] = our_compiled and (lambda: our_compiled(x, t, kept))
+        runs["diffusers, compiled"] = their_compiled and (lambda: their_compiled(x, t, text, return_dict=False)[0])
     with torch.no_grad():
         difference = relative_difference(runs["ours"], runs["diffusers"])
         seconds = in_turns(runs, args.repeat)
