@@ -10,6 +10,7 @@ Barred (it refuses us), Malformed (an answer, but no score in it). Nothing is gu
 
 import base64
 import http.client
+import inspect
 import json
 import math
 import os
@@ -346,12 +347,15 @@ class Local:
 
     def answer(self, text, media, fps):
         import torch
+        from transformers import DynamicCache
 
         ids, positions, pixels = self.prepare(text, media, fps)
         place = lambda x: x.to(self.device)
+        named = "cache" if "cache" in inspect.signature(self.mllm.forward).parameters else "past_key_values"  # of an older transformers
+        kept = {named: DynamicCache()}
         with torch.no_grad():
             out = self.mllm(
-                input_ids=place(ids), position_ids=place(positions), use_cache=True,
+                input_ids=place(ids), position_ids=place(positions), use_cache=True, **kept,
                 **{name: place(value) for name, value in pixels.items()},
             )  # fmt: skip
             said, at = [], int(positions.max()) + 1
@@ -361,7 +365,7 @@ class Local:
                     break
                 said.append(token.item())
                 here = torch.full((3, 1, 1), at, device=self.device)
-                out = self.mllm(input_ids=token.view(1, 1), position_ids=here, past_key_values=out.past_key_values)
+                out = self.mllm(input_ids=token.view(1, 1), position_ids=here, use_cache=True, **kept)
                 at += 1
         return Answer(self.tokenizer.decode(said), ids.shape[1], len(said))
 
