@@ -224,13 +224,15 @@ def mirrored_by_exif(content):
 
 
 def decoded(container, stream):
-    """Yield (frame, whether its metadata mirror it)."""
-    flip = False
+    """Yield (frame, whether the metadata mirror it)."""
+    mirror = None
     for packet in container.demux(stream):
         if packet.size and is_picture(container):
-            flip = mirrored_by_exif(bytes(packet))  # a picture's one packet is the file
+            mirror = mirrored_by_exif(bytes(packet)) or None  # a picture's one packet is the file
         for frame in packet.decode():
-            yield frame, flip or mirrored(frame)
+            if mirror is None:  # asked of the first alone: a frame and its side data refer to each other, and would stay for long
+                mirror = mirrored(frame)
+            yield frame, mirror
 
 
 def upright_rgb(frame, aspect=1, mirror=False):
@@ -248,7 +250,7 @@ def upright_rgb(frame, aspect=1, mirror=False):
     turns = round(frame.rotation / 90)
     if mirror:  # the rotation is read off the first axis, which the mirror has turned by 180 degrees
         rgb, turns = rgb.flip(1), turns + 2
-    return rgb.rot90(turns).contiguous()
+    return rgb.rot90(turns).contiguous() if turns % 4 else rgb  # rot90 copies, even for none
 
 
 @lru_cache(4096)  # once a file, however often training reads it
