@@ -377,16 +377,11 @@ def replace_modules(module, replace):
 def inject_lora(module, rank, targets=LLM_LORA_TARGETS):
     """Give every Linear of `module` whose name ends in one of `targets` ("q_proj", "ffn.0", ...) a LoRA. ValueError for a
     target that none has."""
-    linear = [name for name, child in module.named_modules() if type(child) is nn.Linear]
+    found = {name: [t for t in targets if f".{name}".endswith(f".{t}")] for name, child in module.named_modules() if type(child) is nn.Linear}
     for target in targets:
-        if not any(name == target or name.endswith("." + target) for name in linear):
+        if not any(target in wanted for wanted in found.values()):
             raise ValueError(f"LoRA: {type(module).__name__} has no linear layer {target!r}")
-
-    def replace(name, child):
-        wanted = any(name == t or name.endswith("." + t) for t in targets)
-        return LoRALinear(child, rank) if wanted and type(child) is nn.Linear else None
-
-    replace_modules(module, replace)
+    replace_modules(module, lambda name, child: LoRALinear(child, rank) if found.get(name) else None)
 
 
 def merge_lora(module):

@@ -35,7 +35,7 @@ import tempfile
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -411,9 +411,9 @@ class Ledger:
 
     def rows(self, stage, shard):
         rows = list(read_json_lines(self.path(stage, shard)))
-        found = json.loads((self.folder / "read.json").read_text())
-        size = found.get("shard_rows", 0)  # ledgers begun before this number was kept are not checked
-        if size and len(rows) != min(size, found["records"] - shard * size):
+        told = self.told
+        size = told.get("shard_rows", 0)  # ledgers begun before this number was kept are not checked
+        if size and len(rows) != min(size, told["records"] - shard * size):
             raise ValueError(f"{self.path(stage, shard)}: has lost records, {len(rows)} are left (a crash?): delete it"
                              f"{' and read.json' if stage == 'read' else ''}, and the same command makes it anew")  # fmt: skip
         return rows
@@ -455,19 +455,22 @@ class Ledger:
                 path.unlink(missing_ok=True)
 
     @property
-    def count(self):
-        """(records, shards), or None while the tables have not been read to the end."""
+    def told(self):
+        """What was read, read.json, or None while the tables have not been read to the end."""
         path = self.folder / "read.json"
-        if not path.is_file():
-            return None
-        found = json.loads(path.read_text())
-        return found["records"], found["shards"]
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    @property
+    def count(self):
+        """(records, shards), or None like `told`."""
+        told = self.told
+        return told and (told["records"], told["shards"])
 
 
 def read_all(args, ledger):
     """The tables into shards of records, once."""
-    if ledger.count:
-        if json.loads((ledger.folder / "read.json").read_text())["sizes"] != sizes(args):
+    if told := ledger.told:
+        if told["sizes"] != sizes(args):
             raise ValueError(f"{', '.join(args.pairs)} changed since {ledger.out} was begun: give another --out")
         return
     shutil.rmtree(ledger.folder / "read", ignore_errors=True)  # of a reading that was cut off
@@ -1337,6 +1340,7 @@ class Paper:
     def ask(self, model, prompt, images, read, tries=5):
         """read(the answer) to a prompt about images, uint8 (H, W, 3) by label. Asks a server again that was busy, or whose
         answer cannot be read: it draws another, and the record's other answers are paid for."""
+        server = isinstance(model, OpenAICompatible)
         with tempfile.TemporaryDirectory() as folder:
             media = []
             for label, image in images.items():
@@ -1345,16 +1349,18 @@ class Paper:
                 media.append((label, path))
             for attempt_ in range(tries):
                 try:
-                    if isinstance(model, OpenAICompatible):
-                        return read(model.ask(prompt, media, 1.0).text)
-                    with self.lock:
+                    with nullcontext() if server else self.lock:
                         said = model.ask(prompt, media, 1.0).text
                     return read(said)
-                except (TryAgain, Malformed) as error:
-                    again = isinstance(error, TryAgain)
-                    if attempt_ == tries - 1 or isinstance(error, Unusable) or not (again or isinstance(model, OpenAICompatible)):
+                except Unusable:
+                    raise
+                except Malformed:
+                    if attempt_ == tries - 1 or not server:  # a local model would say the same again
                         raise
-                    again and time.sleep(min(error.after or 2**attempt_ * (1 + random.random()), MAX_WAIT))
+                except TryAgain as error:
+                    if attempt_ == tries - 1:
+                        raise
+                    time.sleep(min(error.after or 2**attempt_ * (1 + random.random()), MAX_WAIT))
 
     def score(self, source_path, target_path, row):
         """EditScore (FACTS.md, "Curation"): of each pair of frames sqrt(min(SC) min(PQ)), from 0..25 to 0..10. Frame i
@@ -1989,7 +1995,7 @@ def measure_scale(folder, records=100_000, vectors=500_000, width=512):
     args = parse_arguments([str(stage), "--out", out, "--shard-rows", "1000", "--duplicate", "1"])
     ledger, start = Ledger(args.out), time.perf_counter()
     read_all(args, ledger)
-    bases = json.loads((ledger.folder / "read.json").read_text())["bases"]
+    bases = ledger.told["bases"]
     run_local(args, ledger, bases, 0, 1)
     seconds, peak = time.perf_counter() - start, memory()
     features = F.normalize(torch.randn(vectors, width, generator=torch.Generator().manual_seed(0)), dim=1)
@@ -2098,7 +2104,7 @@ def main(argv=None):
             read_all(args, ledger)
         wait_for(lambda: ledger.count, "the tables")
         same_settings(args, ledger)  # on every rank: none begins with other ones while the first is still refusing them
-        bases = json.loads((ledger.folder / "read.json").read_text())["bases"]
+        bases = ledger.told["bases"]
         if args.retry_failed:
             for shard in range(rank, ledger.count[1], world):
                 ledger.reopen_failed(shard)

@@ -178,10 +178,19 @@ def encoded(path):
     return base64.b64encode(Path(path).read_bytes()).decode()
 
 
-class Gemini:
-    """Google's native generateContent, videos as inline data with an explicit frame rate."""
+class Server:
+    """What both kinds of server share."""
 
     trusted = False  # until it has answered
+
+    def exchange(self, headers, body, text):
+        answer = post(self.url, headers, body, self.deadline, self.key, self.trusted)
+        self.trusted = True
+        return understood(self.reply, answer, text)
+
+
+class Gemini(Server):
+    """Google's native generateContent, videos as inline data with an explicit frame rate."""
 
     def __init__(self, model, args):
         self.model, self.deadline = model, args.deadline
@@ -210,9 +219,7 @@ class Gemini:
         size = sum(len(part["inlineData"]["data"]) for part in parts if "inlineData" in part)
         if size > INLINE_LIMIT:
             raise Unusable(f"{size / 1e6:.0f} MB of videos are more than one request takes; re-encode them smaller")
-        answer = post(self.url, {"x-goog-api-key": self.key}, body, self.deadline, self.key, self.trusted)
-        self.trusted = True
-        return understood(self.reply, answer, text)
+        return self.exchange({"x-goog-api-key": self.key}, body, text)
 
     def reply(self, answer, text):
         usage = answer.get("usageMetadata") or {}
@@ -229,10 +236,8 @@ class Gemini:
         return Answer(said, tokens, out)
 
 
-class OpenAICompatible:
+class OpenAICompatible(Server):
     """chat/completions; videos as frames at the given rate (any server), or as video_url (vLLM)."""
-
-    trusted = False  # until it has answered
 
     def __init__(self, model, args):
         if not args.endpoint:
@@ -257,10 +262,7 @@ class OpenAICompatible:
         body = {"model": self.model, "messages": messages}
         if self.send == "video":
             body["mm_processor_kwargs"] = {"fps": fps}  # vLLM's name for the frame rate
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        answer = post(self.url, headers, body, self.deadline, self.key, self.trusted)
-        self.trusted = True
-        return understood(self.reply, answer, text)
+        return self.exchange({"Authorization": f"Bearer {self.key}"} if self.key else {}, body, text)
 
     def reply(self, answer, text):
         usage = answer.get("usage") or {}

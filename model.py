@@ -716,11 +716,16 @@ def is_wan(folder):
     return not (folder / "transformer").is_dir() and read_json(folder / "config.json").get("format") != "nanokiwi"
 
 
+def began_with(run):
+    """The arguments of a run of train.py. Paths of what it began with are from where the run lies, so that they are found
+    from any folder; what was no path stays as it was typed."""
+    config = read_json(run / "config.json")
+    return config["args"] | {name: str((run / path).resolve()) for name, path in config.get("began", {}).items()}
+
+
 def read_beginning(run, qwen=None):
     """Config and files of what a run of train.py began with."""
-    config = read_json(run / "config.json")
-    # from where the run lies, so that it is found from any folder; what is not a path here stays as it was typed
-    began = config["args"] | {name: str((run / path).resolve()) for name, path in config.get("began", {}).items()}
+    began = began_with(run)
     if began["init"] == "random":
         return read_weights(run / "init")
     base = HUB_BASES[began["config"]]

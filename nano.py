@@ -250,9 +250,9 @@ def make_data(args):
     from world import TASKS, read_index
 
     out = Path(args.out)
-    others = [path.name for path in out.glob("*") if path.name in ("image.csv", "video.csv", "ref_video.csv", "truth.jsonl")]
+    others = [name for name in (*(f"{kind}.csv" for kind in TASKS), "truth.jsonl") if (out / name).exists()]
     if others and not (out / "world.json").exists():
-        raise ValueError(f"{out}: has {', '.join(sorted(others))} that nano.py did not write, and would replace: give another folder")
+        raise ValueError(f"{out}: has {', '.join(others)} that nano.py did not write, and would replace: give another folder")
     args.assets is None or read_index(args.assets)  # before workers start
     args.tasks = args.tasks and dict(args.tasks)
     for kind in TASKS:

@@ -238,7 +238,7 @@ from data import (
 )  # fmt: skip
 from kernels import attention
 from model import (
-    HUB_BASES, PRESETS, QWEN_BASE, FlowMatch, KiwiEdit, PatchEmbedder, TensorFiles, as_trained, config_of, find_checkpoint,
+    HUB_BASES, PRESETS, QWEN_BASE, FlowMatch, KiwiEdit, PatchEmbedder, TensorFiles, as_trained, began_with, config_of, find_checkpoint,
     leave_out_source, listed, load_weights, local_path, meta_parameters, mllm_sizes, move_buffers, only_weights, read_json, read_weights,
     released_name, valid_checkpoints,
 )  # fmt: skip
@@ -522,15 +522,14 @@ def export(run, folder, base=None, qwen=None):
     """The last checkpoint of a run as a whole model, LoRA merged, in a folder that sample.py takes. base, qwen: of what
     the run began with, where that has moved."""
     only_weights(folder)
-    checkpoint, run_folder = find_checkpoint(run), run
+    checkpoint = find_checkpoint(run)
     if checkpoint is None:
         raise FileNotFoundError(f"--export {run}: not the folder of a run or of a checkpoint")
     path = checkpoint.parent / "config.json"
+    begun = began_with(checkpoint.parent)
+    if Path(folder).resolve() in [Path(start).resolve() for start in (base, begun["weights"], begun["base"], begun["qwen"]) if start]:
+        raise ValueError(f"--out {folder}: {run} lies over these weights and needs them as they are; give another folder")
     run = read_json(path)
-    started = {**{name: run["args"].get(name) for name in ("weights", "base", "qwen")}, **run.get("began", {}), "given": base}
-    for name, start in started.items():
-        if start and Path(folder).resolve() in ((checkpoint.parent / start).resolve(), Path(start).resolve()):
-            raise ValueError(f"--out {folder}: {run_folder} lies over these weights and needs them as they are; give another folder")
     config, (began, files) = config_of(run["model"], path), read_weights(checkpoint, base, qwen)
     sizes = mllm_sizes(files, {})  # a mode that was never trained stays away
     config = replace(config, mllm=replace(config.mllm, folder=began.mllm.folder, **sizes))
@@ -629,10 +628,9 @@ def has_lora(module):
 
 def choose_trained(model, stage):
     """Set requires_grad for exactly what the stage trains. ValueError for a part that there is not."""
-    names = [name for name, _ in model.named_parameters()]
     known = {*REFER, "dit.lora"}  # some of which are not part of every way to inject the source
     for part in stage.trains:
-        if part not in known and not any(name == part or name.startswith(part + ".") for name in names):
+        if part not in known and not any(is_part(name, part) for name, _ in model.named_parameters()):
             raise ValueError(f"Stage.trains: the model has no {part!r}; the stages train {', '.join(sorted(known))}")
     for name, parameter in model.named_parameters():
         # Wan's projection of T5 features is saved with the DiT and never used: DDP would wait for its gradient
@@ -643,7 +641,11 @@ def belongs(name, stage):
     """Whether a parameter is part of what the stage trains and saves."""
     if ".lora_" in name:
         return bool({"dit.lora", "dit"} & set(stage.trains)) if name.startswith("dit.") else "lora" in stage.trains
-    return any(name == part or name.startswith(part + ".") for part in stage.trains)
+    return any(is_part(name, part) for part in stage.trains)
+
+
+def is_part(name, part):
+    return name == part or name.startswith(part + ".")
 
 
 def parallelise(model, args, ranks):
