@@ -43,6 +43,7 @@ class KiwiConfig:
     ref_pad_first: reference tokens before the video's, as one released checkpoint has them, or after.
     trained: (frames, height, width, frames a second) of the one kind of clip that the weights know. None: many sizes.
     steps: denoising steps of an edit for which no other number is given.
+    ref_guidance: likewise how far references are followed (`KiwiEdit.denoise`); 1, as the release has it: as trained.
     """
 
     dit: DiTConfig = field(default_factory=DiTConfig)
@@ -52,10 +53,13 @@ class KiwiConfig:
     ref_pad_first: bool = False
     trained: tuple[int, int, int, int] | None = None
     steps: int = 50
+    ref_guidance: float = 1.0
 
     def __post_init__(self):
         if self.steps < 1:
             raise ValueError(f"KiwiConfig.steps: {self.steps}, expected at least 1")
+        if not 0 < self.ref_guidance < math.inf:
+            raise ValueError(f"KiwiConfig.ref_guidance: {self.ref_guidance}, expected a number above 0")
         object.__setattr__(self, "trained", self.trained and tuple(self.trained))  # a list in JSON
         if self.trained is not None and (len(self.trained) != 4 or min(self.trained) < 1):
             raise ValueError(f"KiwiConfig.trained: {self.trained!r}, expected frames, height, width, frames a second")
@@ -269,31 +273,46 @@ class KiwiEdit(nn.Module):
         return loss + 0 * sum(p.float().sum() for p in additions if p.requires_grad)
 
     @torch.no_grad()
-    def denoise(self, noise, context, source=None, ref=None, steps=50, flow=FlowMatch(), on_step=None):
+    def denoise(
+        self, noise, context, source=None, ref=None, steps=50, flow=FlowMatch(), on_step=None, unshown=None, guidance=1.0
+    ):
         """Euler steps from noise (B, C, T, H, W), float32, to latents. One forward a step: Kiwi-Edit has no
-        classifier-free guidance. The latents stay float32 between the steps (the release keeps them in bfloat16)."""
-        context = context.to(self.dtype)
+        classifier-free guidance. The latents stay float32 between the steps (the release keeps them in bfloat16).
+
+        unshown: the context of the same request without its references, for a second forward a step without them: the
+        velocity is then v_unshown + guidance (v - v_unshown), as InstructPix2Pix has it of its picture (arXiv
+        2211.09800, Eq. 3); above 1 the edit is more like the references, and less like what it was trained to be.
+        """
+        contexts = [c if c is None else c.to(self.dtype) for c in (context, unshown)]
         if not hasattr(self.dit.blocks[0], "unshard"):  # a sharded block has its weights only while it is called
-            context = self.dit.context_keys_values(context)
+            contexts = [c if c is None else self.dit.context_keys_values(c) for c in contexts]
+        context, unshown = contexts
         source, ref = (None if z is None else z.to(self.dtype) for z in (source, ref))
         sigmas = flow.sigmas(steps)
         timesteps = (1000 * sigmas).to(noise.device)
         x = noise.float()
         for i, step in enumerate((sigmas[1:] - sigmas[:-1]).tolist()):
-            v = self.velocity(x.to(self.dtype), timesteps[i].expand(len(x)), context, source, ref)
-            x = x + step * v.float()
+            now = x.to(self.dtype), timesteps[i].expand(len(x))
+            v = self.velocity(*now, context, source, ref).float()
+            if unshown is not None:
+                v = torch.lerp(self.velocity(*now, unshown, source).float(), v, guidance)
+            x = x + step * v
             on_step and on_step(i + 1, steps)
         return x
 
     @torch.no_grad()
-    def edit(self, video, instruction, ref=None, steps=None, seed=0, shift=5.0, tile=None, offload_to=None, progress=None):
+    def edit(
+        self, video, instruction, ref=None, steps=None, seed=0, shift=5.0, tile=None, offload_to=None, progress=None,
+        ref_guidance=None,
+    ):  # fmt: skip
         """Edit a clip.
 
         video: uint8 (T, H, W, 3), torch or numpy, H and W multiples of 32 (`data.read_clip` makes them so); a T other
         than 4k + 1 is filled by repeating the last frame and cut again. instruction: text. ref: uint8 (H, W, 3) of
         any size, or a list of such. steps: of denoising, `config.steps` if not given. tile: latent pixels a side for
         the VAE on small cards. offload_to: a device to which each part is brought only while it works.
-        progress(phase, done, total) is called as work goes on. Same seed, same result.
+        progress(phase, done, total) is called as work goes on. ref_guidance: above 0, `config.ref_guidance` if not
+        given; other than 1 it takes two forwards a step (`denoise`). Same seed, same result.
         -> uint8 torch (T, H, W, 3), on the CPU. ValueError where an argument does not fit.
         """
         tell = progress or (lambda phase, done, total: None)
@@ -305,12 +324,16 @@ class KiwiEdit(nn.Module):
         count, height, width = video.shape[:3]
         if height % unit or width % unit or not height * width:
             raise ValueError(f"frames of {width}x{height}: both must be multiples of {unit}; see data.fit_frames")
+        guidance = self.config.ref_guidance if ref_guidance is None else ref_guidance
+        if not 0 < guidance < math.inf:
+            raise ValueError(f"ref_guidance: {guidance}, expected a number above 0")
         padding = (1 - count) % self.config.vae.time_stride
         video = torch.cat([video, video[-1:].expand(padding, -1, -1, -1)])
 
         tell("understand", 0, 1)
         with working_on(self.mllm, offload_to):
             context = self.mllm(instruction, video, refs or None)
+            unshown = self.mllm(instruction, video) if refs and guidance != 1 else None
         tell("understand", 1, 1)
 
         with working_on(self.vae, offload_to):
@@ -321,7 +344,9 @@ class KiwiEdit(nn.Module):
         noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(seed)).to(source.device)
         with working_on((self.dit, *self.embedders()), offload_to):
             told, steps = partial(tell, "denoise"), steps or self.config.steps
-            latents = self.denoise(noise, context, source, ref_latents, steps, FlowMatch(shift), told)
+            latents = self.denoise(
+                noise, context, source, ref_latents, steps, FlowMatch(shift), told, unshown, guidance
+            )
         if not latents.isfinite().all():
             raise ValueError(f"the edit's numbers overflowed in {str(self.dtype)[6:]}: take bfloat16 or float32")
 
@@ -771,7 +796,8 @@ def as_trained(config, checkpoint, files=None):
     if files is not None:
         leave_out_source(files, values["source"])
     kept = {name: values[name] for name in ("source", "ref_pad_first")}
-    return replace(config, **kept, mllm=mllm, trained=values.get("trained"), steps=values.get("steps", config.steps))
+    kept |= {name: values[name] for name in ("steps", "ref_guidance") if name in values}  # an older run lacks them
+    return replace(config, **kept, mllm=mllm, trained=values.get("trained"))
 
 
 def leave_out_source(files, how):

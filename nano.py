@@ -21,6 +21,7 @@ import os
 import re
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -519,8 +520,6 @@ CAPTION_TOKENS = 32
 def nano_config(args, **vae_statistics):
     """The preset for the clips of --data, with the MLLM's folder under --out and the latents' mean and std where they are
     known."""
-    from dataclasses import replace
-
     from model import PRESETS
 
     nano, size = PRESETS["nano"], json.loads((Path(args.data) / "world.json").read_text())["size"]
@@ -551,8 +550,6 @@ def answer_loss(encoder, conversations):
 
     Sequences are padded at the end, where causal attention never looks.
     """
-    from dataclasses import replace
-
     import torch
     import torch.nn.functional as F
 
@@ -745,8 +742,6 @@ def measure(result, target, region):
 
 def with_sprite(edit, sprite):
     """The target scene with another sprite in the place of the one that the edit brought."""
-    from dataclasses import replace
-
     things = list(edit.target.things)
     after = edit.changed[1]
     things[after] = replace(things[after], sprite=sprite)
@@ -798,7 +793,7 @@ def ceiling(model, frames):
     return model.decode_frames(model.encode_frames(frames))
 
 
-def evaluate_case(model, library, world, folder, row, steps):
+def evaluate_case(model, library, world, folder, row):
     """One case -> its measures by method, and a picture row (source, reference, edit, truth) of its middle frame."""
     import torch
 
@@ -810,9 +805,9 @@ def evaluate_case(model, library, world, folder, row, steps):
     region = read_frames(folder / row["mask"])[0, ..., 0].unflatten(0, (-1, size)) > 127
     ref = read_frames(folder / row["ref_image"])[0] if "ref_image" in row else None
     edit = redraw_edit(library, world, row["index"])
-    results = {"edit": model.edit(source, row["prompt"], ref, steps, seed=row["index"]), "copy": source}
+    results = {"edit": model.edit(source, row["prompt"], ref, seed=row["index"]), "copy": source}
     if ref is not None:
-        results["edit, no reference"] = model.edit(source, row["prompt"], None, steps, seed=row["index"])
+        results["edit, no reference"] = model.edit(source, row["prompt"], seed=row["index"])
     results["ceiling"] = ceiling(model, target)
     measures = {
         method: measure(result, target, region) | recognise(edit, library, world["split"], result, region, row["index"])
@@ -901,10 +896,12 @@ def evaluate(args):
     rows = rows[: args.cases]
     library = load_library(world["assets"] if args.assets is None else args.assets)
     model = KiwiEdit.from_pretrained(args.weights, pick_device(), torch.float32)
+    asked = {name: value for name in ("steps", "ref_guidance") if (value := getattr(args, name)) is not None}
+    model.config = replace(model.config, **asked)
     out.mkdir(parents=True, exist_ok=True)
     cases, pictures = [], {}
     for row in tqdm(rows, desc="eval", mininterval=5):
-        measures, picture = evaluate_case(model, library, world, folder, row, args.steps)
+        measures, picture = evaluate_case(model, library, world, folder, row)
         task = "subject" if row["task"] == "subject_add" else row["task"]
         cases.append(
             {"index": row["index"], "kind": row["kind"], "task": task, "prompt": row["prompt"], "measures": measures}
@@ -913,7 +910,10 @@ def evaluate(args):
     table = f"{summary(cases)}\n{goals(cases)}"
     with whole_file(out / "eval.json") as path:
         path.write_text(
-            json.dumps({"weights": args.weights, "world": world, "steps": args.steps or model.config.steps, "cases": cases}, indent=0)
+            json.dumps({
+                "weights": args.weights, "world": world, "steps": model.config.steps,
+                "ref_guidance": model.config.ref_guidance, "cases": cases,
+            }, indent=0)
         )
     with whole_file(out / "eval.md") as path:
         path.write_text(table)
@@ -936,7 +936,8 @@ not an editor for real clips.
 
 It knows clips of {frames} frames of {size}x{size} at {fps} a second. `python sample.py` edits the bundled example, number
 {example} of the held-out clips, chosen among them by us: "{prompt}" An edit takes {steps} denoising steps unless told
-otherwise; more are sharper and farther from the truth.
+otherwise; more are sharper and farther from the truth. References count {ref_guidance:g} times (`--ref-guidance`; 1 is as
+trained): where that is more than 1, shown things are easier to recognise and their pixels farther from the truth.
 
 Parameters: {parts}.
 
@@ -1050,7 +1051,7 @@ def ship(args):
     evaluation = (Path(args.eval) / "eval.md").read_text() if args.eval else "Not evaluated yet.\n"
     model = KiwiEdit.from_pretrained(checkpoint, dtype=torch.float32, base=args.weights)
     clip = world["frames"], world["size"], world["size"], world["fps"]
-    model.config = replace(model.config, trained=clip, steps=args.steps)
+    model.config = replace(model.config, trained=clip, steps=args.steps, ref_guidance=args.ref_guidance)
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     with whole_folder(out) as folder:
         model.to(torch.bfloat16).save(folder)
@@ -1062,8 +1063,8 @@ def ship(args):
         total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         card = CARD.format(
             millions=sum(parts.values()) / 1e6, parts=", ".join(f"{name} {count:,}" for name, count in parts.items()),
-            megabytes=total / 1e6, **world, example=args.example, steps=args.steps, prompt=row["prompt"], made_by=args.made_by,
-            seen=seen, phases="\n".join(phases), evaluation=evaluation.rstrip(),
+            megabytes=total / 1e6, **world, example=args.example, steps=args.steps, ref_guidance=args.ref_guidance,
+            prompt=row["prompt"], made_by=args.made_by, seen=seen, phases="\n".join(phases), evaluation=evaluation.rstrip(),
             licences="\n".join(f"- {name} {version}: {text}" for name, (version, text, _) in PACKAGES.items()),
         )  # fmt: skip
         (folder / "MODEL_CARD.md").write_text(card)
@@ -1203,6 +1204,7 @@ def parse_arguments(argv=None):
     add("--data", required=True, metavar="DIR", help="held-out clips, of the size that training saw")
     add("--example", required=True, type=int, metavar="INDEX", help="the one that bare `python sample.py` edits (truth.jsonl)")
     add("--steps", type=positive, default=2, help="denoising steps that the weights ask for (default %(default)s)")
+    add("--ref-guidance", type=float, default=1.0, metavar="G", help="how far they ask for references to be followed (default %(default)s: as trained)")
     add("--made-by", required=True, metavar="TEXT", help='the machine, for the model card, e.g. "one H100"')
     add("--eval", metavar="DIR", help="what `eval` wrote, for the model card")
     add("--out", required=True, metavar="DIR", help="e.g. weights/nano")
@@ -1214,6 +1216,7 @@ def parse_arguments(argv=None):
     add("--assets", metavar="DIR", help="default: where the data had them")
     add("--cases", type=positive, default=400, help="at most so many (default %(default)s)")
     add("--steps", type=positive, help="denoising steps (default: what the weights ask for)")
+    add("--ref-guidance", type=float, metavar="G", help="how far references are followed (default: likewise)")
 
     add = commands.add_parser("recipe", help="print the whole curriculum as bash: bash -c \"$(python nano.py recipe cpu)\"").add_argument
     add("machine", choices=tuple(MACHINES), help="the sizes: for one H100, or two CPU cores and 100 minutes")

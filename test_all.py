@@ -1237,6 +1237,31 @@ def test_an_edit_is_reproducible_keeps_its_shape_and_survives_offload_and_tiles(
     assert not torch.equal(plain, model.edit(source, "Replace the sky.", [picture, picture], steps=2, seed=4))
 
 
+def test_guidance_goes_from_the_edit_without_the_references_to_that_with_them_and_beyond(qwen_folder):
+    model = small_model(qwen_folder).eval()
+    noise, source, ref = (torch.randn(1, 48, frames, 2, 4) for frames in (2, 2, 1))
+    shown, unshown = torch.randn(1, 8, 32), torch.randn(1, 4, 32)
+    with_ref = model.denoise(noise, shown, source, ref, steps=1)
+    without = model.denoise(noise, unshown, source, steps=1)
+    for guidance in (1.0, 1.5):
+        guided = model.denoise(noise, shown, source, ref, steps=1, unshown=unshown, guidance=guidance)
+        assert close(guided, without + guidance * (with_ref - without), 1e-5)
+
+
+def test_an_edit_is_guided_as_its_weights_ask_unless_told_otherwise(qwen_folder):
+    model, calls = small_model(qwen_folder).eval(), []
+    model.velocity = lambda *given: calls.append(len(given) > 4 and given[4] is not None) or KiwiEdit.velocity(model, *given)
+    small_edit(model), small_edit(model, ref=False)
+    assert calls == [True, True, False, False]
+    model.config = replace(model.config, ref_guidance=1.5)
+    small_edit(model), small_edit(model, ref=False)
+    assert calls[4:] == [True, False, True, False, False, False]
+    model.edit(moving_picture(1, 32, 32), "Replace the sky.", moving_picture(1, 32, 32)[0], steps=1, ref_guidance=1)
+    assert calls[10:] == [True]
+    with pytest.raises(ValueError, match="ref_guidance: 0, expected a number above 0"):
+        model.edit(moving_picture(1, 32, 32), "Replace the sky.", ref_guidance=0)
+
+
 def test_an_edit_whose_decoding_does_not_fit_the_card_is_decoded_in_tiles(qwen_folder, capsys):
     model = small_model(qwen_folder).eval()
     source = moving_picture(1, 32, 704)  # 44 latent pixels wide
@@ -2421,9 +2446,9 @@ def test_an_answer_s_word_is_read_off_before_the_model_sees_it(monkeypatch, qwen
 def test_eval_asks_with_and_without_the_reference_and_copies_the_source(library, test_clips):
     row = next(r for r in nano.read_truth(test_clips) if "ref_image" in r and r["task"].startswith("subject"))
     asked, same = [], lambda x: x
-    edit = lambda source, prompt, ref, *rest, **more: asked.append(ref is not None) or source
+    edit = lambda source, prompt, ref=None, **more: asked.append(ref is not None) or source
     model = SimpleNamespace(edit=edit, encode_frames=same, decode_frames=same)
-    measures, _ = nano.evaluate_case(model, library, nano.read_world(test_clips), test_clips, row, 1)
+    measures, _ = nano.evaluate_case(model, library, nano.read_world(test_clips), test_clips, row)
     assert asked == [True, False] and measures["copy"]["psnr_in"] < 30 < measures["ceiling"]["psnr_in"]
 
 
