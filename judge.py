@@ -1084,7 +1084,7 @@ def same_run(args, items):
 
     path = Path(args.edits) / "run.json"
     weights = Path(args.weights)
-    asked = {name: getattr(args, name) for name in ("base", "qwen", "steps", "seed", "ref", "frames", "max_pixels")}
+    asked = {name: getattr(args, name) for name in ("base", "qwen", "steps", "ref_guidance", "seed", "ref", "frames", "max_pixels")}
     asked["weights"] = str(weights.resolve() if weights.exists() else weights)
     asked["files"] = fingerprint(sorted({file for file, _ in read_weights(args.weights, args.base, args.qwen)[1].places.values()}))
     if path.is_file():
@@ -1133,7 +1133,10 @@ def run(args):
         try:
             clip = read_for(model.config, item.source, args.frames, args.max_pixels, every_frame=True)
             ref = read_image(item.ref) if item.ref and args.ref else None
-            edited = model.edit(clip.frames, item.instruction, ref, steps=args.steps, seed=args.seed, tile=args.tile)
+            edited = model.edit(
+                clip.frames, item.instruction, ref, steps=args.steps, seed=args.seed, tile=args.tile,
+                ref_guidance=args.ref_guidance,
+            )  # fmt: skip
             item.edit.parent.mkdir(parents=True, exist_ok=True)
             write_image(item.edit, edited[0]) if clip.still else write_video(
                 item.edit, edited, clip.fps, item.source, faithful_codec(edited)
@@ -1382,6 +1385,7 @@ def parse_arguments(argv=None):
     add("--qwen", metavar="PATH|HUB_ID", help="likewise (default: the run's, else Qwen/Qwen2.5-VL-3B-Instruct)")
     add("--ref", action=argparse.BooleanOptionalAction, default=True, help="give the reference image to the model")
     add("--steps", type=positive, help="denoising steps (default: 50; nano 2)")
+    add("--ref-guidance", type=rate, metavar="G", help="how far references are followed (default: 1; nano 1.3)")
     add("--seed", type=int, default=0, help="of every edit, as in the release (default %(default)s)")
     add("--frames", type=positive, help="at most so many (default: 81; nano 9)")
     add("--max-pixels", type=positive, help="larger frames are shrunk (default: 921600; nano 4096)")

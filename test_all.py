@@ -1527,6 +1527,7 @@ def test_the_bundled_weights_edit_their_example_in_a_minute(tmp_path):
     (["whole.jpg", "x", "--ref", "its_compare.png", "-o", "its.png", "--compare"], "its_compare.png: would be replaced"),
     (["drawing.svg", "x"], "no decoder"),
     (["--ref", "whole.jpg", "whole.mp4", "make it red"], '"make it red"; a clip and an instruction are needed'), (["whole.jpg", "x", "--shift", "0"], "above 0"),
+    (["whole.jpg", "x", "--ref", "whole.jpg", "--ref-guidance", "-1"], "above 0"),
     (["whole.jpg", "x", "--seed", str(2**64)], "--seed"),
 ])  # fmt: skip
 def test_bad_input_is_one_clear_line_and_a_failure(tmp_path, small_weights, case, says, capsys, monkeypatch):
@@ -1558,14 +1559,15 @@ def test_an_interrupted_run_leaves_no_file(tmp_path, small_weights):
     assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
 
 
-def test_seed_steps_and_shift_reach_the_denoising(monkeypatch, tmp_path, small_weights):
+def test_seed_steps_shift_and_guidance_reach_the_denoising(monkeypatch, tmp_path, small_weights):
     asked, first = [], ["--weights", str(small_weights), "--device", "cpu", "-o", str(tmp_path / "out.png")]
-    denoised = lambda self, noise, *rest: asked.append((noise[0, 0, 0, 0, 0].item(), *rest[3:5])) or noise
+    denoised = lambda self, noise, *rest: asked.append((noise[0, 0, 0, 0, 0].item(), *rest[3:5], rest[-1])) or noise
     monkeypatch.setattr(KiwiEdit, "denoise", denoised)
     write_image(tmp_path / "in.png", moving_picture(1, 64, 64)[0])
-    for flags in ((), ("--shift", "3"), ("--steps", "7"), ("--seed", "1")):
+    for flags in ((), ("--shift", "3"), ("--steps", "7"), ("--seed", "1"), ("--ref-guidance", "2")):
         sample.main([str(tmp_path / "in.png"), "Make it snow.", *first, *flags])
-    assert [(steps, flow.shift) for _, steps, flow in asked] == [(50, 5.0), (50, 3.0), (7, 5.0), (50, 5.0)]
+    assert [(steps, flow.shift) for _, steps, flow, _ in asked] == [(50, 5.0), (50, 3.0), (7, 5.0), (50, 5.0), (50, 5.0)]
+    assert [guidance for *_, guidance in asked] == [1, 1, 1, 1, 2]
     assert asked[0][0] == asked[1][0] != asked[3][0]
 
 
@@ -3045,6 +3047,8 @@ def test_run_makes_the_edits_under_the_released_names_each_once_and_in_shards(re
     assert not torch.equal(read_clip(refvie / "plain" / made[0].name).frames, read_clip(made[0]).frames)
     with pytest.raises(SystemExit, match="edits are there of seed 0, not 1; give another --edits"):
         judge.main([*arguments, "--seed", "1"])
+    with pytest.raises(SystemExit, match="edits are there of ref_guidance None, not 1.5; give another --edits"):
+        judge.main([*arguments, "--ref-guidance", "1.5"])
     other = Path(shutil.copytree(small_weights, refvie / "weights"))
     on_other = [word.replace(str(small_weights), str(other)) for word in [*arguments, "--edits", str(refvie / "others")]]
     judge.main(on_other)
@@ -3150,12 +3154,12 @@ def test_a_wrong_reference_is_another_one_of_the_same_task_first():
     assert [path.name for path in judge.wrong_references(items, items[0])] == ["data.py", "dit.py"]
 
 
-def test_run_edits_the_benchmark_with_the_seed_asked_for(refvie, small_weights, monkeypatch):
+def test_run_edits_the_benchmark_with_the_seed_and_guidance_asked_for(refvie, small_weights, monkeypatch):
     asked = []
-    monkeypatch.setattr(KiwiEdit, "edit", lambda self, frames, *rest, **more: asked.append((len(frames), more["seed"])) or frames)
+    monkeypatch.setattr(KiwiEdit, "edit", lambda self, frames, *rest, **more: asked.append((len(frames), more["seed"], more["ref_guidance"])) or frames)
     words = ["run", "--bench", "refvie", refvie / "bench.yaml", "--weights", small_weights, "--edits", refvie / "new"]
-    judge.main([str(word) for word in (*words, "--seed", 7, "--limit", 1, "--device", "cpu")])
-    assert asked == [(5, 7)]
+    judge.main([str(word) for word in (*words, "--seed", 7, "--ref-guidance", 2, "--limit", 1, "--device", "cpu")])
+    assert asked == [(5, 7, 2)]
 
 
 def test_edit_strength_is_in_levels_and_the_area_a_share():
