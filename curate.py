@@ -29,6 +29,7 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -62,18 +63,11 @@ PAPER_MODELS = {  # flag: what the paper names, where it says
 SERVED = dict.fromkeys(("scorer", "grounder", "verifier"), "or http://HOST/v1#NAME of a server ")
 
 
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def above(least):
+def above(least, kind=float):
     """The type of a flag whose number must be above `least`."""
 
     def number(text):
-        value = float(text)
+        value = kind(text)
         if not least < value < math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not above {least}")
         return value
@@ -97,15 +91,15 @@ def parse_arguments(argv=None):
     add("--min-score", type=float, default=6.0, metavar="0..10", help="for instruction tuning (default %(default)s)")
     add("--min-ref-score", type=float, default=8.0, metavar="0..10", help="to get a reference (default %(default)s)")
     add("--fps", type=above(0), default=1.0, help="frame pairs a second that are scored (default %(default)s)")
-    add("--min-side", type=positive, default=64, metavar="PIXELS", help="of a reference (default %(default)s)")
+    add("--min-side", type=above(0, int), default=64, metavar="PIXELS", help="of a reference (default %(default)s)")
     add("--max-aspect", type=above(1), default=4.0, help="of a reference (default %(default)s)")
     add("--duplicate", type=above(0), metavar="COSINE", help="above it a reference is one already kept (default: paper 0.99, classical 0.96)")
     add("--guard", metavar="DIR", help="pictures and clips of a benchmark, e.g. RefVIE-Bench: whose reference or first frame resembles one is rejected")
     add("--rejects", metavar="FILE", help="rejects.json of page.html: these records leave the result")
-    add("--page", type=positive, default=400, metavar="N", help="at most so many quadruplets on page.html (default %(default)s)")
+    add("--page", type=above(0, int), default=400, metavar="N", help="at most so many quadruplets on page.html (default %(default)s)")
     add("--engine", choices=("local", "ray"), default="local", help="ray: more than one machine; pip install 'ray[data]' (default %(default)s)")
-    add("--shard-rows", type=positive, default=256, metavar="N", help="records in a file of the ledger (default %(default)s)")
-    add("--workers", type=positive, default=2, help="records at a time: threads of a stage; with ray also its actors (default %(default)s)")
+    add("--shard-rows", type=above(0, int), default=256, metavar="N", help="records in a file of the ledger (default %(default)s)")
+    add("--workers", type=above(0, int), default=2, help="records at a time: threads of a stage; with ray also its actors (default %(default)s)")
     add("--retry-failed", action="store_true", help="try again what failed: no network, no memory, a file that is there now")
     add("--seed", type=int, default=0, help="of synthesis, with the record's number (default %(default)s)")
     add("--device", metavar="NAME", help="default: cuda if there is one")
@@ -154,7 +148,11 @@ FORESEEN = (ValueError, OSError, RuntimeError, ArithmeticError, LookupError, Typ
 
 
 class Rejected(Exception):
-    """The record is whole and not good enough; the text says why."""
+    """The record is whole and not good enough; the text says why. found: what was found out about it by then."""
+
+    def __init__(self, reason, found=None):
+        super().__init__(reason)
+        self.found = found or {}
 
 
 # ------------------------------------------------------------------------------------------------ records
@@ -249,13 +247,7 @@ def read_lines(path):
                 yield f"{path}, row {i} of group {group}", line
     elif path.suffix == ".jsonl":
         with path.open(encoding="utf-8-sig", errors="replace") as file:
-            for number, text in enumerate(file, 1):
-                if not text.strip():
-                    continue
-                try:
-                    yield f"{path}, line {number}", json.loads(text)
-                except ValueError:
-                    yield f"{path}, line {number}", None
+            yield from ((f"{path}, line {number}", parsed(text)) for number, text in enumerate(file, 1) if text.strip())
     elif path.suffix == ".json":
         try:
             lines = json.loads(path.read_text(encoding="utf-8"))
@@ -279,14 +271,18 @@ def write_json_lines(path, rows):
         os.fsync(file.fileno())  # or a machine that dies could keep the new name and lose what is in it
 
 
+def parsed(text):
+    """What a line of JSON says, None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
 def read_json_lines(path):
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
-            try:
-                found = json.loads(line)
-            except ValueError:
-                found = None
-            if not isinstance(found, dict):
+            if not isinstance(found := parsed(line), dict):
                 raise ValueError(f"{path}, line {number}: is not a record in JSON")
             yield found
 
@@ -332,9 +328,9 @@ def records_of(args, bases):
             if name == "ledger":
                 adopt(record, Path(args.out))
             record |= start_of(record, base, place)
-            ended_before = ("rejected",) if args.retry_failed else ("rejected", "failed")
-            if name == "ledger" and line["status"] in ended_before and line["stage"] in PAID:
-                tuning = record.get("edit_score", 0) >= args.min_score
+            stays = name == "ledger" and {"failed": not args.retry_failed, "rejected": line.get("stage") in PAID}.get(line["status"])
+            if stays:
+                tuning = record.get("edit_score", -1) >= args.min_score
                 record |= {key: line[key] for key in ("status", "stage", "reason")} | {"tuning": tuning}
             yield record
             number += 1
@@ -460,11 +456,9 @@ class Ledger:
         path = self.folder / "read.json"
         return json.loads(path.read_text()) if path.is_file() else None
 
-    @property
-    def count(self):
-        """(records, shards), or None like `told`."""
-        told = self.told
-        return told and (told["records"], told["shards"])
+    def all_done(self, stage):
+        """Whether a stage is done with all that was read."""
+        return bool(self.told) and all(self.done(stage, shard) for shard in range(self.told["shards"]))
 
 
 def read_all(args, ledger):
@@ -519,14 +513,14 @@ def same_settings(args, ledger):
     """A folder's records were made with one set of settings; ValueError that names the one that differs."""
     path, settings = ledger.folder / "settings.json", settings_of(args)
     before = json.loads(path.read_text()) if path.is_file() else settings
-    for key in before.keys() | settings.keys():
-        if before.get(key) != settings.get(key):
-            done = lambda stage: ledger.count and all(ledger.done(stage, shard) for shard in range(ledger.count[1]))
-            last = [s for s in STAGES[1:-1] if done(s) and (key != "models" or s != "verify")][-1:]
-            raise ValueError(
-                f"{ledger.out} was made with {key} {before.get(key)!r}, not {settings.get(key)!r}: give another --out"
-                + "".join(f"; {ledger.folder / stage} as its input keeps what was paid for" for stage in last)
-            )
+    changed = [key for key in settings | before if before.get(key) != settings.get(key)]
+    if changed:
+        usable = STAGES[1:-2] if {"models", "embedder"} & set(changed) else STAGES[1:-1]  # its features are another's
+        last = [stage for stage in usable if ledger.all_done(stage)][-1:]
+        raise ValueError(
+            f"{ledger.out} was made with {changed[0]} {before.get(changed[0])!r}, not {settings.get(changed[0])!r}: give another --out"
+            + "".join(f"; {ledger.folder / stage} as its input keeps what was paid for" for stage in last)
+        )
 
 
 def out_of_room(error):
@@ -564,18 +558,12 @@ def run_shard(stage, ledger, shard, bar=None):
 
 
 class Stage:
-    """setup() once in a process, then records -> records. `one` does a record's work: it returns what to add to the
+    """Records -> records. `one` does a record's work: it returns what to add to the
     record, or raises Rejected. Several threads work on records."""
-
-    name = ""
 
     def __init__(self, args, bases):
         self.args, self.bases, self.loaded, self.barred = args, bases, None, None
         self.lock = threading.Lock()
-
-    def setup(self):
-        self.pool = ThreadPoolExecutor(self.args.workers)
-        return self
 
     @property
     def models(self):
@@ -597,8 +585,8 @@ class Stage:
     def __call__(self, rows):
         """Yield the records, open, rejected or failed, as they are done. What ends the run, Ctrl-C too, is raised after all
         that were begun are done: they may have been paid for. A second Ctrl-C leaves them."""
-        rows, busy, ends = iter(rows), set(), None
-        more = lambda: {self.pool.submit(self.guarded, row) for row in islice(rows, 2 * self.args.workers - len(busy))}
+        rows, busy, ends, pool = iter(rows), set(), None, ThreadPoolExecutor(self.args.workers)
+        more = lambda: {pool.submit(self.guarded, row) for row in islice(rows, 2 * self.args.workers - len(busy))}
         try:
             while busy := busy if ends else busy | more():
                 try:
@@ -615,8 +603,7 @@ class Stage:
                         ends = future.exception()
                         busy = {future for future in busy if not future.cancel()}
         finally:
-            for future in busy:
-                future.cancel()
+            pool.shutdown(wait=False, cancel_futures=True)
         if ends is not None:
             raise ends
 
@@ -624,7 +611,7 @@ class Stage:
         try:
             return row | self.one(row)
         except Rejected as reason:
-            return ended(row | getattr(reason, "found", {}), self.name, "rejected", reason)
+            return ended(row | reason.found, self.name, "rejected", reason)
         except Barred:
             raise
         except FORESEEN as error:
@@ -638,9 +625,11 @@ class Stage:
             return inside(Path(self.args.out).resolve(), row[key], row["id"])
         return inside(Path(self.bases[row["base"]]), row[key], row["id"])
 
-    def place(self, folder, row):
+    def keep(self, folder, row, image):
+        """Write a record's picture, uint8 (H, W, 3), below --out -> its name there."""
         name = picture_name(folder, row["id"])
         (Path(self.args.out) / name).parent.mkdir(parents=True, exist_ok=True)
+        write_image(Path(self.args.out) / name, image)
         return name
 
 
@@ -662,18 +651,13 @@ class Score(Stage):
         score, kind = row["edit_score"], row["kind"]
         row["tuning"] = score >= self.args.min_score
         if not row["tuning"]:
-            raise self.rejected(row, f"score {score:.1f} is below {self.args.min_score:g}")
+            raise Rejected(f"score {score:.1f} is below {self.args.min_score:g}", row)
         if kind not in KINDS:
             why = {"remove": "a removal leaves nothing to show", "style": "a style is no object"}
-            raise self.rejected(row, f"no reference for this kind of edit: {why.get(kind, 'neither object nor background')}")
+            raise Rejected(f"no reference for this kind of edit: {why.get(kind, 'neither object nor background')}", row)
         if score < self.args.min_ref_score:
-            raise self.rejected(row, f"score {score:.1f} is below {self.args.min_ref_score:g}, enough for instruction tuning only")
+            raise Rejected(f"score {score:.1f} is below {self.args.min_ref_score:g}, enough for instruction tuning only", row)
         return row
-
-    def rejected(self, row, reason):
-        error = Rejected(reason)
-        error.found = row
-        return error
 
 
 class Ground(Stage):
@@ -690,9 +674,8 @@ class Ground(Stage):
             raise Rejected("the mask is empty")
         if share > 0.8:
             raise Rejected(f"the mask covers {share:.0%} of the frame")
-        name = self.place("masks", row)
-        write_image(Path(self.args.out) / name, mask[..., None].expand(-1, -1, 3).to(torch.uint8) * 255)
-        return {"box": [round(v, 4) for v in box], "mask": name, "key": key}
+        picture = mask[..., None].expand(-1, -1, 3).to(torch.uint8) * 255
+        return {"box": [round(v, 4) for v in box], "mask": self.keep("masks", row, picture), "key": key}
 
 
 class Synthesize(Stage):
@@ -708,9 +691,7 @@ class Synthesize(Stage):
         image = self.models.synthesize(self.file(row, "src_video"), self.file(row, "tgt_video"), mask, row)
         height, width = image.shape[:2]
         self.check(height, width)
-        name = self.place("refs", row)
-        write_image(Path(self.args.out) / name, image)
-        return {"ref_image": name, "ref_size": [height, width]}
+        return {"ref_image": self.keep("refs", row, image), "ref_size": [height, width]}
 
     def check(self, height, width):
         if min(height, width) < self.args.min_side:
@@ -729,10 +710,9 @@ class Verify(Stage):
         if "verdict" not in row:
             agree, reason = self.models.verify(self.file(row, "src_video"), self.file(row, "tgt_video"), self.file(row, "ref_image"), row)
             found = {"verdict": bool(agree), "verdict_reason": reason}
-        if not (row | found)["verdict"]:
-            error = Rejected(f"the reference does not show the edit: {(row | found).get('verdict_reason', '')}")
-            error.found = found
-            raise error
+        known = row | found
+        if not known["verdict"]:
+            raise Rejected(f"the reference does not show the edit: {known.get('verdict_reason', '')}", found)
         if "feature" not in row:
             found["feature"] = pack(self.models.embed([read_image(self.file(row, "ref_image"))])[0])
         if self.args.guard and "source_feature" not in row:
@@ -755,9 +735,8 @@ def unpack(text):
 def frame_at(path, index):
     """Frame `index` of a clip or picture, uint8 (H, W, 3), at its own size. MediaError."""
     with open_media(path) as (container, stream):
-        for number, rgb in ((i, rgb) for i, (_, rgb) in enumerate(decode(path, container, stream))):
-            if number == index:
-                return rgb
+        for _, rgb in islice(decode(path, container, stream), index, None):
+            return rgb
     raise MediaError(f"{path}: has no frame {index}")
 
 
@@ -766,7 +745,6 @@ def frame_at(path, index):
 LOOKS = 12  # frames of a clip that are looked at
 LOOK_PIXELS = 320 * 180
 UNCHANGED, CHANGED = 8.0, 16.0  # CIELAB units: a VAE's trace stays below the first; above the second all is edit
-WHITE = 255
 
 
 def look_at(path, count):
@@ -844,8 +822,6 @@ def regions(mask):
         np.minimum.at(label, label[a], smaller)
         np.minimum.at(label, label[b], smaller)
         label = label[label]
-    while (label != label[label]).any():
-        label = label[label]
     out = torch.zeros(mask.shape, dtype=torch.int64)
     out[mask] = torch.from_numpy(np.repeat(label + 1, ends - starts))
     return out
@@ -854,7 +830,7 @@ def regions(mask):
 def large_regions(mask, least=0.1, pixels=4):
     """A mask (T, H, W) without its specks: of each frame the regions of at least `least` of the largest, and `pixels`."""
     labels = regions(mask)
-    count = torch.bincount(labels.flatten(), minlength=mask.numel() + 1)
+    count = torch.bincount(labels.flatten())
     count[0] = 0
     size = count[labels]  # (T, H, W)
     largest = size.amax(dim=(1, 2), keepdim=True)
@@ -948,10 +924,7 @@ class Classical:
 
     def body(self, apart, kind):
         """What is to be masked, bool (T, H, W): the changed region, or before a new background what stayed."""
-        if kind == "subject":
-            return clean(apart > split_value(apart), 0.25)
-        stayed = clean(apart < split_value(apart), 0.05)
-        return without_holes(stayed)
+        return clean(apart > split_value(apart), 0.25) if kind == "subject" else clean(apart < split_value(apart), 0.05)
 
     def synthesize(self, source_path, target_path, mask, row):
         """A subject cut out of the key frame, or the key frame without its foreground: uint8 (H, W, 3)."""
@@ -1067,16 +1040,15 @@ def camera_way(moving, fixed, weight):
     height, width = fixed.shape[2:]
     unit = max(height, width) / 2
     p = torch.zeros(4)  # zoom, roll, shift in units of half the longer side
-    error = 1.0
     for level in (8, 4, 2, 1):
         size = [max(side // level, 8) for side in (height, width)]
         a, b, w = (F.interpolate(x, size, mode="area") for x in (moving, fixed, weight))
         ys, xs = ((torch.arange(n) + 0.5) / n * 2 - 1 for n in size)
         y, x = torch.meshgrid(ys * height / 2 / unit, xs * width / 2 / unit, indexing="ij")
         for _ in range(8):
-            warped = F.grid_sample(a, F.affine_grid(way_matrix(p, height, width)[None], a.shape, align_corners=False),
-                                   padding_mode="border", align_corners=False)  # fmt: skip
-            seen = F.grid_sample(torch.ones_like(a), F.affine_grid(way_matrix(p, height, width)[None], a.shape, align_corners=False), align_corners=False)
+            grid = F.affine_grid(way_matrix(p, height, width)[None], a.shape, align_corners=False)
+            warped = F.grid_sample(a, grid, padding_mode="border", align_corners=False)
+            seen = F.grid_sample(torch.ones_like(a), grid, align_corners=False)
             gy, gx = torch.gradient(warped[0, 0])
             gx, gy = gx * size[1] / width * unit, gy * size[0] / height * unit
             rest = (b - warped)[0, 0]
@@ -1192,8 +1164,7 @@ def read_scores(text, highest=25):
     if not found:
         raise Malformed(f"no score in the answer: {' '.join(text.split())[:120]!r}")
     scores = found[-1]
-    good = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and 0 <= v <= highest
-    if len(scores) != 2 or not all(map(good, scores)):
+    if len(scores) != 2 or not all(is_number(v) and 0 <= v <= highest for v in scores):
         raise Malformed(f"{scores} are not two numbers from 0 to {highest}")
     return [float(v) for v in scores]
 
@@ -1208,7 +1179,7 @@ def read_box(text, size=(1000, 1000)):
     if re.search(r"\[\s*\]", text) and "bbox" not in text:
         raise Rejected("the grounder sees nothing of the kind")
     found = [(f.get("bbox_2d", f.get("bbox")), f.get("label")) for f in json_objects(text)]
-    found = [(box, label) for box, label in found if is_box(box)]
+    found = [(box, label) for box, label in found if isinstance(box, list) and len(box) == 4 and all(map(is_number, box))]
     if not found:  # half a JSON, or none
         four = r"\s*,\s*".join([f"({NUMBERS})"] * 4)
         for match in re.finditer(rf"bbox(?:_2d)?[\"']?\s*:\s*\[\s*{four}\s*\]", text):
@@ -1225,22 +1196,19 @@ def read_box(text, size=(1000, 1000)):
         raise Rejected(f"the box {[round(v, 3) for v in box]} is empty or tiny")
     if area > 0.95:
         raise Rejected("the box is the whole frame")
-    return box, label.strip()[:80] if isinstance(label, str) and label.strip() else "object"
+    return box, sound(label.strip())[:80] if isinstance(label, str) and label.strip() else "object"
 
 
-def is_box(value):
-    number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool)
-    return isinstance(value, list) and len(value) == 4 and all(map(number, value))
+def is_number(value):
+    return type(value) in (int, float)  # true and false are ints to isinstance
 
 
 def read_verdict(text):
     """A verifier's answer -> (bool, reason). Malformed where it does not say."""
     for found in reversed(list(json_objects(text))):
-        match = found.get("match")
-        if isinstance(match, str) and match.strip().lower() in ("true", "yes", "false", "no"):
-            match = match.strip().lower() in ("true", "yes")
-        if isinstance(match, bool):
-            return match, str(found.get("reason", ""))[:200]
+        match = str(found.get("match")).strip().lower()  # JSON's true, or the word
+        if match in ("true", "yes", "false", "no"):
+            return match in ("true", "yes"), sound(str(found.get("reason", "")))[:200]
     said = {m.lower() for m in re.findall(r"match\W{0,6}(true|false)\b", text, re.IGNORECASE)}
     if len(said) != 1:
         raise Malformed(f"no verdict in the answer: {' '.join(text.split())[:120]!r}")
@@ -1564,19 +1532,20 @@ def on_main_axes(features, sample=20_000):
 
 def deduplicate_all(args, ledger, bases):
     """The last stage, over all shards at once: references that are one already kept, or a benchmark's, are rejected."""
-    shards = ledger.count[1]
-    if all(ledger.done("deduplicate", shard) for shard in range(shards)):
+    shards = ledger.told["shards"]
+    if ledger.all_done("deduplicate"):
         return
     ids, scores, features, guarded = [], [], [], {}
     theirs = features_of_benchmark(args) if args.guard else {}
+    names, pictures = list(theirs), np.stack([*theirs.values()]) if theirs else None
     for shard in range(shards):
         for row in ledger.rows("verify", shard):
             if row["status"] != "open":
                 continue
             for own in ("feature", "source_feature") if theirs else ():
-                near = {name: float(unpack(row[own]).astype(np.float32) @ other) for name, other in theirs.items()}
-                if max(near.values()) > args.duplicate:
-                    guarded[row["id"]] = max(near, key=near.get)
+                near = pictures @ unpack(row[own]).astype(np.float32)
+                if near.max() > args.duplicate:
+                    guarded[row["id"]] = names[near.argmax()]
             if row["id"] not in guarded:
                 ids.append(row["id"])
                 scores.append(row["edit_score"])
@@ -1641,7 +1610,7 @@ def write_results(args, ledger, bases):
     chosen, told = random.Random(0), []
     home = Path(os.path.commonpath(bases))
     with training_tables(out, common) as write, parquet_of_refvie(out) as write_parquet:
-        for shard in range(ledger.count[1]):
+        for shard in range(ledger.told["shards"]):
             for row in ledger.rows("deduplicate", shard):
                 if row["status"] == "kept" and row["id"] in rejects:
                     row = ended(row, "person", "rejected", rejects[row["id"]]) | {"tuning": False}
@@ -1772,7 +1741,7 @@ class Funnel:
         lines += ["", f"Good for instruction tuning: {self.tuning} of {self.total}.", "", "| left at | as | why | records |", "| --- | --- | --- | --- |"]
         order = {stage: i for i, stage in enumerate((*STAGES, "person"))}
         for (stage, status, reason), count in sorted(self.reasons.items(), key=lambda kv: (order[kv[0][0]], -kv[1])):
-            lines.append(f"| {stage} | {status} | {reason} | {count} |")
+            lines.append(f"| {stage} | {status} | {reason.replace('|', '/')} | {count} |")
         return "\n".join(lines) + "\n"
 
     def statistics(self):
@@ -2015,8 +1984,8 @@ def measure_scale(folder, records=100_000, vectors=500_000, width=512):
 
 def run_local(args, ledger, bases, rank, world):
     """Stage after stage, so that one stage's models are loaded at a time; this process has every world-th shard."""
-    records, shards = ledger.count
-    mine, threads = range(rank, shards, world), torch.get_num_threads()
+    told, threads = ledger.told, torch.get_num_threads()
+    mine = range(rank, told["shards"], world)
     torch.set_num_threads(max(1, threads // args.workers))  # records share the cores
     for name, make in CLASSES.items():
         todo = [shard for shard in mine if not ledger.done(name, shard)]
@@ -2024,8 +1993,8 @@ def run_local(args, ledger, bases, rank, world):
         torch.cuda.empty_cache()
         if not todo:
             continue
-        stage = make(args, bases).setup()
-        total = sum(min(args.shard_rows, records - shard * args.shard_rows) for shard in todo)
+        stage = make(args, bases)
+        total = sum(min(args.shard_rows, told["records"] - shard * args.shard_rows) for shard in todo)
         with tqdm(total=total, desc=name, unit=" records", mininterval=1, disable=rank > 0) as bar:
             for shard in todo:
                 run_shard(stage, ledger, shard, bar)
@@ -2036,7 +2005,7 @@ class ShardWorker:
     """What Ray Data calls: a stage of ours on the shards whose numbers come by, from ledger to ledger."""
 
     def __init__(self, name, args, bases):
-        self.stage, self.ledger = CLASSES[name](args, bases).setup(), Ledger(args.out)
+        self.stage, self.ledger = CLASSES[name](args, bases), Ledger(args.out)
 
     def __call__(self, batch):
         for shard in batch["shard"].tolist():
@@ -2051,7 +2020,7 @@ def run_ray(args, ledger, bases):
         import ray
     except ImportError:
         raise ValueError("--engine ray needs Ray Data; pip install 'ray[data]'") from None
-    shards = [shard for shard in range(ledger.count[1]) if not ledger.done("verify", shard)]
+    shards = [shard for shard in range(ledger.told["shards"]) if not ledger.done("verify", shard)]
     if not shards:
         return
     ray.init(ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR")
@@ -2102,11 +2071,11 @@ def main(argv=None):
             same_settings(args, ledger)
             args.guard and benchmark_files(args.guard)
             read_all(args, ledger)
-        wait_for(lambda: ledger.count, "the tables")
+        wait_for(lambda: ledger.told, "the tables")
         same_settings(args, ledger)  # on every rank: none begins with other ones while the first is still refusing them
         bases = ledger.told["bases"]
         if args.retry_failed:
-            for shard in range(rank, ledger.count[1], world):
+            for shard in range(rank, ledger.told["shards"], world):
                 ledger.reopen_failed(shard)
             if world > 1:  # else the first could find all shards done that another is about to open again
                 import torch.distributed as dist
@@ -2117,7 +2086,7 @@ def main(argv=None):
         run_ray(args, ledger, bases) if args.engine == "ray" else run_local(args, ledger, bases, rank, world)
         if rank > 0:
             return
-        wait_for(lambda: all(ledger.done("verify", shard) for shard in range(ledger.count[1])), "the other processes")
+        wait_for(lambda: ledger.all_done("verify"), "the other processes")
         deduplicate_all(args, ledger, bases)
         text, counts, common = write_results(args, ledger, bases)
     print(text)
@@ -2125,7 +2094,7 @@ def main(argv=None):
     if sum(count for (_, status, _), count in counts.reasons.items() if status == "failed") == counts.total:
         raise ValueError(f"not one of {counts.total} records could be worked on; the table above says why (--retry-failed tries them again)")
     if counts.kept:
-        print(f"train       python train.py --stage 3 --ref-csv {args.out}/ref_video.csv --base-path {common} --data DIR --out runs/3")
+        print(f"train       python train.py --stage 3 --ref-csv {shlex.quote(args.out)}/ref_video.csv --base-path {shlex.quote(str(common))} --data DIR --out runs/3")
 
 
 def run():
@@ -2133,7 +2102,9 @@ def run():
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("\ncurate.py: stopped; the same command goes on from here")
+        print("\ncurate.py: stopped; the same command goes on from here", file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(130)  # at a plain exit Python waits for the threads that a second Ctrl-C leaves
     except (ValueError, OSError) as error:
         sys.exit(f"curate.py: {error}")
 

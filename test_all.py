@@ -3818,7 +3818,7 @@ def test_ctrl_c_keeps_the_records_under_way_and_begins_no_other(monkeypatch, cap
     monkeypatch.setattr(curate, "wait", interrupted)
     finished = []
     with pytest.raises(KeyboardInterrupt):
-        finished += iter(stage.setup()({"id": str(i)} for i in range(20)))
+        finished += iter(stage({"id": str(i)} for i in range(20)))
     with pytest.raises(KeyboardInterrupt):
         pressed.clear()
         for row in stage({"id": str(i)} for i in range(20)):
@@ -3829,7 +3829,7 @@ def test_ctrl_c_keeps_the_records_under_way_and_begins_no_other(monkeypatch, cap
 def test_models_that_cannot_be_loaded_are_loaded_once(monkeypatch):
     tries = []
     monkeypatch.setattr(curate.Classical, "setup", lambda self, stage: tries.append(stage) or int("no such model"))
-    stage = curate.Score(curate.parse_arguments(["x", "--out", "x", "--workers", "4"]), []).setup()
+    stage = curate.Score(curate.parse_arguments(["x", "--out", "x", "--workers", "4"]), [])
     with pytest.raises(curate.Barred, match="score: invalid literal"):
         list(stage([{"id": str(i), "frames": 9, "src_video": "a", "tgt_video": "b", "base": 0} for i in range(8)]))
     assert tries == ["score"]
