@@ -129,11 +129,11 @@ def fit_frames(frames, size):
     height, width = size
     H, W = frames.shape[1:3]
     if H / W < height / width:
-        inner = int(H / height * width)
+        inner = max(int(H / height * width), 1)
         left = (W - inner) // 2
         frames = frames[:, :, left : left + inner]
     else:
-        inner = int(W / width * height)
+        inner = max(int(W / width * height), 1)
         top = (H - inner) // 2
         frames = frames[:, top : top + inner]
     return resize(frames, size)
@@ -284,8 +284,9 @@ def decode(path, container, stream):
             yield pending
             pending = (pending[0] + 1, pending[1])
         pending = (max(index, 0), rgb)
-    if pending is not None:
-        yield pending
+    if pending is None:
+        raise MediaError(f"{path}: has no frames")
+    yield pending
 
 
 def shown_frames(container, stream):
@@ -323,8 +324,6 @@ def read_clip(path, max_frames=81, max_pixels=MAX_PIXELS, max_fps=None, size_of=
             if len(frames) == max_frames:
                 break
         declared = stream.frames and shown_frames(container, stream)
-    if not frames:
-        raise MediaError(f"{path}: has no frames")
     if len(frames) < min(declared // stride, max_frames) // 2:
         raise MediaError(f"{path}: ends after {number + 1} of {declared} frames; fetch the file again")
     count = usable_frames(len(frames), max_frames)
@@ -336,9 +335,7 @@ def read_image(path, content=None):
     """A picture file (or its content, bytes), or the first frame of a video, as uint8 (H, W, 3). MediaError where that
     fails."""
     with open_media(path, content) as (container, stream):
-        for _, rgb in decode(path, container, stream):
-            return rgb
-    raise MediaError(f"{path}: has no frames")
+        return next(decode(path, container, stream))[1]
 
 
 @contextmanager
@@ -350,13 +347,11 @@ def whole_folder(folder):
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         if folder.exists():
-            old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
             os.replace(folder, old)
-            os.replace(temporary, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, folder)
+        os.replace(temporary, folder)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -625,34 +620,27 @@ def inside(base, name, where):
 def measure(path):
     """(frames, height, width) of a picture or clip, upright, from its header and first frame. MediaError."""
     with open_media(path) as (container, stream):
-        for _, rgb in decode(path, container, stream):
-            break
-        else:
-            raise MediaError(f"{path}: has no frames")
+        _, rgb = next(decode(path, container, stream))
         return 1 if is_picture(container) else shown_frames(container, stream), *rgb.shape[:2]
 
 
 def measure_row(row, still):
-    """(frames, height, width) that a row gives: the shorter of its two files, the target's size. MediaError."""
-    (a, *_), (b, height, width) = measure(row.source), measure(row.target)
-    if isinstance(row.ref, str):  # pictures inside of parquet are read when they are needed
-        measure(row.ref)
+    """(frames, height, width) that a row gives: the shorter of its two files, the target's size; or, text, why it has none."""
+    try:
+        (a, *_), (b, height, width) = measure(row.source), measure(row.target)
+        if isinstance(row.ref, str):  # pictures inside of parquet are read when they are needed
+            measure(row.ref)
+    except MediaError as error:
+        return str(error)
     if min(height, width) < GRID:
-        raise MediaError(f"{row.target}: is {width}x{height}, each side needs at least {GRID} pixels")
+        return f"{row.target}: is {width}x{height}, each side needs at least {GRID} pixels"
     return (1 if still else min(a, b)), height, width
 
 
 def measure_rows(rows, still):
-    """The shape of every row, or the reason, text, why it has none."""
-
-    def measured(row):
-        try:
-            return measure_row(row, still)
-        except MediaError as error:
-            return str(error)
-
+    """Of every row what `measure_row` finds."""
     with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(measured, rows))
+        return list(pool.map(lambda row: measure_row(row, still), rows))
 
 
 def bucket(shape, max_frames, max_pixels):
@@ -931,12 +919,9 @@ def check_row(row):
 
 def decoded_shape(path):
     """(frames, height, width) of a file, all of it decoded. MediaError."""
-    frames = 0
     with open_media(path) as (container, stream):
-        for _, rgb in decode(path, container, stream):
-            frames += 1
-    if not frames:
-        raise MediaError(f"{path}: has no frames")
+        for frames, (_, rgb) in enumerate(decode(path, container, stream), 1):
+            pass
     return frames, *rgb.shape[:2]
 
 

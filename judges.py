@@ -292,8 +292,6 @@ def sampled_frames(path, fps, max_pixels=448 * 448, rate=None):
                 frames.append(resize(rgb[None], [max(2, round(side * scale / 2) * 2) for side in rgb.shape[:2]])[0])
                 seconds.append(index / source_rate)
                 due += 1 / min(fps, source_rate)
-    if not frames:
-        raise Unusable(f"{path}: has no frames")
     return torch.stack(frames), seconds
 
 

@@ -283,11 +283,9 @@ class KiwiEdit(nn.Module):
         velocity is then v_unshown + guidance (v - v_unshown), as InstructPix2Pix has it of its picture (arXiv
         2211.09800, Eq. 3); above 1 the edit is more like the references, and less like what it was trained to be.
         """
-        contexts = [c if c is None else c.to(self.dtype) for c in (context, unshown)]
+        context, unshown, source, ref = (z if z is None else z.to(self.dtype) for z in (context, unshown, source, ref))
         if not hasattr(self.dit.blocks[0], "unshard"):  # a sharded block has its weights only while it is called
-            contexts = [c if c is None else self.dit.context_keys_values(c) for c in contexts]
-        context, unshown = contexts
-        source, ref = (None if z is None else z.to(self.dtype) for z in (source, ref))
+            context, unshown = (z if z is None else self.dit.context_keys_values(z) for z in (context, unshown))
         sigmas = flow.sigmas(steps)
         timesteps = (1000 * sigmas).to(noise.device)
         x = noise.float()
@@ -312,7 +310,8 @@ class KiwiEdit(nn.Module):
         any size, or a list of such. steps: of denoising, `config.steps` if not given. tile: latent pixels a side for
         the VAE on small cards. offload_to: a device to which each part is brought only while it works.
         progress(phase, done, total) is called as work goes on. ref_guidance: above 0, `config.ref_guidance` if not
-        given; other than 1 it takes two forwards a step (`denoise`). Same seed, same result.
+        given; other than 1 it takes two forwards a step (`denoise`), one of them as if there were no reference, which
+        weights for references alone cannot. Same seed, same result.
         -> uint8 torch (T, H, W, 3), on the CPU. ValueError where an argument does not fit.
         """
         tell = progress or (lambda phase, done, total: None)
@@ -591,10 +590,12 @@ def meta_parameters():
 class TensorFiles(Mapping):
     """The tensors of several files under one roof: names to tensors, read when asked for, straight to `device`."""
 
-    def __init__(self):
+    def __init__(self, *paths):
         self.device = "cpu"
         self.places = {}  # name -> (path, name in the file)
         self.handles = {}
+        for path in paths:
+            self.add(path)
 
     def add(self, path, prefix="", over=False):
         """Add a .safetensors or .pth file; `prefix` goes before its names. Names that are there already stay, or, with
@@ -724,7 +725,7 @@ def read_weights(path, base=None, qwen=None, usual_base=WAN_BASE):
             config, files = read_beginning(checkpoint.parent, qwen) if base is None else read_weights(base, qwen=qwen)
             if path:
                 files.add(path, over=True)
-                trained = {name: count for name, count in mllm_sizes(files, {}).items() if count}
+                trained = {name: count for name, count in mllm_sizes(files).items() if count}
                 config = replace(config, mllm=replace(config.mllm, **trained))
         return (as_trained(config, checkpoint, files) if checkpoint else config), files
     if base or qwen:
@@ -781,23 +782,19 @@ def find_checkpoint(path):
     return None
 
 
-MEETING = ("context", "max_frames", "max_pixels", "max_ref_tokens")  # of MLLMConfig, what no tensor's shape tells
-
-
 def as_trained(config, checkpoint, files=None):
-    """A config with what the run of a checkpoint's folder had set of how the parts meet (`--set model.source=...`); as it
-    is where that is no run of ours. files: lose what another way to inject the source has no place for."""
+    """The config of a checkpoint's run (`--set model.source=... dit...`), with the VAE, the MLLM's folder and the query
+    counts of `config`, which is what there is where that is no run of ours. files: lose what another way to inject the
+    source has no place for."""
     path = Path(checkpoint).absolute().parent / "config.json"
     values = read_json(path) if path.is_file() else {}
     if values.get("format") != "nanokiwi run":
         return config
-    values = values["model"]
-    mllm = replace(config.mllm, **{name: values["mllm"][name] for name in MEETING})
+    run = config_of(asdict(config) | values["model"], path)  # what an older run did not know is as it was
     if files is not None:
-        leave_out_source(files, values["source"])
-    kept = {name: values[name] for name in ("source", "ref_pad_first")}
-    kept |= {name: values[name] for name in ("steps", "ref_guidance") if name in values}  # an older run lacks them
-    return replace(config, **kept, mllm=mllm, trained=values.get("trained"))
+        leave_out_source(files, run.source)
+    own = ("folder", "num_image_queries", "num_video_queries", "num_ref_queries")
+    return replace(run, vae=config.vae, mllm=replace(run.mllm, **{name: getattr(config.mllm, name) for name in own}))
 
 
 def leave_out_source(files, how):
@@ -823,10 +820,7 @@ def read_own_folder(folder):
         if folder.resolve() not in inner.parents:
             raise ValueError(f"{folder}/config.json: mllm.folder leads out of the weights folder")
         config = replace(config, mllm=replace(config.mllm, folder=str(inner)))
-    files = TensorFiles()
-    for path in tensor_files(folder, "*.safetensors"):
-        files.add(path)
-    return config, files
+    return config, TensorFiles(*tensor_files(folder, "*.safetensors"))
 
 
 def read_diffusers_folder(folder):
@@ -845,7 +839,7 @@ def read_diffusers_folder(folder):
         num_layers=t["num_layers"], in_dim=t["in_channels"], out_dim=t["out_channels"], freq_dim=t["freq_dim"],
         text_dim=t["text_dim"], patch_size=t["patch_size"], eps=t["eps"], bf16_timesteps=True,
     )  # fmt: skip
-    sizes = mllm_sizes(files, {"max_ref_tokens": m["max_object_token"], "max_frames": m["max_frames"]})
+    sizes = mllm_sizes(files) | {"max_ref_tokens": m["max_object_token"], "max_frames": m["max_frames"]}
     mllm = MLLMConfig(str(folder / "processor"), m["dit_dim"], max_pixels=m["max_pixels_per_frame"], **sizes)
     vae = vae_config(files, v.get("latents_mean", ()), v.get("latents_std", ()))
     pad_first = configs.get("ref_embedder", {}).get("ref_pad_first", False)
@@ -864,17 +858,15 @@ def read_training_checkpoint(path, base, qwen):
     for shard in tensor_files(qwen, "model*.safetensors"):
         files.add(shard, "mllm.")
     dit = DiTConfig(**known, bf16_timesteps=True)
-    sizes = mllm_sizes(files, {})
+    sizes = mllm_sizes(files)
     sizes["max_ref_tokens"] = sizes["num_ref_queries"]  # so it is in every release: 768 of 5B, 384 of 14B
     return KiwiConfig(dit, vae_config(files), MLLMConfig(str(qwen), dit_dim=dit.dim, **sizes)), files
 
 
-def mllm_sizes(files, sizes):
+def mllm_sizes(files):
     """The query counts that the weights have; 0 for a mode that was not trained yet."""
-    for mode in ("image", "video", "ref"):
-        name = f"mllm.{mode}_queries"
-        sizes[f"num_{mode}_queries"] = files.shape(name)[0] if name in files.places else 0
-    return sizes
+    names = {mode: f"mllm.{mode}_queries" for mode in ("image", "video", "ref")}
+    return {f"num_{mode}_queries": files.shape(name)[0] if name in files.places else 0 for mode, name in names.items()}
 
 
 def vae_config(files, mean=(), std=()):

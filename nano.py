@@ -1031,7 +1031,6 @@ def recipe(machine):
 def ship(args):
     """A training checkpoint over what it started from, LoRA merged, in bfloat16, with an example and a model card: the
     folder that sample.py takes. The same arguments write the same bytes."""
-    from dataclasses import replace
     from shutil import copyfile
 
     import torch

@@ -24,8 +24,10 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import contextmanager, nullcontext, suppress
+from collections import Counter
+from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -147,7 +149,7 @@ def parse_arguments(argv=None):
         help="sizes, where the weights do not tell (default %(default)s)")  # fmt: skip
     add("--stage", type=int, choices=(1, 2, 3), help="1 align, 2 edit, 3 edit with references")
     add("--preset", choices=list(STAGES), default="paper", help="whose numbers (default %(default)s)")
-    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="steps=100 lr=1e-4 model.source=add_unscaled ...")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="steps=100 lr=1e-4 model.source=add_unscaled ...")
     add("--data", nargs="+", default=["data"], metavar="DIR",
         help="have image.csv, video.csv, ref_video.csv (or .parquet); several are trained as one (default: data)")  # fmt: skip
     add("--image-csv", metavar="FILE", help="this instead of DIR/image.csv")
@@ -160,52 +162,28 @@ def parse_arguments(argv=None):
     add("--base", metavar="PATH|HUB_ID", help="Wan's weights (default: those of --config on the hub)")
     add("--qwen", metavar="PATH|HUB_ID", help="Qwen2.5-VL's (default: Qwen/Qwen2.5-VL-3B-Instruct)")
     add("--init", choices=("weights", "random"), default="weights", help="random: no weights at all")
-    add(
-        "--resume",
-        metavar="auto|PATH",
-        help="continue from the run's last checkpoint if there is one, or from this one",
-    )
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        help="order of the data, noise and what is not in the weights (default %(default)s)",
-    )
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="of computing; the trained weights are float32 (default: by device)",
-    )
+    add("--resume", metavar="auto|PATH", help="continue from the run's last checkpoint if there is one, or from this one")
+    add("--seed", type=int, default=0, help="order of the data, noise and what is not in the weights (default %(default)s)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of computing; the trained weights are float32 (default: by device)")
     add("--parallel", choices=("ddp", "fsdp"), help="how ranks share the work (default: fsdp on GPUs, ddp on CPUs)")
     add("--sp", type=int, default=1, metavar="N", help="ranks that share a sequence (Ulysses; default %(default)s)")
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute blocks in the backward")
     add("--cache", metavar="DIR", help="take latents from here, where `python data.py cache` wrote them")
     add("--write-cache", metavar="DIR", help="write them there, and train nothing (what `python data.py cache` calls)")
     add("--workers", type=int, default=2, help="processes a rank that decode (default %(default)s)")
-    add(
-        "--max-bad",
-        type=float,
-        default=5.0,
-        metavar="PERCENT",
-        help="stop if more samples are broken (default %(default)s)",
-    )
+    add("--max-bad", type=float, default=5.0, metavar="PERCENT", help="stop if more samples are broken (default %(default)s)")
     add("--save-every", type=int, default=500, metavar="STEPS", help="default %(default)s")
     add("--save-minutes", type=float, default=30.0, metavar="M", help="save after so long too (default %(default)g)")
     add("--keep", type=int, default=3, metavar="K", help="checkpoints that stay (default %(default)s)")
-    add(
-        "--sample-every", type=int, default=0, metavar="STEPS", help="edit the first row of each table (default: never)"
-    )
+    add("--sample-every", type=int, default=0, metavar="STEPS", help="edit the first row of each table (default: never)")
     add("--sample-steps", type=int, default=20, metavar="STEPS", help="denoising steps of that (default %(default)s)")
     add("--dry-run", action="store_true", help="print the stage, sizes, memory and first batches; train nothing")
-    add(
-        "--export",
-        metavar="RUN",
-        help="write a run's last checkpoint as a whole model to --out, LoRA merged; nothing else",
-    )
+    add("--export", metavar="RUN", help="write a run's last checkpoint as a whole model to --out, LoRA merged; nothing else")
     add("--plot", metavar="RUN", help="draw the losses of a run to RUN/loss.svg, nothing else")
     args = parser.parse_args(argv)
-    if args.save_every < 1:
-        parser.error(f"--save-every {args.save_every}: at least 1")
+    for flag in ("save_every", "keep"):
+        if getattr(args, flag) < 1:
+            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least 1")
     if args.export and args.out is None:
         parser.error("--export needs --out")
     if not args.plot and not args.export and args.stage is None:
@@ -238,8 +216,8 @@ from data import (
 )  # fmt: skip
 from kernels import attention
 from model import (
-    HUB_BASES, PRESETS, QWEN_BASE, FlowMatch, KiwiEdit, PatchEmbedder, TensorFiles, as_trained, began_with, config_of, find_checkpoint,
-    leave_out_source, listed, load_weights, local_path, meta_parameters, mllm_sizes, move_buffers, only_weights, read_json, read_weights,
+    HUB_BASES, PRESETS, QWEN_BASE, FlowMatch, KiwiEdit, PatchEmbedder, TensorFiles, as_trained, began_with, find_checkpoint,
+    leave_out_source, listed, load_weights, local_path, meta_parameters, move_buffers, only_weights, read_json, read_weights,
     released_name, valid_checkpoints,
 )  # fmt: skip
 from world import write_mllm_folder
@@ -330,11 +308,13 @@ class Ranks:
             torch.cuda.set_device(self.device)
         self.ours = not dist.is_initialized()  # who calls `main` several times may keep one group for all
         if self.ours:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **alone)
+            # long enough for what ranks wait for: a shard of a cache, 60 GB of a checkpoint (NCCL gives up after 10 minutes)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(hours=2), **alone)
         self.rank, self.world, self.sp = dist.get_rank(), dist.get_world_size(), args.sp
+        self.first = self.rank == 0
         if self.sp < 1 or self.world % self.sp:
             raise ValueError(f"--sp {self.sp} does not divide the {self.world} processes")
-        self.dp = self.world // self.sp
+        self.dp, self.data_rank = self.world // self.sp, self.rank // self.sp
         self.mesh = init_device_mesh(self.device.type, (self.world,))
         pairs = init_device_mesh(self.device.type, (self.dp, self.sp), mesh_dim_names=("data", "sequence"))
         self.sequence = pairs["sequence"].get_group()
@@ -345,14 +325,6 @@ class Ranks:
             raise ValueError(
                 "--dtype bfloat16 keeps float32 master weights by FSDP2: take --parallel fsdp, also on one GPU"
             )
-
-    @property
-    def first(self):
-        return self.rank == 0
-
-    @property
-    def data_rank(self):
-        return self.rank // self.sp
 
     def total(self, values):
         """Sums over all ranks of a few numbers."""
@@ -475,8 +447,9 @@ def load_model(args, stage, ranks, checkpoint):
     """The model with the weights to start from, LoRA in place, trained parts in float32 and the rest in `dtype`, and
     exactly what the stage trains requiring gradients."""
     config, files = read_start(args, ranks)
-    sizes = {**preset_sizes(args, config), **{k: v for k, v in mllm_sizes(files, {}).items() if v}}
-    config = replace(config, mllm=replace(config.mllm, **sizes))
+    own, preset = config.mllm, PRESETS[args.config].mllm  # which has counts for the kinds of data new to the weights
+    sizes = ("num_image_queries", "num_video_queries", "num_ref_queries", "max_ref_tokens")
+    config = replace(config, mllm=replace(own, **{name: getattr(own, name) or getattr(preset, name) for name in sizes}))
     if checkpoint:
         config = as_trained(config, checkpoint)
     config = with_model_settings(config, args.set)
@@ -494,7 +467,7 @@ def load_model(args, stage, ranks, checkpoint):
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else ranks.dtype)
     if checkpoint:  # only now: in the 16 bits of the weights it started from it would lose half its digits
-        load_weights(model, read_tensors(checkpoint / "weights.safetensors"), partial=True)
+        load_weights(model, TensorFiles(checkpoint / "weights.safetensors"), partial=True)
     if args.stage > 1 and not model.mllm.connector[2].weight.any() and ranks.first:
         print("warning: the Query Connector is untrained, so stage 1 was left out; the paper measured 1.47/3.01 without "
               "it against 2.84/3.98 (Table 5)", file=sys.stderr)  # fmt: skip
@@ -525,15 +498,10 @@ def export(run, folder, base=None, qwen=None):
     checkpoint = find_checkpoint(run)
     if checkpoint is None:
         raise FileNotFoundError(f"--export {run}: not the folder of a run or of a checkpoint")
-    path = checkpoint.parent / "config.json"
     begun = began_with(checkpoint.parent)
     if Path(folder).resolve() in [Path(start).resolve() for start in (base, begun["weights"], begun["base"], begun["qwen"]) if start]:
         raise ValueError(f"--out {folder}: {run} lies over these weights and needs them as they are; give another folder")
-    run = read_json(path)
-    config, (began, files) = config_of(run["model"], path), read_weights(checkpoint, base, qwen)
-    sizes = mllm_sizes(files, {})  # a mode that was never trained stays away
-    config = replace(config, mllm=replace(config.mllm, folder=began.mllm.folder, **sizes))
-    model = start_model(config, files, "cpu")
+    model = start_model(*read_weights(checkpoint, base, qwen), "cpu")
     merge_lora(model)
     model.save(folder)
     print(folder)
@@ -588,13 +556,6 @@ def fit_to_ablation(model, files):
     weight = files[name]
     del files.places[name]
     return torch.cat([weight, torch.zeros_like(weight)], dim=1)
-
-
-def preset_sizes(args, config):
-    """Query counts for the kinds of data that the weights were not trained for yet."""
-    preset = PRESETS[args.config].mllm
-    names = ("num_image_queries", "num_video_queries", "num_ref_queries", "max_ref_tokens")
-    return {name: getattr(config.mllm, name) or getattr(preset, name) for name in names}
 
 
 def begin_additions(model, missing, device):
@@ -683,7 +644,7 @@ def open_data(args, stage, ranks):
         broken = [(rows[i].target, shape) for i, shape in enumerate(shapes[kind]) if isinstance(shape, str)]
         if ranks.first and not (Path(args.out) / "metrics.jsonl").exists():  # a run that resumes has logged them
             report_bad(args, ranks, 0, broken)
-        if 100 * len(broken) > args.max_bad * len(rows):
+        if 100 * len(broken) > args.max_bad * len(rows) or len(broken) == len(rows):
             raise ValueError(f"{len(broken)} of {len(rows)} {kind} rows cannot be read (--max-bad {args.max_bad:g}); "
                              f"the first: {broken[0][1]}")  # fmt: skip
     phases = []
@@ -818,17 +779,6 @@ def rank_batches(curriculum, stage, ranks, step):
     return by_size[ranks.data_rank :: ranks.dp]
 
 
-class Order:
-    """The numbers of all batches that this rank still has to train, for a DataLoader."""
-
-    def __init__(self, curriculum, stage, ranks, step):
-        self.curriculum, self.stage, self.ranks, self.step = curriculum, stage, ranks, step
-
-    def __iter__(self):
-        for step in range(self.step, self.stage.steps):
-            yield from rank_batches(self.curriculum, self.stage, self.ranks, step)
-
-
 # Training
 
 
@@ -866,7 +816,7 @@ class Trainer:
     def __init__(self, args, stage, ranks, model, curriculum, tables):
         self.args, self.stage, self.ranks, self.model = args, stage, ranks, model
         self.curriculum, self.tables = curriculum, tables
-        self.counts = {"step": 0, "updates": 0, "samples": 0, "tokens": 0, "bad": 0, "skipped": 0, "seconds": 0.0}
+        self.counts = Counter({"step": 0, "updates": 0, "samples": 0, "tokens": 0, "bad": 0, "skipped": 0, "seconds": 0.0})
         self.module = parallelise(model, args, ranks)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.updated = {name: of_one_rank(p, ranks) for name, p in self.trained.items()}
@@ -882,7 +832,7 @@ class Trainer:
             self.restore(checkpoint)
         before = {name: signal.signal(name, self.ask_to_stop) for name in (signal.SIGTERM, signal.SIGINT)}
         try:
-            self.loop(checkpoint)
+            self.loop()
         finally:  # of an error too
             if self.saver.thread:  # it needs the process groups
                 self.saver.thread.join()
@@ -891,7 +841,7 @@ class Trainer:
             for name, handler in before.items():
                 signal.signal(name, handler)
 
-    def loop(self, checkpoint):
+    def loop(self):
         out, stage, counts, saved = Path(self.args.out), self.stage, self.counts, time.monotonic()
         if self.ranks.first:
             write_config(self.args, stage, self.model, out)
@@ -901,7 +851,7 @@ class Trainer:
         if self.ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.ranks.device)  # `memory_gib` is of the steps, not of the loading
         with (
-            Log(out, self.ranks.first) as log,
+            closing(Log(out, self.ranks.first)) as log,
             tqdm(
                 total=stage.steps, initial=counts["step"], desc=f"stage {self.args.stage}", disable=not self.ranks.first
             ) as bar,
@@ -938,7 +888,8 @@ class Trainer:
             pairs = CachedPairs(self.tables, self.curriculum, self.args.cache)
         else:
             pairs = Pairs(self.tables, self.curriculum, self.model.mllm.resize)
-        order = Order(self.curriculum, self.stage, self.ranks, self.counts["step"])
+        steps = range(self.counts["step"], self.stage.steps)
+        order = (number for step in steps for number in rank_batches(self.curriculum, self.stage, self.ranks, step))
         context = "fork" if self.args.workers else None  # a worker has the tokenizer of this process
         return torch.utils.data.DataLoader(
             pairs, None, sampler=order, num_workers=self.args.workers, multiprocessing_context=context,
@@ -1002,7 +953,7 @@ class Trainer:
         requests = [model.mllm.assemble(prompt, *seen) for prompt, seen in zip(batch["prompts"], batch["visuals"])]
         frames = latents.shape[2] + (0 if ref is None else ref.shape[2])
         tokens = len(latents) * frames * math.prod(model.dit.grid(latents)[1:])
-        apart = self.ranks.world > 1 and bool(self.stage.ratio.get("ref"))
+        apart = self.ranks.world > 1 and self.stage.ref > 0
         source = source if self.stage.source else None
         return self.module(requests, latents, t, source, ref, noise, flow, self.stage.balance, apart), tokens
 
@@ -1035,14 +986,7 @@ class Trainer:
 
     def count(self, tokens, bad, seconds):
         counts = self.counts
-        for name, value in {
-            "step": 1,
-            "samples": self.stage.global_batch,
-            "tokens": tokens,
-            "bad": bad,
-            "seconds": seconds,
-        }.items():
-            counts[name] += value
+        counts.update(step=1, samples=self.stage.global_batch, tokens=tokens, bad=bad, seconds=seconds)
         if 100 * counts["bad"] > self.args.max_bad * max(counts["samples"], 100):
             raise ValueError(f"{counts['bad']:.0f} of {counts['samples']} samples could not be read, more than --max-bad "
                              f"{self.args.max_bad:g} per cent; see {self.args.out}/bad.jsonl")  # fmt: skip
@@ -1091,7 +1035,7 @@ class Trainer:
         try:
             dcp.load(state, checkpoint_id=checkpoint / "state")
         except (CheckpointException, RuntimeError, AssertionError) as error:
-            reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise ValueError(f"{checkpoint}/state: cannot be read ({reason}); resume from an older checkpoint, or begin anew with --weights") from None
         for optimizer in self.optimizers:
             for moments in optimizer.state.values():
@@ -1109,8 +1053,10 @@ class Trainer:
             except MediaError as error:  # no reason to end a training
                 self.ranks.first and print(f"warning: no sample of {kind}: {error}", file=sys.stderr)
                 continue
-            with torch.no_grad(), gathered_root(self.model):
-                edited = self.model.edit(source, row.prompt, ref, self.args.sample_steps, shift=self.stage.shift)
+            sharded = hasattr(self.model, "unshard")  # its parts, called one by one, need what lies outside of the blocks
+            sharded and self.model.unshard()
+            edited = self.model.edit(source, row.prompt, ref, self.args.sample_steps, shift=self.stage.shift)
+            sharded and self.model.reshard()
             if self.ranks.first:
                 picture = torch.cat([source, edited, target], dim=2)
                 path = (
@@ -1125,15 +1071,6 @@ def leave_signals_to_the_trainer(worker):
     """torchrun and Ctrl-C signal workers too; they are needed until the trainer has stopped."""
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, signal.SIG_IGN)
-
-
-@contextmanager
-def gathered_root(model):
-    """Parts of a model are called one by one: of a sharded one, gather what lies outside of the blocks."""
-    sharded = hasattr(model, "unshard")
-    sharded and model.unshard()
-    yield
-    sharded and model.reshard()
 
 
 @torch.no_grad()
@@ -1230,15 +1167,15 @@ class Checkpoints:
         if path.exists():
             os.replace(path, path.with_name(f".{path.name}.old"))
         os.replace(temporary, path)
-        for old in [*valid_checkpoints(self.out)[: -self.keep], *self.out.glob(".step-*.old")]:
-            hidden = old if old.suffix == ".old" else old.with_name(f".{old.name}.old")
-            old == hidden or os.replace(old, hidden)
+        for old in valid_checkpoints(self.out)[: -self.keep]:
+            os.replace(old, old.with_name(f".{old.name}.old"))
+        for hidden in [*self.out.glob(".step-*.old")]:
             shutil.rmtree(hidden)
 
     def check(self):
         """Raise what went wrong in the thread."""
         if self.error:
-            reason = str(self.error).strip().splitlines()[-1]
+            reason = (str(self.error).strip() or type(self.error).__name__).splitlines()[-1]
             raise OSError(f"{self.out}: the checkpoint cannot be written ({reason}); is the disk full?") from self.error
 
     def wait(self):
@@ -1254,12 +1191,9 @@ def copied(tensors):
 def open_run(args, ranks):
     """Make the run's folder -> the checkpoint to resume from, or None. ValueError where one would be written over."""
     out = Path(args.out)
-    found = None
-    if ranks.first:
-        args.dry_run or out.mkdir(parents=True, exist_ok=True)
-        found = valid_checkpoints(out)
-        found = found[-1] if found else None
-    found = ranks.from_first(found)
+    if ranks.first and not args.dry_run:
+        out.mkdir(parents=True, exist_ok=True)
+    found = ranks.from_first([None, *valid_checkpoints(out)][-1])
     if args.resume is None and found:
         raise ValueError(f"{out} has checkpoints already; give --resume auto to continue, or another --out")
     if args.resume in (None, "auto"):
@@ -1270,12 +1204,6 @@ def open_run(args, ranks):
     if found and found.name > checkpoint.name:  # they would be taken for this run's last
         raise ValueError(f"{out} has later checkpoints than {checkpoint}: move them away, or give another --out")
     return checkpoint
-
-
-def read_tensors(path):
-    files = TensorFiles()
-    files.add(path)
-    return files
 
 
 # Watching
@@ -1304,10 +1232,7 @@ class Log:
             for name, value in line.items():
                 self.board.add_scalar(name, value, line["step"])
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
+    def close(self):
         self.file and self.file.close()
         self.board and self.board.close()
 
@@ -1325,7 +1250,7 @@ def write_config(args, stage, model, out):
     typed = {name: Path(vars(args)[name]) for name in ("weights", "base", "qwen") if vars(args)[name]}
     began = {name: path for name, path in typed.items() if path.exists() and not path.is_absolute()}
     config = {"format": "nanokiwi run", "args": vars(args), "stage": asdict(stage), "model": asdict(model.config),
-              "began": {name: os.path.relpath(path, out) for name, path in began.items()}}  # fmt: skip
+              "began": {name: os.path.relpath(path.resolve(), out.resolve()) for name, path in began.items()}}  # fmt: skip
     with whole_file(out / "config.json") as temporary:
         temporary.write_text(json.dumps(config, indent=1))
 
@@ -1357,30 +1282,17 @@ def machine_use(ranks, flops_s):
 def describe(args, stage, ranks, model, curriculum):
     """--dry-run: the stage, the sizes, the memory a rank will need, the shapes of the first batches."""
     print(f"stage {args.stage} ({args.preset}): " + ", ".join(f"{k} {v}" for k, v in asdict(stage).items()))
-    parts = {
-        "dit": model.dit,
-        "mllm": model.mllm,
-        "vae": model.vae,
-        "embedders": torch.nn.ModuleList(model.embedders()),
-    }
-    for name, part in parts.items():
-        counts = [
-            sum(p.numel() for p in part.parameters() if p.requires_grad == wanted) / 1e6 for wanted in (True, False)
-        ]
-        print(f"  {name:<10} {counts[0]:10.1f} M trained {counts[1]:10.1f} M frozen")
+    for name, part in model.named_children():
+        trained, frozen = (sum(p.numel() for p in part.parameters() if p.requires_grad == wanted) / 1e6 for wanted in (True, False))
+        print(f"  {name:<15} {trained:10.1f} M trained {frozen:10.1f} M frozen")
     dp = ranks.dp
     print(
         f"one update: {stage.global_batch} samples = {stage.batches // dp} forwards of {stage.batch} on {dp} data-parallel ranks"
     )
-    shapes = {}
-    for n in range(min(stage.batches, 4096)):
-        _, kind, shape, _ = curriculum[n]
-        shapes[kind, shape] = shapes.get((kind, shape), 0) + 1
+    shapes = Counter(curriculum[n][1:3] for n in range(min(stage.batches, 4096)))
     for (kind, (frames, height, width)), count in sorted(shapes.items()):
         print(f"  {count:>6} {kind:<6} {frames} frames of {width}x{height}")
-    largest = max(
-        (shape for _, mixture in curriculum.phases for b in mixture.buckets.values() for shape in b), key=math.prod
-    )
+    largest = max((shape for _, shape in rows_of_shapes(curriculum)), key=math.prod)
     need = memory_estimate(model, stage, ranks, largest, args.checkpointing)
     saving = need.pop("snapshot")
     print(f"memory of a rank at {'x'.join(map(str, largest))}, {ranks.parallel} on {ranks.world}, {str(ranks.dtype)[6:]}: "
@@ -1409,15 +1321,8 @@ def memory_estimate(model, stage, ranks, shape, checkpointing):
     sizes = sorted((sum(p.numel() for p in block.parameters()) for block in blocks), reverse=True)
     gathered = (trained + frozen - sum(sizes) + sum(sizes[:2])) * size if ranks.parallel == "fsdp" else 0
     c, (frames, height, width) = model.config.dit, shape
-    stride = model.config.vae.space_stride * c.patch_size[1]
-    tokens = (
-        stage.batch
-        * (model.config.vae.latent_frames(frames) + (stage.ref > 0))
-        * height
-        * width
-        // stride**2
-        / ranks.sp
-    )
+    latent_frames = model.config.vae.latent_frames(frames) + (stage.ref > 0)
+    tokens = stage.batch * latent_frames * height * width // model.config.pixel_grid**2 / ranks.sp
     text = model.mllm.model.config.text_config
     seen = max(model.mllm.num_queries.values()) + request_tokens(model.mllm, shape)
     inside = [tokens * (20 * c.dim + 4 * c.ffn_dim), seen * (20 * text.hidden_size + 6 * text.intermediate_size)]
