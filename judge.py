@@ -28,12 +28,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
-
-from judges import (
-    MAX_WAIT, Barred, Gemini, JudgeError, Local, Malformed, OpenAICompatible, TryAgain, Unusable, encoded, enforce, has_password,
-    read_answer, read_reason, read_winner,
-)  # fmt: skip
+from statistics import fmean, stdev
 
 EXAMPLES = """examples:
   python judge.py run --bench refvie refvie_bench.yaml --weights weights/nano --edits out/edits
@@ -48,6 +45,120 @@ judges (--judge):
 LEFT_OUT = ("creative_edit", "camera_edit", "subtitle_edit")  # of OpenVE-Bench, as in the paper and the release
 MODES = {"official": 1.0, "strict": 4.0}  # frames a second that the judge sees
 TOKENS_PER_FRAME = 258  # Gemini's usual count; other judges differ
+
+
+def parse_arguments(argv=None):
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description="Judge edited videos.", epilog=EXAMPLES, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, text):
+        return commands.add_parser(name, help=text, description=text, epilog=EXAMPLES, formatter_class=raw).add_argument
+
+    def bench(add):
+        add("path", help="the benchmark's file: refvie_bench.yaml, benchmark_videos.csv or singleturn.json")
+        add("--bench", choices=("refvie", "openve", "imgedit"), required=True, help="which benchmark it is")
+        add("--limit", type=positive, metavar="N", help="only the first N items")
+
+    def judging(add):
+        add("--judge", default="metrics", help="see below (default %(default)s)")
+        add("--mode", choices=MODES, default="official", help="1 or 4 frames a second (default %(default)s)")
+        add("--fps", type=rate, help="another frame rate than the mode's")
+        add("--endpoint", metavar="URL", help="the judge's server, for openai: and other places than Google's")
+        add("--send", choices=("frames", "video"), default="frames", help="openai: a server may sample a video as it likes")
+        add("--device", help="local: cuda, cpu, ... (default: cuda if there is one)")
+        add("--max-tokens", type=positive, default=400, help="local: the longest answer (default %(default)s)")
+        add("--concurrency", type=positive, default=4, help="questions under way at once (default %(default)s)")
+        add("--retries", type=natural, default=4, help="after a failure, malformed answers included (default %(default)s)")
+        add("--wait", type=float, default=2.0, help="seconds before the first retry, then doubled (default %(default)s)")
+        add("--deadline", type=rate, default=180.0, help="seconds for one answer (default %(default)s)")
+        add("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="dollars a million tokens, for the cost")
+        add("--dry-run", action="store_true", help="stop after the cost estimate")
+        add("--allow-missing", action="store_true", help="average over what succeeded")
+        add("--out", default="out/judge", metavar="DIR", help="folder of the report (default %(default)s)")
+
+    add = command("score", "score finished edits and write a report")
+    bench(add)
+    add("--edits", required=True, metavar="DIR", help="the edited videos, under the release's names")
+    judging(add)
+    add("--repeats", type=positive, default=1, help="answers an item (default %(default)s)")
+    add("--controls", type=natural, default=4, metavar="N", help="items that also get known-answer questions (default %(default)s)")
+    add("--human", metavar="CSV", help="columns item and people's scores: rank correlations with ours")
+    add("--name", help="the system's name in the tables (default: the folder of the edits)")
+
+    add = command("compare", "compare two systems, order swapped")
+    bench(add)
+    add("a", metavar="A", help="the edits of one system")
+    add("b", metavar="B", help="the edits of the other")
+    judging(add)
+
+    add = command("run", "make the edits with Kiwi-Edit, under torchrun on several GPUs")
+    bench(add)
+    add("--edits", required=True, metavar="DIR", help="where they go, under the release's names")
+    add("--weights", default=str(Path(__file__).parent / "weights" / "nano"), metavar="PATH|HUB_ID", help="as for sample.py (default: weights/nano)")
+    add("--base", metavar="PATH|HUB_ID", help="under a .safetensors or a run of train.py (default: what the run began with, "
+        "else Wan-AI/Wan2.2-TI2V-5B)")  # fmt: skip
+    add("--qwen", metavar="PATH|HUB_ID", help="likewise (default: the run's, else Qwen/Qwen2.5-VL-3B-Instruct)")
+    add("--ref", action=argparse.BooleanOptionalAction, default=True, help="give the reference image to the model")
+    add("--steps", type=positive, help="denoising steps (default: 50; nano 2)")
+    add("--ref-guidance", type=rate, metavar="G", help="how far references are followed (default: 1; nano 1.3)")
+    add("--seed", type=int, default=0, help="of every edit, as in the release (default %(default)s)")
+    add("--frames", type=positive, help="at most so many (default: 81; nano 9)")
+    add("--max-pixels", type=positive, help="larger frames are shrunk (default: 921600; nano 4096)")
+    add("--tile", type=positive, metavar="N", help="VAE tiles, for small cards")
+    add("--device", help="default: this process's GPU, or the CPU")
+
+    add = command("averages", "averages of score files that the released scripts wrote")
+    add("files", nargs="+", help="openve_..._score.jsonl, refvie_..._score.jsonl")
+
+    args = parser.parse_args(argv)
+    words = shlex.join(["python", "judge.py", *(sys.argv[1:] if argv is None else argv)])
+    args.command_line = re.sub(r"://[^/@\s]+@", "://***@", words)  # a password in --endpoint stays out of the report
+    if hasattr(args, "mode"):
+        args.fps = args.fps or MODES[args.mode]
+        args.name = getattr(args, "name", None) or Path(getattr(args, "edits", ".")).name
+    return args
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def natural(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    return value
+
+
+def rate(text):
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and slips of the pen answer before torch is there
+
+import numpy as np
+import torch
+import yaml  # comes with transformers
+from tqdm import tqdm
+
+from data import (
+    MediaError, csv_lines, faithful_codec, inside, open_media, read_image, shown_frames, whole_file, writable, write_image,
+    write_video,
+)  # fmt: skip
+from judges import (
+    MAX_WAIT, Barred, Gemini, JudgeError, Local, Malformed, OpenAICompatible, TryAgain, Unusable, data_uri, enforce, has_password,
+    read_answer, read_reason, read_winner,
+)  # fmt: skip
+from kernels import pick_device
+from metrics import METRICS, measure_files, write_shuffled
+from model import KiwiEdit, local_path, read_for, read_json, read_weights
 
 
 # What is asked: criteria with our own rubric texts, which carry the paper's.
@@ -223,10 +334,6 @@ def text_of(row, name, where):
 
 def read_refvie(path, edits):
     """RefVIE-Bench: a YAML list of src_video, instruction, ref_img, edit_type."""
-    import yaml  # comes with transformers
-
-    from data import inside
-
     try:
         rows = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -244,8 +351,6 @@ def read_refvie(path, edits):
 def read_openve(path, edits):
     """OpenVE-Bench: a CSV of original_video, prompt, edited_type. Paths start from the CSV's folder or, as published,
     with its name."""
-    from data import csv_lines, inside
-
     folder = path.absolute().parent
     for i, (where, row) in enumerate(csv_lines(path)):
         source, instruction, task = (text_of(row, n, where) for n in ("original_video", "prompt", "edited_type"))
@@ -258,8 +363,6 @@ def read_openve(path, edits):
 
 def read_imgedit(path, edits):
     """ImgEdit's singleturn.json: {key: {id, prompt, edit_type}}, outputs <edit_type>/<key><picture's name>."""
-    from data import inside
-
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -285,13 +388,12 @@ def read_bench(bench, path, edits, limit=None):
         raise JudgeError(f"{path}: is not a text file; is it the right --bench?") from None
     if not items:
         raise JudgeError(f"{path}: holds no items of --bench {bench}; is it the right file?")
+    names = {}
     for item in items:
         try:
             task_of(bench, item.task)
         except KeyError:
             raise JudgeError(f"{path}, item {item.key}: unknown task {item.task!r} for --bench {bench}") from None
-    names = {}
-    for item in items:
         other = names.setdefault(item.edit, item)
         if other is not item:
             print(f"warning: {path}: items {other.key} and {item.key} share the edit {item.edit.name}, as the released names "
@@ -304,9 +406,7 @@ def wrong_references(items, item, count=5):
     if item.ref is None:
         return []
     at = items.index(item)
-    others = [
-        other for other in items[at + 1 :] + items[:at] if other.ref and other.ref != item.ref and other.ref.is_file()
-    ]
+    others = [other for other in items[at + 1 :] + items[:at] if other.ref and other.ref != item.ref and other.ref.is_file()]
     return [other.ref for other in sorted(others, key=lambda other: other.task != item.task)][:count]
 
 
@@ -321,8 +421,8 @@ class Ledger:
 
     def __init__(self, path):
         self.path, self.lock = path, threading.Lock()
-        self.good, self.lines, self.cut = {}, [], 0
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self.good, self.lines, cut = {}, [], 0
+        writable(path)
         self.file = path.open("a+", encoding="utf-8", errors="replace")  # a crash may cut a character in two
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -334,7 +434,9 @@ class Ledger:
             try:
                 self.take(json.loads(line))
             except (ValueError, KeyError, TypeError):
-                self.cut += 1
+                cut += 1
+        if cut:
+            print(f"resume      {cut} broken line(s) of {path} put aside", file=sys.stderr)
         if text and not text.endswith("\n"):
             self.file.write("\n")
 
@@ -357,18 +459,14 @@ class Ledger:
         self.file.close()
 
 
-HASHES = {}
-
-
+@lru_cache(maxsize=None)
 def file_hash(path):
     """sha256 of a file's content, in hex; read once a run."""
-    if path not in HASHES:
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            while part := file.read(2**20):
-                digest.update(part)
-        HASHES[path] = digest.hexdigest()
-    return HASHES[path]
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def question_key(judge, text, files, extra=""):
@@ -393,8 +491,6 @@ def make_judge(args):
     if rest and kind == "openai":
         return OpenAICompatible(rest, args)
     if rest and kind == "local":
-        from model import local_path
-
         return Local(local_path(rest), args)
     raise JudgeError(f"--judge {name}: expected metrics, gemini-..., openai:MODEL or local:PATH")
 
@@ -423,8 +519,6 @@ class Asker:
 
     def ask_all(self, questions):
         """Ask what the ledger does not know yet. Barred when the judge refuses us altogether."""
-        from tqdm import tqdm
-
         due = {q.key: q for q in questions if q.key not in self.ledger.good}.values()
         workers = 1 if isinstance(self.judge, Local) else self.args.concurrency
         with ThreadPoolExecutor(workers) as pool, tqdm(total=len(due), desc="judge", disable=not due) as bar:
@@ -447,8 +541,8 @@ class Asker:
             self.sleep_until(self.not_before)
             problem = self.try_once(question, attempt)
             self.reached |= not isinstance(problem, TryAgain)
-            if problem is None or isinstance(problem, Unusable | OSError) or self.stop:
-                return
+            if problem is None or isinstance(problem, Unusable | OSError) or isinstance(self.judge, Local) or self.stop:
+                return  # a model on this machine would say the same again
             if isinstance(problem, TryAgain):
                 wait = self.args.wait * 2**attempt * (1 + random.random() / 4)
                 until = time.monotonic() + min(wait if problem.after is None else problem.after, MAX_WAIT)
@@ -485,24 +579,13 @@ class Asker:
             time.sleep(min(left, 0.2))
 
 
-def clip_seconds(path):
-    """How long a clip is, for the estimate: 0 for a picture, 5 where the file does not say."""
-    from data import MediaError, is_picture, open_media
-
+def frames_seen(path, fps):
+    """About how many frames of a file a judge sees; one of a picture, and of what cannot be read."""
     try:
         with open_media(path) as (container, stream):
-            if is_picture(container):
-                return 0.0
-            return float(stream.frames / stream.average_rate) if stream.frames and stream.average_rate else 5.0
+            return max(1, round(shown_frames(container, stream) / (stream.average_rate or 25) * fps))
     except MediaError:
-        return 0.0
-
-
-def estimate(questions, fps):
-    """About how many tokens questions take: (in, out)."""
-    seconds = {path: clip_seconds(path) for path in {path for q in questions for _, path in q.media}}
-    frames = sum(max(1, round(seconds[path] * fps)) for q in questions for _, path in q.media)
-    return frames * TOKENS_PER_FRAME + sum(len(q.text) // 4 for q in questions), 120 * len(questions)
+        return 1
 
 
 def dollars(price, tokens_in, tokens_out):
@@ -511,7 +594,9 @@ def dollars(price, tokens_in, tokens_out):
 
 def announce(questions, ledger, args):
     due = list({q.key: q for q in questions if q.key not in ledger.good}.values())
-    tokens_in, tokens_out = estimate(due, args.fps)
+    frames = {path: frames_seen(path, args.fps) for path in {path for q in due for _, path in q.media}}
+    tokens_in = sum(len(q.text) // 4 + TOKENS_PER_FRAME * sum(frames[path] for _, path in q.media) for q in due)
+    tokens_out = 120 * len(due)
     print(f"cost        {len(due)} of {len(questions)} questions to ask, about {tokens_in:,} tokens in, {tokens_out:,} out"
           f"{dollars(args.price, tokens_in, tokens_out)}")  # fmt: skip
 
@@ -551,8 +636,6 @@ def mean_of(groups, missing=0, allow_missing=True, samples=2000):
     groups: lists of one number an item (repeats averaged before: items, not answers, are what varies). No value where
     a group is empty, or items are missing and averaging over failures is not allowed; no interval for a single item.
     """
-    import numpy as np
-
     if not groups or not all(groups) or (missing and not allow_missing):
         return Mean(None, missing=missing)
     value = float(np.mean([np.mean(g) for g in groups]))
@@ -564,19 +647,9 @@ def mean_of(groups, missing=0, allow_missing=True, samples=2000):
     return Mean(value, float(low), float(high), missing)
 
 
-def ranks(values):
-    """Ranks from 1, ties sharing their mean rank."""
-    import numpy as np
-
-    values = np.asarray(values, float)
-    return np.array([(values < v).sum() + ((values == v).sum() + 1) / 2 for v in values])
-
-
 def spearman(a, b):
     """Rank correlation with ties; None where one side does not vary or there are fewer than 3 pairs."""
-    import numpy as np
-
-    ra, rb = ranks(a), ranks(b)
+    ra, rb = (np.sign(np.subtract.outer(x, x)).sum(axis=1) for x in (a, b))  # ranks, ties sharing theirs, up to scale
     if len(ra) < 3 or ra.std() == 0 or rb.std() == 0:
         return None
     return float(np.corrcoef(ra, rb)[0, 1])
@@ -584,8 +657,6 @@ def spearman(a, b):
 
 def kendall(a, b):
     """Kendall's tau-b; None as `spearman`."""
-    import numpy as np
-
     a, b = np.asarray(a, float), np.asarray(b, float)
     upper = np.triu_indices(len(a), 1)
     da, db = np.sign(a[:, None] - a)[upper], np.sign(b[:, None] - b)[upper]
@@ -611,21 +682,17 @@ class Row:
     failures: list = field(default_factory=list)  # why an answer is missing, one a repeat without a score
 
     @property
-    def unjudged(self):
-        """Whether an answer is missing: averaging over the others would be averaging over failures."""
-        return not self.answers or bool(self.failures)
+    def lost(self):
+        """Why a result is missing, or None: averaging over the others would be averaging over failures."""
+        return self.error or (self.failures or [None])[0]
 
     def score(self, name):
-        values = [answer[name] for answer in self.answers]
-        return sum(values) / len(values) if values else None
+        return fmean(answer[name] for answer in self.answers)
 
     def spread(self):
         """Standard deviation over repeats of the mean score; None below two."""
-        totals = [sum(answer.values()) / len(answer) for answer in self.answers]
-        if len(totals) < 2:
-            return None
-        mean = sum(totals) / len(totals)
-        return math.sqrt(sum((t - mean) ** 2 for t in totals) / (len(totals) - 1))
+        totals = [fmean(answer.values()) for answer in self.answers]
+        return stdev(totals) if len(totals) > 1 else None
 
 
 METRICS_VERSION = "metrics/2"
@@ -633,12 +700,6 @@ METRICS_VERSION = "metrics/2"
 
 def measure_all(items, args, ledger, out):
     """Metrics of every item, those that the ledger knows already excepted -> rows."""
-    import torch
-    from tqdm import tqdm
-
-    from data import MediaError
-    from metrics import measure_files
-
     def one(item):
         row = Row(item)
         if not item.edit.is_file():
@@ -669,8 +730,6 @@ def measure_all(items, args, ledger, out):
 
 def questions_of(bench, items, rows, args, out):
     """Everything to ask about the items that can be judged: the items, repeated, and controls on a few of them."""
-    from metrics import write_shuffled
-
     good = [row.item for row in rows if row.error is None]
     questions = []
     for item in good:
@@ -693,9 +752,7 @@ def question(bench, item, shown, control, repeat, args):
     media = [("Reference image", shown.ref)] if shown.ref else []
     media += [(f"Original {kind}", shown.source), (f"Edited {kind}", shown.edit)]
     text = rubric(bench, item)
-    key = question_key(
-        f"{args.judge} {args.fps:g} {args.send}", text, [path for _, path in media], f"{control} {repeat}"
-    )
+    key = question_key(f"{args.judge} {args.fps:g} {args.send}", text, [path for _, path in media], f"{control} {repeat}")
     return Question(item.key, control, repeat, text, media, list(task_of(bench, item.task)[1]), key)
 
 
@@ -710,7 +767,7 @@ def collect(rows, questions, ledger):
         if q.control:
             controls[q.control, q.item] = scores
         elif line is None:
-            row.failures.append(failures.get(q.key, "not asked"))
+            row.failures.append(failures.get(q.key) or "not asked")
         else:
             row.answers.append(scores)
             row.broken += broken
@@ -776,7 +833,7 @@ def score_means(bench, rows, allow_missing):
     by_task, groups, lost = {}, [], 0
     for task in tasks_in(rows):
         of_task = [row for row in rows if row.item.task == task]
-        missing = sum(row.unjudged for row in of_task)
+        missing = sum(bool(row.lost) for row in of_task)
         names = list(task_of(bench, task)[1])
         judged = [row for row in of_task if row.answers]
         columns = {name: [row.score(name) for row in judged] for name in names}
@@ -790,17 +847,14 @@ def score_means(bench, rows, allow_missing):
 def score_table(bench, name, rows, allow_missing):
     """The paper's Table 3 (refvie: a column for each criterion) or 2 (openve: one for each task), as lines."""
     by_task, overall = score_means(bench, rows, allow_missing)
-    head, ours = [], []
-    for task, means in by_task.items():
-        columns = means if bench == "refvie" else {"average": means["average"]}
-        for column, mean in columns.items():
-            head.append(task.replace("_", " ") if bench != "refvie" else f"{task}: {column.replace('_', ' ')}")
-            ours.append(str(mean))
+    if bench == "refvie":
+        ours = {f"{task}: {column.replace('_', ' ')}": mean for task, means in by_task.items() for column, mean in means.items()}
+    else:
+        ours = {task.replace("_", " "): means["average"] for task, means in by_task.items()}
     judge_note, published = PUBLISHED.get(bench, ("", {}))
-    table = [["", *head, "overall"], [f"**{name}**", *ours, f"**{overall}**"]]
+    table = [["", *ours, "overall"], [f"**{name}**", *map(str, ours.values()), f"**{overall}**"]]
     for system, values in published.items():
-        cells = published_cells(bench, by_task, values)
-        if cells:
+        if cells := published_cells(bench, by_task, values):
             table.append([f"{system}, published, {judge_note}", *cells])
     return table
 
@@ -809,7 +863,7 @@ def published_cells(bench, by_task, values):
     """A published row laid out as ours; None where our columns are others."""
     if bench == "refvie":
         order = [(task, name) for task in REFERENCE_TASKS for name in REFERENCE_TASKS[task][1]]
-        known = {place: value for place, value in zip(order, values)}
+        known = dict(zip(order, values))
         for task, (_, names) in REFERENCE_TASKS.items():
             known[task, "average"] = sum(known[task, name] for name in names) / len(names)
         wanted = [(task, name) for task, means in by_task.items() for name in means]
@@ -824,8 +878,6 @@ def published_cells(bench, by_task, values):
 
 def metric_table(rows, allow_missing):
     """Means of the metrics, one line a task."""
-    from metrics import METRICS
-
     table = [["task", "items", *METRICS]]
     for task in tasks_in(rows):
         of_task = [row for row in rows if row.item.task == task]
@@ -847,8 +899,6 @@ def markdown(table):
 
 def sections(bench, rows, controls, args, cost, human):
     """The report's tables: [(title, text, table)], for Markdown and HTML alike."""
-    from metrics import METRICS
-
     out = []
     judged = args.judge != "metrics"
     if judged:
@@ -872,8 +922,7 @@ def sections(bench, rows, controls, args, cost, human):
     out.append(("Controls of the metrics", "", [["known answer", "held", "of"], *metric_controls(rows)]))
     if human:
         out.append(("Agreement with people", "Rank correlation over items.", human))
-    lost = [row for row in rows if row.error or (judged and row.unjudged)]
-    lost = [[row.item.key, row.item.task, row.error or row.failures[0]] for row in lost]
+    lost = [[row.item.key, row.item.task, row.lost] for row in rows if row.lost]
     if lost:
         means = "Means are over what there is" if args.allow_missing else "No mean is given over failures"
         text = f"{len(lost)} of {len(rows)} items lack a result. {means}."
@@ -885,8 +934,6 @@ def sections(bench, rows, controls, args, cost, human):
 
 def write_reports(bench, rows, parts, args, out):
     """<bench>.md, .csv and .html -> the path of the last."""
-    from data import whole_file
-
     title = f"{bench}: {args.name}"
     text = [f"# {title}", "", f"`{args.command_line}`", ""]
     for name, words, table in parts:
@@ -901,20 +948,16 @@ def write_reports(bench, rows, parts, args, out):
 
 def csv_text(rows):
     """One line an item: scores, spread over repeats, metrics, what went wrong."""
-    from metrics import METRICS
-
     names = list(dict.fromkeys(name for row in rows for answer in row.answers for name in answer))
     buffer = io.StringIO()
     writer = csv.writer(buffer)
-    writer.writerow(
-        ["item", "task", "edit", *names, "answers", "spread", "hierarchy_broken", *METRICS, "error", "instruction"]
-    )
+    writer.writerow(["item", "task", "edit", *names, "answers", "spread", "hierarchy_broken", *METRICS, "error", "instruction"])
     number = lambda value: "" if value is None else f"{value:.4f}"
     for row in rows:
         scores = [number(row.score(name)) if row.answers and name in row.answers[0] else "" for name in names]
         metrics = [number((row.metrics or {}).get(name)) for name in METRICS]
         writer.writerow([row.item.key, row.item.task, row.item.edit.name, *scores, len(row.answers), number(row.spread()),
-                         row.broken, *metrics, row.error or "", row.item.instruction])  # fmt: skip
+                         row.broken, *metrics, row.lost or "", row.item.instruction])  # fmt: skip
     return buffer.getvalue()
 
 
@@ -925,18 +968,9 @@ vertical-align:top}th{background:#f3f3f3}.wide{overflow-x:auto}img,video{max-wid
 
 
 def html_table(table):
-    plain = lambda cell: html.escape(str(cell).replace("**", ""))
-    line = lambda row, tag: "<tr>" + "".join(f"<{tag}>{plain(cell)}</{tag}>" for cell in row) + "</tr>"
-    return (
-        '<div class="wide"><table>'
-        + line(table[0], "th")
-        + "".join(line(r, "td") for r in table[1:])
-        + "</table></div>"
-    )
-
-
-def data_uri(path, kind):
-    return f"data:{kind};base64,{encoded(path)}"
+    cell = lambda value, tag: f"<{tag}>{html.escape(str(value).replace('**', ''))}</{tag}>"
+    rows = ["".join(cell(value, "td" if i else "th") for value in row) for i, row in enumerate(table)]
+    return f'<div class="wide"><table><tr>{"</tr><tr>".join(rows)}</tr></table></div>'
 
 
 def html_text(title, rows, parts, args):
@@ -946,30 +980,21 @@ def html_text(title, rows, parts, args):
         body.append(f"<h2>{html.escape(name)}</h2><p>{html.escape(words)}</p>{html_table(table)}")
     body.append("<h2>Items</h2><p>Above: source, below: edit, right: reference. The clip shows source and edit.</p>")
     body += [html_item(row) for row in rows]
-    return (
-        f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
-        + "\n".join(body)
-    )
+    return f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>' + "\n".join(body)
 
 
 def html_item(row):
     """An item's part of the page, its pictures as data URIs."""
     item = row.item
-    parts = [
-        f'<div class="item"><h3>{html.escape(item.key)} {html.escape(item.task)}</h3><p>{html.escape(item.instruction)}</p>'
-    ]
+    parts = [f'<div class="item"><h3>{html.escape(item.key)} {html.escape(item.task)}</h3><p>{html.escape(item.instruction)}</p>']
     if row.error:
         return parts[0] + f'<p class="bad">{html.escape(row.error)}</p></div>'
-    parts.append(f'<img alt="filmstrip" src="{data_uri(row.media.with_suffix(".jpg"), "image/jpeg")}">')
-    if row.media.with_suffix(".mp4").is_file():
-        parts.append(
-            f'<video controls loop muted preload="none" src="{data_uri(row.media.with_suffix(".mp4"), "video/mp4")}"></video>'
-        )
+    parts.append(f'<img alt="filmstrip" src="{data_uri(row.media.with_suffix(".jpg"))}">')
+    if (clip := row.media.with_suffix(".mp4")).is_file():
+        parts.append(f'<video controls loop muted preload="none" src="{data_uri(clip)}"></video>')
     if row.answers:
         names = list(row.answers[0])
-        parts.append(
-            html_table([[*names, "reasons"], [*(f"{row.score(n):.2f}" for n in names), " / ".join(row.reasons)]])
-        )
+        parts.append(html_table([[*names, "reasons"], [*(f"{row.score(n):.2f}" for n in names), " / ".join(row.reasons)]]))
     for failure in row.failures:
         parts.append(f'<p class="bad">no score: {html.escape(failure)}</p>')
     known = {n: v for n, v in row.metrics.items() if isinstance(v, float) and not n.startswith("control")}
@@ -978,20 +1003,17 @@ def html_item(row):
 
 
 def read_human(path, items):
-    """A CSV of item and one or more columns of human scores -> {column: {item: [scores]}}. JudgeError."""
-    with Path(path).open(newline="", encoding="utf-8-sig") as file:
-        lines = list(csv.DictReader(file))
-    if not lines or "item" not in lines[0] or len(lines[0]) < 2:
-        raise JudgeError(f"{path}: expected a CSV with the columns item and one or more scores")
+    """A CSV of item and one or more columns of human scores -> {column: {item: [scores]}}. ValueError."""
     human = {}
-    for i, line in enumerate(lines):
+    for where, line in csv_lines(Path(path), ["item"]):
         for column, value in line.items():
-            if column is None:
-                raise JudgeError(f"{path}, row {i + 1}: has more cells than the header")
-            if column != "item" and value not in ("", None):
-                score = as_number(value)
-                if score is None:
-                    raise JudgeError(f"{path}, row {i + 1}: {column} is {value!r}, not a number")
+            if column != "item" and value:
+                try:
+                    score = float(value)
+                except ValueError:
+                    score = math.nan
+                if not math.isfinite(score):
+                    raise JudgeError(f"{where}: {column} is {value!r}, not a number")
                 human.setdefault(column, {}).setdefault(line["item"], []).append(score)
     known = {item.key for item in items}
     if not any(known & scores.keys() for scores in human.values()):
@@ -999,19 +1021,8 @@ def read_human(path, items):
     return human
 
 
-def as_number(text):
-    """A finite number from text; None where it is none."""
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if math.isfinite(value) else None
-
-
 def human_agreement(human, rows):
     """What `read_human` read -> table of Spearman and Kendall with what we computed."""
-    from metrics import METRICS
-
     table = [["people's", "ours", "items", "Spearman", "Kendall"]]
     names = list(dict.fromkeys(name for row in rows for answer in row.answers for name in answer))
     ours = {name: {r.item.key: r.score(name) for r in rows if r.answers and name in r.answers[0]} for name in names}
@@ -1032,21 +1043,15 @@ def human_agreement(human, rows):
 
 def score(args):
     """`judge.py score`: metrics, then the judge, then the report."""
-    from data import writable
-
     items = read_bench(args.bench, args.path, args.edits, args.limit)
     human = read_human(args.human, items) if args.human else None  # before the judge is paid
     out = Path(args.out)
-    writable(out / "answers.jsonl")
-    judge = make_judge(args)
     with closing(Ledger(out / "answers.jsonl")) as ledger:
-        score_items(items, judge, ledger, human, args, out)
+        score_items(items, make_judge(args), ledger, human, args, out)
 
 
 def score_items(items, judge, ledger, human, args, out):
     """The work of `score` on an open ledger. JudgeError at the end where items have no result."""
-    if ledger.cut:
-        print(f"resume      {ledger.cut} broken line(s) of {ledger.path} put aside", file=sys.stderr)
     rows = measure_all(items, args, ledger, out)
     print(f"metrics     {sum(row.metrics is not None for row in rows)} of {len(rows)} items")
     controls, cost, stopped = {}, "", None
@@ -1070,7 +1075,7 @@ def score_items(items, judge, ledger, human, args, out):
     print(f"\n{page}")
     if stopped:
         raise stopped
-    missing = sum(bool(row.error) or (judge is not None and row.unjudged) for row in rows)
+    missing = sum(bool(row.lost) for row in rows)
     if missing and not args.allow_missing:
         raise JudgeError(f"{missing} of {len(rows)} items lack a result, see {page}; mend them and run again, "
                          f"or average over the rest with --allow-missing")  # fmt: skip
@@ -1079,14 +1084,13 @@ def score_items(items, judge, ledger, human, args, out):
 def same_run(args, items):
     """The edits of a folder are one model's, made in one way: run.json in it says which. JudgeError for another, and for
     edits of which nothing is said."""
-    from data import whole_file
-    from model import read_json, read_weights
-
     path = Path(args.edits) / "run.json"
     weights = Path(args.weights)
-    asked = {name: getattr(args, name) for name in ("base", "qwen", "steps", "ref_guidance", "seed", "ref", "frames", "max_pixels")}
+    config, files = read_weights(args.weights, args.base, args.qwen)
+    asked = {name: getattr(args, name) for name in ("base", "qwen", "seed", "ref", "frames", "max_pixels")}
+    asked |= {name: getattr(args, name) or getattr(config, name) for name in ("steps", "ref_guidance")}
     asked["weights"] = str(weights.resolve() if weights.exists() else weights)
-    asked["files"] = fingerprint(sorted({file for file, _ in read_weights(args.weights, args.base, args.qwen)[1].places.values()}))
+    asked["files"] = fingerprint(sorted({file for file, _ in files.places.values()}))
     if path.is_file():
         made = read_json(path)
         if other := [f"{name} {made.get(name)}, not {value}" for name, value in asked.items() if made.get(name) != value]:
@@ -1113,12 +1117,6 @@ def fingerprint(files):
 
 def run(args):
     """`judge.py run`: the edits themselves, one process a GPU under torchrun, taken up where it stopped."""
-    import torch
-
-    from data import MediaError, faithful_codec, read_image, write_image, write_video
-    from kernels import pick_device
-    from model import KiwiEdit, read_for
-
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = pick_device(args.device)
     items = read_bench(args.bench, args.path, args.edits, args.limit)
@@ -1142,7 +1140,7 @@ def run(args):
                 item.edit, edited, clip.fps, item.source, faithful_codec(edited)
             )
             print(f"[{rank}/{world}] {item.edit}", flush=True)
-        except (MediaError, ValueError, torch.OutOfMemoryError) as error:
+        except (ValueError, torch.OutOfMemoryError) as error:
             failed += 1
             if isinstance(error, torch.OutOfMemoryError):
                 torch.cuda.empty_cache()
@@ -1154,12 +1152,10 @@ def run(args):
 
 def compare(args):
     """`judge.py compare`: which of two systems wins, each pair shown in both orders; metrics as paired differences."""
-    from data import whole_file, writable
-
     out = Path(args.out)
-    writable(out / "answers.jsonl")
-    judge, sides = make_judge(args), [read_bench(args.bench, args.path, d, args.limit) for d in (args.a, args.b)]
+    sides = [read_bench(args.bench, args.path, d, args.limit) for d in (args.a, args.b)]
     with closing(Ledger(out / "answers.jsonl")) as ledger:
+        judge = make_judge(args)
         rows = [measure_all(items, args, ledger, out) for items in sides]
         pairs = [(a, b) for a, b in zip(*rows) if a.error is None and b.error is None]
         lost = {a.item.key: a.error or b.error for a, b in zip(*rows) if a.error or b.error}
@@ -1169,8 +1165,8 @@ def compare(args):
             if args.dry_run:
                 return
             Asker(judge, args, ledger).ask_all(questions)
-            missing = unanswered(questions, ledger)
-            parts = [preferences(questions, ledger, len(lost), args.allow_missing)]
+            missing = {q.item for q in questions if q.key not in ledger.good}
+            parts = [preferences(questions, ledger, missing, len(lost), args.allow_missing)]
             pairs = [pair for pair in pairs if pair[0].item.key not in missing]
             lost |= {key: "no answer of the judge in both orders" for key in missing}
             print(f"paid        {account(ledger, {q.key for q in questions}, args.price)}")
@@ -1192,8 +1188,6 @@ def compare(args):
 
 def paired_metrics(pairs, lost, allow_missing):
     """Pairs of rows -> a section of the report with the differences of every metric."""
-    from metrics import METRICS
-
     table = [["metric", "better", "A - B, mean of the pairs", "A higher", "pairs"]]
     for name, (better, *_) in METRICS.items():
         values = [(a.metrics[name], b.metrics[name]) for a, b in pairs]
@@ -1206,9 +1200,7 @@ def paired_metrics(pairs, lost, allow_missing):
 def both_orders(args, a, b):
     """The same pair asked twice, with A first and with B first."""
     what = "the reference image and the original" if a.ref else "the original"
-    text = PAIR_RUBRIC.format(
-        kind="picture" if args.bench == "imgedit" else "video", what=what, instruction=a.instruction
-    )
+    text = PAIR_RUBRIC.format(kind="picture" if args.bench == "imgedit" else "video", what=what, instruction=a.instruction)
     given = [("Reference image", a.ref)] if a.ref else []
     for order, (first, second) in (("AB", (a, b)), ("BA", (b, a))):
         media = [*given, ("Original", a.source), ("Edit 1", first.edit), ("Edit 2", second.edit)]
@@ -1216,33 +1208,19 @@ def both_orders(args, a, b):
         yield Question(a.key, order, 0, text, media, [], key)
 
 
-def unanswered(questions, ledger):
-    """The keys of items of which an answer is missing."""
-    return {q.item for q in questions if q.key not in ledger.good}
-
-
-def preferences(questions, ledger, lost, allow_missing):
-    """A win counts where both orders name the same system; what follows the position is counted apart. lost: pairs that
-    could not be asked about."""
-    said = {(q.item, q.control): ledger.good[q.key]["scores"]["winner"] for q in questions if q.key in ledger.good}
-    items = list(dict.fromkeys(q.item for q in questions))
-    full = [key for key in items if key not in unanswered(questions, ledger)]
-    system = {("AB", "1"): "A", ("AB", "2"): "B", ("BA", "1"): "B", ("BA", "2"): "A"}
-    votes = {key: [system.get((order, said[key, order]), "tie") for order in ("AB", "BA")] for key in full}
-    wins = {side: sum(v == [side, side] for v in votes.values()) for side in "AB"}
-    swayed = sum(set(v) == {"A", "B"} for v in votes.values())
+def preferences(questions, ledger, missing, lost, allow_missing):
+    """A win counts where both orders name the same system; what follows the position is counted apart. missing: items
+    without both answers; lost: how many pairs could not be asked about."""
+    votes = {}  # item -> the system that each order names
+    for q in questions:
+        if q.item not in missing:
+            winner = ledger.good[q.key]["scores"]["winner"]
+            votes.setdefault(q.item, []).append("tie" if winner == "tie" else q.control[int(winner) - 1])
     share = [1.0 if v == ["A", "A"] else 0.0 if v == ["B", "B"] else 0.5 for v in votes.values()]
-    lost += len(items) - len(full)
+    swayed = sum(set(v) == {"A", "B"} for v in votes.values())
     table = [
         ["A wins", "B wins", "undecided", "of these: followed the position", "pairs", "share of A"],
-        [
-            wins["A"],
-            wins["B"],
-            len(full) - sum(wins.values()),
-            swayed,
-            len(full),
-            mean_of([share], lost, allow_missing),
-        ],
+        [share.count(1), share.count(0), share.count(0.5), swayed, len(share), mean_of([share], lost + len(missing), allow_missing)],
     ]
     return "Preferences", "Each pair was shown in both orders; a win needs both.", table
 
@@ -1293,149 +1271,25 @@ def read_released(path):
     return rows
 
 
-RELEASED_NAMES = {  # the release's wording of a criterion begins so, and the order in which it stores OpenVE's
-    "subject": ("identity consistency", "temporal consistency", "physical integration"),
-    "background": ("reference fidelity", "matting quality", "visual harmony"),
-}
-
-
 def released_names(task, scores, text):
     """The first criterion first: from the answer's own lines, or in stored order where it cannot be read."""
-    names = RELEASED_NAMES.get(task, ("instruction compliance", "visual quality", "consistency"))
+    # of OpenVE the release's wording of a criterion begins so, in the order in which it stores them
+    names = list(REFERENCE_TASKS[task][1]) if task in REFERENCE_TASKS else ["instruction_compliance", "visual_quality", "consistency"]
     try:
-        return read_answer(text, [name.replace(" ", "_") for name in names])
+        return read_answer(text, names)
     except Malformed:
         return dict(zip(names, scores))
-
-
-# ------------------------------------------------------------------------------------------------ the command line
-
-
-def parse_arguments(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description="Judge edited videos.", epilog=EXAMPLES, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    def command(name, does, text):
-        sub = commands.add_parser(name, help=text, description=text, epilog=EXAMPLES, formatter_class=raw)
-        sub.set_defaults(does=does)
-        return sub.add_argument
-
-    def bench(add):
-        add("path", help="the benchmark's file: refvie_bench.yaml, benchmark_videos.csv or singleturn.json")
-        add("--bench", choices=BENCHES, required=True, help="which benchmark it is")
-        add("--limit", type=positive, metavar="N", help="only the first N items")
-
-    def judging(add):
-        add("--judge", default="metrics", help="see below (default %(default)s)")
-        add("--mode", choices=MODES, default="official", help="1 or 4 frames a second (default %(default)s)")
-        add("--fps", type=rate, help="another frame rate than the mode's")
-        add("--endpoint", metavar="URL", help="the judge's server, for openai: and other places than Google's")
-        add(
-            "--send",
-            choices=("frames", "video"),
-            default="frames",
-            help="openai: a server may sample a video as it likes",
-        )
-        add("--device", help="local: cuda, cpu, ... (default: cuda if there is one)")
-        add("--max-tokens", type=positive, default=400, help="local: the longest answer (default %(default)s)")
-        add("--concurrency", type=positive, default=4, help="questions under way at once (default %(default)s)")
-        add(
-            "--retries",
-            type=natural,
-            default=4,
-            help="after a failure, malformed answers included (default %(default)s)",
-        )
-        add(
-            "--wait", type=float, default=2.0, help="seconds before the first retry, then doubled (default %(default)s)"
-        )
-        add("--deadline", type=rate, default=180.0, help="seconds for one answer (default %(default)s)")
-        add("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="dollars a million tokens, for the cost")
-        add("--dry-run", action="store_true", help="stop after the cost estimate")
-        add("--allow-missing", action="store_true", help="average over what succeeded")
-        add("--out", default="out/judge", metavar="DIR", help="folder of the report (default %(default)s)")
-
-    add = command("score", score, "score finished edits and write a report")
-    bench(add)
-    add("--edits", required=True, metavar="DIR", help="the edited videos, under the release's names")
-    judging(add)
-    add("--repeats", type=positive, default=1, help="answers an item (default %(default)s)")
-    add(
-        "--controls",
-        type=int,
-        default=4,
-        metavar="N",
-        help="items that also get known-answer questions (default %(default)s)",
-    )
-    add("--human", metavar="CSV", help="columns item and people's scores: rank correlations with ours")
-    add("--name", help="the system's name in the tables (default: the folder of the edits)")
-
-    add = command("compare", compare, "compare two systems, order swapped")
-    bench(add)
-    add("a", metavar="A", help="the edits of one system")
-    add("b", metavar="B", help="the edits of the other")
-    judging(add)
-
-    add = command("run", run, "make the edits with Kiwi-Edit, under torchrun on several GPUs")
-    bench(add)
-    add("--edits", required=True, metavar="DIR", help="where they go, under the release's names")
-    add("--weights", default=str(Path(__file__).parent / "weights" / "nano"), metavar="PATH|HUB_ID", help="as for sample.py (default: weights/nano)")
-    add("--base", metavar="PATH|HUB_ID", help="under a .safetensors or a run of train.py (default: what the run began with, "
-        "else Wan-AI/Wan2.2-TI2V-5B)")  # fmt: skip
-    add("--qwen", metavar="PATH|HUB_ID", help="likewise (default: the run's, else Qwen/Qwen2.5-VL-3B-Instruct)")
-    add("--ref", action=argparse.BooleanOptionalAction, default=True, help="give the reference image to the model")
-    add("--steps", type=positive, help="denoising steps (default: 50; nano 2)")
-    add("--ref-guidance", type=rate, metavar="G", help="how far references are followed (default: 1; nano 1.3)")
-    add("--seed", type=int, default=0, help="of every edit, as in the release (default %(default)s)")
-    add("--frames", type=positive, help="at most so many (default: 81; nano 9)")
-    add("--max-pixels", type=positive, help="larger frames are shrunk (default: 921600; nano 4096)")
-    add("--tile", type=positive, metavar="N", help="VAE tiles, for small cards")
-    add("--device", help="default: this process's GPU, or the CPU")
-
-    add = command("averages", averages, "averages of score files that the released scripts wrote")
-    add("files", nargs="+", help="openve_..._score.jsonl, refvie_..._score.jsonl")
-
-    args = parser.parse_args(argv)
-    words = shlex.join(["python", "judge.py", *(sys.argv[1:] if argv is None else argv)])
-    args.command_line = re.sub(r"://[^/@\s]+@", "://***@", words)  # a password in --endpoint stays out of the report
-    if hasattr(args, "mode"):
-        args.fps = args.fps or MODES[args.mode]
-        args.name = getattr(args, "name", None) or Path(getattr(args, "edits", ".")).name
-    return args
-
-
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def natural(text):
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is less than 0")
-    return value
-
-
-def rate(text):
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
 
 
 def main(argv=None):
     args = parse_arguments(argv)
     try:
-        args.does(args)
+        {"score": score, "compare": compare, "run": run, "averages": averages}[args.command](args)
     except KeyboardInterrupt:
         sys.exit("judge.py: interrupted; run the same command again to go on")
-    except (ValueError, OSError, csv.Error) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"judge.py: {' '.join(str(error).split())}")
-    except RuntimeError as error:  # torch.OutOfMemoryError, without importing torch for --help
-        if "out of memory" not in str(error):
-            raise
+    except torch.OutOfMemoryError:
         sys.exit("judge.py: out of GPU memory; take --device cpu, or a larger card")
 
 

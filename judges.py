@@ -145,24 +145,10 @@ def error_text(error, end):
         return "no text"
 
 
-def understood(read, answer, text):
-    """read(answer, text) of a reply; Malformed where its JSON has another shape than the API says."""
-    try:
-        return read(answer, text)
-    except (AttributeError, TypeError, KeyError, IndexError):
-        raise Malformed(f"the server's answer has another shape: {json.dumps(answer)[:200]}") from None
-
-
 def count_of(usage, name):
     """A number of tokens; None where the server gives none that is one."""
     value = usage.get(name)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
-def check_media_counted(tokens, text, what):
-    """Some proxies drop videos in silence: then the prompt counts no more tokens than its text alone."""
-    if tokens is not None and tokens <= len(text) / 3:
-        raise Unusable(f"{tokens} prompt tokens are no more than the text: {what} dropped the videos; see --send")
+    return value if type(value) is int else None  # true is an int to isinstance
 
 
 def mime(path):
@@ -178,6 +164,10 @@ def encoded(path):
     return base64.b64encode(Path(path).read_bytes()).decode()
 
 
+def data_uri(path):
+    return f"data:{mime(path)};base64,{encoded(path)}"
+
+
 class Server:
     """What both kinds of server share."""
 
@@ -186,7 +176,13 @@ class Server:
     def exchange(self, headers, body, text):
         answer = post(self.url, headers, body, self.deadline, self.key, self.trusted)
         self.trusted = True
-        return understood(self.reply, answer, text)
+        try:
+            said = self.reply(answer)
+        except (AttributeError, TypeError, KeyError, IndexError):
+            raise Malformed(f"the server's answer has another shape: {json.dumps(answer)[:200]}") from None
+        if said.tokens_in is not None and said.tokens_in <= len(text) / 3:  # some proxies drop videos in silence
+            raise Unusable(f"{said.tokens_in} prompt tokens are no more than the text: the server dropped the videos; see --send")
+        return said
 
 
 class Gemini(Server):
@@ -198,10 +194,7 @@ class Gemini(Server):
         self.key = key_of("GEMINI_API_KEY")
         if not self.key and not args.dry_run:
             raise JudgeError("GEMINI_API_KEY is not set: export the key, or choose another --judge")
-        if not self.url.startswith("https://") and urllib.parse.urlsplit(self.url).hostname not in (
-            "127.0.0.1",
-            "localhost",
-        ):
+        if not self.url.startswith("https://") and urllib.parse.urlsplit(self.url).hostname not in ("127.0.0.1", "localhost"):
             raise JudgeError(f"--endpoint {args.endpoint}: the key goes over https only")
 
     def ask(self, text, media, fps):
@@ -221,10 +214,8 @@ class Gemini(Server):
             raise Unusable(f"{size / 1e6:.0f} MB of videos are more than one request takes; re-encode them smaller")
         return self.exchange({"x-goog-api-key": self.key}, body, text)
 
-    def reply(self, answer, text):
+    def reply(self, answer):
         usage = answer.get("usageMetadata") or {}
-        tokens = count_of(usage, "promptTokenCount")
-        check_media_counted(tokens, text, "the server")
         candidate = (answer.get("candidates") or [{}])[0]
         said = "".join(
             p.get("text", "") for p in (candidate.get("content") or {}).get("parts", []) if not p.get("thought")
@@ -233,14 +224,14 @@ class Gemini(Server):
             blocked = (answer.get("promptFeedback") or {}).get("blockReason") or candidate.get("finishReason")
             raise Malformed(f"refused to answer ({blocked or 'no text'})")
         out = (count_of(usage, "candidatesTokenCount") or 0) + (count_of(usage, "thoughtsTokenCount") or 0)
-        return Answer(said, tokens, out)
+        return Answer(said, count_of(usage, "promptTokenCount"), out)
 
 
 class OpenAICompatible(Server):
     """chat/completions; videos as frames at the given rate (any server), or as video_url (vLLM)."""
 
     def __init__(self, model, args):
-        if not args.endpoint:
+        if not (args.endpoint or "").startswith(("http://", "https://")):
             raise JudgeError("--judge openai:... needs --endpoint, e.g. http://localhost:8000/v1")
         self.model, self.deadline, self.send = model, args.deadline, args.send
         self.url = f"{args.endpoint.rstrip('/')}/chat/completions"
@@ -249,29 +240,23 @@ class OpenAICompatible(Server):
     def ask(self, text, media, fps):
         content = []
         for label, path in media:
+            as_frames = self.send == "frames" and mime(path).startswith("video")
+            urls = frames_as_jpeg(path, fps) if as_frames else [data_uri(path)]
+            kind = "image_url" if as_frames else f"{mime(path).split('/')[0]}_url"
             content.append({"type": "text", "text": label + ":"})
-            if mime(path).startswith("image"):
-                content.append({"type": "image_url", "image_url": {"url": f"data:{mime(path)};base64,{encoded(path)}"}})
-            elif self.send == "video":
-                content.append({"type": "video_url", "video_url": {"url": f"data:{mime(path)};base64,{encoded(path)}"}})
-            else:
-                for picture in frames_as_jpeg(path, fps):
-                    url = "data:image/jpeg;base64," + base64.b64encode(picture).decode()
-                    content.append({"type": "image_url", "image_url": {"url": url}})
+            content += [{"type": kind, kind: {"url": url}} for url in urls]
         messages = [{"role": "system", "content": text}, {"role": "user", "content": content}]
         body = {"model": self.model, "messages": messages}
         if self.send == "video":
             body["mm_processor_kwargs"] = {"fps": fps}  # vLLM's name for the frame rate
         return self.exchange({"Authorization": f"Bearer {self.key}"} if self.key else {}, body, text)
 
-    def reply(self, answer, text):
+    def reply(self, answer):
         usage = answer.get("usage") or {}
-        tokens = count_of(usage, "prompt_tokens")
-        check_media_counted(tokens, text, "the server")
         message = ((answer.get("choices") or [{}])[0]).get("message") or {}
         if not isinstance(message.get("content"), str) or not message["content"]:
             raise Malformed(f"refused to answer ({message.get('refusal') or 'no text'})")
-        return Answer(message["content"], tokens, count_of(usage, "completion_tokens"))
+        return Answer(message["content"], count_of(usage, "prompt_tokens"), count_of(usage, "completion_tokens"))
 
 
 def sampled_frames(path, fps, max_pixels=448 * 448, rate=None):
@@ -305,7 +290,9 @@ def jpeg(image):
 
 
 def frames_as_jpeg(path, fps):
-    return [jpeg(frame) for frame in sampled_frames(path, fps)[0]]
+    """A clip's frames as data URIs."""
+    pictures = (jpeg(frame) for frame in sampled_frames(path, fps)[0])
+    return [f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}" for picture in pictures]
 
 
 QWEN = {  # patch, mean, std, time step in positions a second (None: a text stamp before each pair of frames)
@@ -504,7 +491,9 @@ def read_answer(text, names):
 
 
 def read_reason(text):
-    for found in json_objects(text):
+    """Why, from the object that `read_answer` reads."""
+    text = text.rpartition("</think>")[2][-LONGEST:]
+    for found in reversed(list(json_objects(text))):
         if isinstance(found.get("reasoning"), str):
             return found["reasoning"]
     return " ".join(text.split())[:400]

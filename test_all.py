@@ -1821,9 +1821,13 @@ def test_a_released_training_checkpoint_goes_on_training(tmp_path, lesson, qwen_
 def test_what_a_run_began_with_is_found_from_any_folder(tmp_path, lesson, monkeypatch):
     monkeypatch.chdir(lesson.parent)
     begun = lesson.relative_to(lesson.parent) / "weights"
-    train.main(lessons(lesson, tmp_path / "run", "--weights", begun, settings=["steps=1", "model.steps=3"]))
+    (tmp_path / "elsewhere" / "disk").mkdir(parents=True)
+    (tmp_path / "runs").symlink_to(tmp_path / "elsewhere" / "disk")
+    settings = ["steps=1", "model.steps=3", "dit.bf16_timesteps=true"]
+    train.main(lessons(lesson, tmp_path / "runs" / "1", "--weights", begun, settings=settings))
     monkeypatch.chdir(tmp_path)
-    assert KiwiEdit.from_pretrained(tmp_path / "run").config.steps == 3
+    config = KiwiEdit.from_pretrained(tmp_path / "runs" / "1").config
+    assert config.steps == 3 and config.dit.bf16_timesteps
 
 
 def test_training_from_a_cache_gives_the_same_losses_and_opens_no_file(tmp_path, lesson, monkeypatch):
@@ -2033,7 +2037,7 @@ def test_nano_starts_from_nothing_but_no_run_is_written_over(tmp_path, lesson, c
     assert "random weights" in capsys.readouterr().err and (tmp_path / "run/init").is_dir()
     with pytest.raises(ValueError, match="give --resume auto to continue"):
         train.main([str(word) for word in words])
-    train.main([*map(str, words), "steps=2", "--resume", "auto"])
+    train.main([*map(str, words), "--set", "steps=2", "--resume", "auto"])
     train.main(["--export", str(tmp_path / "run"), "--out", str(tmp_path / "whole")])
     assert len(losses(tmp_path / "run")) == 2 and (tmp_path / "whole/config.json").is_file()
 
@@ -2793,11 +2797,11 @@ def test_two_runs_never_share_a_folder(tmp_path):
             pass
 
 
-def test_a_broken_line_of_the_ledger_is_put_aside(tmp_path):
+def test_a_broken_line_of_the_ledger_is_put_aside(tmp_path, capsys):
     (tmp_path / "answers.jsonl").write_text('{}\nnull\n{"event": "answer"}\n{"event": "sent", "key": "k"}\n{"ev')
     ledger = judge.Ledger(tmp_path / "answers.jsonl")
     ledger.close()
-    assert ledger.cut == 4 and ledger.lines == [{"event": "sent", "key": "k"}]
+    assert "4 broken line(s)" in capsys.readouterr().err and ledger.lines == [{"event": "sent", "key": "k"}]
 
 
 def test_a_server_that_is_not_there_is_not_asked_a_hundred_times(refvie):
@@ -2894,7 +2898,7 @@ def test_a_key_that_a_server_repeats_is_hidden_before_its_text_is_cut(refvie, mo
     assert "kkkk" not in (refvie / "out" / "answers.jsonl").read_text()
 
 
-@pytest.mark.parametrize("text, says", [("item,q\n0,nan\n", "not a number"), ("item,q\n0,1,2\n", "more cells"),
+@pytest.mark.parametrize("text, says", [("item,q\n0,nan\n", "not a number"), ("item,q\n0,1,2\n", "more fields"), ('item,q\n0,1\n"1,3\n2,5\n', "people.csv"),
                                         ("item,q\nx,1\n", "none of its items")])  # fmt: skip
 def test_human_scores_are_read_before_the_judge_is_paid(refvie, text, says):
     (refvie / "people.csv").write_text(text)
@@ -3047,7 +3051,7 @@ def test_run_makes_the_edits_under_the_released_names_each_once_and_in_shards(re
     assert not torch.equal(read_clip(refvie / "plain" / made[0].name).frames, read_clip(made[0]).frames)
     with pytest.raises(SystemExit, match="edits are there of seed 0, not 1; give another --edits"):
         judge.main([*arguments, "--seed", "1"])
-    with pytest.raises(SystemExit, match="edits are there of ref_guidance None, not 1.5; give another --edits"):
+    with pytest.raises(SystemExit, match="edits are there of ref_guidance 1.0, not 1.5; give another --edits"):
         judge.main([*arguments, "--ref-guidance", "1.5"])
     other = Path(shutil.copytree(small_weights, refvie / "weights"))
     on_other = [word.replace(str(small_weights), str(other)) for word in [*arguments, "--edits", str(refvie / "others")]]
@@ -3173,7 +3177,7 @@ def test_edit_strength_is_in_levels_and_the_area_a_share():
 def test_what_gemini_only_thinks_is_no_answer():
     parts = [{"text": "perhaps 5", "thought": True}, {"text": "4"}]
     reply = {"candidates": [{"content": {"parts": parts}}], "usageMetadata": {"promptTokenCount": 900, "candidatesTokenCount": 9}}
-    assert judges.Gemini.reply(None, reply, "x").text == "4"
+    assert judges.Gemini.reply(None, reply).text == "4"
 
 
 def test_what_a_judge_thinks_aloud_is_not_its_answer_and_a_winner_is_one():
@@ -3182,6 +3186,7 @@ def test_what_a_judge_thinks_aloud_is_not_its_answer_and_a_winner_is_one():
     for text in (draft + thought + final, f"<think>{draft}</think>\nQuality: 1\nConsistency: 1"):
         assert judges.read_answer(text, ("quality", "consistency")) == {"quality": 1, "consistency": 1}
     assert judges.read_winner("**Winner:** 2 (sharper)") == {"winner": "2"} and judges.read_winner('{"winner": "tie"}') == {"winner": "tie"}
+    assert judges.read_reason('<think>{"reasoning": "none"}</think>{"reasoning": "a hat"}') == "a hat"
     for text in ('{"winner": "1 or 2"}', '{"winner": "1/2"}', "winner: 1 and 2 are equal"):
         with pytest.raises(judges.Malformed):
             judges.read_winner(text)
@@ -3265,6 +3270,17 @@ def test_a_ledger_read_again_takes_other_thresholds_and_asks_no_model(tmp_path, 
     assert again == rows
     with pytest.raises(ValueError, match="was made with min_score 6.0, not 7.0: give another --out"):
         curated(quadruplets, tmp_path / "strict", "--min-ref-score", scores[-1], "--min-score", 7, tables=["ledger/verify"])
+
+
+def test_what_failed_in_another_run_is_not_asked_again_when_its_ledger_is_read(tmp_path, quadruplets, monkeypatch):
+    monkeypatch.setattr(curate.Classical, "setup", None)
+    shutil.copytree(quadruplets, tmp_path / "first")
+    path = min((tmp_path / "first" / "ledger" / "verify").glob("*.jsonl"))
+    row, *rows = curate.read_json_lines(path)
+    row = {key: value for key, value in row.items() if key not in ("edit_score", "frame_scores")}
+    curate.write_json_lines(path, [row | {"status": "failed", "stage": "score", "reason": "no memory"}, *rows])
+    found = curated(tmp_path / "first", tmp_path / "second", tables=["ledger/verify"])
+    assert [row["reason"] for row in found if row["status"] == "failed"] == ["no memory"]
 
 
 def test_bad_pairs_cost_only_themselves_and_can_be_tried_again(tmp_path, nano_data, quadruplets, capsys):
@@ -3558,6 +3574,7 @@ def test_a_scorer_s_answer_that_cannot_be_read_is_no_score(answer, scores):
 def test_a_verifier_s_answer_is_read_or_refused():
     assert curate.read_verdict('Well. {"reason": "same cup", "match": true}') == (True, "same cup")
     assert curate.read_verdict('{"match": "No", "reason": "blue"}') == (False, "blue")
+    assert curate.read_verdict('{"match": true, "reason": "half \\ud83d"}')[1].encode()  # or no table could be written any more
     for answer in ('{"match": "perhaps"}', "", '"match": true or "match": false'):
         pytest.raises(curate.Malformed, curate.read_verdict, answer)
 
