@@ -140,6 +140,7 @@ def rate(text):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
 
+
 if __name__ == "__main__":
     parse_arguments()  # --help and slips of the pen answer before torch is there
 

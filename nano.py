@@ -13,16 +13,24 @@ What exists only because the real weights are 20 GB lives here and in world.py.
 """
 
 import argparse
+import base64
 import csv
 import hashlib
+import io
 import json
 import math
 import os
 import re
+import shutil
+import subprocess
 import sys
+import tarfile
+import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
+from multiprocessing import get_context
 from pathlib import Path
 
 EXAMPLES = """examples:
@@ -32,6 +40,111 @@ EXAMPLES = """examples:
   python nano.py eval --weights weights/nano --data ../nano_test --out ../report
 """
 
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(
+        description="A small world to learn editing in.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("assets", help="fetch emoji and panoramas with npm (100 MB)").add_argument
+    add("out", metavar="DIR", help="a folder, outside the repository or ignored by it")
+
+    add = commands.add_parser("data", help="draw clips and write the three CSVs").add_argument
+    add("out", metavar="OUT", help="a folder")
+    add("--clips", type=positive, default=1000, help="images, videos and reference videos 2:1:1 (default %(default)s)")
+    add("--split", choices=("train", "test"), default="train", help="default %(default)s")
+    add("--tasks", nargs="+", type=task_share, metavar="TASK=N", help="these alone, and how often (default: local edits twice "
+        "as often as a style or a background): style background change remove add subject subject_add background_ref")  # fmt: skip
+    add("--workers", type=positive, default=2, help="processes; the files are the same (default %(default)s)")
+    add_world(add)
+
+    add = commands.add_parser("bench", help="draw held-out reference cases in RefVIE-Bench's layout").add_argument
+    add("out", metavar="OUT", help="a folder")
+    add("--items", type=positive, default=24, help="default %(default)s")
+    add_world(add)
+
+    add = commands.add_parser("pretrain", help="train the parts that Kiwi-Edit starts from").add_argument
+    add("part", choices=("vae", "mllm", "dit"), help="in this order")
+    add("--data", required=True, metavar="DIR", help="what `nano.py data` wrote")
+    add("--out", required=True, metavar="DIR", help="states to resume from, and weights/ for `train.py --weights`")
+    add("--minutes", type=float, default=9, help="stop after so long with exit code 75; the next call goes on (default %(default)s)")
+    add("--steps", type=positive, help="of the whole training (default: 4000, 1000, 800)")
+    add("--batch", type=positive, help="default: 16 stills or 8 clips, 16, 64")
+    add("--seed", type=int, default=0, help="default %(default)s")
+
+    add = commands.add_parser("ship", help="make a training checkpoint a folder of weights of its own").add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="a run of train.py, of which the last is taken, or a checkpoint's weights.safetensors")
+    add("--weights", required=True, metavar="DIR", help="what `pretrain` wrote, from which training started")
+    add("--data", required=True, metavar="DIR", help="held-out clips, of the size that training saw")
+    add("--example", required=True, type=int, metavar="INDEX", help="the one that bare `python sample.py` edits (truth.jsonl)")
+    add("--steps", type=positive, default=2, help="denoising steps that the weights ask for (default %(default)s)")
+    add("--ref-guidance", type=float, default=1.0, metavar="G", help="how far they ask for references to be followed (default %(default)s: as trained)")
+    add("--made-by", required=True, metavar="TEXT", help='the machine, for the model card, e.g. "one H100"')
+    add("--eval", metavar="DIR", help="what `eval` wrote, for the model card")
+    add("--out", required=True, metavar="DIR", help="e.g. weights/nano")
+
+    add = commands.add_parser("eval", help="measure weights on held-out cases whose truth is known").add_argument
+    add("--weights", required=True, metavar="PATH", help="a folder with trained weights")
+    add("--data", required=True, metavar="DIR", help="what `nano.py data --split test` wrote")
+    add("--out", required=True, metavar="DIR", help="for eval.md, eval.json and sheet.png")
+    add("--assets", metavar="DIR", help="default: where the data had them")
+    add("--cases", type=positive, default=400, help="at most so many (default %(default)s)")
+    add("--steps", type=positive, help="denoising steps (default: what the weights ask for)")
+    add("--ref-guidance", type=float, metavar="G", help="how far references are followed (default: likewise)")
+
+    add = commands.add_parser("recipe", help="print the whole curriculum as bash: bash -c \"$(python nano.py recipe cpu)\"").add_argument
+    add("machine", choices=("h100", "cpu"), help="the sizes: for one H100, or two CPU cores and 100 minutes")
+    return parser.parse_args(argv)
+
+
+def add_world(add):
+    add("--assets", metavar="DIR", help="what `nano.py assets` filled (default: shapes and textures alone)")
+    add("--seed", type=int, default=0, help="default %(default)s")
+    add("--size", type=positive, default=64, help="pixels a side, a multiple of 32 (default %(default)s)")
+    add("--frames", type=positive, default=9, help="4k + 1 (default %(default)s)")
+    add("--fps", type=positive, default=8, help="default %(default)s")
+
+
+def task_share(text):
+    from world import TASKS
+
+    task, _, share = text.partition("=")
+    known = list(dict.fromkeys(task for tasks in TASKS.values() for task in tasks))
+    if task not in known or not share.isdigit() or int(share) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: TASK=N, N at least 1 and TASK one of {' '.join(known)}")
+    return task, int(share)
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+if __name__ == "__main__":
+    parse_arguments()  # --help and slips of the pen answer before torch is there
+
+import av
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from connectors import REFERENCE_HINT, SYSTEM_PROMPT, MLLMEncoder, num_tokens
+from data import (
+    EXACT_VIDEO_CODEC, pad_reference, read_clip, read_image, whole_file, whole_folder, write_image, write_video,
+)  # fmt: skip
+from kernels import pick_device
+from model import PRESETS, FlowMatch, KiwiEdit, find_checkpoint, only_weights
+from vae import VAE, chunks
+from world import (
+    MIXTURE, SPRITE, TASKS, boxes, describe, draw_edit, draw_frames, load_library, nameable, pick, read_index, redraw_edit,
+    render, to_uint8, write_mllm_folder,
+)  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------ assets
 
@@ -76,10 +189,6 @@ PLACES_SHOWN = {
 
 def fetch_package(name, folder):
     """An npm package's archive, fetched by npm and checked -> an open tarfile, whose members are read, not unpacked."""
-    import shutil
-    import subprocess
-    import tarfile
-
     version, _, checksum = PACKAGES[name]
     archive = folder / f"{name.strip('@').replace('/', '-')}-{version}.tgz"
     if not archive.is_file():
@@ -97,11 +206,6 @@ def fetch_package(name, folder):
 
 def decode_rgba(data, form):
     """Picture bytes -> float (4, H, W) in [0, 1], not premultiplied; an opaque picture has alpha 1."""
-    import io
-
-    import av
-    import torch
-
     with av.open(io.BytesIO(data), format=form) as container:
         frame = next(container.decode(video=0))
         if form == "exr_pipe":
@@ -112,11 +216,6 @@ def decode_rgba(data, form):
 
 def sprite_image(data, form):
     """An emoji's picture -> premultiplied uint8 (4, 128, 128)."""
-    import torch
-    import torch.nn.functional as F
-
-    from world import SPRITE
-
     image = decode_rgba(data, form)
     image = torch.cat([image[:3] * image[3:], image[3:]])
     image = F.interpolate(image[None], (SPRITE, SPRITE), mode="bilinear", antialias=True, align_corners=False)[0]
@@ -125,9 +224,6 @@ def sprite_image(data, form):
 
 def panorama_image(data):
     """An EXR panorama with linear light -> uint8 (3, H, W) as a camera would expose it."""
-    import torch
-    import torch.nn.functional as F
-
     light = decode_rgba(data, "exr_pipe")[:3].nan_to_num()
     bright = F.max_pool2d(light[None], 9, 1, 4)[0]
     light = torch.where(
@@ -148,14 +244,6 @@ def plain_name(entry):
 
 def fetch_assets(args):
     """Fetch the packages and write assets.safetensors, index.json and LICENSES.txt to a folder."""
-    import base64
-
-    import torch
-    from safetensors.torch import save_file
-    from tqdm import tqdm
-
-    from data import whole_file
-
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     fluent, noto, panoramas = (fetch_package(name, folder) for name in PACKAGES)
@@ -198,11 +286,6 @@ def fetch_assets(args):
 
 def write_example(out, library, split, seed, index, frames, size, fps, shares):
     """Draw clip `index` and write its files under `out` -> its line of truth.jsonl."""
-    import torch
-
-    from data import EXACT_VIDEO_CODEC, write_image, write_video
-    from world import boxes, describe, draw_edit, draw_frames, to_uint8
-
     edit = draw_edit(library, split, seed, index, frames, size, shares)
     source, target, mask = draw_frames(edit, size)
     still = edit.kind == "image"
@@ -226,8 +309,6 @@ def write_example(out, library, split, seed, index, frames, size, fps, shares):
 
 def write_share(job):
     """A run of clips, on one thread: there are as many workers as cores."""
-    import torch
-
     out, assets, split, seed, indices, frames, size, fps, shares = job
     torch.set_num_threads(1)
     return [write_example(out, library_of(assets), split, seed, i, frames, size, fps, shares) for i in indices]
@@ -236,20 +317,10 @@ def write_share(job):
 @lru_cache(maxsize=1)
 def library_of(assets):
     """The library, loaded once a process."""
-    from world import load_library
-
     return load_library(assets)
 
 
 def make_data(args):
-    from concurrent.futures import ProcessPoolExecutor
-    from multiprocessing import get_context
-
-    from tqdm import tqdm
-
-    from data import whole_file
-    from world import TASKS, read_index
-
     out = Path(args.out)
     others = [name for name in (*(f"{kind}.csv" for kind in TASKS), "truth.jsonl") if (out / name).exists()]
     if others and not (out / "world.json").exists():
@@ -296,17 +367,11 @@ def read_truth(folder):
 
 def read_frames(path):
     """uint8 (T, H, W, 3) of a clip or picture of the world, at its own size."""
-    from data import read_clip, read_image
-
     return read_clip(path, max_frames=10_000).frames if path.suffix == ".mp4" else read_image(path)[None]
 
 
 def read_many(paths, quiet=False):
     """The frames of files, in their order, read by as many threads as there are cores: decoding leaves Python's lock."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    from tqdm import tqdm
-
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(tqdm(pool.map(read_frames, paths), total=len(paths), desc="read", mininterval=5, disable=quiet))
 
@@ -322,8 +387,6 @@ class Trainer:
     """
 
     def __init__(self, name, module, folder, steps, rate, seed, device):
-        import torch
-
         self.name, self.module, self.steps, self.rate, self.seed = name, module.to(device), steps, rate, seed
         self.path, self.step, self.seconds, self.device = Path(folder) / f"{name}.pt", 0, 0.0, device
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
@@ -353,18 +416,11 @@ class Trainer:
             p.data = master.view_as(p).bfloat16()
 
     def generator(self):
-        import torch
-
         return torch.Generator().manual_seed(1_000_003 * self.seed + self.step)
 
     def run(self, loss_of, minutes):
         """Steps, at least one, until `minutes` are over or all are done -> whether all are. The state is saved every minute.
         loss_of(generator) -> a scalar, and figures to show."""
-        import time
-
-        import torch
-        from tqdm import tqdm
-
         begin, first, shown, skipped = time.time(), self.step, {}, 0
         saved = begin
         with tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=5) as bar:
@@ -402,10 +458,6 @@ class Trainer:
 
     def save(self, seconds):
         """seconds: of this piece; the file adds them up."""
-        import torch
-
-        from data import whole_file
-
         masters = {n: m.view_as(p) for n, p, m in zip(self.names, self.parameters, self.masters)}
         state = {"step": self.step, "masters": masters, "optimisers": [o.state_dict() for o in self.optimisers]}
         state |= {"seed": self.seed, "steps": self.steps, "seconds": self.seconds + seconds}
@@ -426,8 +478,6 @@ def is_matrix(name, parameter):
 
 def load_trained(name, module, folder):
     """The weights that `pretrain NAME` has reached, into `module`. FileNotFoundError where it has not run."""
-    import torch
-
     path = Path(folder) / f"{name}.pt"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run `python nano.py pretrain {name}` first")
@@ -439,17 +489,11 @@ def load_trained(name, module, folder):
 
 def rows_of(frames, wanted):
     """Clips of the wanted indices as one batch in [-1, 1], (B, 3, T, H, W)."""
-    import torch
-
     return torch.stack([frames[i] for i in wanted]).permute(0, 4, 1, 2, 3).float() * (2 / 255) - 1
 
 
 def reconstruct(vae, video, generator):
     """Video through encoder, a sample of the posterior and decoder, not clamped -> (video, mean, log-variance)."""
-    import torch
-
-    from vae import chunks
-
     mean, log_variance = vae.moments(video, chunk=99)
     noise = torch.randn(mean.shape, generator=generator).to(mean)
     z = vae.conv2(mean + noise * (0.5 * log_variance.clamp(-20, 10)).exp(), {})
@@ -461,8 +505,6 @@ def reconstruct(vae, video, generator):
 def start_vae(vae):
     """Weights from which few steps go far, in place: residual branches add nothing, so that the shortcuts carry the
     picture, and the posterior is narrow, so that the decoder sees it (after 160 steps of AdamW 18.7 dB instead of 16.7)."""
-    import torch
-
     with torch.no_grad():
         for name, parameter in vae.named_parameters():
             if ".residual.6." in name or ".proj." in name:
@@ -488,10 +530,6 @@ def vae_loss(video, output, mean, log_variance):
 
 def pretrain_vae(args, rows, device):
     """Reconstruction of the world's clips: still frames on three steps of four, whole clips on the fourth."""
-    import torch
-
-    from vae import VAE
-
     folder = Path(args.data)
     vae = VAE(nano_config(args).vae)
     start_vae(vae)
@@ -520,8 +558,6 @@ CAPTION_TOKENS = 32
 def nano_config(args, **vae_statistics):
     """The preset for the clips of --data, with the MLLM's folder under --out and the latents' mean and std where they are
     known."""
-    from model import PRESETS
-
     nano, size = PRESETS["nano"], json.loads((Path(args.data) / "world.json").read_text())["size"]
     mllm = replace(nano.mllm, folder=str(Path(args.out) / "mllm"))
     if size > 64:  # frames would come down to 56x56 and up again to 336x336; from 112x112 they have more to show there
@@ -532,8 +568,6 @@ def nano_config(args, **vae_statistics):
 def conversation(rng, row):
     """What the MLLM is asked about a row and what it should answer -> (the clip's file, question, a reference's file or
     None, answer)."""
-    from world import pick
-
     kind = rng.random()
     if kind < 0.6:  # what Kiwi-Edit's system prompt asks for: the content, as the instruction would have it
         return row["src_video"], row["prompt"], row.get("ref_image"), row["target_caption"]
@@ -550,11 +584,6 @@ def answer_loss(encoder, conversations):
 
     Sequences are padded at the end, where causal attention never looks.
     """
-    import torch
-    import torch.nn.functional as F
-
-    from connectors import num_tokens
-
     start, end = ([encoder.token(f"<|im_{which}|>")] for which in ("start", "end"))
     embed = encoder.model.language_model.embed_tokens
     requests = []
@@ -587,11 +616,6 @@ def answer_loss(encoder, conversations):
 
 def pretrain_mllm(args, rows, device):
     """Captions, captions of what an instruction asks for, and grounding, by next-token prediction."""
-    import numpy as np
-
-    from connectors import REFERENCE_HINT, SYSTEM_PROMPT, MLLMEncoder
-    from world import write_mllm_folder
-
     if not (Path(args.out) / "mllm" / "config.json").is_file():
         texts = [row[key] for row in rows for key in ("prompt", "source_caption", "target_caption")]
         texts += [SYSTEM_PROMPT, REFERENCE_HINT, "system\nuser\nassistant\n"] * 100
@@ -614,8 +638,6 @@ def pretrain_mllm(args, rows, device):
 
 def caption_features(encoder, captions):
     """The MLLM's hidden states of captions, (B, CAPTION_TOKENS, hidden), zero after the end as Wan's T5 features are."""
-    import torch
-
     device = encoder.model.language_model.embed_tokens.weight.device
     ids = [encoder.ids(caption)[:CAPTION_TOKENS] for caption in captions]
     length = torch.tensor([len(row) for row in ids], device=device)
@@ -630,13 +652,6 @@ STILL_OR_VIDEO = {"image": "still", "video": "video", "ref_video": "video"}
 def encode_world(args, rows, device):
     """The posterior means of every target, made once per state of the VAE and the data -> {"still": (N, z, 1, h, w),
     "video": ...}, in the order of `rows`."""
-    import torch
-    from safetensors.torch import load_file, save_file
-    from tqdm import tqdm
-
-    from data import whole_file
-    from vae import VAE
-
     out = Path(args.out)
     vae = load_trained("vae", VAE(nano_config(args).vae), out).to(device)
     made_of = hashlib.sha256((Path(args.data) / "world.json").read_bytes() + (Path(args.data) / "truth.jsonl").read_bytes())
@@ -658,10 +673,6 @@ def encode_world(args, rows, device):
 
 def pretrain_dit(args, rows, device):
     """Text to video: captions and clips of the world, by flow matching. Then the three parts become weights/."""
-    import torch
-
-    from model import FlowMatch, KiwiEdit
-
     latents = encode_world(args, rows, device)
     flat = torch.cat([z.transpose(0, 1).flatten(1) for z in latents.values()], dim=1)
     mean, std = flat.mean(dim=1), flat.std(dim=1)
@@ -693,10 +704,6 @@ def pretrain_dit(args, rows, device):
 
 
 def pretrain(args):
-    import torch
-
-    from kernels import pick_device
-
     Path(args.out).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     device = pick_device()
@@ -718,8 +725,6 @@ def region_psnr(a, b, region):
 
 def region_ssim(a, b, region, window=7):
     """SSIM of 7x7 windows whose middle lies in the region, averaged over windows and colours; nan where it is empty."""
-    import torch.nn.functional as F
-
     def smooth(x):
         return F.avg_pool2d(x, window, 1, window // 2, count_include_pad=False)
 
@@ -750,8 +755,6 @@ def with_sprite(edit, sprite):
 
 def nearest_scene(scenes, result, region):
     """The index of the scene that, drawn anew, comes closest to `result` under the edited region."""
-    from world import render, to_uint8
-
     errors = []
     for scene in scenes:
         drawn = to_uint8(render(scene, result.shape[1])[0])
@@ -767,10 +770,6 @@ def recognise(edit, library, split, result, region, index):
     is 6 dB nearer to the truth than to the source (noise is a little nearer too).
     look: the sprite that was shown is nearer than the other looks of its name.
     """
-    import numpy as np
-
-    from world import draw_frames, nameable, pick
-
     if edit.task == "remove":
         source, target, _ = draw_frames(edit, result.shape[1])
         return {"right": region_psnr(result, target, region) >= region_psnr(result, source, region) + 6}
@@ -795,11 +794,6 @@ def ceiling(model, frames):
 
 def evaluate_case(model, library, world, folder, row):
     """One case -> its measures by method, and a picture row (source, reference, edit, truth) of its middle frame."""
-    import torch
-
-    from data import pad_reference
-    from world import redraw_edit
-
     source, target = (read_frames(folder / row[key]) for key in ("src_video", "tgt_video"))
     size = source.shape[1]
     region = read_frames(folder / row["mask"])[0, ..., 0].unflatten(0, (-1, size)) > 127
@@ -882,14 +876,6 @@ def read_world(folder):
 
 def evaluate(args):
     """Edit held-out cases and compare with the known truth: eval.json, eval.md, sheet.png under --out."""
-    import torch
-    from tqdm import tqdm
-
-    from data import whole_file, write_image
-    from kernels import pick_device
-    from model import KiwiEdit
-    from world import load_library
-
     folder, out = Path(args.data), Path(args.out)
     rows = read_truth(folder)
     world = read_world(folder)
@@ -1031,13 +1017,6 @@ def recipe(machine):
 def ship(args):
     """A training checkpoint over what it started from, LoRA merged, in bfloat16, with an example and a model card: the
     folder that sample.py takes. The same arguments write the same bytes."""
-    from shutil import copyfile
-
-    import torch
-
-    from data import whole_folder
-    from model import KiwiEdit, find_checkpoint, only_weights
-
     checkpoint, data, out = Path(args.checkpoint), Path(args.data), Path(args.out)
     if checkpoint.is_dir() and (found := find_checkpoint(checkpoint)):
         checkpoint = found / "weights.safetensors"
@@ -1055,9 +1034,9 @@ def ship(args):
     with whole_folder(out) as folder:
         model.to(torch.bfloat16).save(folder)
         (folder / "example").mkdir()
-        copyfile(data / row["src_video"], folder / "example" / "source.mp4")
+        shutil.copyfile(data / row["src_video"], folder / "example" / "source.mp4")
         if "ref_image" in row:
-            copyfile(data / row["ref_image"], folder / "example" / "reference.png")
+            shutil.copyfile(data / row["ref_image"], folder / "example" / "reference.png")
         (folder / "example" / "prompt.txt").write_text(row["prompt"] + "\n")
         total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         card = CARD.format(
@@ -1081,8 +1060,6 @@ def find_example(data, index):
 def phases_of(checkpoint, weights):
     """What was trained before and up to a checkpoint, as rows of a table, as far as its files are still there. Weights
     that were shipped themselves bring the rows of their own card."""
-    import torch
-
     rows = []
     for part in ("vae", "mllm", "dit"):
         if (path := weights.parent / f"{part}.pt").is_file():
@@ -1136,10 +1113,6 @@ def clips_seen(checkpoint, weights):
 
 def make_bench(args):
     """Held-out reference cases in the layout of RefVIE-Bench: refvie_bench.yaml, videos/, refs/."""
-
-    from data import EXACT_VIDEO_CODEC, whole_file, write_image, write_video
-    from world import MIXTURE, draw_edit, draw_frames, load_library, to_uint8
-
     out = Path(args.out)
     for name in ("videos", "refs"):
         (out / name).mkdir(parents=True, exist_ok=True)
@@ -1159,92 +1132,6 @@ def make_bench(args):
     with whole_file(out / "refvie_bench.yaml") as path:
         path.write_text("".join(lines))
     print(f"write       {len(lines)} items, {out}/refvie_bench.yaml")
-
-
-# ------------------------------------------------------------------------------------------------ the command
-
-
-def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(
-        description="A small world to learn editing in.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("assets", help="fetch emoji and panoramas with npm (100 MB)").add_argument
-    add("out", metavar="DIR", help="a folder, outside the repository or ignored by it")
-
-    add = commands.add_parser("data", help="draw clips and write the three CSVs").add_argument
-    add("out", metavar="OUT", help="a folder")
-    add("--clips", type=positive, default=1000, help="images, videos and reference videos 2:1:1 (default %(default)s)")
-    add("--split", choices=("train", "test"), default="train", help="default %(default)s")
-    add("--tasks", nargs="+", type=task_share, metavar="TASK=N", help="these alone, and how often (default: local edits twice "
-        "as often as a style or a background): style background change remove add subject subject_add background_ref")  # fmt: skip
-    add("--workers", type=positive, default=2, help="processes; the files are the same (default %(default)s)")
-    add_world(add)
-
-    add = commands.add_parser("bench", help="draw held-out reference cases in RefVIE-Bench's layout").add_argument
-    add("out", metavar="OUT", help="a folder")
-    add("--items", type=positive, default=24, help="default %(default)s")
-    add_world(add)
-
-    add = commands.add_parser("pretrain", help="train the parts that Kiwi-Edit starts from").add_argument
-    add("part", choices=("vae", "mllm", "dit"), help="in this order")
-    add("--data", required=True, metavar="DIR", help="what `nano.py data` wrote")
-    add("--out", required=True, metavar="DIR", help="states to resume from, and weights/ for `train.py --weights`")
-    add("--minutes", type=float, default=9, help="stop after so long with exit code 75; the next call goes on (default %(default)s)")
-    add("--steps", type=positive, help="of the whole training (default: 4000, 1000, 800)")
-    add("--batch", type=positive, help="default: 16 stills or 8 clips, 16, 64")
-    add("--seed", type=int, default=0, help="default %(default)s")
-
-    add = commands.add_parser("ship", help="make a training checkpoint a folder of weights of its own").add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="a run of train.py, of which the last is taken, or a checkpoint's weights.safetensors")
-    add("--weights", required=True, metavar="DIR", help="what `pretrain` wrote, from which training started")
-    add("--data", required=True, metavar="DIR", help="held-out clips, of the size that training saw")
-    add("--example", required=True, type=int, metavar="INDEX", help="the one that bare `python sample.py` edits (truth.jsonl)")
-    add("--steps", type=positive, default=2, help="denoising steps that the weights ask for (default %(default)s)")
-    add("--ref-guidance", type=float, default=1.0, metavar="G", help="how far they ask for references to be followed (default %(default)s: as trained)")
-    add("--made-by", required=True, metavar="TEXT", help='the machine, for the model card, e.g. "one H100"')
-    add("--eval", metavar="DIR", help="what `eval` wrote, for the model card")
-    add("--out", required=True, metavar="DIR", help="e.g. weights/nano")
-
-    add = commands.add_parser("eval", help="measure weights on held-out cases whose truth is known").add_argument
-    add("--weights", required=True, metavar="PATH", help="a folder with trained weights")
-    add("--data", required=True, metavar="DIR", help="what `nano.py data --split test` wrote")
-    add("--out", required=True, metavar="DIR", help="for eval.md, eval.json and sheet.png")
-    add("--assets", metavar="DIR", help="default: where the data had them")
-    add("--cases", type=positive, default=400, help="at most so many (default %(default)s)")
-    add("--steps", type=positive, help="denoising steps (default: what the weights ask for)")
-    add("--ref-guidance", type=float, metavar="G", help="how far references are followed (default: likewise)")
-
-    add = commands.add_parser("recipe", help="print the whole curriculum as bash: bash -c \"$(python nano.py recipe cpu)\"").add_argument
-    add("machine", choices=tuple(MACHINES), help="the sizes: for one H100, or two CPU cores and 100 minutes")
-    return parser.parse_args(argv)
-
-
-def add_world(add):
-    add("--assets", metavar="DIR", help="what `nano.py assets` filled (default: shapes and textures alone)")
-    add("--seed", type=int, default=0, help="default %(default)s")
-    add("--size", type=positive, default=64, help="pixels a side, a multiple of 32 (default %(default)s)")
-    add("--frames", type=positive, default=9, help="4k + 1 (default %(default)s)")
-    add("--fps", type=positive, default=8, help="default %(default)s")
-
-
-def task_share(text):
-    from world import TASKS
-
-    task, _, share = text.partition("=")
-    known = list(dict.fromkeys(task for tasks in TASKS.values() for task in tasks))
-    if task not in known or not share.isdigit() or int(share) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: TASK=N, N at least 1 and TASK one of {' '.join(known)}")
-    return task, int(share)
-
-
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
 
 
 def main(argv=None):
