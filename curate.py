@@ -133,7 +133,7 @@ from tqdm import tqdm
 from connectors import PIXEL_MEAN, PIXEL_STD
 from data import (
     MediaError, csv_lines, decode, has_columns, inside, measure, open_media, pad_reference, parquet_file, read_image, resize, whole_file,
-    write_image,
+    write_image, write_text,
 )  # fmt: skip
 from judges import (
     MAX_WAIT, Barred, Local, Malformed, NoRedirect, OpenAICompatible, TryAgain, Unusable, jpeg, json_objects, key_of, sampled_frames, sound,
@@ -480,10 +480,10 @@ def read_all(args, ledger):
     if rows:
         ledger.write("read", shard, rows)
         shard += 1
-    with whole_file(ledger.folder / "settings.json") as path:  # not before: a slip in the inputs should not bind the folder
-        path.write_text(json.dumps(settings_of(args), indent=1))
-    with whole_file(ledger.folder / "read.json") as path:
-        path.write_text(json.dumps({"records": total, "shards": shard, "shard_rows": args.shard_rows, "bases": bases, "sizes": sizes(args)}))
+    # not before: a slip in the inputs should not bind the folder
+    write_text(ledger.folder / "settings.json", json.dumps(settings_of(args), indent=1))
+    told = {"records": total, "shards": shard, "shard_rows": args.shard_rows, "bases": bases, "sizes": sizes(args)}
+    write_text(ledger.folder / "read.json", json.dumps(told))
 
 
 def sizes(args):
@@ -1633,8 +1633,7 @@ def write_results(args, ledger, bases):
     write_page(args, ledger, bases, sorted(sample, key=lambda row: row["id"]), counts, told, rejects)
     text = counts.markdown() + ("\n" + pair_by_pair(told) if counts.total <= len(told) else "")
     for name, content in (("funnel.md", text), ("funnel.svg", counts.svg()), ("statistics.json", json.dumps(counts.statistics(), indent=1))):
-        with whole_file(out / name) as temporary:
-            temporary.write_text(content, encoding="utf-8")
+        write_text(out / name, content)
     return text, counts, common
 
 
@@ -1826,8 +1825,7 @@ def write_page(args, ledger, bases, rows, counts, told, rejects):
     fill["table"] = markdown_to_html(pair_by_pair(told))
     fill["rejects"] = json.dumps(rejects).replace("</", "<\\/")  # no end of the script
     content = re.sub(r"%\((\w+)\)s", lambda name: str(fill[name[1]]), PAGE)
-    with whole_file(ledger.out / "page.html") as path:
-        path.write_text(content, encoding="utf-8")
+    write_text(ledger.out / "page.html", content)
 
 
 def size_to(frames, longest):

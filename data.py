@@ -338,6 +338,12 @@ def read_image(path, content=None):
         return next(decode(path, container, stream))[1]
 
 
+def write_text(path, text):
+    """A text file, whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="")
+
+
 @contextmanager
 def whole_folder(folder):
     """Yield an empty folder beside `folder`; it takes that one's place when the block ends well, and goes otherwise."""

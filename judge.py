@@ -150,7 +150,7 @@ import yaml  # comes with transformers
 from tqdm import tqdm
 
 from data import (
-    MediaError, csv_lines, faithful_codec, inside, open_media, read_image, shown_frames, whole_file, writable, write_image,
+    MediaError, csv_lines, faithful_codec, inside, open_media, read_image, shown_frames, writable, write_image, write_text,
     write_video,
 )  # fmt: skip
 from judges import (
@@ -942,8 +942,7 @@ def write_reports(bench, rows, parts, args, out):
     for suffix, content in (
         (".md", "\n".join(text)), (".csv", csv_text(rows)), (".html", html_text(title, rows, parts, args)),
     ):  # fmt: skip
-        with whole_file(out / f"{bench}{suffix}") as temporary:
-            temporary.write_text(content, encoding="utf-8", newline="")
+        write_text(out / f"{bench}{suffix}", content)
     return out / f"{bench}.html"
 
 
@@ -1100,8 +1099,7 @@ def same_run(args, items):
     if there := next((item.edit for item in items if item.edit.is_file()), None):
         raise JudgeError(f"{there}: is there, and no {path} says whose edit it is; give another --edits")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(asked, indent=1))
+    write_text(path, json.dumps(asked, indent=1))
 
 
 def fingerprint(files):
@@ -1180,8 +1178,7 @@ def compare(args):
     for title, words, table in parts:
         text += f"\n## {title}\n\n{words}\n\n{markdown(table)}\n"
     page = out / f"{args.bench}_compare.md"
-    with whole_file(page) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(page, text)
     print(f"{text}\n{page}")
     if lost and not args.allow_missing:
         raise JudgeError(f"{len(lost)} of {len(sides[0])} pairs are incomplete; mend them or give --allow-missing")

@@ -136,7 +136,7 @@ from tqdm import tqdm
 
 from connectors import REFERENCE_HINT, SYSTEM_PROMPT, MLLMEncoder, num_tokens
 from data import (
-    EXACT_VIDEO_CODEC, pad_reference, read_clip, read_image, whole_file, whole_folder, write_image, write_video,
+    EXACT_VIDEO_CODEC, pad_reference, read_clip, read_image, whole_file, whole_folder, write_image, write_text, write_video,
 )  # fmt: skip
 from kernels import pick_device
 from model import PRESETS, FlowMatch, KiwiEdit, find_checkpoint, only_weights
@@ -252,12 +252,7 @@ def fetch_assets(args):
     sprites, index = [], []
     for look, archive, find, form in (
         ("fluent", fluent, lambda e: drawn.get(e["unified"].lower()), "webp_pipe"),
-        (
-            "noto",
-            noto,
-            lambda e: e["has_img_google"] and noto.getmember(f"package/img/google/64/{e['image']}"),
-            "png_pipe",
-        ),
+        ("noto", noto, lambda e: e["has_img_google"] and noto.getmember(f"package/img/google/64/{e['image']}"), "png_pipe"),
     ):
         for entry in tqdm(sorted(entries, key=lambda e: e["sort_order"]), desc=look):
             name, member = plain_name(entry), find(entry)
@@ -270,15 +265,10 @@ def fetch_assets(args):
         photos.append(panorama_image(base64.b64decode(re.search(r"base64,([A-Za-z0-9+/=]+)", text)[1])))
     with whole_file(folder / "assets.safetensors") as path:
         save_file({"sprites": torch.stack(sprites), "photos": torch.stack(photos)}, path)
-    with whole_file(folder / "LICENSES.txt") as path:
-        path.write_text("".join(f"{name} {version}: {licence}\n" for name, (version, licence, _) in PACKAGES.items()))
-    with whole_file(folder / "index.json") as path:  # last: its presence says that the folder is whole
-        path.write_text(
-            json.dumps({"sprites": index, "photos": [{"name": n} for n in PLACES_SHOWN.values()]}, indent=0)
-        )
-    print(
-        f"write       {folder}: {len(sprites)} sprites of {len({e['name'] for e in index})} names, {len(photos)} panoramas"
-    )
+    write_text(folder / "LICENSES.txt", "".join(f"{name} {version}: {licence}\n" for name, (version, licence, _) in PACKAGES.items()))
+    told = {"sprites": index, "photos": [{"name": n} for n in PLACES_SHOWN.values()]}
+    write_text(folder / "index.json", json.dumps(told, indent=0))  # last: its presence says that the folder is whole
+    print(f"write       {folder}: {len(sprites)} sprites of {len({e['name'] for e in index})} names, {len(photos)} panoramas")
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -340,8 +330,7 @@ def make_data(args):
     rows = sorted((row for share in shares for row in share), key=lambda row: row["index"])
     kinds = [kind for kind in TASKS if any(row["kind"] == kind for row in rows)]
     world = {key: getattr(args, key) for key in ("assets", "split", "seed", "clips", "frames", "size", "fps", "tasks")}
-    with whole_file(out / "world.json") as path:  # what an example's index needs to be drawn again; says whose the tables are
-        path.write_text(json.dumps(world))
+    write_text(out / "world.json", json.dumps(world))  # what an example's index needs to be drawn again; says whose the tables are
     for kind in TASKS.keys() - kinds:  # of clips that were there before; a table without rows is none
         (out / f"{kind}.csv").unlink(missing_ok=True)
     for kind in kinds:
@@ -350,8 +339,7 @@ def make_data(args):
             writer = csv.DictWriter(file, columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(row for row in rows if row["kind"] == kind)
-    with whole_file(out / "truth.jsonl") as path:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_text(out / "truth.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     print(f"write       {len(rows)} clips, {out}/{''.join(f'{kind}.csv, ' for kind in kinds)}truth.jsonl")
 
 
@@ -889,23 +877,13 @@ def evaluate(args):
     for row in tqdm(rows, desc="eval", mininterval=5):
         measures, picture = evaluate_case(model, library, world, folder, row)
         task = "subject" if row["task"] == "subject_add" else row["task"]
-        cases.append(
-            {"index": row["index"], "kind": row["kind"], "task": task, "prompt": row["prompt"], "measures": measures}
-        )
+        cases.append({"index": row["index"], "kind": row["kind"], "task": task, "prompt": row["prompt"], "measures": measures})
         pictures.setdefault(task, []).append(picture)
     table = f"{summary(cases)}\n{goals(cases)}"
-    with whole_file(out / "eval.json") as path:
-        path.write_text(
-            json.dumps({
-                "weights": args.weights, "world": world, "steps": model.config.steps,
-                "ref_guidance": model.config.ref_guidance, "cases": cases,
-            }, indent=0)
-        )
-    with whole_file(out / "eval.md") as path:
-        path.write_text(table)
-    sheet = [
-        torch.cat([*shown[:4], *[torch.zeros_like(shown[0])] * (4 - len(shown))], dim=1) for shown in pictures.values()
-    ]
+    told = {name: getattr(model.config, name) for name in ("steps", "ref_guidance")}
+    write_text(out / "eval.json", json.dumps({"weights": args.weights, "world": world, **told, "cases": cases}, indent=0))
+    write_text(out / "eval.md", table)
+    sheet = [torch.cat([*shown[:4], *[torch.zeros_like(shown[0])] * (4 - len(shown))], dim=1) for shown in pictures.values()]
     write_image(out / "sheet.png", torch.cat(sheet).repeat_interleave(2, 0).repeat_interleave(2, 1))
     print(
         f"{table}write       {out}/eval.md, eval.json, sheet.png (source | reference | edit | truth, four cases a task)"
@@ -1129,8 +1107,7 @@ def make_bench(args):
             f"  ref_img: refs/{name}.png\n  edit_type: {kind}\n"
         )
         index += len(MIXTURE)
-    with whole_file(out / "refvie_bench.yaml") as path:
-        path.write_text("".join(lines))
+    write_text(out / "refvie_bench.yaml", "".join(lines))
     print(f"write       {len(lines)} items, {out}/refvie_bench.yaml")
 
 

@@ -2063,8 +2063,8 @@ def test_a_dry_run_writes_nothing_and_a_plot_shows_the_losses(tmp_path, lesson, 
     assert read_clip(tmp_path / "run" / "samples" / "step-000002-ref.mp4").frames.shape[2] == 3 * 96
 
 
-def test_the_help_of_train_and_data_answers_without_torch():
-    for name in ("train.py", "data.py"):
+def test_the_help_of_the_other_commands_answers_without_torch():
+    for name in ("train.py", "data.py", "curate.py", "judge.py", "nano.py"):
         probe = f"import runpy, sys; sys.argv = [{name!r}, '--help']\ntry: runpy.run_path({name!r}, run_name='__main__')\n"
         probe += "except SystemExit: assert not {'torch', 'av', 'transformers', 'numpy'} & sys.modules.keys()"
         done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=HOUSE)

@@ -212,7 +212,7 @@ from tqdm import tqdm
 from connectors import connector, inject_lora, merge_lora
 from data import (
     SHARD, CachedPairs, Curriculum, MediaError, Mixture, Pairs, fill_buckets, find_tables, fingerprint,
-    measure_rows, pad_reference, read_frames, read_reference, read_table, shard_path, whole_file, write_image, write_video,
+    measure_rows, pad_reference, read_frames, read_reference, read_table, shard_path, whole_file, write_image, write_text, write_video,
 )  # fmt: skip
 from kernels import attention
 from model import (
@@ -667,8 +667,7 @@ def shapes_of(args, ranks, kind, rows):
     shapes = [shape for _, shape in sorted(ranks.gathered(list(zip(mine, measured))), key=lambda x: x[0])]
     if args.write_cache and ranks.first:
         known.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(known) as temporary:
-            temporary.write_text(json.dumps(shapes))
+        write_text(known, json.dumps(shapes))
     return shapes
 
 
@@ -711,8 +710,7 @@ def write_cache(args, stage, ranks, model, curriculum, tables):
             save_file(tensors, temporary)
     dist.barrier()
     if ranks.first:
-        with whole_file(folder / "cache.json") as temporary:
-            temporary.write_text(json.dumps(begun))
+        write_text(folder / "cache.json", json.dumps(begun))
         print(folder)
 
 
@@ -736,8 +734,7 @@ def begin_cache(folder, wanted, ranks):
         raise ValueError(f"{folder}: was begun with other rows, weights or settings ({', '.join(other)}); give another --out, or delete it")
     dist.barrier()  # all have looked
     if ranks.first:
-        with whole_file(path) as temporary:
-            temporary.write_text(json.dumps(held | wanted))
+        write_text(path, json.dumps(held | wanted))
     return held | wanted
 
 
@@ -1241,8 +1238,7 @@ def cut_log(path, step):
     """Drop the lines after a step, which will be trained again, and a last one that is not whole."""
     if path.is_file():
         lines = [line for line in path.read_text().split("\n")[:-1] if json.loads(line)["step"] <= step]
-        with whole_file(path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in lines))
+        write_text(path, "".join(line + "\n" for line in lines))
 
 
 def write_config(args, stage, model, out):
@@ -1251,8 +1247,7 @@ def write_config(args, stage, model, out):
     began = {name: path for name, path in typed.items() if path.exists() and not path.is_absolute()}
     config = {"format": "nanokiwi run", "args": vars(args), "stage": asdict(stage), "model": asdict(model.config),
               "began": {name: os.path.relpath(path.resolve(), out.resolve()) for name, path in began.items()}}  # fmt: skip
-    with whole_file(out / "config.json") as temporary:
-        temporary.write_text(json.dumps(config, indent=1))
+    write_text(out / "config.json", json.dumps(config, indent=1))
 
 
 def batch_flops(model, stage, batch, tokens):
@@ -1358,8 +1353,7 @@ def plot(run):
     points = [(line["step"], line["loss"]) for line in lines if math.isfinite(line["loss"])]
     if not points:
         raise ValueError(f"{path}: has no losses yet")
-    with whole_file(run / "loss.svg") as temporary:
-        temporary.write_text(svg(points))
+    write_text(run / "loss.svg", svg(points))
     print(run / "loss.svg")
 
 

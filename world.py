@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from data import whole_file
+from data import whole_file, write_text
 
 LOCAL = ("change", "remove", "add")  # the hard ones: twice as many of each
 TASKS = {
@@ -811,5 +811,4 @@ def write_mllm_folder(folder, texts):
     ids = {f"{ours}_token_id": tokenizer.token_to_id(f"<|{name}|>") for ours, name in names.items()}
     with whole_file(folder / "tokenizer.json") as path:
         tokenizer.save(str(path))
-    with whole_file(folder / "config.json") as path:
-        path.write_text(json.dumps({**QWEN, **ids, "vocab_size": VOCABULARY}, indent=1))
+    write_text(folder / "config.json", json.dumps({**QWEN, **ids, "vocab_size": VOCABULARY}, indent=1))
