@@ -43,9 +43,7 @@ def parse_arguments(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="read every file of the tables and report what is wrong")
     check.add_argument("tables", nargs="+", metavar="TABLE", help="image.csv, video.csv, ref_video.csv or parquet")
-    check.add_argument(
-        "--base-path", metavar="DIR", help="what the paths in the tables start from (default: its folder)"
-    )
+    check.add_argument("--base-path", metavar="DIR", help="what the paths in the tables start from (default: its folder)")
     cache = commands.add_parser("cache", help="write VAE latents; other arguments are those of train.py")
     cache.add_argument("--out", required=True, metavar="DIR", help="the cache")
     return parser.parse_known_args(argv)
@@ -788,9 +786,7 @@ class Pairs(torch.utils.data.Dataset):
             for name, value in {"prompts": row.prompt, "paths": row.target, "pictures": pictures, "visuals": visuals}.items():
                 batch[name].append(value)
             return
-        raise MediaError(
-            f"none of the {len(bucket)} samples of {batch['kind']} {batch['shape']} can be read; the last: {reason}"
-        )
+        raise MediaError(f"none of the {len(bucket)} samples of {batch['kind']} {batch['shape']} can be read; the last: {reason}")
 
     def read(self, row, kind, shape, number):
         target, source = (read_frames(path, shape[0], shape[1:]) for path in (row.target, row.source))

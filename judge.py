@@ -232,8 +232,7 @@ VIDEO_TASKS = {
             "a wrong number or place. 5: the right thing in class, number, place, size and motion.",
             DETAIL: "1: the video is broken or the object flickers. 3: mostly right, with noticeable flicker or light. "
             "5: seamless and stable.",
-            QUALITY: "1: tracking, light or perspective are plainly wrong. 3: small inconsistencies. 5: physically "
-            "flawless.",
+            QUALITY: "1: tracking, light or perspective are plainly wrong. 3: small inconsistencies. 5: physically flawless.",
         },
     ),
     "local_remove": (
@@ -1172,9 +1171,7 @@ def compare(args):
     parts = [*(parts if judge else []), paired_metrics(pairs, len(lost), args.allow_missing)]
     if lost:
         parts.append(("Missing", "", [["item", "why"], *lost.items()]))
-    text = (
-        f"# {args.bench}: A = {args.a}, B = {args.b}\n\n`{args.command_line}`\n\n{len(pairs)} pairs, {len(lost)} missing.\n"
-    )
+    text = f"# {args.bench}: A = {args.a}, B = {args.b}\n\n`{args.command_line}`\n\n{len(pairs)} pairs, {len(lost)} missing.\n"
     for title, words, table in parts:
         text += f"\n## {title}\n\n{words}\n\n{markdown(table)}\n"
     page = out / f"{args.bench}_compare.md"

@@ -217,9 +217,7 @@ class Gemini(Server):
     def reply(self, answer):
         usage = answer.get("usageMetadata") or {}
         candidate = (answer.get("candidates") or [{}])[0]
-        said = "".join(
-            p.get("text", "") for p in (candidate.get("content") or {}).get("parts", []) if not p.get("thought")
-        )
+        said = "".join(p.get("text", "") for p in (candidate.get("content") or {}).get("parts", []) if not p.get("thought"))
         if not said:
             blocked = (answer.get("promptFeedback") or {}).get("blockReason") or candidate.get("finishReason")
             raise Malformed(f"refused to answer ({blocked or 'no text'})")

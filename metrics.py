@@ -42,11 +42,7 @@ METRICS = {  # name: (better when, formula and range, what it cannot see)
         "PSNR over the pixels of the other blocks, dB, at most 60",
         "damage above the threshold, which counts as edit: read it together with edited_area",
     ),
-    "preserved_ssim": (
-        "higher",
-        "SSIM of the luma in 8x8 windows, mean over the same blocks; at most 1",
-        "the same; colour",
-    ),
+    "preserved_ssim": ("higher", "SSIM of the luma in 8x8 windows, mean over the same blocks; at most 1", "the same; colour"),
     "flicker": (
         "lower",
         "mean |y(t-1) - 2 y(t) + y(t+1)| of the luma y, levels 0..255",

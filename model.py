@@ -237,18 +237,14 @@ class KiwiEdit(nn.Module):
             return torch.cat([ref_tokens, tokens], dim=2), slice(ref, ref + video)
         return torch.cat([tokens, ref_tokens], dim=2), slice(0, video)
 
-    def training_loss(
-        self, latents, context, t, source=None, ref=None, noise=None, flow=FlowMatch(), balance=False
-    ):
+    def training_loss(self, latents, context, t, source=None, ref=None, noise=None, flow=FlowMatch(), balance=False):
         """Weighted flow-matching loss, a float32 scalar. latents: clean target (B, C, T, H, W); t: (B,); rest as
         `velocity`. noise: like latents, drawn if not given. balance: weigh places by `balance_weights`."""
         noise = torch.randn_like(latents) if noise is None else noise
         sigma, weight = flow.training_sigmas(t)
         s = sigma.to(latents.dtype).view(-1, 1, 1, 1, 1)
         places = balance_weights(latents, source) if balance else 1
-        noisy, source, ref = (
-            z if z is None else z.to(self.dtype) for z in ((1 - s) * latents + s * noise, source, ref)
-        )
+        noisy, source, ref = (z if z is None else z.to(self.dtype) for z in ((1 - s) * latents + s * noise, source, ref))
         prediction = self.velocity(noisy, t, context, source, ref)
         error = places * (prediction.float() - (noise - latents).float()).square()
         return (weight * error.flatten(1).mean(dim=1)).mean()
@@ -343,9 +339,7 @@ class KiwiEdit(nn.Module):
         noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(seed)).to(source.device)
         with working_on((self.dit, *self.embedders()), offload_to):
             told, steps = partial(tell, "denoise"), steps or self.config.steps
-            latents = self.denoise(
-                noise, context, source, ref_latents, steps, FlowMatch(shift), told, unshown, guidance
-            )
+            latents = self.denoise(noise, context, source, ref_latents, steps, FlowMatch(shift), told, unshown, guidance)
         if not latents.isfinite().all():
             raise ValueError(f"the edit's numbers overflowed in {str(self.dtype)[6:]}: take bfloat16 or float32")
 

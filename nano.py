@@ -43,9 +43,7 @@ EXAMPLES = """examples:
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
-        description="A small world to learn editing in.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="A small world to learn editing in.", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("assets", help="fetch emoji and panoramas with npm (100 MB)").add_argument
@@ -226,9 +224,7 @@ def panorama_image(data):
     """An EXR panorama with linear light -> uint8 (3, H, W) as a camera would expose it."""
     light = decode_rgba(data, "exr_pipe")[:3].nan_to_num()
     bright = F.max_pool2d(light[None], 9, 1, 4)[0]
-    light = torch.where(
-        (light.amin(dim=0) <= 0) & (bright.amin(dim=0) > 0.5), bright, light
-    )  # lamps beyond half precision
+    light = torch.where((light.amin(dim=0) <= 0) & (bright.amin(dim=0) > 0.5), bright, light)  # lamps beyond half precision
     light = light * 0.35 / (light + 1e-4).log().mean().exp()
     return ((light * (1 + light / 9) / (1 + light)).clamp(0, 1) ** (1 / 2.2) * 255).round().byte()
 
@@ -439,9 +435,7 @@ class Trainer:
         self.save(time.time() - begin)
         self.finish()
         figures = ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
-        print(
-            f"{self.name:<11} step {self.step} of {self.steps}, {time.time() - begin:.0f} s, {skipped} skipped, {figures}"
-        )
+        print(f"{self.name:<11} step {self.step} of {self.steps}, {time.time() - begin:.0f} s, {skipped} skipped, {figures}")
         return self.step == self.steps
 
     def save(self, seconds):
@@ -510,10 +504,7 @@ def vae_loss(video, output, mean, log_variance):
             loss = loss + 0.25 * error.diff(dim=axis).abs().mean()
     mean, log_variance = mean.float(), log_variance.float().clamp(-20, 10)
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    return loss + 1e-4 * divergence, {
-        "psnr": -10 * (squared.detach() / 4).log10(),
-        "kl": divergence.detach(),
-    }
+    return loss + 1e-4 * divergence, {"psnr": -10 * (squared.detach() / 4).log10(), "kl": divergence.detach()}
 
 
 def pretrain_vae(args, rows, device):
@@ -885,9 +876,7 @@ def evaluate(args):
     write_text(out / "eval.md", table)
     sheet = [torch.cat([*shown[:4], *[torch.zeros_like(shown[0])] * (4 - len(shown))], dim=1) for shown in pictures.values()]
     write_image(out / "sheet.png", torch.cat(sheet).repeat_interleave(2, 0).repeat_interleave(2, 1))
-    print(
-        f"{table}write       {out}/eval.md, eval.json, sheet.png (source | reference | edit | truth, four cases a task)"
-    )
+    print(f"{table}write       {out}/eval.md, eval.json, sheet.png (source | reference | edit | truth, four cases a task)")
 
 
 # ------------------------------------------------------------------------------------------------ shipping

@@ -322,9 +322,7 @@ class Ranks:
         self.parallel = args.parallel or ("fsdp" if has_gpu else "ddp")
         self.dtype = getattr(torch, args.dtype or ("bfloat16" if has_gpu else "float32"))
         if self.dtype != torch.float32 and self.parallel == "ddp":
-            raise ValueError(
-                "--dtype bfloat16 keeps float32 master weights by FSDP2: take --parallel fsdp, also on one GPU"
-            )
+            raise ValueError("--dtype bfloat16 keeps float32 master weights by FSDP2: take --parallel fsdp, also on one GPU")
 
     def total(self, values):
         """Sums over all ranks of a few numbers."""
@@ -684,9 +682,7 @@ def write_cache(args, stage, ranks, model, curriculum, tables):
         for (kind, shape), numbers in rows_of_shapes(curriculum).items()
         for k, rows in groupby(numbers, lambda number: number // SHARD)
     ]
-    for kind, shape, k, rows in tqdm(
-        shards[ranks.rank :: ranks.world], desc="cache", unit="file", disable=not ranks.first
-    ):
+    for kind, shape, k, rows in tqdm(shards[ranks.rank :: ranks.world], desc="cache", unit="file", disable=not ranks.first):
         path, tensors = shard_path(folder, kind, shape, k), {"": torch.zeros(0)}
         if path.is_file():
             continue
@@ -698,12 +694,8 @@ def write_cache(args, stage, ranks, model, curriculum, tables):
             except MediaError as error:
                 report_bad(args, ranks, 0, [(row.target, str(error))])
                 continue
-            parts = zip(
-                ("target", "source", "ref"), encode(model, stage, target, source, ref, random.Random(number).random())
-            )
-            tensors |= {
-                f"{number}.{name}": latents.cpu().contiguous() for name, latents in parts if latents is not None
-            }
+            parts = zip(("target", "source", "ref"), encode(model, stage, target, source, ref, random.Random(number).random()))
+            tensors |= {f"{number}.{name}": latents.cpu().contiguous() for name, latents in parts if latents is not None}
             for name, frames in model.mllm.resize(source, ref)[1].items():
                 tensors[f"{number}.mllm.{name}"] = frames.contiguous()
         with whole_file(path) as temporary:
@@ -794,9 +786,7 @@ MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.Muon: ("mom
 def make_optimizers(stage, trained):
     """AdamW (paper, Section 5.1); or Muon for what is a matrix, its updates as large as AdamW's would be (arXiv
     2502.16982, Eq. 4), and AdamW for the rest: queries, norms, modulations, patch embeddings."""
-    matrices = [
-        p for name, p in trained.items() if stage.optimizer == "muon" and p.ndim == 2 and not name.endswith("_queries")
-    ]
+    matrices = [p for name, p in trained.items() if stage.optimizer == "muon" and p.ndim == 2 and not name.endswith("_queries")]
     chosen, optimizers = set(matrices), []
     if matrices:
         muon = torch.optim.Muon(matrices, stage.lr, weight_decay=stage.weight_decay, adjust_lr_fn="match_rms_adamw")
@@ -849,9 +839,7 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats(self.ranks.device)  # `memory_gib` is of the steps, not of the loading
         with (
             closing(Log(out, self.ranks.first)) as log,
-            tqdm(
-                total=stage.steps, initial=counts["step"], desc=f"stage {self.args.stage}", disable=not self.ranks.first
-            ) as bar,
+            tqdm(total=stage.steps, initial=counts["step"], desc=f"stage {self.args.stage}", disable=not self.ranks.first) as bar,
         ):
             while counts["step"] < stage.steps:
                 line = self.step()
@@ -859,9 +847,7 @@ class Trainer:
                     break
                 self.saver.check()
                 log.write(line)
-                bar.set_postfix(
-                    loss=f"{line['loss']:.4f}", lr=f"{line['lr']:.1e}", samples_s=f"{line['samples_s']:.2f}"
-                )
+                bar.set_postfix(loss=f"{line['loss']:.4f}", lr=f"{line['lr']:.1e}", samples_s=f"{line['samples_s']:.2f}")
                 bar.update()
                 step, late = counts["step"], self.ranks.any(time.monotonic() - saved > 60 * self.args.save_minutes)
                 if (step % self.args.save_every == 0 or late) and step < stage.steps:
@@ -962,9 +948,7 @@ class Trainer:
             self.counts["updates"] += 1
             self.trouble = 0
             if self.ema:
-                torch._foreach_lerp_(
-                    list(self.ema.values()), [p.detach() for p in self.trained.values()], 1 - self.stage.ema
-                )
+                torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.trained.values()], 1 - self.stage.ema)
         else:
             self.counts["skipped"] += 1
             self.trouble += 1
@@ -1056,9 +1040,7 @@ class Trainer:
             sharded and self.model.reshard()
             if self.ranks.first:
                 picture = torch.cat([source, edited, target], dim=2)
-                path = (
-                    Path(self.args.out) / "samples" / f"step-{step:06d}-{kind}{'.png' if kind == 'image' else '.mp4'}"
-                )
+                path = Path(self.args.out) / "samples" / f"step-{step:06d}-{kind}{'.png' if kind == 'image' else '.mp4'}"
                 path.parent.mkdir(exist_ok=True)
                 write_image(path, picture[0]) if kind == "image" else write_video(path, picture, 15)
         self.model.train()

@@ -257,9 +257,7 @@ class DownLevel(nn.Module):
     def __init__(self, in_dim, out_dim, num_res_blocks, time, space):
         super().__init__()
         self.out_dim, self.time, self.space = out_dim, 1 + time, 1 + space
-        self.downsamples = nn.ModuleList(
-            ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(num_res_blocks)
-        )
+        self.downsamples = nn.ModuleList(ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(num_res_blocks))
         if space:
             self.downsamples.append(Downsample(out_dim, time))
 
@@ -276,9 +274,7 @@ class UpLevel(nn.Module):
     def __init__(self, in_dim, out_dim, num_res_blocks, time, space):
         super().__init__()
         self.out_dim, self.time, self.space = out_dim, 1 + time, space
-        self.upsamples = nn.ModuleList(
-            ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(num_res_blocks + 1)
-        )
+        self.upsamples = nn.ModuleList(ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(num_res_blocks + 1))
         if space:
             self.upsamples.append(Upsample(out_dim, out_dim, time))
 

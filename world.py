@@ -112,9 +112,7 @@ def shape_distances(x, y):
         "hexagon": polygon(6),
         "star": radius * (points.cos() + 0.75 * points.abs().sin() * -1 + 0.75 * math.sin(math.pi / 5)) - 0.62,
         "ring": (radius - 0.6).abs() - 0.22,
-        "cross": torch.minimum(
-            torch.maximum(x.abs() - 0.25, y.abs() - 0.8), torch.maximum(y.abs() - 0.25, x.abs() - 0.8)
-        ),
+        "cross": torch.minimum(torch.maximum(x.abs() - 0.25, y.abs() - 0.8), torch.maximum(y.abs() - 0.25, x.abs() - 0.8)),
         "heart": ((heart_x**2 + heart_y**2 - 1) ** 3 - heart_x**2 * heart_y**3) * 0.4,
         "moon": torch.maximum(radius - 0.8, 0.62 - ((x - 0.38) ** 2 + (y + 0.1) ** 2).sqrt()),
         "arrow": torch.minimum(
@@ -156,9 +154,7 @@ def draw_textures(count=48, size=256):
         field_ = torch.fft.irfft2(spectrum / (frequency + 4 / size**2) ** (steep / 2), s=(size, size))
         a, b = (field_ / field_.std(dim=(1, 2), keepdim=True)).mul(1.2).sigmoid()[:, None]
         image = colours[0].view(3, 1, 1) * a + colours[1].view(3, 1, 1) * (1 - a)
-        photos.append(
-            Photo(f"texture {i}", (image * (0.4 + 0.6 * b) + colours[2].view(3, 1, 1) * 0.4 * (1 - b)).clamp(0, 1))
-        )
+        photos.append(Photo(f"texture {i}", (image * (0.4 + 0.6 * b) + colours[2].view(3, 1, 1) * 0.4 * (1 - b)).clamp(0, 1)))
     return photos
 
 
@@ -180,8 +176,7 @@ def draw_pattern(kind, first, second, size=128):
         "plain": torch.zeros_like(x),
         "stripes": wave(4 * x),
         "checkerboard": (wave(2 * x) - wave(2 * y)).abs(),
-        "dots": (((4 * x % 1 - 0.5) ** 2 + (4 * y % 1 - 0.5) ** 2).sqrt().sub(0.3).mul(-soft / 2)).clamp(-0.5, 0.5)
-        + 0.5,
+        "dots": (((4 * x % 1 - 0.5) ** 2 + (4 * y % 1 - 0.5) ** 2).sqrt().sub(0.3).mul(-soft / 2)).clamp(-0.5, 0.5) + 0.5,
         "gradient": (1 - (2 * math.pi * y).cos()) / 2,
     }[kind]
     a, b = (torch.tensor(COLOURS[c]).view(3, 1, 1) for c in (first, second))
@@ -618,15 +613,9 @@ def nameable_sprite(rng, library, split, without):
 def show_reference(rng, thing, size):
     """A picture (3, size, size) of a thing in another pose: turned, of another size, on white or a pale tone. Not
     mirrored: that would leave open which side is meant."""
-    path = torch.tensor(
-        [[*rng.uniform(-0.06, 0.06, 2), rng.uniform(0.6, 0.9), rng.uniform(-0.4, 0.4)]], dtype=torch.float32
-    )
+    path = torch.tensor([[*rng.uniform(-0.06, 0.06, 2), rng.uniform(0.6, 0.9), rng.uniform(-0.4, 0.4)]], dtype=torch.float32)
     layer = render_thing(replace(thing, path=path), torch.tensor([[0.0, 0.0, 1.0]]), size)[0]
-    paper = (
-        torch.ones(3, 1, 1)
-        if rng.random() < 0.6
-        else torch.tensor(rng.uniform(0.6, 1, 3), dtype=torch.float32).view(3, 1, 1)
-    )
+    paper = torch.ones(3, 1, 1) if rng.random() < 0.6 else torch.tensor(rng.uniform(0.6, 1, 3), dtype=torch.float32).view(3, 1, 1)
     return paper * (1 - layer[3:]) + layer[:3]
 
 
@@ -801,9 +790,7 @@ def write_mllm_folder(folder, texts):
     tokenizer.decoder = decoders.ByteLevel()
     special = [AddedToken(f"<|{name}|>", special=True) for name in SPECIAL_TOKENS]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     folder.mkdir(parents=True, exist_ok=True)
     names = {"vision_start": "vision_start", "vision_end": "vision_end", "image": "image_pad", "video": "video_pad"}

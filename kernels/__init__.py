@@ -17,15 +17,7 @@ import os
 
 import torch
 
-from kernels.attention import (
-    SLICE,
-    attention_cudnn,
-    attention_ref,
-    attention_sdpa,
-    attention_slices,
-    attention_triton,
-    left_out,
-)
+from kernels.attention import SLICE, attention_cudnn, attention_ref, attention_sdpa, attention_slices, attention_triton, left_out
 from kernels.norm import (
     gate_residual_norm_plain,
     gate_residual_norm_triton,

@@ -39,10 +39,7 @@ GRIDS = {"480p": (21, 30, 52), "720p": (21, 44, 80)}  # latents of 81 frames, 83
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
-        prog="python -m kernels.bench",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m kernels.bench", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("what", nargs="+", choices=list(SECTIONS), help="what to measure, one or more")
