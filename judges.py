@@ -23,6 +23,13 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from tokenizers import Tokenizer
+
+from connectors import patchify
+from data import decode, open_media, read_image, resize, write_image
+from kernels import pick_device
+
 GEMINI = "https://generativelanguage.googleapis.com/v1beta"
 INLINE_LIMIT = 20_000_000  # bytes of a Gemini request with inline data
 
@@ -262,10 +269,6 @@ def sampled_frames(path, fps, max_pixels=448 * 448, rate=None):
 
     rate: frames a second to be taken for the file's own, so that two clips give the same numbers of frames.
     """
-    import torch
-
-    from data import decode, open_media, resize
-
     frames, seconds, due = [], [], 0.0
     with open_media(path) as (container, stream):
         source_rate = rate or float(stream.average_rate or 25)
@@ -280,8 +283,6 @@ def sampled_frames(path, fps, max_pixels=448 * 448, rate=None):
 
 def jpeg(image):
     """uint8 (H, W, 3) -> the bytes of a JPEG."""
-    from data import write_image
-
     with tempfile.TemporaryDirectory() as folder:
         write_image(Path(folder) / "x.jpg", image)
         return (Path(folder) / "x.jpg").read_bytes()
@@ -303,11 +304,7 @@ class Local:
     """Qwen2.5-VL or Qwen3-VL through transformers, greedy; patches and positions are made here (no torchvision)."""
 
     def __init__(self, folder, args, max_pixels=448 * 448):
-        import torch
-        from tokenizers import Tokenizer
         from transformers import AutoConfig, AutoModelForImageTextToText
-
-        from kernels import pick_device
 
         kind = AutoConfig.from_pretrained(folder).model_type
         if kind not in QWEN:
@@ -323,15 +320,12 @@ class Local:
         self.max_tokens, self.max_pixels = args.max_tokens, max_pixels
 
     def ask(self, text, media, fps):
-        import torch
-
         try:
             return self.answer(text, media, fps)
         except torch.OutOfMemoryError:
             raise Unusable(f"out of memory on {self.device}: give a smaller --fps or another --device") from None
 
     def answer(self, text, media, fps):
-        import torch
         from transformers import DynamicCache
 
         ids, positions, pixels = self.prepare(text, media, fps)
@@ -366,10 +360,6 @@ class Local:
 
     def prepare(self, text, media, fps):
         """-> ids (1, S), positions (3, 1, S), and pixel values and grids by the model's names."""
-        import torch
-
-        from data import read_image
-
         words = lambda s: self.tokenizer.encode(s, add_special_tokens=False).ids
         start, end = [self.token("<|im_start|>")], [self.token("<|im_end|>")]
         open_, close = [self.token("<|vision_start|>")], [self.token("<|vision_end|>")]
@@ -404,8 +394,6 @@ class Local:
 
         What follows a visual counts on from its largest position, as both models were trained.
         """
-        import torch
-
         ids, positions, at = [], [], 0
         for piece in pieces:
             if isinstance(piece, tuple):
@@ -428,9 +416,6 @@ class Local:
 
     def patchify(self, frames):
         """uint8 (T, H, W, 3), shrunk to max_pixels -> patches (t h w, 6 p p) in the vision tower's order, grid (t, h, w)."""
-        from connectors import patchify
-        from data import resize
-
         return patchify(resize(frames, self.seen_size(*frames.shape[1:3])), self.patch, self.mean, self.std)
 
 

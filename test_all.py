@@ -63,7 +63,7 @@ from data import (
     read_table, usable_frames, whole_file, working_size, write_image, write_video,
 )  # fmt: skip
 from dit import DiT, DiTConfig, rope_3d
-from kernels.bench import diffusers_dit, diffusers_vae, diffusers_vae_name, table
+from kernels.bench import diffusers_dit, diffusers_vae, diffusers_vae_name, norm_rows, table
 from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit, balance_weights, load_weights, our_name, read_for, read_weights, released_name, valid_checkpoints, working_on
 from vae import VAE, VAEConfig
 
@@ -313,6 +313,12 @@ def test_a_backend_that_cannot_run_is_refused_and_auto_takes_what_can(monkeypatc
     with pytest.raises(RuntimeError, match="needs a GPU"):
         kernels.attention(q, q, q)
     kernels.set_backend("auto")
+
+
+def test_the_benchmark_s_two_sides_answer_the_same_question():
+    rows = list(norm_rows(1, (1, 2, 2), 2, torch.float32))
+    assert [row["direction"] for row in rows] == ["forward", "backward"] * 4
+    assert all(row["relative difference"] < 1e-5 for row in rows)
 
 
 def test_keys_behind_the_last_weigh_nothing_however_low_the_others_score(triton_backend, one_kind_of_load):

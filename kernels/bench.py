@@ -23,10 +23,27 @@ import json
 import math
 import os
 import re
+import signal
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+import weakref
+from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import kernels
+from dit import DiT, DiTConfig, rope_3d
+from kernels import ATTENTION, left_out
+from vae import VAE, VAEConfig
 
 EXAMPLES = """examples:
   python -m kernels.bench check attention norm --limit 200    # the kernels, at most 200 s a section
@@ -69,9 +86,6 @@ def main(argv=None):
 
 def in_a_process(what, args):
     """Measure a section in a process of its own, which ends with all that it started -> what went wrong, or None."""
-    import signal
-    import subprocess
-
     options = ["--repeat", args.repeat, "--steps", args.steps, "--arch", args.arch, "--out", args.out]
     command = [sys.executable, "-m", "kernels.bench", what, *map(str, options)]
     process = subprocess.Popen(command, start_new_session=True)
@@ -89,14 +103,10 @@ def in_a_process(what, args):
 
 
 def on_gpu():
-    import torch
-
     return torch.cuda.is_available()
 
 
 def device_name():
-    import torch
-
     if on_gpu():
         return torch.cuda.get_device_name()
     cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
@@ -112,10 +122,6 @@ def in_turns(functions, repeat):
 
     None, or one that the device refuses: nan.
     """
-    import torch
-
-    from kernels import left_out
-
     times = {name: [] for name in functions}
     alive = {name: function for name, function in functions.items() if function}
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda") if on_gpu() else None
@@ -132,8 +138,6 @@ def in_turns(functions, repeat):
 
 
 def once(function, flush):
-    import torch
-
     if flush is None:
         start = time.perf_counter()
         function()
@@ -150,8 +154,6 @@ def once(function, flush):
 
 def ceilings(repeat):
     """(TFLOP/s of a 8192^3 matrix product in bfloat16, GB/s of a copy of 1 GiB, read and write counted) of a GPU."""
-    import torch
-
     a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
     x = torch.randint(0, 100, (1 << 30,), dtype=torch.int8, device="cuda")
     y = torch.empty_like(x)
@@ -175,8 +177,6 @@ def shown(value):
 
 def save(folder, device, what, rows, argv):
     """Put a section into the device's file; what else is in it stays. The file is whole or as it was."""
-    import torch
-
     path = folder / f"{slug(device)}.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     command = " ".join(["python -m kernels.bench", *(sys.argv[1:] if argv is None else argv)])
@@ -193,11 +193,6 @@ def save(folder, device, what, rows, argv):
 
 
 def attention(args):
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    from kernels import ATTENTION
-
     def backend(which):
         def run(q, k, v):
             with sdpa_kernel(which):
@@ -239,10 +234,6 @@ def attention(args):
 
 def relative_difference(ours, theirs):
     """|ours - theirs| / |theirs| of all that two functions return; nan where there is no second or one of them fails."""
-    import torch
-
-    from kernels import left_out
-
     if theirs is None:
         return math.nan
     with left_out("a difference"):
@@ -254,8 +245,6 @@ def relative_difference(ours, theirs):
 
 def attention_run(function, direction, qkv, grad):
     """What to time: the forward alone, or the backward of a forward that ran once."""
-    import torch
-
     if direction == "forward":
         return torch.no_grad()(lambda: function(*qkv))
     kept = []
@@ -271,8 +260,6 @@ def attention_run(function, direction, qkv, grad):
 def check(args):
     """Each configuration of the attention kernels in a process of its own, 90 s at most: one that hangs, cannot be
     launched or computes something else is told apart from the rest, before a stopwatch may choose it."""
-    from multiprocessing import get_context
-
     from kernels.bench import check_one  # by this name its processes find it
 
     configs = importlib.import_module("kernels.attention").CONFIGS
@@ -297,10 +284,6 @@ def check(args):
 
 def check_one(name, config, dim, answer):
     """Forward and backward with one configuration of a kernel, the plainest of the others, at lengths with tails."""
-    import torch
-
-    from kernels import ATTENTION
-
     kernels = importlib.import_module("kernels.attention")
     for other in kernels.CONFIGS:
         kernels.CONFIGS[other] = [config] if other == name else kernels.CONFIGS[other][-1:]
@@ -323,8 +306,6 @@ def check_one(name, config, dim, answer):
 
 
 def norm(args):
-    import torch
-
     if on_gpu():
         peak = ceilings(args.repeat)[1]
         yield from norm_rows(args.repeat, (21, 22, 40), 24, torch.bfloat16, peak)
@@ -336,12 +317,6 @@ def norm(args):
 
 def norm_rows(repeat, grid, heads, dtype, peak=None):
     """Each function beside the lines one would write, at head_dim 128 and a grid of tokens."""
-    import torch
-    import torch.nn.functional as F
-
-    import kernels
-    from dit import rope_3d
-
     device = torch.device("cuda" if on_gpu() else "cpu")
     D, (cos, sin) = 128 * heads, rope_3d(grid, 128, device)
     L, new = len(cos), {"device": device, "dtype": dtype, "requires_grad": True}
@@ -384,13 +359,13 @@ def norm_rows(repeat, grid, heads, dtype, peak=None):
 
 
 def norm_run(function, direction, inputs):
-    import torch
-
     if direction == "forward":
         return torch.no_grad()(lambda: function(*inputs))
     out = function(*inputs)
-    grads = [torch.randn_like(o) for o in (out if isinstance(out, tuple) else (out,))]
-    return lambda: torch.autograd.grad(out, inputs, grads if isinstance(out, tuple) else grads[0], retain_graph=True)
+    out = out if isinstance(out, tuple) else (out,)
+    torch.manual_seed(0)  # both sides get the same gradients, or their results could not be compared
+    grads = [torch.randn_like(o) for o in out]
+    return lambda: torch.autograd.grad(out, inputs, grads, retain_graph=True)
 
 
 def compile_all(args):
@@ -433,9 +408,6 @@ INTEGERS = ("Lq", "Lk", "L", "rows", "size_class", "gate_stride", "shift_stride"
 
 def compile_one(triton, arch, kernel, label, constants, options):
     """A row for one kernel in bfloat16, pointers and lengths multiples of 16, read off the machine code."""
-    import subprocess
-    import tempfile
-
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -499,8 +471,6 @@ def diffusers_vae(config):
 
 def built(device, dtype, make):
     """make() with its parameters on a device in a dtype from the start: 5B of float32 first would need 20 GB."""
-    import torch
-
     default = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -511,11 +481,6 @@ def built(device, dtype, make):
 
 
 def dit(args):
-    from dataclasses import replace
-
-    import torch
-
-    from dit import DiTConfig
     from model import PRESETS
 
     if on_gpu():
@@ -534,9 +499,6 @@ def dit(args):
 def dit_row(args, name, config, grid, dtype, compiled=False):
     """A forward of ours and of diffusers' from latents and 512 text features, and ours with the context's keys kept;
     compiled: those too."""
-    import torch
-
-    from dit import DiT
     from model import load_weights
 
     device = "cuda" if on_gpu() else "cpu"
@@ -567,10 +529,6 @@ def dit_row(args, name, config, grid, dtype, compiled=False):
 
 
 def vae(args):
-    import torch
-
-    from vae import VAEConfig
-
     size, dtypes = (9, 64, 64), (torch.float32, torch.bfloat16)
     if on_gpu():
         size, dtypes = (81, 704, 1280), (torch.bfloat16,)
@@ -582,10 +540,6 @@ def vae(args):
 
 def vae_rows(args, config, size, dtype):
     """Encode and decode of a clip of `size` (frames, height, width)."""
-    import torch
-
-    from vae import VAE
-
     device = "cuda" if on_gpu() else "cpu"
     ours = built(device, dtype, lambda: VAE(config))
     theirs = built(device, dtype, lambda: diffusers_vae(config)) if has_diffusers() else None
@@ -609,8 +563,6 @@ def vae_rows(args, config, size, dtype):
 
 def peak_memory(run):
     """GiB that a run needs on top of what is there."""
-    import torch
-
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -647,10 +599,6 @@ def diffusers_vae_name(name, config):
 
 def edit(args):
     """The phases of an edit without the language model, whose weights cannot be random: seconds of each."""
-    from dataclasses import replace
-
-    import torch
-
     from model import PRESETS, KiwiEdit
 
     name, device, dtype = ("wan22_5b", "cuda", torch.bfloat16) if on_gpu() else ("nano", "cpu", torch.float32)
@@ -674,11 +622,6 @@ def memory(args):
     """Weights and the peak of live tensors for each part of an edit in bfloat16, GiB: with --offload the largest sum
     counts. Library workspaces (cuDNN, cuBLAS: some hundred MiB) and the CUDA context (half a GiB) come on top.
     """
-    from dataclasses import replace
-
-    import torch
-
-    import kernels
     from model import PRESETS, KiwiEdit
 
     kernels.set_backend("triton")  # on meta tensors an operator gives its result's shape
@@ -705,12 +648,6 @@ def memory(args):
 
 def peak_of_live_tensors(run, module):
     """GiB of tensors on the meta device, those of the module aside, that are alive at once during run()."""
-    import weakref
-
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
     cpu = torch.device("cpu")
 
     class Ledger(TorchDispatchMode):
@@ -743,10 +680,6 @@ def train(args):
     All weights are random and the language model is nano's, so that nothing needs Qwen; 30 layers of the 5B with
     float32 masters and moments want an H200, half of them fit 80 GiB and have the same utilisation.
     """
-    import tempfile
-
-    import torch
-
     name, settings, sizes = "nano", ["dit.num_layers=9"], {"small": (9, 128, 128)}
     if on_gpu():
         name, sizes = "wan22_5b", {"480p": (81, 480, 832), "720p": (81, 704, 1280)}
@@ -763,16 +696,11 @@ def train(args):
 def train_run(folder, name, size, settings, repeat):
     """metrics.jsonl of `repeat` steps and two more, on a smooth random clip of `size`, as a list of dicts. Then the run
     is killed: its last checkpoint would be some 30 GB that nobody reads."""
-    import subprocess
-
-    import torch
-    from torch.nn.functional import interpolate
-
     from data import write_video
     from world import write_mllm_folder
 
     write_mllm_folder(folder / "qwen", ["Invert the colours."])
-    clip = interpolate(torch.rand(1, 3, 5, 8, 8), size, mode="trilinear")[0].mul(255).byte().permute(1, 2, 3, 0)
+    clip = F.interpolate(torch.rand(1, 3, 5, 8, 8), size, mode="trilinear")[0].mul(255).byte().permute(1, 2, 3, 0)
     write_video(folder / "source.mp4", clip.numpy(), 16)
     write_video(folder / "target.mp4", (255 - clip).numpy(), 16)
     (folder / "video.csv").write_text("src_video,tgt_video,prompt\nsource.mp4,target.mp4,Invert the colours.\n")
