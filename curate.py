@@ -23,20 +23,24 @@ import csv
 import errno
 import fcntl
 import html
+import http.client
 import inspect
 import json
 import math
 import os
 import random
 import re
+import resource
 import shlex
 import shutil
 import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
@@ -128,17 +132,21 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 from connectors import PIXEL_MEAN, PIXEL_STD
 from data import (
-    MediaError, csv_lines, decode, has_columns, inside, measure, open_media, pad_reference, parquet_file, read_image, resize, whole_file,
+    COLUMNS, FILES, MediaError, csv_lines, decode, has_columns, inside, measure, open_media, pad_reference, parquet_file, read_image, resize, whole_file,
     write_image, write_text,
 )  # fmt: skip
 from judges import (
     MAX_WAIT, Barred, Local, Malformed, NoRedirect, OpenAICompatible, TryAgain, Unusable, jpeg, json_objects, key_of, sampled_frames, sound,
 )  # fmt: skip
+from kernels import pick_device
 from metrics import as_float, lab, luma, read_reference
+from model import local_path
+from world import load_library, redraw_edit, render, to_uint8
 
 STAGES = ("read", "score", "ground", "synthesize", "verify", "deduplicate")
 PAID = ("ground", "synthesize", "verify")  # what these rejected stays rejected when a ledger is read again
@@ -1220,8 +1228,6 @@ def add_adapter(module, folder):
 
     ValueError where the adapter is of another kind or some of it finds no place.
     """
-    from safetensors.torch import load_file
-
     config = json.loads((folder / "adapter_config.json").read_text())
     if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
         raise ValueError(f"{folder}: only plain LoRA adapters of one rank are read")
@@ -1258,9 +1264,6 @@ def open_model(name, device):
     """A multimodal model to ask: http://host/v1#MODEL (of an OpenAI-compatible server; one that serves a single model
     needs no #MODEL), or a folder or hub id, BASE+ADAPTER with a LoRA over it. ValueError where it cannot be had."""
     if name.startswith(("http://", "https://")):
-        import http.client
-        import urllib.request
-
         key, (address, _, model) = key_of("OPENAI_API_KEY"), name.partition("#")
         request = urllib.request.Request(f"{address.rstrip('/')}/models", headers={"Authorization": f"Bearer {key}"} if key else {})
         try:
@@ -1271,8 +1274,6 @@ def open_model(name, device):
         if (model or len(served) != 1) and model not in served:
             raise ValueError(f"{name}: serves {len(served)} models, {', '.join(served[:8])}...: say which, {address}#MODEL")
         return OpenAICompatible(model or served[0], Settings(endpoint=address))
-    from model import local_path
-
     base, _, adapter = name.partition("+")
     asked = Local(local_path(base), Settings(device=device), max_pixels=1280 * 720)
     if adapter:
@@ -1284,8 +1285,6 @@ class Paper:
     """The models that the paper names. Those on this machine take one record at a time; a server takes --workers."""
 
     def __init__(self, args):
-        from kernels import pick_device
-
         self.args, self.device = args, pick_device(args.device)
         self.lock = threading.Lock()
 
@@ -1405,8 +1404,6 @@ def open_segmenter(name, device):
         from transformers import Sam3TrackerModel
     except ImportError:
         raise ValueError("this transformers has no SAM 3; pip install -U transformers") from None
-    from model import local_path
-
     return Sam3TrackerModel.from_pretrained(local_path(name)).to(device).eval()
 
 
@@ -1425,7 +1422,6 @@ def open_editor(name, device):
     editor_is_installed()
     from diffusers import QwenImageEditPlusPipeline
 
-    from model import local_path
 
     dtype = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
     pipeline = QwenImageEditPlusPipeline.from_pretrained(local_path(name), torch_dtype=dtype).to(device)
@@ -1461,7 +1457,6 @@ def tell_of_pictures(mllm):
 def open_embedder(name, device):
     from transformers import CLIPModel
 
-    from model import local_path
 
     return CLIPModel.from_pretrained(local_path(name)).to(device).eval()
 
@@ -1651,10 +1646,6 @@ def read_rejects(path):
 @contextmanager
 def training_tables(out, common):
     """Yield write(kind, fields) for ref_video.csv, video.csv and image.csv; a table without rows is not left behind."""
-    from contextlib import ExitStack
-
-    from data import COLUMNS, FILES
-
     counts = dict.fromkeys(FILES, 0)
     with ExitStack() as stack:
         writers = {}
@@ -1849,8 +1840,6 @@ def measure_on_truth(folder, cases=400):
     Masks are held against the things themselves (old and new, as far as they are seen) and against every pixel that
     differs, which takes in their soft shadows.
     """
-    from world import load_library, redraw_edit
-
     folder = Path(folder)
     if not (folder / "truth.jsonl").is_file():
         raise FileNotFoundError(f"{folder}/truth.jsonl is missing: `python nano.py data {folder} --split test` writes it")
@@ -1894,8 +1883,6 @@ def measure_on_truth(folder, cases=400):
 
 def outlines(edit, size, key):
     """Where the things that an edit exchanges are seen in frame `key`, the old one and the new: bool (size, size)."""
-    from world import render
-
     seen = [render(scene, size)[2][i] for scene, i in zip((edit.source, edit.target), edit.changed) if i is not None]
     return sum(share[key, 0] for share in seen) > 0.5
 
@@ -1912,10 +1899,6 @@ def box_overlap(a, b):
 
 def hidden_psnr(edit, image, place, key):
     """PSNR in dB, where `place` is true, of a background reference and the scene drawn without its things."""
-    from dataclasses import replace
-
-    from world import render, to_uint8
-
     truth = to_uint8(render(replace(edit.target, things=[]), image.shape[0])[0])[key]
     error = ((image.double() - truth.double()) / 255).square().mean(dim=-1)[place].mean().item()
     return -10 * math.log10(max(error, 1e-6))
@@ -1938,8 +1921,6 @@ def find_planted(models, images, share=0.1):
 
 def measure_scale(folder, records=100_000, vectors=500_000, width=512):
     """The bookkeeping with answers that the records bring along, and de-duplication -> a Markdown table."""
-    import resource
-
     memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     made = Ledger(Path(folder).resolve() / "made")  # as another run would have left it
     random_, stage, before = random.Random(0), made.folder / "verify", memory()

@@ -57,6 +57,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from av.stream import Disposition
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
 
 GRID = 32  # pixels: the VAE's stride 16 (or 8) times the DiT's patch 2, and what every Kiwi-Edit size is floored to
 MAX_PIXELS = 720 * 1280
@@ -820,8 +822,6 @@ def shard_path(folder, kind, shape, number):
 
 def read_shard(folder, kind, shape, shard, row):
     """The tensors of one row, without the row's number in their names. ValueError where the file is damaged."""
-    from safetensors import SafetensorError, safe_open
-
     path = shard_path(folder, kind, shape, shard)
     try:
         with safe_open(path, framework="pt") as file:
@@ -883,8 +883,6 @@ def kind_of(path):
 
 def check_table(path, base):
     """Decode every pair of a table, print its faults and a summary -> the number of faulty rows."""
-    from tqdm import tqdm
-
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     rows = read_table(path, kind_of(path), base)

@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from connectors import LoRALinear, MLLMConfig, MLLMEncoder, merge_lora
@@ -392,8 +394,6 @@ class KiwiEdit(nn.Module):
         else has that name.
         """
         only_weights(folder)
-        from safetensors.torch import save_file
-
         with whole_folder(folder) as temporary:
             config = {"format": "nanokiwi", **asdict(self.config)}
             if self.mllm is not None:
@@ -623,8 +623,6 @@ class TensorFiles(Mapping):
 
 def open_tensors(path, device):
     """Open a .safetensors file, or a .pth of tensors alone, mapped and not read. ValueError if it is damaged."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         if path.suffix == ".safetensors":
             return safe_open(path, framework="pt", device=device)
