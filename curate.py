@@ -1422,7 +1422,6 @@ def open_editor(name, device):
     editor_is_installed()
     from diffusers import QwenImageEditPlusPipeline
 
-
     dtype = torch.bfloat16 if str(device).startswith("cuda") else torch.float32
     pipeline = QwenImageEditPlusPipeline.from_pretrained(local_path(name), torch_dtype=dtype).to(device)
     tell_of_pictures(pipeline.text_encoder)
@@ -1456,7 +1455,6 @@ def tell_of_pictures(mllm):
 
 def open_embedder(name, device):
     from transformers import CLIPModel
-
 
     return CLIPModel.from_pretrained(local_path(name)).to(device).eval()
 
