@@ -113,13 +113,9 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     if not args.show_prompts and not (args.pairs and (args.out or args.measure)):
         parser.error("say which pairs, and where to: curate.py pairs.csv --out out/refvie")
-    from judges import has_password
-
     for flag, name in PAPER_MODELS.items():
         if args.models == "classical" and getattr(args, flag):
             parser.error(f"--{flag} is for --models paper")
-        if has_password(getattr(args, flag)):
-            parser.error(f"--{flag}: no user and password in the address; put the key into OPENAI_API_KEY")
         setattr(args, flag, getattr(args, flag) or name)
     if args.duplicate is None:
         args.duplicate = 0.99 if args.models == "paper" else 0.96
@@ -141,7 +137,7 @@ from data import (
     write_image, write_text,
 )  # fmt: skip
 from judges import (
-    MAX_WAIT, Barred, Local, Malformed, NoRedirect, OpenAICompatible, TryAgain, Unusable, jpeg, json_objects, key_of, sampled_frames, sound,
+    MAX_WAIT, Barred, Local, Malformed, NoRedirect, OpenAICompatible, TryAgain, Unusable, has_password, jpeg, json_objects, key_of, sampled_frames, sound,
 )  # fmt: skip
 from kernels import pick_device
 from metrics import as_float, lab, luma, read_reference
@@ -338,7 +334,7 @@ def records_of(args, bases):
             record |= start_of(record, base, place)
             stays = name == "ledger" and {"failed": not args.retry_failed, "rejected": line.get("stage") in PAID}.get(line["status"])
             if stays:
-                tuning = record.get("edit_score", -1) >= args.min_score
+                tuning = line["stage"] in PAID and record.get("edit_score", -1) >= args.min_score
                 record |= {key: line[key] for key in ("status", "stage", "reason")} | {"tuning": tuning}
             yield record
             number += 1
@@ -457,6 +453,9 @@ class Ledger:
                     worked_on = begun | {row["id"]: row for row in rows if row.get("passed") == stage}
                 write_json_lines(part, [row for row in worked_on.values() if row["status"] != "failed"])
                 path.unlink(missing_ok=True)
+        taken_over = lambda row: row["status"] == "failed" and row["stage"] != "read"  # from another run's ledger
+        if any(map(taken_over, rows := self.rows("read", shard))):
+            self.write("read", shard, [row | {"status": "open", "tuning": False} if taken_over(row) else row for row in rows])
 
     @property
     def told(self):
@@ -1523,7 +1522,7 @@ def on_main_axes(features, sample=20_000):
     return features @ torch.linalg.eigh(some.T @ some).eigenvectors.flip(1)
 
 
-def deduplicate_all(args, ledger, bases):
+def deduplicate_all(args, ledger):
     """The last stage, over all shards at once: references that are one already kept, or a benchmark's, are rejected."""
     shards = ledger.told["shards"]
     if ledger.all_done("deduplicate"):
@@ -1602,7 +1601,7 @@ def write_results(args, ledger, bases):
     counts, sample, seen = Funnel(), [], 0
     chosen, told = random.Random(0), []
     home = Path(os.path.commonpath(bases))
-    with training_tables(out, common) as write, parquet_of_refvie(out) as write_parquet:
+    with training_tables(out) as write, parquet_of_refvie(out) as write_parquet:
         for shard in range(ledger.told["shards"]):
             for row in ledger.rows("deduplicate", shard):
                 if row["status"] == "kept" and row["id"] in rejects:
@@ -1642,7 +1641,7 @@ def read_rejects(path):
 
 
 @contextmanager
-def training_tables(out, common):
+def training_tables(out):
     """Yield write(kind, fields) for ref_video.csv, video.csv and image.csv; a table without rows is not left behind."""
     counts = dict.fromkeys(FILES, 0)
     with ExitStack() as stack:
@@ -2033,6 +2032,8 @@ def main(argv=None):
         for name, prompt in PROMPTS.items():
             print(f"--- {name}, version {PROMPTS_VERSION}\n{prompt.replace('{{', '{').replace('}}', '}')}\n")
         return
+    if given := [flag for flag in PAPER_MODELS if has_password(getattr(args, flag))]:
+        raise ValueError(f"--{given[0]}: no user and password in the address; put the key into OPENAI_API_KEY")
     if args.measure:
         return print({"truth": measure_on_truth, "scale": measure_scale}[args.measure](args.pairs[0]))
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -2064,14 +2065,14 @@ def main(argv=None):
         if rank > 0:
             return
         wait_for(lambda: ledger.all_done("verify"), "the other processes")
-        deduplicate_all(args, ledger, bases)
+        deduplicate_all(args, ledger)
         text, counts, common = write_results(args, ledger, bases)
     print(text)
     print(f"write       {args.out}/page.html, funnel.md, statistics.json: look at page.html")
     if sum(count for (_, status, _), count in counts.reasons.items() if status == "failed") == counts.total:
         raise ValueError(f"not one of {counts.total} records could be worked on; the table above says why (--retry-failed tries them again)")
     if counts.kept:
-        print(f"train       python train.py --stage 3 --ref-csv {shlex.quote(args.out)}/ref_video.csv --base-path {shlex.quote(str(common))} --data DIR --out runs/3")
+        print(f"train       python train.py --stage 3 --ref-csv {shlex.quote(args.out)}/ref_video.csv --base-path {shlex.quote(str(common))} --data DIR")
 
 
 def run():

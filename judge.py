@@ -69,7 +69,7 @@ def parse_arguments(argv=None):
         add("--device", help="local: cuda, cpu, ... (default: cuda if there is one)")
         add("--max-tokens", type=positive, default=400, help="local: the longest answer (default %(default)s)")
         add("--concurrency", type=positive, default=4, help="questions under way at once (default %(default)s)")
-        add("--retries", type=natural, default=4, help="after a failure, malformed answers included (default %(default)s)")
+        add("--retries", type=natural, default=4, help="after a failure, a server's malformed answers included (default %(default)s)")
         add("--wait", type=float, default=2.0, help="seconds before the first retry, then doubled (default %(default)s)")
         add("--deadline", type=rate, default=180.0, help="seconds for one answer (default %(default)s)")
         add("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="dollars a million tokens, for the cost")
@@ -698,8 +698,9 @@ class Row:
 METRICS_VERSION = "metrics/2"
 
 
-def measure_all(items, args, ledger, out):
+def measure_all(items, ledger, out):
     """Metrics of every item, those that the ledger knows already excepted -> rows."""
+
     def one(item):
         row = Row(item)
         if not item.edit.is_file():
@@ -1051,7 +1052,7 @@ def score(args):
 
 def score_items(items, judge, ledger, human, args, out):
     """The work of `score` on an open ledger. JudgeError at the end where items have no result."""
-    rows = measure_all(items, args, ledger, out)
+    rows = measure_all(items, ledger, out)
     print(f"metrics     {sum(row.metrics is not None for row in rows)} of {len(rows)} items")
     controls, cost, stopped = {}, "", None
     if judge:
@@ -1154,7 +1155,7 @@ def compare(args):
     sides = [read_bench(args.bench, args.path, d, args.limit) for d in (args.a, args.b)]
     with closing(Ledger(out / "answers.jsonl")) as ledger:
         judge = make_judge(args)
-        rows = [measure_all(items, args, ledger, out) for items in sides]
+        rows = [measure_all(items, ledger, out) for items in sides]
         pairs = [(a, b) for a, b in zip(*rows) if a.error is None and b.error is None]
         lost = {a.item.key: a.error or b.error for a, b in zip(*rows) if a.error or b.error}
         if judge:
@@ -1284,7 +1285,9 @@ def main(argv=None):
         sys.exit("judge.py: interrupted; run the same command again to go on")
     except (ValueError, OSError) as error:
         sys.exit(f"judge.py: {' '.join(str(error).split())}")
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # torch.OutOfMemoryError, or CUDA's own where not even its context fits
+        if "out of memory" not in str(error):
+            raise
         sys.exit("judge.py: out of GPU memory; take --device cpu, or a larger card")
 
 

@@ -704,6 +704,7 @@ def region_psnr(a, b, region):
 
 def region_ssim(a, b, region, window=7):
     """SSIM of 7x7 windows whose middle lies in the region, averaged over windows and colours; nan where it is empty."""
+
     def smooth(x):
         return F.avg_pool2d(x, window, 1, window // 2, count_include_pad=False)
 
@@ -889,15 +890,16 @@ not an editor for real clips.
 
 It knows clips of {frames} frames of {size}x{size} at {fps} a second. `python sample.py` edits the bundled example, number
 {example} of the held-out clips, chosen among them by us: "{prompt}" An edit takes {steps} denoising steps unless told
-otherwise; more are sharper and farther from the truth. References count {ref_guidance:g} times (`--ref-guidance`; 1 is as
-trained): where that is more than 1, shown things are easier to recognise and their pixels farther from the truth.
+otherwise; more are sharper and farther from the truth. Its guidance by references is {ref_guidance:g}
+(`--ref-guidance`; 1 is none): above 1 shown things are easier to recognise and their pixels farther from the truth.
 
 Parameters: {parts}.
 
 ## Training
 
-Trained on: {made_by}. Clips of the three stages: {seen}. Batches depend on the seeds, not on the pieces in which a phase
-was run.
+Clips of the three stages: {seen}. Batches depend on the seeds, not on the pieces in which a phase was run.
+
+Trained on: {made_by}
 
 | phase | seed | steps | samples | seconds |
 | --- | --- | --- | --- | --- |

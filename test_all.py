@@ -3286,7 +3286,10 @@ def test_what_failed_in_another_run_is_not_asked_again_when_its_ledger_is_read(t
     row = {key: value for key, value in row.items() if key not in ("edit_score", "frame_scores")}
     curate.write_json_lines(path, [row | {"status": "failed", "stage": "score", "reason": "no memory"}, *rows])
     found = curated(tmp_path / "first", tmp_path / "second", tables=["ledger/verify"])
-    assert [row["reason"] for row in found if row["status"] == "failed"] == ["no memory"]
+    assert [row["reason"] for row in found if row["status"] == "failed"] == ["no memory"] and not found[0].get("tuning")
+    monkeypatch.undo()
+    again = curated(tmp_path / "first", tmp_path / "second", "--retry-failed", tables=["ledger/verify"])
+    assert not any(row["status"] == "failed" for row in again) and again[0]["edit_score"] > 0
 
 
 def test_bad_pairs_cost_only_themselves_and_can_be_tried_again(tmp_path, nano_data, quadruplets, capsys):
@@ -3719,7 +3722,7 @@ def test_of_two_alike_the_better_is_kept(tmp_path):
     rows = [{"id": name, "status": "open", "edit_score": score, "feature": feature} for name, score in (("a", 8.0), ("b", 9.0))]
     ledger.write("verify", 0, rows)
     (ledger.folder / "read.json").write_text(json.dumps({"records": 2, "shards": 1}))
-    curate.deduplicate_all(SimpleNamespace(guard=None, duplicate=0.9), ledger, [])
+    curate.deduplicate_all(SimpleNamespace(guard=None, duplicate=0.9), ledger)
     assert [row["status"] for row in ledger.rows("deduplicate", 0)] == ["rejected", "kept"]
 
 

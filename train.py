@@ -318,7 +318,7 @@ class Ranks:
         self.mesh = init_device_mesh(self.device.type, (self.world,))
         pairs = init_device_mesh(self.device.type, (self.dp, self.sp), mesh_dim_names=("data", "sequence"))
         self.sequence = pairs["sequence"].get_group()
-        self.background = dist.new_group(backend="gloo")  # for the thread that writes checkpoints
+        self.background = dist.new_group(backend="gloo", timeout=timedelta(hours=2))  # for the thread that writes checkpoints
         self.parallel = args.parallel or ("fsdp" if has_gpu else "ddp")
         self.dtype = getattr(torch, args.dtype or ("bfloat16" if has_gpu else "float32"))
         if self.dtype != torch.float32 and self.parallel == "ddp":
@@ -994,7 +994,7 @@ class Trainer:
         if checkpoint.parent.resolve() == Path(self.args.out).resolve():
             self.saver.steps.add(int(checkpoint.name.removeprefix("step-")))
         saved = read_json(checkpoint / "train.json")
-        self.counts.update(saved["counts"])
+        self.counts = Counter(saved["counts"])
         if (old := saved["stage"].get("optimizer", "adamw")) != self.stage.optimizer:
             raise ValueError(f"{checkpoint} was trained by {old}: add --set optimizer={old}, or begin anew with --weights")
         if sorted(saved["stage"]["trains"]) != sorted(self.stage.trains):
