@@ -308,8 +308,9 @@ class Ranks:
             torch.cuda.set_device(self.device)
         self.ours = not dist.is_initialized()  # who calls `main` several times may keep one group for all
         if self.ours:
-            # long enough for what ranks wait for: a shard of a cache, 60 GB of a checkpoint (NCCL gives up after 10 minutes)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(hours=2), **alone)
+            # on GPUs long enough for what ranks wait for, a shard of a cache, 60 GB of a checkpoint: NCCL gives up after 10 minutes
+            patience = {"timeout": timedelta(hours=2)} if on_gpu else {}
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **patience, **alone)
         self.rank, self.world, self.sp = dist.get_rank(), dist.get_world_size(), args.sp
         self.first = self.rank == 0
         if self.sp < 1 or self.world % self.sp:
@@ -318,7 +319,7 @@ class Ranks:
         self.mesh = init_device_mesh(self.device.type, (self.world,))
         pairs = init_device_mesh(self.device.type, (self.dp, self.sp), mesh_dim_names=("data", "sequence"))
         self.sequence = pairs["sequence"].get_group()
-        self.background = dist.new_group(backend="gloo", timeout=timedelta(hours=2))  # for the thread that writes checkpoints
+        self.background = dist.new_group(backend="gloo")  # for the thread that writes checkpoints
         self.parallel = args.parallel or ("fsdp" if has_gpu else "ddp")
         self.dtype = getattr(torch, args.dtype or ("bfloat16" if has_gpu else "float32"))
         if self.dtype != torch.float32 and self.parallel == "ddp":
