@@ -465,7 +465,8 @@ class Ledger:
 
     def all_done(self, stage):
         """Whether a stage is done with all that was read."""
-        return bool(self.told) and all(self.done(stage, shard) for shard in range(self.told["shards"]))
+        told = self.told
+        return told is not None and all(self.done(stage, shard) for shard in range(told["shards"]))
 
 
 def read_all(args, ledger):
@@ -565,8 +566,8 @@ def run_shard(stage, ledger, shard, bar=None):
 
 
 class Stage:
-    """Records -> records. `one` does a record's work: it returns what to add to the
-    record, or raises Rejected. Several threads work on records."""
+    """Records -> records. `one` does a record's work: it returns what to add to the record, or raises Rejected. Several
+    threads work on records."""
 
     def __init__(self, args, bases):
         self.args, self.bases, self.loaded, self.barred = args, bases, None, None

@@ -246,7 +246,7 @@ class OpenAICompatible(Server):
         content = []
         for label, path in media:
             as_frames = self.send == "frames" and mime(path).startswith("video")
-            urls = frames_as_jpeg(path, fps) if as_frames else [data_uri(path)]
+            urls = frame_uris(path, fps) if as_frames else [data_uri(path)]
             kind = "image_url" if as_frames else f"{mime(path).split('/')[0]}_url"
             content.append({"type": "text", "text": label + ":"})
             content += [{"type": kind, kind: {"url": url}} for url in urls]
@@ -288,8 +288,8 @@ def jpeg(image):
         return (Path(folder) / "x.jpg").read_bytes()
 
 
-def frames_as_jpeg(path, fps):
-    """A clip's frames as data URIs."""
+def frame_uris(path, fps):
+    """A clip's frames as data URIs of JPEGs."""
     pictures = (jpeg(frame) for frame in sampled_frames(path, fps)[0])
     return [f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}" for picture in pictures]
 
@@ -450,12 +450,17 @@ def flat_name(name):
     return re.sub(r"[^a-z]+", "_", str(name).lower()).strip("_")
 
 
+def spoken(text):
+    """The end of an answer, without what its model thought aloud before."""
+    return text.rpartition("</think>")[2][-LONGEST:]
+
+
 def read_answer(text, names):
     """A judge's answer -> {name: score} for all of `names`, by name and not by order; Malformed with the reason.
 
     JSON first, whatever stands around it; else lines such as "**Visual quality:** 4/5", also out of half a JSON.
     """
-    text = text.rpartition("</think>")[2][-LONGEST:]
+    text = spoken(text)
     for found in reversed(list(json_objects(text))):
         flat = {flat_name(k): v for k, v in found.items()}
         if all(name in flat for name in names):
@@ -475,7 +480,7 @@ def read_answer(text, names):
 
 def read_reason(text):
     """Why, from the object that `read_answer` reads."""
-    text = text.rpartition("</think>")[2][-LONGEST:]
+    text = spoken(text)
     for found in reversed(list(json_objects(text))):
         if isinstance(found.get("reasoning"), str):
             return found["reasoning"]
