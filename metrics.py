@@ -12,6 +12,7 @@ and need no network. `METRICS` says of each what it is and what it cannot see; `
 import functools
 import math
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from data import (
 BLOCK = 8  # pixels a side at the working size: smaller shifts than this are mostly averaged away
 CHANGED = (6 / 255, 20 / 255)  # the threshold between kept and changed lies in between: invisible, and plain to see
 PSNR_LIMIT = 60.0
+PIXELS = 256 * 448  # at most, of the working size
 WINDOWS = (16, 32)  # pixels a side of the patches compared with a reference
 
 METRICS = {  # name: (better when, formula and range, what it cannot see)
@@ -132,9 +134,9 @@ def flicker(x):
     return (y[2:] - 2 * y[1:-1] + y[:-2]).abs().mean().item() if len(y) > 2 else None
 
 
-def shuffled(frames, seed=0):
+def shuffled(frames):
     """The same frames in a random order: the known-bad answer for anything temporal."""
-    return frames[torch.randperm(len(frames), generator=torch.Generator().manual_seed(seed))]
+    return frames[torch.randperm(len(frames), generator=torch.Generator().manual_seed(0))]
 
 
 def lab(x):
@@ -162,12 +164,12 @@ def patch_descriptors(x, window):
     return torch.cat([mean, deviation, 2 * pool(edges)], 1)
 
 
-def reference_scores(source, edit, change, refs, frames=5):
+def reference_scores(source, edit, change, refs):
     """How near the edit came to each reference where it changed -> [(similarity, gain), ...]; see METRICS.
 
-    source, edit (T, 3, H, W), change (T, H/8, W/8), refs: (1, 3, h, w) each; `frames` evenly chosen frames are read.
+    source, edit (T, 3, H, W), change (T, H/8, W/8), refs: (1, 3, h, w) each; five evenly chosen frames are read.
     """
-    chosen = torch.linspace(0, len(edit) - 1, min(frames, len(edit))).round().long().tolist()
+    chosen = torch.linspace(0, len(edit) - 1, min(5, len(edit))).round().long().tolist()
     totals = torch.zeros(len(refs), 2)  # of the source, of the edit
     for window in WINDOWS:
         of_refs = [patch_descriptors(ref, window)[0].flatten(1).T for ref in refs]  # (R, 14) each
@@ -183,14 +185,14 @@ def reference_scores(source, edit, change, refs, frames=5):
     return [(of_edit, of_edit - of_source) for of_source, of_edit in totals.tolist()]
 
 
-def load_pair(source_path, edit_path, max_pixels=256 * 448, max_frames=81):
+def load_pair(source_path, edit_path):
     """Source and edit, frame by frame, uint8 (T, H, W, 3) at the edit's aspect, and the frame rate.
 
     Frame i is compared with frame i, whatever the frame rates, as the release keeps frames and not time; the longer is
     cut. An edit by a system that resamples time must be resampled first. MediaError as `read_clip`.
     """
-    edit = read_clip(edit_path, max_frames, max_pixels)
-    source = read_clip(source_path, max_frames, max_pixels).frames
+    edit = read_clip(edit_path, max_pixels=PIXELS)
+    source = read_clip(source_path, max_pixels=PIXELS).frames
     count = min(len(edit.frames), len(source))
     source = source[:count]
     if source.shape[1:3] != edit.frames.shape[1:3]:
@@ -203,10 +205,10 @@ def as_float(frames):
 
 
 @functools.lru_cache(maxsize=64)  # the same reference is a wrong one for other items
-def read_reference(path, side=256):
-    """A reference picture, its longer side `side` pixels: float32 (1, 3, h, w) in 0..1."""
+def read_reference(path):
+    """A reference picture, its longer side 256 pixels: float32 (1, 3, h, w) in 0..1."""
     image = read_image(path)
-    scale = side / max(image.shape[:2])
+    scale = 256 / max(image.shape[:2])
     return as_float(resize(image[None], [max(32, round(n * scale)) for n in image.shape[:2]]))
 
 
@@ -217,7 +219,10 @@ def measure_files(source_path, edit_path, refs, media):
     """
     source, edit, fps = load_pair(source_path, edit_path)
     write_media(media, source, edit, fps, refs[0] if refs else None)
-    pictures = [read_reference(ref) for ref in refs[:1]] + list(readable(refs[1:]))
+    pictures = [read_reference(ref) for ref in refs[:1]]
+    for ref in refs[1:]:
+        with suppress(MediaError):  # one that is broken is its own item's trouble, and not this one's
+            pictures.append(read_reference(ref))
     out = measure(as_float(source), as_float(edit), pictures)
     copy = measure(as_float(source), as_float(reencoded(source, fps)), pictures[:1])
     return out | {"control_copy_strength": copy["edit_strength"], "control_copy_gain": copy["reference_gain"]}
@@ -233,23 +238,14 @@ def reencoded(frames, fps):
         return read_clip(Path(folder) / "x.mp4", len(frames), frames[0].numel()).frames
 
 
-def readable(refs):
-    """Other items' references; one that is broken is that item's trouble, and not this one's."""
-    for ref in refs:
-        try:
-            yield read_reference(ref)
-        except MediaError:
-            continue
-
-
-def write_media(media, source, edit, fps, ref_path=None, height=128):
+def write_media(media, source, edit, fps, ref_path):
     """<media>.jpg: a filmstrip, source above edit, the reference at its end. <media>.mp4: both side by side, small."""
     media.parent.mkdir(parents=True, exist_ok=True)
-    size = height, round(edit.shape[2] * height / edit.shape[1] / 2) * 2
+    size = 128, round(edit.shape[2] * 128 / edit.shape[1] / 2) * 2
     chosen = torch.linspace(0, len(edit) - 1, min(5, len(edit))).round().long()
     strip = torch.cat([torch.cat(list(resize(x[chosen], size)), 1) for x in (source, edit)], 0)
     if ref_path:
-        strip = torch.cat([strip, pad_reference(read_image(ref_path), (2 * height, 2 * height))], 1)
+        strip = torch.cat([strip, pad_reference(read_image(ref_path), (len(strip), len(strip)))], 1)
     write_image(media.with_suffix(".jpg"), strip)
     if len(edit) > 1:
         both = torch.cat([resize(x, size) for x in (source, edit)], 2)
