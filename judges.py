@@ -26,39 +26,18 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from connectors import patchify
+from connectors import PIXEL_MEAN, PIXEL_STD, patchify
 from data import decode, open_media, read_image, resize, write_image
 from kernels import pick_device
 
 GEMINI = "https://generativelanguage.googleapis.com/v1beta"
 INLINE_LIMIT = 20_000_000  # bytes of a Gemini request with inline data
+MAX_WAIT = 60.0  # seconds, the longest pause between two tries
+FRAME_PIXELS = 448 * 448  # larger frames are shrunk
 
 
 class JudgeError(ValueError):
     """Input that cannot be judged; the text says what, in which file, and what to do next."""
-
-
-def sound(text):
-    """Text that can be written to any file: half of a surrogate pair, which JSON lets through, becomes "?"."""
-    return text.encode("utf-8", "replace").decode()
-
-
-@dataclass
-class Answer:
-    text: str
-    tokens_in: int | None = None
-    tokens_out: int | None = None
-
-    def __post_init__(self):
-        self.text = sound(self.text)
-
-
-MAX_WAIT = 60.0  # seconds, the longest pause between two tries
-
-
-def has_password(address):
-    """Whether an address brings a user or a password, which would stand in ledgers and reports."""
-    return "@" in (address or "").partition("://")[2].partition("/")[0]
 
 
 class TryAgain(Exception):
@@ -79,6 +58,26 @@ class Malformed(ValueError):
 
 class Unusable(Malformed):
     """Asking the same again would not help: the request is wrong, or the videos do not reach the model."""
+
+
+def sound(text):
+    """Text that can be written to any file: half of a surrogate pair, which JSON lets through, becomes "?"."""
+    return text.encode("utf-8", "replace").decode()
+
+
+@dataclass
+class Answer:
+    text: str
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+
+    def __post_init__(self):
+        self.text = sound(self.text)
+
+
+def has_password(address):
+    """Whether an address brings a user or a password, which would stand in ledgers and reports."""
+    return "@" in (address or "").partition("://")[2].partition("/")[0]
 
 
 def key_of(name):
@@ -205,20 +204,20 @@ class Gemini(Server):
             raise JudgeError(f"--endpoint {args.endpoint}: the key goes over https only")
 
     def ask(self, text, media, fps):
-        parts = []
+        parts, size = [], 0
         for label, path in media:
             part = {"inlineData": {"mimeType": mime(path), "data": encoded(path)}}
-            if part["inlineData"]["mimeType"].startswith("video"):
+            if mime(path).startswith("video"):
                 part["videoMetadata"] = {"fps": fps}
             parts += [{"text": label + ":"}, part]
+            size += len(part["inlineData"]["data"])
+        if size > INLINE_LIMIT:
+            raise Unusable(f"{size / 1e6:.0f} MB of videos are more than one request takes; re-encode them smaller")
         body = {
             "systemInstruction": {"parts": [{"text": text}]},
             "contents": [{"role": "user", "parts": parts}],
             "generationConfig": {"responseMimeType": "application/json"},
         }
-        size = sum(len(part["inlineData"]["data"]) for part in parts if "inlineData" in part)
-        if size > INLINE_LIMIT:
-            raise Unusable(f"{size / 1e6:.0f} MB of videos are more than one request takes; re-encode them smaller")
         return self.exchange({"x-goog-api-key": self.key}, body, text)
 
     def reply(self, answer):
@@ -264,8 +263,8 @@ class OpenAICompatible(Server):
         return Answer(message["content"], count_of(usage, "prompt_tokens"), count_of(usage, "completion_tokens"))
 
 
-def sampled_frames(path, fps, max_pixels=448 * 448, rate=None):
-    """Frames of a clip at `fps`, shrunk to max_pixels: uint8 (n, H, W, 3), and the seconds at which they stand.
+def sampled_frames(path, fps, rate=None):
+    """Frames of a clip at `fps`, shrunk to FRAME_PIXELS: uint8 (n, H, W, 3), and the seconds at which they stand.
 
     rate: frames a second to be taken for the file's own, so that two clips give the same numbers of frames.
     """
@@ -274,7 +273,7 @@ def sampled_frames(path, fps, max_pixels=448 * 448, rate=None):
         source_rate = rate or float(stream.average_rate or 25)
         for index, rgb in decode(path, container, stream):
             if index / source_rate >= due - 1e-6:
-                scale = min(1.0, math.sqrt(max_pixels / (rgb.shape[0] * rgb.shape[1])))
+                scale = min(1.0, math.sqrt(FRAME_PIXELS / (rgb.shape[0] * rgb.shape[1])))
                 frames.append(resize(rgb[None], [max(2, round(side * scale / 2) * 2) for side in rgb.shape[:2]])[0])
                 seconds.append(index / source_rate)
                 due += 1 / min(fps, source_rate)
@@ -295,7 +294,7 @@ def frame_uris(path, fps):
 
 
 QWEN = {  # patch, mean, std, time step in positions a second (None: a text stamp before each pair of frames)
-    "qwen2_5_vl": (14, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711), 2),
+    "qwen2_5_vl": (14, PIXEL_MEAN, PIXEL_STD, 2),
     "qwen3_vl": (16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), None),
 }
 
@@ -303,7 +302,7 @@ QWEN = {  # patch, mean, std, time step in positions a second (None: a text stam
 class Local:
     """Qwen2.5-VL or Qwen3-VL through transformers, greedy; patches and positions are made here (no torchvision)."""
 
-    def __init__(self, folder, args, max_pixels=448 * 448):
+    def __init__(self, folder, args, max_pixels=FRAME_PIXELS):
         from transformers import AutoConfig, AutoModelForImageTextToText
 
         kind = AutoConfig.from_pretrained(folder).model_type
@@ -369,7 +368,8 @@ class Local:
             pieces.append(words(label + ": "))
             kind = mime(path).split("/")[0]
             frames, seconds = (read_image(path)[None], [0.0]) if kind == "image" else sampled_frames(path, fps)
-            patches, grid = self.patchify(frames)
+            frames = resize(frames, self.seen_size(*frames.shape[1:3]))
+            patches, grid = patchify(frames, self.patch, self.mean, self.std)  # in the vision tower's order
             kinds[kind][0].append(patches)
             kinds[kind][1].append(grid)
             pad = self.token(f"<|{kind}_pad|>")
@@ -404,8 +404,9 @@ class Local:
             else:
                 here = torch.arange(len(piece)).expand(3, -1)
                 ids += piece
-            positions.append(at + here)
-            at = max([at, *(int(positions[-1].max()) + 1 for _ in range(1) if here.numel())])
+            if here.numel():
+                positions.append(at + here)
+                at = int(positions[-1].max()) + 1
         return torch.tensor([ids]), torch.cat(positions, 1)[:, None]
 
     def seen_size(self, height, width):
@@ -413,10 +414,6 @@ class Local:
         unit = 2 * self.patch
         scale = min(1.0, math.sqrt(self.max_pixels / (height * width)))
         return [max(unit, round(side * scale / unit) * unit) for side in (height, width)]
-
-    def patchify(self, frames):
-        """uint8 (T, H, W, 3), shrunk to max_pixels -> patches (t h w, 6 p p) in the vision tower's order, grid (t, h, w)."""
-        return patchify(resize(frames, self.seen_size(*frames.shape[1:3])), self.patch, self.mean, self.std)
 
 
 LONGEST = 20_000  # characters of an answer that are read: its last, for some models think aloud before
@@ -489,7 +486,7 @@ def read_reason(text):
 
 def read_winner(text, names=()):
     """A pairwise answer -> {"winner": "1" | "2" | "tie"}."""
-    text = text.rpartition("</think>")[2]
+    text = spoken(text)
     given = re.findall(r"winner[\"'*\s]*[:=][\s\"'*]*(1|2|tie)(?=[\"'*\s]*(?:[,}.;(\n]|$))", text, re.IGNORECASE)
     if len({g.lower() for g in given}) != 1:
         raise Malformed(f"no winner in the answer: {' '.join(text.split())[:120]!r}")
