@@ -266,9 +266,12 @@ IMAGE_TASK = (
 )
 
 
+TASKS = {"refvie": REFERENCE_TASKS, "openve": VIDEO_TASKS}  # imgedit's are all graded alike
+
+
 def task_of(bench, task):
-    """(what is graded, criteria) of a task; KeyError for an unknown one."""
-    return IMAGE_TASK if bench == "imgedit" else {"refvie": REFERENCE_TASKS, "openve": VIDEO_TASKS}[bench][task]
+    """(what is graded, criteria) of a task."""
+    return TASKS[bench][task] if bench in TASKS else IMAGE_TASK
 
 
 def rubric(bench, item):
@@ -325,27 +328,26 @@ class Item:
     ref: Path | None = None
 
 
-def text_of(row, name, where):
-    value = row.get(name) if isinstance(row, dict) else None
-    if not isinstance(value, str) or not value.strip():
-        raise JudgeError(f"{where}: has no {name}; is it the right --bench?")
-    return value.strip()
+def texts_of(row, where, *names):
+    """Yield a row's texts of these names. JudgeError where one is missing."""
+    for name in names:
+        value = row.get(name) if isinstance(row, dict) else None
+        if not isinstance(value, str) or not value.strip():
+            raise JudgeError(f"{where}: has no {name}; is it the right --bench?")
+        yield value.strip()
 
 
 def read_refvie(path, edits):
     """RefVIE-Bench: a YAML list of src_video, instruction, ref_img, edit_type."""
     try:
         rows = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise JudgeError(f"{path}: is not YAML ({str(error).splitlines()[0]})") from None
     for i, row in enumerate(rows if isinstance(rows, list) else []):
         where = f"{path}, item {i}"
-        source, instruction, ref, task = (
-            text_of(row, name, where) for name in ("src_video", "instruction", "ref_img", "edit_type")
-        )
+        source, instruction, ref, task = texts_of(row, where, "src_video", "instruction", "ref_img", "edit_type")
         edit = inside(edits, f"{i}_{instruction[:10]}_{Path(source).name}", where)
-        sources = inside(path.parent, source, where), inside(path.parent, ref, where)
-        yield Item(str(i), task, instruction, sources[0], edit, sources[1])
+        yield Item(str(i), task, instruction, inside(path.parent, source, where), edit, inside(path.parent, ref, where))
 
 
 def read_openve(path, edits):
@@ -353,7 +355,7 @@ def read_openve(path, edits):
     with its name."""
     folder = path.absolute().parent
     for i, (where, row) in enumerate(csv_lines(path)):
-        source, instruction, task = (text_of(row, n, where) for n in ("original_video", "prompt", "edited_type"))
+        source, instruction, task = texts_of(row, where, "original_video", "prompt", "edited_type")
         if task not in LEFT_OUT:
             edit = inside(edits, f"{Path(source).stem}_edited.mp4", where)
             published = source.split("/")[0] == folder.name and not (folder / source).exists()
@@ -369,7 +371,7 @@ def read_imgedit(path, edits):
         raise JudgeError(f"{path}: is not JSON ({error})") from None
     for key, row in rows.items() if isinstance(rows, dict) else ():
         where = f"{path}, {key}"
-        source, instruction, task = (text_of(row, name, where) for name in ("id", "prompt", "edit_type"))
+        source, instruction, task = texts_of(row, where, "id", "prompt", "edit_type")
         edit = inside(edits, f"{task}/{key}{Path(source).name}", where)
         yield Item(key, task, instruction, inside(path.parent, source, where), edit)
 
@@ -382,18 +384,13 @@ def read_bench(bench, path, edits, limit=None):
     path, edits = Path(path), Path(edits)
     if not path.is_file():
         raise JudgeError(f"{path}: no such file; give the benchmark's YAML, CSV or JSON")
-    try:
-        items = list(BENCHES[bench](path, edits))
-    except UnicodeDecodeError:
-        raise JudgeError(f"{path}: is not a text file; is it the right --bench?") from None
+    items = list(BENCHES[bench](path, edits))
     if not items:
         raise JudgeError(f"{path}: holds no items of --bench {bench}; is it the right file?")
     names = {}
     for item in items:
-        try:
-            task_of(bench, item.task)
-        except KeyError:
-            raise JudgeError(f"{path}, item {item.key}: unknown task {item.task!r} for --bench {bench}") from None
+        if bench in TASKS and item.task not in TASKS[bench]:
+            raise JudgeError(f"{path}, item {item.key}: unknown task {item.task!r} for --bench {bench}")
         other = names.setdefault(item.edit, item)
         if other is not item:
             print(f"warning: {path}: items {other.key} and {item.key} share the edit {item.edit.name}, as the released names "
@@ -401,13 +398,13 @@ def read_bench(bench, path, edits, limit=None):
     return items[:limit]
 
 
-def wrong_references(items, item, count=5):
-    """References of other items, those of the same task first, from the next item on, cyclically."""
+def wrong_references(items, item):
+    """Up to 5 references of other items, those of the same task first, from the next item on, cyclically."""
     if item.ref is None:
         return []
     at = items.index(item)
     others = [other for other in items[at + 1 :] + items[:at] if other.ref and other.ref != item.ref and other.ref.is_file()]
-    return [other.ref for other in sorted(others, key=lambda other: other.task != item.task)][:count]
+    return [other.ref for other in sorted(others, key=lambda other: other.task != item.task)][:5]
 
 
 # ------------------------------------------------------------------------------------------------ the ledger
