@@ -28,7 +28,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -75,15 +75,15 @@ def parse_arguments(argv=None):
         add("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="dollars a million tokens, for the cost")
         add("--dry-run", action="store_true", help="stop after the cost estimate")
         add("--allow-missing", action="store_true", help="average over what succeeded")
-        add("--out", default="out/judge", metavar="DIR", help="folder of the report (default %(default)s)")
+        add("--out", type=Path, default="out/judge", metavar="DIR", help="folder of the report (default %(default)s)")
 
     add = command("score", "score finished edits and write a report")
     bench(add)
-    add("--edits", required=True, metavar="DIR", help="the edited videos, under the release's names")
+    add("--edits", type=Path, required=True, metavar="DIR", help="the edited videos, under the release's names")
     judging(add)
     add("--repeats", type=positive, default=1, help="answers an item (default %(default)s)")
     add("--controls", type=natural, default=4, metavar="N", help="items that also get known-answer questions (default %(default)s)")
-    add("--human", metavar="CSV", help="columns item and people's scores: rank correlations with ours")
+    add("--human", type=Path, metavar="CSV", help="columns item and people's scores: rank correlations with ours")
     add("--name", help="the system's name in the tables (default: the folder of the edits)")
 
     add = command("compare", "compare two systems, order swapped")
@@ -94,7 +94,7 @@ def parse_arguments(argv=None):
 
     add = command("run", "make the edits with Kiwi-Edit, under torchrun on several GPUs")
     bench(add)
-    add("--edits", required=True, metavar="DIR", help="where they go, under the release's names")
+    add("--edits", type=Path, required=True, metavar="DIR", help="where they go, under the release's names")
     add("--weights", default=str(Path(__file__).parent / "weights" / "nano"), metavar="PATH|HUB_ID", help="as for sample.py (default: weights/nano)")
     add("--base", metavar="PATH|HUB_ID", help="under a .safetensors or a run of train.py (default: what the run began with, "
         "else Wan-AI/Wan2.2-TI2V-5B)")  # fmt: skip
@@ -114,9 +114,10 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     words = shlex.join(["python", "judge.py", *(sys.argv[1:] if argv is None else argv)])
     args.command_line = re.sub(r"://[^/@\s]+@", "://***@", words)  # a password in --endpoint stays out of the report
-    if hasattr(args, "mode"):
+    if args.command in ("score", "compare"):
         args.fps = args.fps or MODES[args.mode]
-        args.name = getattr(args, "name", None) or Path(getattr(args, "edits", ".")).name
+    if args.command == "score":
+        args.name = args.name or args.edits.name
     return args
 
 
@@ -452,11 +453,15 @@ class Ledger:
             os.fsync(self.file.fileno())
             self.take(line)
 
+    def due(self, questions):
+        """Those without a good answer yet, each once."""
+        return list({q.key: q for q in questions if q.key not in self.good}.values())
+
     def close(self):
         self.file.close()
 
 
-@lru_cache(maxsize=None)
+@cache
 def file_hash(path):
     """sha256 of a file's content, in hex; read once a run."""
     digest = hashlib.sha256()
@@ -502,7 +507,7 @@ class Question:
     text: str
     media: list  # (label, path)
     names: list  # criteria to read, empty for a pairwise question
-    key: str = ""
+    key: str
 
 
 class Asker:
@@ -516,7 +521,7 @@ class Asker:
 
     def ask_all(self, questions):
         """Ask what the ledger does not know yet. Barred when the judge refuses us altogether."""
-        due = {q.key: q for q in questions if q.key not in self.ledger.good}.values()
+        due = self.ledger.due(questions)
         workers = 1 if isinstance(self.judge, Local) else self.args.concurrency
         with ThreadPoolExecutor(workers) as pool, tqdm(total=len(due), desc="judge", disable=not due) as bar:
             try:
@@ -533,9 +538,9 @@ class Asker:
     def ask(self, question):
         """Ask until there is a score, a reason to give up, or no try left."""
         for attempt in range(self.args.retries + 1):
+            self.sleep_until(self.not_before)
             if self.stop:
                 return
-            self.sleep_until(self.not_before)
             problem = self.try_once(question, attempt)
             self.reached |= not isinstance(problem, TryAgain)
             if problem is None or isinstance(problem, Unusable | OSError) or isinstance(self.judge, Local) or self.stop:
@@ -545,12 +550,12 @@ class Asker:
                 until = time.monotonic() + min(wait if problem.after is None else problem.after, MAX_WAIT)
                 if problem.busy:  # everybody waits
                     self.not_before = max(self.not_before, until)
-                attempt < self.args.retries and self.sleep_until(until)
-        if not self.reached:
-            if problem.busy:  # only TryAgain leaves the judge unreached
-                self.stop = Barred(f"the judge has no time for us ({problem}); try again later")
-            else:
-                self.stop = Barred(f"the judge cannot be reached ({problem}); check --endpoint, and that its server is up")
+                if attempt < self.args.retries:
+                    self.sleep_until(until)
+        if not self.reached:  # then the problem is a TryAgain
+            what = "has no time for us" if problem.busy else "cannot be reached"
+            mend = "try again later" if problem.busy else "check --endpoint, and that its server is up"
+            self.stop = Barred(f"the judge {what} ({problem}); {mend}")
 
     def try_once(self, question, attempt):
         """One request and its line in the ledger -> None, or the exception that stands for what went wrong."""
@@ -590,7 +595,7 @@ def dollars(price, tokens_in, tokens_out):
 
 
 def announce(questions, ledger, args):
-    due = list({q.key: q for q in questions if q.key not in ledger.good}.values())
+    due = ledger.due(questions)
     frames = {path: frames_seen(path, args.fps) for path in {path for q in due for _, path in q.media}}
     tokens_in = sum(len(q.text) // 4 + TOKENS_PER_FRAME * sum(frames[path] for _, path in q.media) for q in due)
     tokens_out = 120 * len(due)
@@ -598,8 +603,9 @@ def announce(questions, ledger, args):
           f"{dollars(args.price, tokens_in, tokens_out)}")  # fmt: skip
 
 
-def account(ledger, keys, price):
+def account(ledger, questions, price):
     """What the questions cost so far, over all runs: one line of text."""
+    keys = {q.key for q in questions}
     answers = [line for line in ledger.lines if line["event"] == "answer" and line["key"] in keys]
     sent = sum(line["event"] == "sent" and line["key"] in keys for line in ledger.lines)
     t_in, t_out = (sum(line.get(name) or 0 for line in answers) for name in ("tokens_in", "tokens_out"))
@@ -627,7 +633,7 @@ class Mean:
         return f"{self.value:.{digits}f}{interval}" + (f" ({self.missing} missing)" if self.missing else "")
 
 
-def mean_of(groups, missing=0, allow_missing=True, samples=2000):
+def mean_of(groups, missing=0, allow_missing=True):
     """The mean of the groups' means, with a 95 % bootstrap interval over items within each group.
 
     groups: lists of one number an item (repeats averaged before: items, not answers, are what varies). No value where
@@ -639,7 +645,7 @@ def mean_of(groups, missing=0, allow_missing=True, samples=2000):
     if min(map(len, groups)) < 2:
         return Mean(value, missing=missing)
     draw = np.random.default_rng(0)
-    means = np.mean([np.array(g)[draw.integers(len(g), size=(samples, len(g)))].mean(1) for g in groups], axis=0)
+    means = np.mean([np.array(g)[draw.integers(len(g), size=(2000, len(g)))].mean(1) for g in groups], axis=0)
     low, high = np.quantile(means, [0.025, 0.975])
     return Mean(value, float(low), float(high), missing)
 
@@ -670,7 +676,7 @@ class Row:
     """All that is known about an item at the end."""
 
     item: Item
-    metrics: dict | None = None
+    metrics: dict = field(default_factory=dict)  # empty where there are none
     media: Path | None = None  # where its filmstrip and clip are, without the ending
     error: str | None = None
     answers: list = field(default_factory=list)  # enforced {name: score}, one a repeat
@@ -684,12 +690,17 @@ class Row:
         return self.error or (self.failures or [None])[0]
 
     def score(self, name):
-        return fmean(answer[name] for answer in self.answers)
+        """The mean over repeats; None without answers, or where they have no such criterion."""
+        given = [answer[name] for answer in self.answers if name in answer]
+        return fmean(given) if given else None
+
+    def totals(self):
+        """Of each repeat the mean over its criteria."""
+        return [fmean(answer.values()) for answer in self.answers]
 
     def spread(self):
         """Standard deviation over repeats of the mean score; None below two."""
-        totals = [fmean(answer.values()) for answer in self.answers]
-        return stdev(totals) if len(totals) > 1 else None
+        return stdev(self.totals()) if len(self.answers) > 1 else None
 
 
 METRICS_VERSION = "metrics/2"
@@ -699,10 +710,8 @@ def measure_all(items, ledger, out):
     """Metrics of every item, those that the ledger knows already excepted -> rows."""
 
     def one(item):
-        row = Row(item)
         if not item.edit.is_file():
-            row.error = f"missing: {item.edit}"
-            return row
+            return Row(item, error=f"missing: {item.edit}")
         try:
             refs = [item.ref, *wrong_references(items, item)] if item.ref else []
             key = question_key(METRICS_VERSION, "", [item.source, item.edit, *refs])
@@ -710,10 +719,9 @@ def measure_all(items, ledger, out):
             if key not in ledger.good or not media.with_suffix(".jpg").is_file():
                 values = measure_files(item.source, item.edit, refs, media)
                 ledger.write(event="answer", ok=True, key=key, item=item.key, judge=METRICS_VERSION, metrics=values)
-            row.metrics, row.media = ledger.good[key]["metrics"], media
+            return Row(item, ledger.good[key]["metrics"], media)
         except (MediaError, OSError) as error:
-            row.error = f"unreadable: {error}"
-        return row
+            return Row(item, error=f"unreadable: {error}")
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # items run side by side
@@ -726,32 +734,31 @@ def measure_all(items, ledger, out):
 # ------------------------------------------------------------------------------------------------ controls
 
 
-def questions_of(bench, items, rows, args, out):
+def questions_of(rows, args):
     """Everything to ask about the items that can be judged: the items, repeated, and controls on a few of them."""
     good = [row.item for row in rows if row.error is None]
-    questions = []
-    for item in good:
-        for repeat in range(args.repeats):
-            questions.append(question(bench, item, item, "", repeat, args))
+    questions = [question(args, item, item, repeat=repeat) for item in good for repeat in range(args.repeats)]
     step = max(1, len(good) // max(1, args.controls))
     for item in good[::step][: args.controls]:
-        questions.append(question(bench, item, replace(item, edit=item.source), "copy", 0, args))
-        if bench != "imgedit":
-            path = out / "controls" / f"{file_hash(item.edit)[:16]}_shuffled.mp4"
-            path.is_file() or write_shuffled(path, item.edit)
-            questions.append(question(bench, item, replace(item, edit=path), "shuffled", 0, args))
-        if wrong := wrong_references(items, item, 1):
-            questions.append(question(bench, item, replace(item, ref=wrong[0]), "wrong_ref", 0, args))
+        questions.append(question(args, item, replace(item, edit=item.source), "copy"))
+        if args.bench != "imgedit":
+            path = args.out / "controls" / f"{file_hash(item.edit)[:16]}_shuffled.mp4"
+            if not path.is_file():
+                write_shuffled(path, item.edit)
+            questions.append(question(args, item, replace(item, edit=path), "shuffled"))
+        if wrong := wrong_references([row.item for row in rows], item):
+            questions.append(question(args, item, replace(item, ref=wrong[0]), "wrong_ref"))
     return questions
 
 
-def question(bench, item, shown, control, repeat, args):
-    kind = "picture" if bench == "imgedit" else "video"
+def question(args, item, shown, control="", repeat=0):
+    """A question about an item, with the media of `shown`."""
+    kind = "picture" if args.bench == "imgedit" else "video"
     media = [("Reference image", shown.ref)] if shown.ref else []
     media += [(f"Original {kind}", shown.source), (f"Edited {kind}", shown.edit)]
-    text = rubric(bench, item)
+    text = rubric(args.bench, item)
     key = question_key(f"{args.judge} {args.fps:g} {args.send}", text, [path for _, path in media], f"{control} {repeat}")
-    return Question(item.key, control, repeat, text, media, list(task_of(bench, item.task)[1]), key)
+    return Question(item.key, control, repeat, text, media, list(task_of(args.bench, item.task)[1]), key)
 
 
 def collect(rows, questions, ledger):
@@ -774,111 +781,106 @@ def collect(rows, questions, ledger):
 
 
 def metric_controls(rows):
-    """Known answers put to the metrics -> [(what, held, of)]."""
-    done = [row for row in rows if row.metrics]
-    refs = [row.metrics for row in done if row.metrics["reference_gain"] is not None]
+    """Known answers put to the metrics -> table."""
+    done = [row.metrics for row in rows if row.metrics]
+    moving = [m for m in done if m["flicker"] is not None]
+    refs = [m for m in done if m["reference_gain"] is not None]
     wrong = [(m["reference_gain"], m["control_wrong_gains"]) for m in refs if m["control_wrong_gains"]]
-    moving = [m for m in (row.metrics for row in done) if m["flicker"] is not None]
-    table = [
-        ("edit_strength is above that of the source, re-encoded", sum(r.metrics["edit_strength"] > r.metrics["control_copy_strength"] for r in done), len(done)),
-        ("reference_gain is above that of the source, re-encoded", sum(m["reference_gain"] > m["control_copy_gain"] for m in refs), len(refs)),
-        ("reference_gain is higher for the true reference than for the next one of its task", sum(g > w[0] for g, w in wrong), len(wrong)),
-        ("the same, all pairs with up to 5 other references", sum(g > x for g, w in wrong for x in w), sum(len(w) for _, w in wrong)),
-        ("shuffled frames flicker more", sum(m["control_shuffled_flicker"] > m["flicker"] for m in moving), len(moving)),
-    ]  # fmt: skip
-    return [line for line in table if line[2]]
+    tests = {
+        "edit_strength is above that of the source, re-encoded": [m["edit_strength"] > m["control_copy_strength"] for m in done],
+        "reference_gain is above that of the source, re-encoded": [m["reference_gain"] > m["control_copy_gain"] for m in refs],
+        "reference_gain is higher for the true reference than for the next one of its task": [g > w[0] for g, w in wrong],
+        "the same, all pairs with up to 5 other references": [g > x for g, w in wrong for x in w],
+        "shuffled frames flicker more": [m["control_shuffled_flicker"] > m["flicker"] for m in moving],
+    }
+    return [["known answer", "held", "of"], *([what, sum(held), len(held)] for what, held in tests.items() if held)]
 
 
 def judge_controls(rows, controls):
-    """Known answers put to the MLLM judge -> [(what, held, of, undecidable, without an answer)]."""
-    true = {row.item.key: row for row in rows if row.answers}
-    first = lambda names: names[:1]
-    on_time = lambda names: [name for name in names if name == "temporal_consistency"] or names[1:]
+    """Known answers put to the MLLM judge -> table."""
+    judged = {row.item.key: row for row in rows if row.answers}
     tests = {
-        "copy": ("the source handed in as the edit scores 1 on the first criterion", first),
-        "wrong_ref": ("a wrong reference scores lower on the first criterion", first),
-        "shuffled": ("shuffled frames score lower on time (where there is no such criterion: on the last two)", on_time),
+        "copy": "the source handed in as the edit scores 1 on the first criterion",
+        "wrong_ref": "a wrong reference scores lower on the first criterion",
+        "shuffled": "shuffled frames score lower on time (where there is no such criterion: on the last two)",
     }
-    table = []
-    for kind, (what, criteria) in tests.items():
-        asked = [(true.get(key), s) for (control, key), s in controls.items() if control == kind]
+    table = [["known answer", "held", "of", "true edit scored 1 too", "without an answer"]]
+    for kind, what in tests.items():
+        asked = [(judged.get(key), scores) for (control, key), scores in controls.items() if control == kind]
         known = []  # of each pair the true edit's total, the control's, and the lowest there is
         for row, scores in asked:
             if row and scores:
-                names = criteria(list(scores))
+                names = list(scores)[:1]
+                if kind == "shuffled":
+                    names = [name for name in scores if name == "temporal_consistency"] or list(scores)[1:]
                 known.append((sum(map(row.score, names)), sum(scores[name] for name in names), len(names)))
         if kind == "copy":
             held = [given == lowest for _, given, lowest in known]
         else:  # what scores 1 already cannot fall: such a pair tells nothing
             held = [given < whole for whole, given, lowest in known if whole > lowest]
         if asked:
-            table.append((what, sum(held), len(held), len(known) - len(held), len(asked) - len(known)))
+            table.append([what, sum(held), len(held), len(known) - len(held), len(asked) - len(known)])
     return table
 
 
 # ------------------------------------------------------------------------------------------------ reports
 
 
-def tasks_in(rows):
-    """The tasks, in the paper's order."""
-    order = [*REFERENCE_TASKS, *VIDEO_TASKS]
-    tasks = dict.fromkeys(row.item.task for row in rows)
-    return sorted(tasks, key=lambda task: order.index(task) if task in order else len(order))
+def by_task(rows):
+    """{task: its rows}, in the paper's order."""
+    tasks = {task: [] for task in (*REFERENCE_TASKS, *VIDEO_TASKS)}
+    for row in rows:
+        tasks.setdefault(row.item.task, []).append(row)
+    return {task: of_task for task, of_task in tasks.items() if of_task}
+
+
+def criteria_in(rows):
+    return list(dict.fromkeys(name for row in rows for answer in row.answers for name in answer))
 
 
 def score_means(bench, rows, allow_missing):
     """Means of an MLLM's scores: {task: {criterion: Mean, "average": Mean}}, and overall, the mean of the tasks'."""
-    by_task, groups, lost = {}, [], 0
-    for task in tasks_in(rows):
-        of_task = [row for row in rows if row.item.task == task]
+    means, groups, lost = {}, [], 0
+    for task, of_task in by_task(rows).items():
         missing = sum(bool(row.lost) for row in of_task)
-        names = list(task_of(bench, task)[1])
         judged = [row for row in of_task if row.answers]
-        columns = {name: [row.score(name) for row in judged] for name in names}
-        averages = columns["average"] = [sum(row.score(name) for name in names) / len(names) for row in judged]
-        by_task[task] = {name: mean_of([values], missing, allow_missing) for name, values in columns.items()}
-        groups.append(averages)
+        columns = {name: [row.score(name) for row in judged] for name in task_of(bench, task)[1]}
+        columns["average"] = [fmean(row.totals()) for row in judged]
+        means[task] = {name: mean_of([values], missing, allow_missing) for name, values in columns.items()}
+        groups.append(columns["average"])
         lost += missing
-    return by_task, mean_of(groups, lost, allow_missing)
+    return means, mean_of(groups, lost, allow_missing)
 
 
 def score_table(bench, name, rows, allow_missing):
-    """The paper's Table 3 (refvie: a column for each criterion) or 2 (openve: one for each task), as lines."""
-    by_task, overall = score_means(bench, rows, allow_missing)
+    """The paper's Table 3 (refvie: a column for each criterion) or 2 (openve: one for each task)."""
+    means, overall = score_means(bench, rows, allow_missing)
     if bench == "refvie":
-        ours = {f"{task}: {column.replace('_', ' ')}": mean for task, means in by_task.items() for column, mean in means.items()}
+        ours = {f"{task}: {column.replace('_', ' ')}": mean for task in means for column, mean in means[task].items()}
     else:
-        ours = {task.replace("_", " "): means["average"] for task, means in by_task.items()}
+        ours = {task.replace("_", " "): means[task]["average"] for task in means}
+    table = [["", *ours, "overall"], [f"**{name}**", *ours.values(), f"**{overall}**"]]
     judge_note, published = PUBLISHED.get(bench, ("", {}))
-    table = [["", *ours, "overall"], [f"**{name}**", *map(str, ours.values()), f"**{overall}**"]]
     for system, values in published.items():
-        if cells := published_cells(bench, by_task, values):
-            table.append([f"{system}, published, {judge_note}", *cells])
+        table.append([f"{system}, published, {judge_note}", *published_cells(bench, means, values)])
     return table
 
 
-def published_cells(bench, by_task, values):
-    """A published row laid out as ours; None where our columns are others."""
+def published_cells(bench, tasks, values):
+    """A published row laid out as ours of these tasks."""
+    *values, overall = values
     if bench == "refvie":
-        order = [(task, name) for task in REFERENCE_TASKS for name in REFERENCE_TASKS[task][1]]
-        known = dict(zip(order, values))
-        for task, (_, names) in REFERENCE_TASKS.items():
-            known[task, "average"] = sum(known[task, name] for name in names) / len(names)
-        wanted = [(task, name) for task, means in by_task.items() for name in means]
+        known = {task: [*three, fmean(three)] for task, three in zip(REFERENCE_TASKS, (values[:3], values[3:]))}
     else:
-        known = dict(zip(VIDEO_TASKS, values))
-        wanted = list(by_task)
-    if not all(place in known for place in wanted):
-        return None
-    complete = len(by_task) == len(REFERENCE_TASKS if bench == "refvie" else VIDEO_TASKS)  # else the overall is of others
-    return [*(f"{known[place]:.2f}" for place in wanted), f"{values[-1]:.2f}" if complete else "-"]
+        known = {task: [value] for task, value in zip(VIDEO_TASKS, values)}
+    cells = [f"{value:.2f}" for task in tasks for value in known[task]]
+    return [*cells, f"{overall:.2f}" if len(tasks) == len(known) else "-"]  # of some tasks alone there is no overall
 
 
 def metric_table(rows, allow_missing):
     """Means of the metrics, one line a task."""
     table = [["task", "items", *METRICS]]
-    for task in tasks_in(rows):
-        of_task = [row for row in rows if row.item.task == task]
+    for task, of_task in by_task(rows).items():
         done = [row.metrics for row in of_task if row.metrics]
         cells = []
         for name in METRICS:
@@ -895,64 +897,66 @@ def markdown(table):
     return "\n".join("| " + " | ".join(row) + " |" for row in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
 
 
-def sections(bench, rows, controls, args, cost, human):
-    """The report's tables: [(title, text, table)], for Markdown and HTML alike."""
-    out = []
-    judged = args.judge != "metrics"
-    if judged:
-        broken, answered = sum(row.broken for row in rows), sum(len(row.answers) for row in rows)
-        text = (
-            f"Judge {args.judge} at {args.fps:g} frames a second, {args.repeats} answer(s) an item. Mean [95 % bootstrap "
-            f"interval over items]; overall is the mean of the tasks' means. The judge broke the hierarchy in {broken} of "
-            f"{answered} answers; scores 2 and 3 were capped by score 1. {sum(len(row.failures) for row in rows)} "
-            f"answers are missing. Published rows are the authors' own figures on "
-            f"the whole benchmark with their judge, not ours; * is from the project's page, the rest agrees with the paper."
-        )
-        spreads = [row.spread() for row in rows if row.spread() is not None]
-        if spreads:
-            text += f" Standard deviation over repeats, mean over items: {sum(spreads) / len(spreads):.2f}."
-        out.append(("Scores", text, score_table(bench, args.name, rows, args.allow_missing)))
-        table = [["known answer", "held", "of", "true edit scored 1 too", "without an answer"]]
-        table += judge_controls(rows, controls)
-        out.append(("Controls of the judge", f"Cost: {cost}", table))
+def markdown_text(parts):
+    """A report's parts, (title, text, table) each."""
+    text = ""
+    for title, words, table in parts:
+        text += f"\n## {title}\n\n" + (f"{words}\n\n" if words else "") + f"{markdown(table)}\n"
+    return text
+
+
+def sections(rows, controls, args, cost, human):
+    """The report's parts: [(title, text, table)], for Markdown and HTML alike."""
+    parts = []
+    if args.judge != "metrics":
+        parts.append(("Scores", score_text(rows, args), score_table(args.bench, args.name, rows, args.allow_missing)))
+        parts.append(("Controls of the judge", f"Cost: {cost}", judge_controls(rows, controls)))
     text = "No model. Mean over items [95 % bootstrap interval over items; too narrow where there are only a few]."
-    out.append(("Metrics", text, metric_table(rows, args.allow_missing)))
-    out.append(("Controls of the metrics", "", [["known answer", "held", "of"], *metric_controls(rows)]))
+    parts.append(("Metrics", text, metric_table(rows, args.allow_missing)))
+    parts.append(("Controls of the metrics", "", metric_controls(rows)))
     if human:
-        out.append(("Agreement with people", "Rank correlation over items.", human))
-    lost = [[row.item.key, row.item.task, row.lost] for row in rows if row.lost]
-    if lost:
+        parts.append(("Agreement with people", "Rank correlation over items.", human_agreement(human, rows)))
+    if lost := [[row.item.key, row.item.task, row.lost] for row in rows if row.lost]:
         means = "Means are over what there is" if args.allow_missing else "No mean is given over failures"
         text = f"{len(lost)} of {len(rows)} items lack a result. {means}."
-        out.append(("Missing", text, [["item", "task", "why"], *lost]))
-    table = [["metric", "better", "what it is", "what it cannot see"], *([n, *d] for n, d in METRICS.items())]
-    out.append(("What the metrics are", "", table))
-    return out
+        parts.append(("Missing", text, [["item", "task", "why"], *lost]))
+    table = [["metric", "better", "what it is", "what it cannot see"], *([name, *told] for name, told in METRICS.items())]
+    return [*parts, ("What the metrics are", "", table)]
 
 
-def write_reports(bench, rows, parts, args, out):
+def score_text(rows, args):
+    """How the scores came about."""
+    broken, answered = sum(row.broken for row in rows), sum(len(row.answers) for row in rows)
+    text = (
+        f"Judge {args.judge} at {args.fps:g} frames a second, {args.repeats} answer(s) an item. Mean [95 % bootstrap "
+        f"interval over items]; overall is the mean of the tasks' means. The judge broke the hierarchy in {broken} of "
+        f"{answered} answers; scores 2 and 3 were capped by score 1. {sum(len(row.failures) for row in rows)} "
+        f"answers are missing. Published rows are the authors' own figures on "
+        f"the whole benchmark with their judge, not ours; * is from the project's page, the rest agrees with the paper."
+    )
+    spreads = [row.spread() for row in rows if row.spread() is not None]
+    return text + (f" Standard deviation over repeats, mean over items: {fmean(spreads):.2f}." if spreads else "")
+
+
+def write_reports(rows, parts, args):
     """<bench>.md, .csv and .html -> the path of the last."""
-    title = f"{bench}: {args.name}"
-    text = [f"# {title}", "", f"`{args.command_line}`", ""]
-    for name, words, table in parts:
-        text += [f"## {name}", "", *([words, ""] if words else []), markdown(table), ""]
-    for suffix, content in (
-        (".md", "\n".join(text)), (".csv", csv_text(rows)), (".html", html_text(title, rows, parts, args)),
-    ):  # fmt: skip
-        write_text(out / f"{bench}{suffix}", content)
-    return out / f"{bench}.html"
+    title, page = f"{args.bench}: {args.name}", args.out / f"{args.bench}.html"
+    write_text(page.with_suffix(".md"), f"# {title}\n\n`{args.command_line}`\n{markdown_text(parts)}")
+    write_text(page.with_suffix(".csv"), csv_text(rows))
+    write_text(page, html_text(title, rows, parts, args))
+    return page
 
 
 def csv_text(rows):
     """One line an item: scores, spread over repeats, metrics, what went wrong."""
-    names = list(dict.fromkeys(name for row in rows for answer in row.answers for name in answer))
+    names = criteria_in(rows)
     buffer = io.StringIO()
     writer = csv.writer(buffer)
     writer.writerow(["item", "task", "edit", *names, "answers", "spread", "hierarchy_broken", *METRICS, "error", "instruction"])
     number = lambda value: "" if value is None else f"{value:.4f}"
     for row in rows:
-        scores = [number(row.score(name)) if row.answers and name in row.answers[0] else "" for name in names]
-        metrics = [number((row.metrics or {}).get(name)) for name in METRICS]
+        scores = [number(row.score(name)) for name in names]
+        metrics = [number(row.metrics.get(name)) for name in METRICS]
         writer.writerow([row.item.key, row.item.task, row.item.edit.name, *scores, len(row.answers), number(row.spread()),
                          row.broken, *metrics, row.lost or "", row.item.instruction])  # fmt: skip
     return buffer.getvalue()
@@ -1002,16 +1006,17 @@ def html_item(row):
 def read_human(path, items):
     """A CSV of item and one or more columns of human scores -> {column: {item: [scores]}}. ValueError."""
     human = {}
-    for where, line in csv_lines(Path(path), ["item"]):
+    for where, line in csv_lines(path, ["item"]):
+        item = line.pop("item")
         for column, value in line.items():
-            if column != "item" and value:
+            if value:
                 try:
                     score = float(value)
                 except ValueError:
                     score = math.nan
                 if not math.isfinite(score):
                     raise JudgeError(f"{where}: {column} is {value!r}, not a number")
-                human.setdefault(column, {}).setdefault(line["item"], []).append(score)
+                human.setdefault(column, {}).setdefault(item, []).append(score)
     known = {item.key for item in items}
     if not any(known & scores.keys() for scores in human.values()):
         raise JudgeError(f"{path}: none of its items is one of the benchmark's, which are {', '.join(sorted(known)[:5])}, ...")
@@ -1021,16 +1026,15 @@ def read_human(path, items):
 def human_agreement(human, rows):
     """What `read_human` read -> table of Spearman and Kendall with what we computed."""
     table = [["people's", "ours", "items", "Spearman", "Kendall"]]
-    names = list(dict.fromkeys(name for row in rows for answer in row.answers for name in answer))
-    ours = {name: {r.item.key: r.score(name) for r in rows if r.answers and name in r.answers[0]} for name in names}
-    ours["mean score"] = {r.item.key: sum(map(r.score, r.answers[0])) / len(r.answers[0]) for r in rows if r.answers}
-    ours |= {n: {r.item.key: r.metrics[n] for r in rows if r.metrics and r.metrics[n] is not None} for n in METRICS}
+    ours = {name: {row.item.key: row.score(name) for row in rows} for name in criteria_in(rows)}
+    ours["mean score"] = {row.item.key: fmean(row.totals()) for row in rows if row.answers}
+    ours |= {name: {row.item.key: row.metrics.get(name) for row in rows} for name in METRICS}
     show = lambda value: "-" if value is None else f"{value:.2f}"
     for column, of_people in human.items():
         for name, of_us in ours.items():
-            both = [key for key in of_people if key in of_us]
+            both = [key for key in of_people if of_us.get(key) is not None]
             if both:
-                a, b = [sum(of_people[k]) / len(of_people[k]) for k in both], [of_us[k] for k in both]
+                a, b = [fmean(of_people[key]) for key in both], [of_us[key] for key in both]
                 table.append([column, name, len(both), show(spearman(a, b)), show(kendall(a, b))])
     return table
 
@@ -1039,34 +1043,28 @@ def human_agreement(human, rows):
 
 
 def score(args):
-    """`judge.py score`: metrics, then the judge, then the report."""
+    """`judge.py score`: metrics, then the judge, then the report. JudgeError at the end where items have no result."""
     items = read_bench(args.bench, args.path, args.edits, args.limit)
     human = read_human(args.human, items) if args.human else None  # before the judge is paid
-    out = Path(args.out)
-    with closing(Ledger(out / "answers.jsonl")) as ledger:
-        score_items(items, make_judge(args), ledger, human, args, out)
-
-
-def score_items(items, judge, ledger, human, args, out):
-    """The work of `score` on an open ledger. JudgeError at the end where items have no result."""
-    rows = measure_all(items, ledger, out)
-    print(f"metrics     {sum(row.metrics is not None for row in rows)} of {len(rows)} items")
     controls, cost, stopped = {}, "", None
-    if judge:
-        questions = questions_of(args.bench, items, rows, args, out)
-        announce(questions, ledger, args)
-        if args.dry_run:
-            return
-        try:
-            Asker(judge, args, ledger).ask_all(questions)
-        except Barred as error:
-            stopped = error
-        controls = collect(rows, questions, ledger)
-        cost = account(ledger, {q.key for q in questions}, args.price)
-        print(f"paid        {cost}")
-    human = human_agreement(human, rows) if human else None
-    parts = sections(args.bench, rows, controls, args, cost, human)
-    page = write_reports(args.bench, rows, parts, args, out)
+    with closing(Ledger(args.out / "answers.jsonl")) as ledger:
+        judge = make_judge(args)
+        rows = measure_all(items, ledger, args.out)
+        print(f"metrics     {sum(bool(row.metrics) for row in rows)} of {len(rows)} items")
+        if judge:
+            questions = questions_of(rows, args)
+            announce(questions, ledger, args)
+            if args.dry_run:
+                return
+            try:
+                Asker(judge, args, ledger).ask_all(questions)
+            except Barred as error:
+                stopped = error
+            controls = collect(rows, questions, ledger)
+            cost = account(ledger, questions, args.price)
+            print(f"paid        {cost}")
+    parts = sections(rows, controls, args, cost, human)
+    page = write_reports(rows, parts, args)
     for title, _, table in parts[:-1]:
         print(f"\n{title}\n{markdown(table)}")
     print(f"\n{page}")
@@ -1081,7 +1079,7 @@ def score_items(items, judge, ledger, human, args, out):
 def same_run(args, items):
     """The edits of a folder are one model's, made in one way: run.json in it says which. JudgeError for another, and for
     edits of which nothing is said."""
-    path = Path(args.edits) / "run.json"
+    path = args.edits / "run.json"
     weights = Path(args.weights)
     config, files = read_weights(args.weights, args.base, args.qwen)
     asked = {name: getattr(args, name) for name in ("base", "qwen", "seed", "ref", "frames", "max_pixels")}
@@ -1148,31 +1146,28 @@ def run(args):
 
 def compare(args):
     """`judge.py compare`: which of two systems wins, each pair shown in both orders; metrics as paired differences."""
-    out = Path(args.out)
-    sides = [read_bench(args.bench, args.path, d, args.limit) for d in (args.a, args.b)]
-    with closing(Ledger(out / "answers.jsonl")) as ledger:
+    sides = [read_bench(args.bench, args.path, folder, args.limit) for folder in (args.a, args.b)]
+    parts = []
+    with closing(Ledger(args.out / "answers.jsonl")) as ledger:
         judge = make_judge(args)
-        rows = [measure_all(items, ledger, out) for items in sides]
-        pairs = [(a, b) for a, b in zip(*rows) if a.error is None and b.error is None]
-        lost = {a.item.key: a.error or b.error for a, b in zip(*rows) if a.error or b.error}
+        pairs = list(zip(*(measure_all(items, ledger, args.out) for items in sides)))
+        lost = {a.item.key: a.error or b.error for a, b in pairs if a.error or b.error}
         if judge:
-            questions = [q for a, b in pairs for q in both_orders(args, a.item, b.item)]
+            questions = [q for a, b in pairs if a.item.key not in lost for q in both_orders(args, a.item, b.item)]
             announce(questions, ledger, args)
             if args.dry_run:
                 return
             Asker(judge, args, ledger).ask_all(questions)
-            missing = {q.item for q in questions if q.key not in ledger.good}
-            parts = [preferences(questions, ledger, missing, len(lost), args.allow_missing)]
-            pairs = [pair for pair in pairs if pair[0].item.key not in missing]
-            lost |= {key: "no answer of the judge in both orders" for key in missing}
-            print(f"paid        {account(ledger, {q.key for q in questions}, args.price)}")
-    parts = [*(parts if judge else []), paired_metrics(pairs, len(lost), args.allow_missing)]
+            lost |= {q.item: "no answer of the judge in both orders" for q in questions if q.key not in ledger.good}
+            parts.append(preferences(questions, ledger, lost, args.allow_missing))
+            print(f"paid        {account(ledger, questions, args.price)}")
+    pairs = [(a, b) for a, b in pairs if a.item.key not in lost]
+    parts.append(paired_metrics(pairs, len(lost), args.allow_missing))
     if lost:
         parts.append(("Missing", "", [["item", "why"], *lost.items()]))
     text = f"# {args.bench}: A = {args.a}, B = {args.b}\n\n`{args.command_line}`\n\n{len(pairs)} pairs, {len(lost)} missing.\n"
-    for title, words, table in parts:
-        text += f"\n## {title}\n\n{words}\n\n{markdown(table)}\n"
-    page = out / f"{args.bench}_compare.md"
+    text += markdown_text(parts)
+    page = args.out / f"{args.bench}_compare.md"
     write_text(page, text)
     print(f"{text}\n{page}")
     if lost and not args.allow_missing:
@@ -1201,19 +1196,19 @@ def both_orders(args, a, b):
         yield Question(a.key, order, 0, text, media, [], key)
 
 
-def preferences(questions, ledger, missing, lost, allow_missing):
-    """A win counts where both orders name the same system; what follows the position is counted apart. missing: items
-    without both answers; lost: how many pairs could not be asked about."""
+def preferences(questions, ledger, lost, allow_missing):
+    """A section of the report: a win counts where both orders name the same system; what follows the position is counted
+    apart. lost: items without both answers."""
     votes = {}  # item -> the system that each order names
     for q in questions:
-        if q.item not in missing:
+        if q.item not in lost:
             winner = ledger.good[q.key]["scores"]["winner"]
             votes.setdefault(q.item, []).append("tie" if winner == "tie" else q.control[int(winner) - 1])
     share = [1.0 if v == ["A", "A"] else 0.0 if v == ["B", "B"] else 0.5 for v in votes.values()]
     swayed = sum(set(v) == {"A", "B"} for v in votes.values())
     table = [
         ["A wins", "B wins", "undecided", "of these: followed the position", "pairs", "share of A"],
-        [share.count(1), share.count(0), share.count(0.5), swayed, len(share), mean_of([share], lost + len(missing), allow_missing)],
+        [share.count(1), share.count(0), share.count(0.5), swayed, len(share), mean_of([share], len(lost), allow_missing)],
     ]
     return "Preferences", "Each pair was shown in both orders; a win needs both.", table
 
