@@ -29,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -42,9 +43,7 @@ judges (--judge):
   openai:MODEL            any OpenAI-compatible server at --endpoint (vLLM, ...), key, if it wants one, in OPENAI_API_KEY
   local:PATH|HUB_ID       Qwen2.5-VL or Qwen3-VL through transformers
 """
-LEFT_OUT = ("creative_edit", "camera_edit", "subtitle_edit")  # of OpenVE-Bench, as in the paper and the release
 MODES = {"official": 1.0, "strict": 4.0}  # frames a second that the judge sees
-TOKENS_PER_FRAME = 258  # Gemini's usual count; other judges differ
 
 
 def parse_arguments(argv=None):
@@ -351,6 +350,9 @@ def read_refvie(path, edits):
         yield Item(str(i), task, instruction, inside(path.parent, source, where), edit, inside(path.parent, ref, where))
 
 
+LEFT_OUT = ("creative_edit", "camera_edit", "subtitle_edit")  # of OpenVE-Bench, as in the paper and the release
+
+
 def read_openve(path, edits):
     """OpenVE-Bench: a CSV of original_video, prompt, edited_type. Paths start from the CSV's folder or, as published,
     with its name."""
@@ -442,8 +444,6 @@ class Ledger:
         event, key = line["event"], line["key"]  # KeyError: no line of ours
         if event == "answer" and line["ok"]:
             self.good[key] = line
-        elif event == "answer":
-            line["error"]
         self.lines.append(line)
 
     def write(self, **line):
@@ -581,6 +581,9 @@ class Asker:
             time.sleep(min(left, 0.2))
 
 
+TOKENS_PER_FRAME = 258  # Gemini's usual count; other judges differ
+
+
 def frames_seen(path, fps):
     """About how many frames of a file a judge sees; one of a picture, and of what cannot be read."""
     try:
@@ -626,11 +629,12 @@ class Mean:
     missing: int = 0
 
     def __str__(self):
+        missing = f" ({self.missing} missing)" if self.missing else ""
         if self.value is None:
-            return f"- ({self.missing} missing)" if self.missing else "-"
+            return f"-{missing}"
         digits = 3 if abs(self.value) < 1 else 2
         interval = "" if self.low is None else f" [{self.low:.{digits}f}, {self.high:.{digits}f}]"
-        return f"{self.value:.{digits}f}{interval}" + (f" ({self.missing} missing)" if self.missing else "")
+        return f"{self.value:.{digits}f}{interval}{missing}"
 
 
 def mean_of(groups, missing=0, allow_missing=True):
@@ -660,9 +664,7 @@ def spearman(a, b):
 
 def kendall(a, b):
     """Kendall's tau-b; None as `spearman`."""
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    upper = np.triu_indices(len(a), 1)
-    da, db = np.sign(a[:, None] - a)[upper], np.sign(b[:, None] - b)[upper]
+    da, db = (np.sign(np.subtract.outer(x, x))[np.triu_indices(len(x), 1)] for x in (a, b))  # of two items the higher
     if len(a) < 3 or not da.any() or not db.any():
         return None
     return float((da * db).sum() / math.sqrt((da != 0).sum() * (db != 0).sum()))
@@ -840,7 +842,7 @@ def criteria_in(rows):
 
 def score_means(bench, rows, allow_missing):
     """Means of an MLLM's scores: {task: {criterion: Mean, "average": Mean}}, and overall, the mean of the tasks'."""
-    means, groups, lost = {}, [], 0
+    means, groups = {}, []
     for task, of_task in by_task(rows).items():
         missing = sum(bool(row.lost) for row in of_task)
         judged = [row for row in of_task if row.answers]
@@ -848,8 +850,7 @@ def score_means(bench, rows, allow_missing):
         columns["average"] = [fmean(row.totals()) for row in judged]
         means[task] = {name: mean_of([values], missing, allow_missing) for name, values in columns.items()}
         groups.append(columns["average"])
-        lost += missing
-    return means, mean_of(groups, lost, allow_missing)
+    return means, mean_of(groups, sum(bool(row.lost) for row in rows), allow_missing)
 
 
 def score_table(bench, name, rows, allow_missing):
@@ -1123,16 +1124,7 @@ def run(args):
     failed = 0
     for item in mine:
         try:
-            clip = read_for(model.config, item.source, args.frames, args.max_pixels, every_frame=True)
-            ref = read_image(item.ref) if item.ref and args.ref else None
-            edited = model.edit(
-                clip.frames, item.instruction, ref, steps=args.steps, seed=args.seed, tile=args.tile,
-                ref_guidance=args.ref_guidance,
-            )  # fmt: skip
-            item.edit.parent.mkdir(parents=True, exist_ok=True)
-            write_image(item.edit, edited[0]) if clip.still else write_video(
-                item.edit, edited, clip.fps, item.source, faithful_codec(edited)
-            )
+            make_edit(model, item, args)
             print(f"[{rank}/{world}] {item.edit}", flush=True)
         except (ValueError, torch.OutOfMemoryError) as error:
             failed += 1
@@ -1142,6 +1134,19 @@ def run(args):
             print(f"[{rank}/{world}] item {item.key} skipped: {error}", file=sys.stderr, flush=True)
     if failed and world == 1:  # under torchrun a failing process would end the others; `score` counts what is missing
         raise JudgeError(f"{failed} of {len(mine)} edits failed, see above; run again when they are mended")
+
+
+def make_edit(model, item, args):
+    """An item's edit by the model, written where the benchmark looks for it."""
+    clip = read_for(model.config, item.source, args.frames, args.max_pixels, every_frame=True)
+    ref = read_image(item.ref) if item.ref and args.ref else None
+    edited = model.edit(clip.frames, item.instruction, ref, steps=args.steps, seed=args.seed, tile=args.tile,
+                        ref_guidance=args.ref_guidance)  # fmt: skip
+    item.edit.parent.mkdir(parents=True, exist_ok=True)
+    if clip.still:
+        write_image(item.edit, edited[0])
+    else:
+        write_video(item.edit, edited, clip.fps, item.source, faithful_codec(edited))
 
 
 def compare(args):
@@ -1218,18 +1223,16 @@ def averages(args):
     for path in map(Path, args.files):
         rows = read_released(path)
         table = [["", "theirs", "ours, hierarchy enforced", "answers", "partial", "hierarchy broken"]]
-        average = lambda values: sum(values) / len(values)
         theirs, ours = [], []  # one list a task
         for task in dict.fromkeys(task for task, _, _ in rows):
             of_task = [(scores, named) for t, scores, named in rows if t == task]
             whole = [enforce(named) for _, named in of_task if len(named) == 3]
             theirs.append([score for scores, _ in of_task for score in scores])
-            ours.append([average(kept.values()) for kept, _ in whole])
+            ours.append([fmean(kept.values()) for kept, _ in whole])
             counts = len(of_task), len(of_task) - len(whole), sum(broken for _, broken in whole)
-            table.append([task, f"{average(theirs[-1]):.4f}", mean_of([ours[-1]]), *counts])
-        of_tasks, of_all = average([average(t) for t in theirs]), average([x for t in theirs for x in t])
-        table.append(["mean of the tasks", f"{of_tasks:.4f}", mean_of(ours), "", "", ""])
-        table.append(["mean of all scores", f"{of_all:.4f}", mean_of([[x for o in ours for x in o]]), "", "", ""])
+            table.append([task, f"{fmean(theirs[-1]):.4f}", mean_of([ours[-1]]), *counts])
+        table.append(["mean of the tasks", f"{fmean(map(fmean, theirs)):.4f}", mean_of(ours), "", "", ""])
+        table.append(["mean of all scores", f"{fmean(chain(*theirs)):.4f}", mean_of([list(chain(*ours))]), "", "", ""])
         print(f"{path}\n{markdown(table)}\n")
 
 

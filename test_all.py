@@ -2818,6 +2818,14 @@ def test_a_server_that_is_not_there_is_not_asked_a_hundred_times(refvie):
     assert len(lines_of(refvie)) < 20
 
 
+def test_a_question_that_waits_is_not_sent_when_the_run_stops():
+    asker = judge.Asker(None, SimpleNamespace(retries=0), None)  # no judge and no ledger: sending would fail
+    asker.not_before = time.monotonic() + 20
+    threading.Timer(0.1, setattr, (asker, "stop", judge.Barred("no such key"))).start()
+    asker.ask(None)
+    assert time.monotonic() < asker.not_before - 10
+
+
 def test_the_key_is_not_carried_to_where_a_server_redirects(refvie, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret-key-123")
     with FakeJudge() as other, FakeJudge(lambda request, nth: ("status", 302, {"Location": other.url})) as fake:
@@ -3192,6 +3200,7 @@ def test_what_a_judge_thinks_aloud_is_not_its_answer_and_a_winner_is_one():
     for text in (draft + thought + final, f"<think>{draft}</think>\nQuality: 1\nConsistency: 1"):
         assert judges.read_answer(text, ("quality", "consistency")) == {"quality": 1, "consistency": 1}
     assert judges.read_winner("**Winner:** 2 (sharper)") == {"winner": "2"} and judges.read_winner('{"winner": "tie"}') == {"winner": "tie"}
+    assert judges.read_winner(f"Winner: 1. {thought} Winner: 2") == {"winner": "2"}
     assert judges.read_reason('<think>{"reasoning": "none"}</think>{"reasoning": "a hat"}') == "a hat"
     for text in ('{"winner": "1 or 2"}', '{"winner": "1/2"}', "winner: 1 and 2 are equal"):
         with pytest.raises(judges.Malformed):
