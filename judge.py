@@ -108,7 +108,7 @@ def parse_arguments(argv=None):
     add("--device", help="default: this process's GPU, or the CPU")
 
     add = command("averages", "averages of score files that the released scripts wrote")
-    add("files", nargs="+", help="openve_..._score.jsonl, refvie_..._score.jsonl")
+    add("files", nargs="+", type=Path, help="openve_..._score.jsonl, refvie_..._score.jsonl")
 
     args = parser.parse_args(argv)
     words = shlex.join(["python", "judge.py", *(sys.argv[1:] if argv is None else argv)])
@@ -1220,7 +1220,7 @@ def preferences(questions, ledger, lost, allow_missing):
 
 def averages(args):
     """`judge.py averages`: the averages of score files written by the released scripts, theirs and ours."""
-    for path in map(Path, args.files):
+    for path in args.files:
         rows = read_released(path)
         table = [["", "theirs", "ours, hierarchy enforced", "answers", "partial", "hierarchy broken"]]
         theirs, ours = [], []  # one list a task
