@@ -147,7 +147,7 @@ from world import load_library, redraw_edit, render, to_uint8
 STAGES = ("read", "score", "ground", "synthesize", "verify", "deduplicate")
 PAID = ("ground", "synthesize", "verify")  # what these rejected stays rejected when a ledger is read again
 KINDS = ("subject", "background")  # of edits that a reference can guide; the others are style, remove and other
-# of one record, not of the run
+# what goes wrong with one record, not with the run
 FORESEEN = (ValueError, OSError, RuntimeError, ArithmeticError, LookupError, TypeError, TryAgain, Malformed)
 
 
@@ -161,16 +161,17 @@ class Rejected(Exception):
 
 # ------------------------------------------------------------------------------------------------ records
 
-# columns of source, target and instruction, and the licence to be told
-SETS = {
-    "pairs": (("src_video", "tgt_video", "prompt"), None),
+PAIR = COLUMNS["video"]  # source, target and instruction by our names
+SETS = {  # their columns for these, and the licence to be told
+    "pairs": (PAIR, None),
     "Ditto-1M": (("source_path", "edited_path", "instruction"), "CC-BY-NC-SA-4.0"),
     "OpenVE-3M": (("original_video", "video", "prompt"), "CC-BY-NC-4.0"),
+    "ReCo": (PAIR, "see its data card"),  # after `reco_line`
+    "ledger": (PAIR, None),
 }
-CARRIED = {  # what a record may bring along, where it is of this type; from `key` on only out of a ledger, whole
-    "edit_type": str, "frames": int, "height": int, "width": int, "edit_score": (int, float), "frame_scores": list, "key": int,
-    "box": list, "mask": str, "label": str, "ref_image": str, "ref_size": list, "verdict": bool, "verdict_reason": str, "feature": str,
-}  # fmt: skip
+KNOWN = {"edit_type": str, "frames": int, "height": int, "width": int, "edit_score": (int, float), "frame_scores": list}  # any line may say so
+MADE = {"key": int, "box": list, "mask": str, "label": str, "ref_image": str, "ref_size": list,
+        "verdict": bool, "verdict_reason": str, "feature": str}  # fmt: skip
 WORDS = {  # what an instruction is about, where the data do not say; the first that is found
     "remove": r"\b(?:remove|delete|erase|get rid of|take (?:away|out)|eliminate)\b(?! the back)|\b(?:without the|disappear|has to go|(?:don't|do not) want)\b|"
     r"\baway\b|\bcut\b.*\bout of\b",
@@ -191,8 +192,6 @@ TYPES = {
     "local_modification": "subject", "background_replacement": "background", "style_transfer": "style",
     "creative_edit": "other", "camera_edit": "other", "subtitle_edit": "other",
 }  # fmt: skip
-
-
 NUMBERS = r"-?\d+(?:\.\d+)?"
 
 
@@ -203,14 +202,15 @@ def kind_of(edit_type, prompt):
     return known or next((kind for kind, words in WORDS.items() if re.search(words, prompt, re.IGNORECASE)), "other")
 
 
-def read_pairs(path, base, settings):
-    """Yield (name of the set, base folder, place, line as a dict) of everything in `path`. ValueError, FileNotFoundError."""
-    path = Path(path)
+def read_pairs(path, args):
+    """Yield (the set where its files say it, else None; base folder; place; line) of everything in `path`. ValueError,
+    FileNotFoundError."""
+    path, base = Path(path), args.base_path
     if path.is_file():
-        yield from (("pairs", Path(base or path.parent), place, line) for place, line in read_lines(path))
-    elif (path / "training_metadata").is_dir():
+        yield from ((None, base or path.parent, place, line) for place, line in read_lines(path))
+    elif (path / "training_metadata").is_dir():  # Ditto-1M
         for file in sorted((path / "training_metadata").glob("*.json")):
-            yield from (("Ditto-1M", Path(base or path), place, line) for place, line in read_lines(file))
+            yield from ((None, base or path, place, line) for place, line in read_lines(file))
     elif tables := sorted(path.glob("*/*_data_configs.json")):
         for file in tables:
             for number, (place, line) in enumerate(read_lines(file)):
@@ -220,25 +220,33 @@ def read_pairs(path, base, settings):
                     if number == 0:  # its field names are others than we know
                         raise
                     line = None
-                yield "ReCo", Path(base or path), place, line
+                yield "ReCo", base or path, place, line
     elif shards := sorted(path.glob("[0-9]*.jsonl")):
-        told = json.loads((path.parent / "read.json").read_text())
-        if len(shards) < told["shards"]:
-            raise ValueError(f"{path}: that stage is not done, {len(shards)} of {told['shards']} shards; finish the run, or give an earlier stage")
-        home = told["bases"]
-        made = json.loads((path.parent / "settings.json").read_text())
-        for name in ("models", "embedder"):
-            if path.name in ("verify", "deduplicate") and made.get(name) != settings.get(name):
-                raise ValueError(f"{path} holds features of --{name} {made.get(name)}, whose likeness is another's: say --{name} {made.get(name)}")
-        for shard in shards:
-            for number, line in enumerate(read_json_lines(shard), 1):
-                place, run = f"{shard}, line {number}", path.resolve().parent.parent
-                pictures = {key: str(inside(run, line[key], place)) for key in ("mask", "ref_image") if key in line}
-                yield "ledger", Path(base or home[line["base"]]), place, line | pictures
+        yield from read_stage(path, shards, args)
     elif path.is_dir():
         raise ValueError(f"{path}: neither Ditto-1M (training_metadata/), ReCo (*/*_data_configs.json) nor a ledger's stage; give a table")
     else:
         raise FileNotFoundError(f"{path}: no such file or folder")
+
+
+def read_stage(path, shards, args):
+    """`read_pairs` of a ledger's stage."""
+    run = path.resolve().parent.parent
+    told, made = (json.loads((path.parent / name).read_text()) for name in ("read.json", "settings.json"))
+    if len(shards) < told["shards"]:
+        raise ValueError(f"{path}: that stage is not done, {len(shards)} of {told['shards']} shards; finish the run, or give an earlier stage")
+    settings = settings_of(args)
+    other = [name for name in ("models", "embedder") if made.get(name) != settings.get(name)]  # their likeness is another's
+    if other and path.name in ("verify", "deduplicate"):
+        its = f"--{other[0]} {made.get(other[0])}"
+        raise ValueError(f"{path} holds features of {its}, whose likeness is another's: say {its}")
+    for shard in shards:
+        for number, line in enumerate(read_json_lines(shard), 1):
+            place = f"{shard}, line {number}"
+            line |= {key: str(inside(run, line[key], place)) for key in ("mask", "ref_image") if key in line}
+            if other:
+                line.pop("feature", None)  # an earlier stage has those of the ledger that it was made from
+            yield "ledger", args.base_path or told["bases"][line["base"]], place, line
 
 
 def read_lines(path):
@@ -293,12 +301,13 @@ def read_json_lines(path):
 
 def reco_line(line, task, place):
     """A line of ReCo by our names: its clips lie under <task>/src_videos and <task>/tar_videos."""
-    given = lambda *names: next((str(line[n]) for n in names if isinstance(line, dict) and line.get(n)), None)
+    fields = line if isinstance(line, dict) else {}
+    given = lambda *names: next((str(fields[n]) for n in names if fields.get(n)), None)
     prompt = given("instruction", "prompt", "edit_instruction", "caption")
     source = given("src_video", "src_video_path", "source", "source_path", "video")
     target = given("tar_video", "tar_video_path", "tgt_video", "target", "target_path") or source
     if not (prompt and source):
-        raise ValueError(f"{place}: expected an instruction and a source clip; it has {', '.join(line) if isinstance(line, dict) else line!r}")
+        raise ValueError(f"{place}: expected an instruction and a source clip; it has {', '.join(fields) or repr(line)}")
     below = lambda name, folder: name if name.startswith(f"{task}/") else f"{task}/{folder}/{Path(name).name}"
     return {"src_video": below(source, "src_videos"), "tgt_video": below(target, "tar_videos"), "prompt": prompt, "edit_type": task}
 
@@ -308,34 +317,28 @@ def records_of(args, bases):
 
     Nothing is opened but the tables: a clip that is missing is found out, and counted, when it is its turn.
     """
-    number, told, home = 0, set(), lru_cache(lambda base: str(base.resolve()))
+    number, told, home = 0, set(), lru_cache(lambda base: str(Path(base).resolve()))
     for source in args.pairs:
         known = None  # the set that this input was found to be
-        for name, base, place, line in read_pairs(source, args.base_path, settings_of(args)):
-            fields = line if isinstance(line, dict) else {}
-            fits = lambda key: all(column in fields for column in SETS[key][0])
-            name = name if name in ("ledger", "ReCo") else next((key for key in SETS if fits(key)), known)
-            if name is None:
-                has_columns(place, SETS["pairs"][0], list(fields))
-            known = name
-            licence = {"ReCo": "see its data card", "ledger": None}.get(name) or SETS.get(name, (None, None))[1]
-            if licence and name not in told:
-                told.add(name)
-                print(f"licence     {name}: {licence}")
-            base = home(base)
+        for name, base, place, line in read_pairs(source, args):
+            fields, base = line if isinstance(line, dict) else {}, home(base)
+            known = name or next((key for key, (columns, _) in SETS.items() if set(columns) <= fields.keys()), known)
+            if known is None:
+                has_columns(place, PAIR, list(fields))  # raises: it has not
+            columns, licence = SETS[known]
+            if licence and known not in told:
+                told.add(known)
+                print(f"licence     {known}: {licence}")
             if base not in bases:
                 bases.append(base)
-            columns = SETS[name][0] if name in SETS else SETS["pairs"][0]
             record = {"id": f"{number:07d}", "name": sound(str(fields.get("name") or fields.get("id") or number))}
-            record |= {key: fields.get(column) for key, column in zip(SETS["pairs"][0], columns)} | {"base": bases.index(base)}
-            record |= carried(fields, name == "ledger")
-            if name == "ledger":
+            record |= {key: fields.get(column) for key, column in zip(PAIR, columns)} | {"base": bases.index(base)}
+            record |= carried(fields, known == "ledger")
+            if known == "ledger":
                 adopt(record, Path(args.out))
             record |= start_of(record, base, place)
-            stays = name == "ledger" and {"failed": not args.retry_failed, "rejected": line.get("stage") in PAID}.get(line["status"])
-            if stays:
-                tuning = line["stage"] in PAID and record.get("edit_score", -1) >= args.min_score
-                record |= {key: line[key] for key in ("status", "stage", "reason")} | {"tuning": tuning}
+            if known == "ledger":
+                record |= end_of(record, line, args)
             yield record
             number += 1
     if not number:
@@ -343,15 +346,14 @@ def records_of(args, bases):
 
 
 def carried(line, ours):
-    """What a line brings along of the stages' work: a ledger's all of it, another table's what is known of the pair. A
-    reference without its mask is made anew."""
-    found = {key: line[key] for key, kind in CARRIED.items() if isinstance(line.get(key), kind) and line[key] != ""}
+    """What a line brings along of the stages' work: what is known of the pair, and if it is a ledger's what was made of it.
+    A reference without its mask is made anew."""
+    kinds = KNOWN | MADE if ours and {"key", "box", "mask"} <= line.keys() else KNOWN
+    found = {key: line[key] for key, kind in kinds.items() if isinstance(line.get(key), kind) and line[key] != ""}
     if isinstance(line.get("edit_score"), str) and re.fullmatch(NUMBERS, line["edit_score"].strip()):  # of a CSV
         found["edit_score"] = float(line["edit_score"])
     if not 0 <= found.get("edit_score", 0) <= 10:
         del found["edit_score"]
-    if not ours or not {"key", "box", "mask"} <= found.keys():
-        found = {key: found[key] for key in list(CARRIED)[: list(CARRIED).index("key")] if key in found}
     return found
 
 
@@ -377,15 +379,23 @@ def picture_name(folder, number):
 def start_of(record, base, place):
     """Kind and status of a new record: one with an empty field, or a path that leaves its base, is over at once."""
     end = {"kind": None, "status": "failed", "stage": "read"}
-    for key in SETS["pairs"][0]:
+    for key in PAIR:
         if not isinstance(record[key], str) or not record[key].strip() or sound(record[key]) != record[key]:
-            texts = {key: sound(record[key]) if isinstance(record[key], str) else "" for key in SETS["pairs"][0]}
+            texts = {key: sound(record[key]) if isinstance(record[key], str) else "" for key in PAIR}
             return end | texts | {"reason": f"{place}: {key} is empty, or no text"}
     try:
         inside(Path(base), record["src_video"], place), inside(Path(base), record["tgt_video"], place)
     except ValueError as error:
         return end | {"reason": str(error)}
     return {"kind": kind_of(record.get("edit_type"), record["prompt"]), "status": "open"}
+
+
+def end_of(record, line, args):
+    """What stays of a ledger's line that had ended: it failed, or a stage after the scores rejected it."""
+    if not (line["status"] == "failed" and not args.retry_failed or line["status"] == "rejected" and line["stage"] in PAID):
+        return {}
+    tuning = line["stage"] in PAID and record.get("edit_score", -1) >= args.min_score
+    return {key: line[key] for key in ("status", "stage", "reason")} | {"tuning": tuning}
 
 
 # ------------------------------------------------------------------------------------------------ the ledger
@@ -476,21 +486,14 @@ def read_all(args, ledger):
             raise ValueError(f"{', '.join(args.pairs)} changed since {ledger.out} was begun: give another --out")
         return
     shutil.rmtree(ledger.folder / "read", ignore_errors=True)  # of a reading that was cut off
-    bases, shard, rows, total = [], 0, [], 0
-    with tqdm(desc="read", unit=" records", mininterval=1) as bar:
-        for record in records_of(args, bases):
-            rows.append(record)
-            total += 1
-            bar.update()
-            if len(rows) == args.shard_rows:
-                ledger.write("read", shard, rows)
-                shard, rows = shard + 1, []
-    if rows:
-        ledger.write("read", shard, rows)
-        shard += 1
+    bases, shards, total = [], 0, 0
+    records = iter(tqdm(records_of(args, bases), desc="read", unit=" records", mininterval=1))
+    while rows := list(islice(records, args.shard_rows)):
+        ledger.write("read", shards, rows)
+        shards, total = shards + 1, total + len(rows)
     # not before: a slip in the inputs should not bind the folder
     write_text(ledger.folder / "settings.json", json.dumps(settings_of(args), indent=1))
-    told = {"records": total, "shards": shard, "shard_rows": args.shard_rows, "bases": bases, "sizes": sizes(args)}
+    told = {"records": total, "shards": shards, "shard_rows": args.shard_rows, "bases": bases, "sizes": sizes(args)}
     write_text(ledger.folder / "read.json", json.dumps(told))
 
 
@@ -565,6 +568,12 @@ def run_shard(stage, ledger, shard, bar=None):
 # ------------------------------------------------------------------------------------------------ the four stages
 
 
+def load_models(args, stage):
+    models = {"classical": Classical, "paper": Paper}[args.models](args)
+    models.setup(stage)
+    return models
+
+
 class Stage:
     """Records -> records. `one` does a record's work: it returns what to add to the record, or raises Rejected. Several
     threads work on records."""
@@ -581,13 +590,11 @@ class Stage:
             if self.barred:  # loading may take minutes: the others that wait need not fail one by one
                 raise self.barred
             if self.loaded is None:
-                models = {"classical": Classical, "paper": Paper}[self.args.models](self.args)
                 try:
-                    models.setup(self.name)
+                    self.loaded = load_models(self.args, self.name)
                 except FORESEEN as error:
                     self.barred = Barred(f"{self.name}: {error}")
                     raise self.barred from error
-                self.loaded = models
         return self.loaded
 
     def __call__(self, rows):
@@ -633,6 +640,9 @@ class Stage:
             return inside(Path(self.args.out).resolve(), row[key], row["id"])
         return inside(Path(self.bases[row["base"]]), row[key], row["id"])
 
+    def clips(self, row):
+        return self.file(row, "src_video"), self.file(row, "tgt_video")
+
     def keep(self, folder, row, image):
         """Write a record's picture, uint8 (H, W, 3), below --out -> its name there."""
         name = picture_name(folder, row["id"])
@@ -651,7 +661,7 @@ class Score(Stage):
         if "frames" not in row:  # whoever brings a score need not have opened the files
             found |= dict(zip(("frames", "height", "width"), measure(self.file(row, "tgt_video"))))
         if "edit_score" not in row:
-            found["frame_scores"] = [round(s, 3) for s in self.models.score(self.file(row, "src_video"), self.file(row, "tgt_video"), row)]
+            found["frame_scores"] = [round(s, 3) for s in self.models.score(*self.clips(row), row)]
             found["edit_score"] = round(sum(found["frame_scores"]) / len(found["frame_scores"]), 3)
         return self.judged(row | found)
 
@@ -676,7 +686,7 @@ class Ground(Stage):
     def one(self, row):
         if "mask" in row:
             return {}
-        box, mask, key = self.models.ground(self.file(row, "src_video"), self.file(row, "tgt_video"), row)
+        box, mask, key = self.models.ground(*self.clips(row), row)
         share = mask.float().mean().item()
         if share < 2e-4:
             raise Rejected("the mask is empty")
@@ -696,7 +706,7 @@ class Synthesize(Stage):
             self.check(*row["ref_size"])
             return {}
         mask = read_image(self.file(row, "mask"))[..., 0] > 127
-        image = self.models.synthesize(self.file(row, "src_video"), self.file(row, "tgt_video"), mask, row)
+        image = self.models.synthesize(*self.clips(row), mask, row)
         height, width = image.shape[:2]
         self.check(height, width)
         return {"ref_image": self.keep("refs", row, image), "ref_size": [height, width]}
@@ -716,7 +726,7 @@ class Verify(Stage):
     def one(self, row):
         found = {}
         if "verdict" not in row:
-            agree, reason = self.models.verify(self.file(row, "src_video"), self.file(row, "tgt_video"), self.file(row, "ref_image"), row)
+            agree, reason = self.models.verify(*self.clips(row), self.file(row, "ref_image"), row)
             found = {"verdict": bool(agree), "verdict_reason": reason}
         known = row | found
         if not known["verdict"]:
@@ -1573,8 +1583,7 @@ def deduplicate_all(args, ledger):
 def features_of_benchmark(args):
     """{name: feature} of a benchmark's pictures and of the first frames of its clips: no record may resemble one."""
     files = benchmark_files(args.guard)
-    models = {"classical": Classical, "paper": Paper}[args.models](args)
-    models.setup("guard")
+    models = load_models(args, "guard")
     name = lambda path: path.relative_to(args.guard).as_posix()
     return {name(path): models.embed([read_image(path)])[0].numpy() for path in tqdm(files, desc="guard", mininterval=1)}
 

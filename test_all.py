@@ -3885,6 +3885,17 @@ def test_a_shard_that_lost_records_is_not_taken_for_whole_and_features_of_anothe
         curated(tmp_path / "paper/ledger", tmp_path / "again", "--models", "paper", "--embedder", "B", tables=["verify"])
 
 
+def test_features_that_an_earlier_stage_has_of_another_embedder_are_made_anew(tmp_path, quadruplets):
+    theirs = Path(shutil.copytree(quadruplets, tmp_path / "theirs")) / "ledger"
+    settings = json.loads((theirs / "settings.json").read_text()) | {"models": "paper", "embedder": "A"}
+    (theirs / "settings.json").write_text(json.dumps(settings))
+    for shard in (theirs / "synthesize").iterdir():  # as a run leaves them that began from another ledger's features
+        curate.write_json_lines(shard, [row | {"feature": curate.pack(torch.ones(4))} for row in curate.read_json_lines(shard)])
+    rows = curated(theirs, tmp_path / "again", tables=["synthesize"])
+    features = [[row.get("feature") for row in records_in(out, "verify")] for out in (tmp_path / "again", quadruplets)]
+    assert features[0] == features[1] and any(features[0]) and any(row["status"] == "kept" for row in rows)
+
+
 def test_clips_of_other_moments_are_not_scored_by_the_paper_s_models_either(tmp_path):
     for name, count in (("source", 49), ("target", 3)):
         write_clip(tmp_path / f"{name}.mp4", moving_picture(count, 64, 64))
