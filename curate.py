@@ -140,7 +140,7 @@ from judges import (
     MAX_WAIT, Barred, Local, Malformed, NoRedirect, OpenAICompatible, TryAgain, Unusable, has_password, jpeg, json_objects, key_of, sampled_frames, sound,
 )  # fmt: skip
 from kernels import pick_device
-from metrics import as_float, lab, luma, read_reference
+from metrics import as_float, lab, luma, otsu, read_reference
 from model import local_path
 from world import load_library, redraw_edit, render, to_uint8
 
@@ -169,7 +169,8 @@ SETS = {  # their columns for these, and the licence to be told
     "ReCo": (PAIR, "see its data card"),  # after `reco_line`
     "ledger": (PAIR, None),
 }
-KNOWN = {"edit_type": str, "frames": int, "height": int, "width": int, "edit_score": (int, float), "frame_scores": list}  # any line may say so
+# what a record may bring along, where it is of this type: of the pair, any line; of its reference, a ledger's alone
+KNOWN = {"edit_type": str, "frames": int, "height": int, "width": int, "edit_score": (int, float), "frame_scores": list}
 MADE = {"key": int, "box": list, "mask": str, "label": str, "ref_image": str, "ref_size": list,
         "verdict": bool, "verdict_reason": str, "feature": str}  # fmt: skip
 WORDS = {  # what an instruction is about, where the data do not say; the first that is found
@@ -801,8 +802,7 @@ def look_at_pair(source, target):
     count = min(len(a), len(b))  # a file may hold fewer frames than it declares
     if abs(math.log(a.shape[1] / a.shape[2] * b.shape[2] / b.shape[1])) > 0.05:
         raise MediaError(f"{target}: is {b.shape[2]}x{b.shape[1]} where its source is {a.shape[2]}x{a.shape[1]}, another aspect")
-    a = a[:count] if a.shape == b.shape else resize(a[:count], b.shape[1:3])
-    return as_float(a), as_float(b[:count]), indices[:count]
+    return as_float(resize(a[:count], b.shape[1:3])), as_float(b[:count]), indices[:count]
 
 
 def difference(source, target):
@@ -813,11 +813,7 @@ def difference(source, target):
 
 def split_value(values):
     """Otsu's threshold between what stayed and what changed, kept within UNCHANGED and CHANGED."""
-    hist = torch.histc(values.clamp(max=60), 60, 0, 60)
-    p, centres = hist / hist.sum(), torch.arange(60) + 0.5
-    below, mass = p.cumsum(0), (p * centres).cumsum(0)
-    between = (mass[-1] * below - mass).square() / (below * (1 - below)).clamp_min(1e-9)
-    return min(max(between.argmax().item() + 1.0, UNCHANGED), CHANGED)
+    return min(max(otsu(values.clamp(max=60), 60, 60), UNCHANGED), CHANGED)
 
 
 def regions(mask):
@@ -930,14 +926,18 @@ class Classical:
         body = self.body(apart, row["kind"])
         area = body.float().mean(dim=(1, 2))
         edge = torch.stack([body[:, 0].any(1), body[:, -1].any(1), body[..., 0].any(1), body[..., -1].any(1)]).sum(0)
-        if area.max() < 2e-4:
-            raise Rejected("nothing changed" if row["kind"] == "subject" else "nothing stayed: no foreground")
-        quality = area * (1 - 0.2 * edge) if row["kind"] == "subject" else -area * (1 - 0.1 * edge) - (area < 2e-4).float()
-        best = quality.argmax().item()
-        if row["kind"] == "subject" and area[best] > 0.6:
-            raise Rejected(f"{area[best]:.0%} of the frame changed: not a local edit")
-        if row["kind"] == "background" and not 0.005 < area[best] < 0.75:
-            raise Rejected(f"{area[best]:.0%} of the frame stayed: no background edit")
+        if row["kind"] == "subject":
+            best = (area * (1 - 0.2 * edge)).argmax()
+            if area.max() < 2e-4:
+                raise Rejected("nothing changed")
+            if area[best] > 0.6:
+                raise Rejected(f"{area[best]:.0%} of the frame changed: not a local edit")
+        else:
+            best = (-area * (1 - 0.1 * edge) - (area < 2e-4).float()).argmax()
+            if area.max() < 2e-4:
+                raise Rejected("nothing stayed: no foreground")
+            if not 0.005 < area[best] < 0.75:
+                raise Rejected(f"{area[best]:.0%} of the frame stayed: no background edit")
         return box_of(body[best]), body[best], indices[best]
 
     def body(self, apart, kind):
@@ -1002,11 +1002,10 @@ def cut_out(frame, mask, margin=0.05):
     pad = margin * max((x2 - x1) * width, (y2 - y1) * height)
     left, right = max(int(x1 * width - pad), 0), min(math.ceil(x2 * width + pad), width)
     top, bottom = max(int(y1 * height - pad), 0), min(math.ceil(y2 * height + pad), height)
-    colour = frame[top:bottom, left:right].permute(2, 0, 1)[None].float() / 255
+    colour = as_float(frame[None, top:bottom, left:right])
     radius = max(1, round(height / mask.shape[0]))
     alpha = guided(soft[..., top:bottom, left:right], luma(colour), radius).sub(0.3).div(0.4).clamp(0, 1)
-    image = colour * alpha + (1 - alpha)
-    return (image[0].permute(1, 2, 0) * 255).round().to(torch.uint8)
+    return to_uint8(colour * alpha + (1 - alpha))[0]
 
 
 def guided(x, guide, radius, strength=1e-3):
@@ -1022,7 +1021,7 @@ def without_foreground(frames, foreground, key):
     First from the frames that show it, moved by the camera's way between them; then, for what none of them shows, from
     its surroundings. Rejected where that would be most of the picture.
     """
-    small = luma(as_float(resize(frames, foreground.shape[1:]))) if frames.shape[1:3] != foreground.shape[1:] else luma(as_float(frames))
+    small = luma(as_float(resize(frames, foreground.shape[1:])))
     grown = F.max_pool2d(foreground[:, None].float(), 7, 1, 3)  # shadows and soft borders belong to it
     height, width = frames.shape[1:3]
     hole = F.interpolate(grown[key : key + 1], (height, width))[0, 0] > 0.5
@@ -1045,8 +1044,7 @@ def without_foreground(frames, foreground, key):
         unknown[hole] = found[0].isnan()
     if unknown.float().mean() > 0.5:
         raise Rejected(f"{unknown.float().mean():.0%} of the background is never seen")
-    filled = from_surroundings(picture, ~unknown[None, None])
-    return (filled[0].permute(1, 2, 0) * 255).round().clamp(0, 255).to(torch.uint8)
+    return to_uint8(from_surroundings(picture, ~unknown[None, None]))[0]
 
 
 def camera_way(moving, fixed, weight):
@@ -1112,8 +1110,7 @@ def look_feature(image, size=16):
         middle = (weight * axis).sum() / weight.sum()
         spread.append((2 * ((weight * (axis - middle) ** 2).sum() / weight.sum()).sqrt(), middle))
     (x, right), (y, down) = spread
-    zero = torch.zeros(())
-    window = torch.stack([torch.stack([x, zero, right]), torch.stack([zero, y, down])])[None]
+    window = torch.tensor([[[x, 0, right], [0, y, down]]])
     grid = F.affine_grid(window, (1, 3, 2 * size, 2 * size), align_corners=False)
     layout = lab(F.avg_pool2d(F.grid_sample(picture, grid, padding_mode="border", align_corners=False), 2))[0]
     return F.normalize((layout - 0.75 * layout.mean(dim=(1, 2), keepdim=True)).flatten(), dim=0)

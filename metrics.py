@@ -102,12 +102,16 @@ def change_map(source, edit):
 
 def changed_blocks(change):
     """Which blocks were edited: above Otsu's threshold on the square root of the change, within CHANGED."""
-    hist = torch.histc(change.sqrt(), 64, 0, 1)
-    p, centres = hist / hist.sum(), (torch.arange(64) + 0.5) / 64
+    return change > min(max(otsu(change.sqrt(), 64, 1) ** 2, CHANGED[0]), CHANGED[1])
+
+
+def otsu(values, bins, highest):
+    """The value, of those in 0..highest, that splits them best in two (Otsu, 1979), on a histogram."""
+    hist = torch.histc(values, bins, 0, highest)
+    p, centres = hist / hist.sum(), (torch.arange(bins) + 0.5) * highest / bins
     below, mass = p.cumsum(0), (p * centres).cumsum(0)
     between = (mass[-1] * below - mass).square() / (below * (1 - below)).clamp_min(1e-9)
-    otsu = ((between.argmax().item() + 1) / 64) ** 2
-    return change > min(max(otsu, CHANGED[0]), CHANGED[1])
+    return (between.argmax().item() + 1) * highest / bins
 
 
 def preserved(source, edit, kept):
