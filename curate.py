@@ -38,6 +38,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
@@ -926,16 +927,14 @@ class Classical:
         body = self.body(apart, row["kind"])
         area = body.float().mean(dim=(1, 2))
         edge = torch.stack([body[:, 0].any(1), body[:, -1].any(1), body[..., 0].any(1), body[..., -1].any(1)]).sum(0)
+        if area.max() < 2e-4:
+            raise Rejected("nothing changed" if row["kind"] == "subject" else "nothing stayed: no foreground")
         if row["kind"] == "subject":
             best = (area * (1 - 0.2 * edge)).argmax()
-            if area.max() < 2e-4:
-                raise Rejected("nothing changed")
             if area[best] > 0.6:
                 raise Rejected(f"{area[best]:.0%} of the frame changed: not a local edit")
         else:
             best = (-area * (1 - 0.1 * edge) - (area < 2e-4).float()).argmax()
-            if area.max() < 2e-4:
-                raise Rejected("nothing stayed: no foreground")
             if not 0.005 < area[best] < 0.75:
                 raise Rejected(f"{area[best]:.0%} of the frame stayed: no background edit")
         return box_of(body[best]), body[best], indices[best]
@@ -1316,25 +1315,21 @@ class Paper:
         answer cannot be read: it draws another, and the record's other answers are paid for."""
         server = isinstance(model, OpenAICompatible)
         with tempfile.TemporaryDirectory() as folder:
-            media = []
-            for label, image in images.items():
-                path = Path(folder) / f"{len(media)}.jpg"
-                write_image(path, image)
-                media.append((label, path))
-            for attempt_ in range(tries):
+            media = [(label, Path(folder) / f"{label}.jpg") for label in images]
+            for label, path in media:
+                write_image(path, images[label])
+            for done in range(1, tries + 1):
                 try:
                     with nullcontext() if server else self.lock:
                         said = model.ask(prompt, media, 1.0).text
                     return read(said)
-                except Unusable:
-                    raise
-                except Malformed:
-                    if attempt_ == tries - 1 or not server:  # a local model would say the same again
+                except Malformed as error:  # a local model would say the same again
+                    if isinstance(error, Unusable) or not server or done == tries:
                         raise
                 except TryAgain as error:
-                    if attempt_ == tries - 1:
+                    if done == tries:
                         raise
-                    time.sleep(min(error.after or 2**attempt_ * (1 + random.random()), MAX_WAIT))
+                    time.sleep(min(error.after or 2 ** (done - 1) * (1 + random.random()), MAX_WAIT))
 
     def score(self, source_path, target_path, row):
         """EditScore (FACTS.md, "Curation"): of each pair of frames sqrt(min(SC) min(PQ)), from 0..25 to 0..10. Frame i
@@ -1532,57 +1527,57 @@ def on_main_axes(features, sample=20_000):
 
 def deduplicate_all(args, ledger):
     """The last stage, over all shards at once: references that are one already kept, or a benchmark's, are rejected."""
-    shards = ledger.told["shards"]
     if ledger.all_done("deduplicate"):
         return
+    shards, resembled = range(ledger.told["shards"]), guard_of(args)
     ids, scores, features, guarded = [], [], [], {}
-    theirs = features_of_benchmark(args) if args.guard else {}
-    names, pictures = list(theirs), np.stack([*theirs.values()]) if theirs else None
-    for shard in range(shards):
-        for row in ledger.rows("verify", shard):
-            if row["status"] != "open":
-                continue
-            for own in ("feature", "source_feature") if theirs else ():
-                near = pictures @ unpack(row[own]).astype(np.float32)
-                if near.max() > args.duplicate:
-                    guarded[row["id"]] = names[near.argmax()]
-            if row["id"] not in guarded:
-                ids.append(row["id"])
-                scores.append(row["edit_score"])
-                features.append(unpack(row["feature"]))
+    for row in (row for shard in shards for row in ledger.rows("verify", shard) if row["status"] == "open"):
+        if name := resembled(row):
+            guarded[row["id"]] = name
+        else:
+            ids.append(row["id"])
+            scores.append(row["edit_score"])
+            features.append(unpack(row["feature"]))
     found = {}
     if ids:
-        if len({len(f) for f in features}) > 1:
-            raise ValueError(f"{ledger.folder}/verify: features of several lengths; they come from different embedders")
         matrix = torch.from_numpy(np.stack(features))
         features.clear()
-        order = np.lexsort((np.arange(len(ids)), -np.array(scores)))
-        belongs, nearest = deduplicate(matrix, order, args.duplicate)
+        belongs, nearest = deduplicate(matrix, np.argsort(-np.array(scores), kind="stable"), args.duplicate)
         found = {i: (ids[b], round(float(n), 4)) for i, b, n in zip(ids, belongs, nearest)}
-    for shard in range(shards):
-        rows = []
-        for row in ledger.rows("verify", shard):
+    for shard in shards:
+        rows = ledger.rows("verify", shard)
+        for row in rows:
             row.pop("feature", None), row.pop("source_feature", None)
-            if row["status"] == "open":
-                row["passed"] = "deduplicate"
-                row["cluster"], row["nearest"] = kept, cosine = found.get(row["id"], (None, None))
-                if row["id"] in guarded:
-                    row["tuning"] = False
-                    row = ended(row, "deduplicate", "rejected", f"resembles {guarded[row['id']]} of the benchmark")
-                elif kept != row["id"]:
-                    row = ended(row, "deduplicate", "rejected", f"the reference is that of {kept} again (cosine {cosine:.3f})")
-                else:
-                    row |= {"status": "kept"}
-            rows.append(row)
-        ledger.write("deduplicate", shard, rows)
+        ledger.write("deduplicate", shard, [decided(row, found, guarded) if row["status"] == "open" else row for row in rows])
 
 
-def features_of_benchmark(args):
-    """{name: feature} of a benchmark's pictures and of the first frames of its clips: no record may resemble one."""
-    files = benchmark_files(args.guard)
-    models = load_models(args, "guard")
-    name = lambda path: path.relative_to(args.guard).as_posix()
-    return {name(path): models.embed([read_image(path)])[0].numpy() for path in tqdm(files, desc="guard", mininterval=1)}
+def decided(row, found, guarded):
+    """An open record, kept or rejected. found: {id: (the record that stands for it, its cosine to the nearest)}; guarded:
+    {id: what of the benchmark it resembles}."""
+    row["passed"] = "deduplicate"
+    row["cluster"], row["nearest"] = kept, cosine = found.get(row["id"], (None, None))
+    if row["id"] in guarded:
+        return ended(row | {"tuning": False}, "deduplicate", "rejected", f"resembles {guarded[row['id']]} of the benchmark")
+    if kept != row["id"]:
+        return ended(row, "deduplicate", "rejected", f"the reference is that of {kept} again (cosine {cosine:.3f})")
+    return row | {"status": "kept"}
+
+
+def guard_of(args):
+    """-> a function: of a record the picture or clip of the benchmark that its reference or first frame resembles, or None."""
+    if not args.guard:
+        return lambda row: None
+    files, models = benchmark_files(args.guard), load_models(args, "guard")
+    theirs = np.stack([models.embed([read_image(path)])[0].numpy() for path in tqdm(files, desc="guard", mininterval=1)])
+
+    def resembled(row):
+        for own in ("source_feature", "feature"):
+            near = theirs @ unpack(row[own]).astype(np.float32)
+            if near.max() > args.duplicate:
+                return files[near.argmax()].relative_to(args.guard).as_posix()
+        return None
+
+    return resembled
 
 
 def benchmark_files(folder):
@@ -1605,8 +1600,7 @@ def write_results(args, ledger, bases):
     out = ledger.out.resolve()
     common = Path(os.path.commonpath([str(out), *bases]))
     rejects = read_rejects(args.rejects)
-    counts, sample, seen = Funnel(), [], 0
-    chosen, told = random.Random(0), []
+    counts, sample, told, chosen = Funnel(), [], [], random.Random(0)
     home = Path(os.path.commonpath(bases))
     with training_tables(out) as write, parquet_of_refvie(out) as write_parquet:
         for shard in range(ledger.told["shards"]):
@@ -1624,10 +1618,9 @@ def write_results(args, ledger, bases):
                     write("ref", [path("src_video"), path("tgt_video"), row["prompt"], ref])
                     clips = {key: path(key, home) for key in ("src_video", "tgt_video")}
                     write_parquet(row | clips, inside(out, row["ref_image"], row["id"]))
-                    seen += 1
                     if len(sample) < args.page:
                         sample.append(row)
-                    elif (place := chosen.randrange(seen)) < args.page:
+                    elif (place := chosen.randrange(len(counts.kept))) < args.page:  # each of the kept is as likely
                         sample[place] = row
     write_page(args, ledger, bases, sorted(sample, key=lambda row: row["id"]), counts, told, rejects)
     text = counts.markdown() + ("\n" + pair_by_pair(told) if counts.total <= len(told) else "")
@@ -1698,12 +1691,16 @@ def parquet_of_refvie(out):
             flush()
 
 
+WAYS_OUT = (*STAGES, "person")
+
+
 class Funnel:
     """How many records reached which stage, and why the others did not (the paper's Figure 3), with what the kept ones
     are like (Figure 4)."""
 
     def __init__(self):
-        self.total, self.left, self.reasons, self.kept, self.tuning = 0, {}, {}, [], 0
+        self.total, self.tuning, self.kept = 0, 0, []
+        self.reasons = Counter()  # (stage, status, reason) of those that ended
         self.nearest = []  # cosine of each record to the nearest one kept before it, of those kept and of duplicates
 
     def add(self, row):
@@ -1714,18 +1711,17 @@ class Funnel:
         if row["status"] == "kept":
             self.kept.append((row["kind"], row.get("frames", 0), *row.get("ref_size", (0, 0))))
             return
-        key = row["stage"]
-        self.left[key] = self.left.get(key, 0) + 1
         reason = re.sub(r"^\S*/\S*(?:, (?:line|row|entry)[^:]*)?: ", "", row["reason"])  # without the file it speaks of
         reason = re.sub(r"\d+(?:\.\d+)?x\d+|\d+(?:\.\d+)?%?", "#", reason).split(":")[0][:80]
-        self.reasons[key, row["status"], reason] = self.reasons.get((key, row["status"], reason), 0) + 1
+        self.reasons[row["stage"], row["status"], reason] += 1
 
     def steps(self):
         """(stage, records that passed it)"""
         left, out = self.total, [("pairs", self.total)]
-        for stage in (*STAGES, "person"):
-            if stage != "person" or "person" in self.left:
-                left -= self.left.get(stage, 0)
+        for stage in WAYS_OUT:
+            ended_here = sum(count for (at, _, _), count in self.reasons.items() if at == stage)
+            left -= ended_here
+            if stage != "person" or ended_here:
                 out.append((stage, left))
         return out
 
@@ -1733,14 +1729,13 @@ class Funnel:
         lines = ["| stage | records that passed | of all |", "| --- | --- | --- |"]
         lines += [f"| {name} | {count} | {count / self.total:.1%} |" for name, count in self.steps()]
         lines += ["", f"Good for instruction tuning: {self.tuning} of {self.total}.", "", "| left at | as | why | records |", "| --- | --- | --- | --- |"]
-        order = {stage: i for i, stage in enumerate((*STAGES, "person"))}
-        for (stage, status, reason), count in sorted(self.reasons.items(), key=lambda kv: (order[kv[0][0]], -kv[1])):
+        for (stage, status, reason), count in sorted(self.reasons.items(), key=lambda kv: (WAYS_OUT.index(kv[0][0]), -kv[1])):
             lines.append(f"| {stage} | {status} | {reason.replace('|', '/')} | {count} |")
         return "\n".join(lines) + "\n"
 
     def statistics(self):
         """Of the kept: kinds, frames, reference sizes; and how many would be left at other thresholds of likeness."""
-        tally = lambda values: {str(k): sum(v == k for v in values) for k in sorted(set(values))}
+        tally = lambda values: {str(value): count for value, count in sorted(Counter(values).items())}
         curve = {str(t): sum(n <= t for n in self.nearest) for t in (0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99)}
         side = [f"{2 ** int(math.log2(max(min(h, w), 1)))} and up" for _, _, h, w in self.kept]
         return {
