@@ -547,7 +547,7 @@ def ended(row, stage, status, reason):
 
 
 def run_shard(stage, ledger, shard, bar=None):
-    """One stage over one shard, from wherever it was; -> its records."""
+    """One stage over one shard, from wherever it was."""
     rows = ledger.rows(STAGES[STAGES.index(stage.name) - 1], shard)
     with ledger.journal(stage.name, shard) as (done, add):
         waiting = [row for row in rows if row["status"] == "open" and row["id"] not in done]
@@ -564,7 +564,6 @@ def run_shard(stage, ledger, shard, bar=None):
             "add --retry-failed, or go on without them by the same command again"
         )
     ledger.write(stage.name, shard, rows)
-    return rows
 
 
 # ------------------------------------------------------------------------------------------------ the four stages
@@ -962,11 +961,8 @@ class Classical:
         others = others or [indices.index(row["key"])]
         picture = read_reference(ref_path)
         ink = inked(picture)[0] if row["kind"] == "subject" else torch.ones(picture.shape[2:], dtype=torch.bool)
-        wanted, after, before = (
-            colours(torch.cat(pixels)) for pixels in (
-                [picture[0, :, ink].T], [target[i][:, place[i]].T for i in others], [source[i][:, place[i]].T for i in others],
-            )
-        )  # fmt: skip
+        wanted = colours(picture[0, :, ink].T)
+        after, before = (colours(torch.cat([clip[i][:, place[i]].T for i in others])) for clip in (target, source))
         near, far = ((wanted - x).abs().mean().item() for x in (after, before))
         return near < min(ALIKE, far), f"colours {near:.0f} from the edit's, {far:.0f} from the source's (CIELAB)"
 
@@ -1833,7 +1829,7 @@ def markdown_to_html(table):
 # ------------------------------------------------------------------------------------------------ how good it is
 
 
-def measure_on_truth(folder, cases=400):
+def measure_on_truth(folder, most=400):
     """The classical models on clips of `nano.py data`, whose truth is known -> a Markdown table.
 
     Masks are held against the things themselves (old and new, as far as they are seen) and against every pixel that
@@ -1843,8 +1839,8 @@ def measure_on_truth(folder, cases=400):
     if not (folder / "truth.jsonl").is_file():
         raise FileNotFoundError(f"{folder}/truth.jsonl is missing: `python nano.py data {folder} --split test` writes it")
     world, models = json.loads((folder / "world.json").read_text()), Classical(None)
-    library, found, references = load_library(world["assets"]), {"local": [], "background": []}, {}
-    for row in tqdm(list(read_json_lines(folder / "truth.jsonl"))[:cases], desc="truth", mininterval=1):
+    library, cases, local, background, references = load_library(world["assets"]), Counter(), [], [], {}
+    for row in tqdm(list(read_json_lines(folder / "truth.jsonl"))[:most], desc="truth", mininterval=1):
         if row["task"] in ("style", "remove"):
             continue
         row["kind"] = "background" if row["task"].startswith("background") else "subject"
@@ -1852,30 +1848,29 @@ def measure_on_truth(folder, cases=400):
         region = read_image(folder / row["mask"])[..., 0].unflatten(0, (-1, world["size"])) > 127
         if row["kind"] == "background" and region.all():
             continue  # a scene of nothing but background has no foreground to be found
+        cases[row["kind"]] += 1
         try:
             box, mask, row["key"] = models.ground(source, target, row)
             image = models.synthesize(source, target, mask, row)
         except Rejected:
-            found["background" if row["kind"] == "background" else "local"].append(None)
             continue
         edit = redraw_edit(library, world, row["index"])
         if row["kind"] == "subject":
             truths = outlines(edit, world["size"], row["key"]), region[row["key"]]
-            found["local"].append([f for truth in truths for f in (overlap(mask, truth), box_overlap(box, box_of(truth)))])
+            local.append([f for truth in truths for f in (overlap(mask, truth), box_overlap(box, box_of(truth)))])
             references.setdefault((row["new"]["name"], row["new"]["look"]), image)
         else:
-            found["background"].append(hidden_psnr(edit, image, ~region[row["key"]], row["key"]))
-    local, background = ([x for x in found[key] if x is not None] for key in ("local", "background"))
+            background.append(hidden_psnr(edit, image, ~region[row["key"]], row["key"]))
     if not references:
         raise ValueError(f"{folder}: none of its clips has a reference that could be made; draw more of them")
     precision, recall, count = find_planted(models, list(references.values()))
-    mean = lambda values: sum(values) / max(len(values), 1)
-    mask_things, box_things, mask_all, box_all = (mean(column) for column in zip(*local))
+    mask_things, box_things, mask_all, box_all = (sum(column) / len(local) for column in zip(*local))
+    psnr = sum(background) / max(len(background), 1)
     return "\n".join([
         "| classical models on the nano world | cases | found | figure |", "| --- | --- | --- | --- |",
-        f"| local edits: IoU of mask, of box with the edited things | {len(found['local'])} | {len(local)} | {mask_things:.3f}, {box_things:.3f} |",
-        f"| the same with all pixels that differ, soft shadows too | {len(found['local'])} | {len(local)} | {mask_all:.3f}, {box_all:.3f} |",
-        f"| new backgrounds: PSNR where the foreground stood | {len(found['background'])} | {len(background)} | {mean(background):.1f} dB |",
+        f"| local edits: IoU of mask, of box with the edited things | {cases['subject']} | {len(local)} | {mask_things:.3f}, {box_things:.3f} |",
+        f"| the same with all pixels that differ, soft shadows too | {cases['subject']} | {len(local)} | {mask_all:.3f}, {box_all:.3f} |",
+        f"| new backgrounds: PSNR where the foreground stood | {cases['background']} | {len(background)} | {psnr:.1f} dB |",
         f"| duplicates, 10 % planted: precision, recall | {count} | | {precision:.3f}, {recall:.3f} |",
     ])  # fmt: skip
 
@@ -1922,28 +1917,25 @@ def measure_scale(folder, records=100_000, vectors=500_000, width=512):
     """The bookkeeping with answers that the records bring along, and de-duplication -> a Markdown table."""
     memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     made = Ledger(Path(folder).resolve() / "made")  # as another run would have left it
-    random_, stage, before = random.Random(0), made.folder / "verify", memory()
+    drawn, before = random.Random(0), memory()
     for name in ("masks/0.png", "refs/0.png"):
         (made.out / name).parent.mkdir(parents=True, exist_ok=True)
         write_image(made.out / name, torch.zeros(8, 8, 3, dtype=torch.uint8))
-    stage.mkdir(parents=True, exist_ok=True)
-    (made.folder / "read.json").write_text(json.dumps({"bases": [str(made.out)], "shards": 1}))
-    (made.folder / "settings.json").write_text(json.dumps({"models": "classical"}))
-    with whole_file(stage / "00000.jsonl") as temporary, temporary.open("w") as file:
-        for i in range(records):
-            feature = np.array([random_.gauss(0, 1) for _ in range(8)], np.float16)
-            line = {"src_video": f"s/{i}.mp4", "tgt_video": f"t/{i}.mp4", "prompt": "replace the car", "edit_type": "change",
-                    "edit_score": random_.uniform(4, 10), "frames": 81, "height": 8, "width": 8, "box": [0, 0, 1, 1], "mask": "masks/0.png", "key": 0,
-                    "ref_image": "refs/0.png", "ref_size": [64, 64], "verdict": random_.random() < 0.8,
-                    "base": 0, "status": "open",
-                    "feature": base64.b64encode((feature / np.linalg.norm(feature)).astype(np.float16)).decode()}  # fmt: skip
-            file.write(json.dumps(line) + "\n")
+
+    def line(i):
+        return {"src_video": f"s/{i}.mp4", "tgt_video": f"t/{i}.mp4", "prompt": "replace the car", "edit_type": "change", "base": 0, "status": "open",
+                "edit_score": drawn.uniform(4, 10), "frames": 81, "height": 8, "width": 8, "box": [0, 0, 1, 1], "mask": "masks/0.png", "key": 0,
+                "ref_image": "refs/0.png", "ref_size": [64, 64], "verdict": drawn.random() < 0.8,
+                "feature": pack(F.normalize(torch.tensor([drawn.gauss(0, 1) for _ in range(8)]), dim=0))}  # fmt: skip
+
+    made.write("verify", 0, map(line, range(records)))
+    write_text(made.folder / "read.json", json.dumps({"bases": [str(made.out)], "shards": 1}))
+    write_text(made.folder / "settings.json", json.dumps({"models": "classical"}))
     out = str(made.out.parent / "out")
-    args = parse_arguments([str(stage), "--out", out, "--shard-rows", "1000", "--duplicate", "1"])
+    args = parse_arguments([str(made.folder / "verify"), "--out", out, "--shard-rows", "1000", "--duplicate", "1"])
     ledger, start = Ledger(args.out), time.perf_counter()
     read_all(args, ledger)
-    bases = ledger.told["bases"]
-    run_local(args, ledger, bases, 0, 1)
+    run_local(args, ledger, ledger.told["bases"], 0, 1)
     seconds, peak = time.perf_counter() - start, memory()
     features = F.normalize(torch.randn(vectors, width, generator=torch.Generator().manual_seed(0)), dim=1)
     start = time.perf_counter()
@@ -2018,6 +2010,17 @@ def run_ray(args, ledger, bases):
         ray.shutdown()
 
 
+def reopen_all(ledger, rank, world):
+    for shard in range(rank, ledger.told["shards"], world):
+        ledger.reopen_failed(shard)
+    if world > 1:  # else the first could find all shards done that another is about to open again
+        import torch.distributed as dist
+
+        dist.init_process_group("gloo")
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def wait_for(ready, what, bar_seconds=30):
     """Poll until ready() is true; torchrun ends everybody when one of us dies."""
     told = time.monotonic()
@@ -2055,14 +2058,7 @@ def main(argv=None):
         same_settings(args, ledger)  # on every rank: none begins with other ones while the first is still refusing them
         bases = ledger.told["bases"]
         if args.retry_failed:
-            for shard in range(rank, ledger.told["shards"], world):
-                ledger.reopen_failed(shard)
-            if world > 1:  # else the first could find all shards done that another is about to open again
-                import torch.distributed as dist
-
-                dist.init_process_group("gloo")
-                dist.barrier()
-                dist.destroy_process_group()
+            reopen_all(ledger, rank, world)
         run_ray(args, ledger, bases) if args.engine == "ray" else run_local(args, ledger, bases, rank, world)
         if rank > 0:
             return
