@@ -386,7 +386,7 @@ def start_of(record, base, place):
             texts = {key: sound(record[key]) if isinstance(record[key], str) else "" for key in PAIR}
             return end | texts | {"reason": f"{place}: {key} is empty, or no text"}
     try:
-        inside(Path(base), record["src_video"], place), inside(Path(base), record["tgt_video"], place)
+        inside(base, record["src_video"], place), inside(base, record["tgt_video"], place)
     except ValueError as error:
         return end | {"reason": str(error)}
     return {"kind": kind_of(record.get("edit_type"), record["prompt"]), "status": "open"}
@@ -637,9 +637,7 @@ class Stage:
 
     def file(self, row, key):
         """A record's file: a clip below its base, a mask or reference below --out."""
-        if key in ("mask", "ref_image"):
-            return inside(Path(self.args.out).resolve(), row[key], row["id"])
-        return inside(Path(self.bases[row["base"]]), row[key], row["id"])
+        return inside(self.args.out if key in ("mask", "ref_image") else self.bases[row["base"]], row[key], row["id"])
 
     def clips(self, row):
         return self.file(row, "src_video"), self.file(row, "tgt_video")
@@ -1593,36 +1591,42 @@ def benchmark_files(folder):
 
 def write_results(args, ledger, bases):
     """Tables that train.py takes, RefVIE's parquet, the funnel, statistics and the page; -> funnel as Markdown."""
-    out = ledger.out.resolve()
-    common = Path(os.path.commonpath([str(out), *bases]))
-    rejects = read_rejects(args.rejects)
+    out, rejects = ledger.out, read_rejects(args.rejects)
+    common, home = os.path.commonpath([out, *bases]), os.path.commonpath(bases)
     counts, sample, told, chosen = Funnel(), [], [], random.Random(0)
-    home = Path(os.path.commonpath(bases))
     with training_tables(out) as write, parquet_of_refvie(out) as write_parquet:
-        for shard in range(ledger.told["shards"]):
-            for row in ledger.rows("deduplicate", shard):
-                if row["status"] == "kept" and row["id"] in rejects:
-                    row = ended(row, "person", "rejected", rejects[row["id"]]) | {"tuning": False}
-                counts.add(row)
-                if len(told) < 200:
-                    told.append(row)
-                path = lambda key, start=common: os.path.relpath(Path(bases[row["base"]]) / row[key], start)
-                if row.get("tuning"):
-                    write("image" if row.get("frames") == 1 else "video", [path("src_video"), path("tgt_video"), row["prompt"]])
-                if row["status"] == "kept":
-                    ref = os.path.relpath(out / row["ref_image"], common)
-                    write("ref", [path("src_video"), path("tgt_video"), row["prompt"], ref])
-                    clips = {key: path(key, home) for key in ("src_video", "tgt_video")}
-                    write_parquet(row | clips, inside(out, row["ref_image"], row["id"]))
-                    if len(sample) < args.page:
-                        sample.append(row)
-                    elif (place := chosen.randrange(len(counts.kept))) < args.page:  # each of the kept is as likely
-                        sample[place] = row
+        for row in final_rows(ledger, rejects):
+            counts.add(row)
+            if len(told) < 200:
+                told.append(row)
+            if not row.get("tuning"):  # the kept are all good for it
+                continue
+            clips = [Path(bases[row["base"]]) / row[key] for key in ("src_video", "tgt_video")]
+            pair = [*(os.path.relpath(clip, common) for clip in clips), row["prompt"]]
+            write("image" if row.get("frames") == 1 else "video", pair)
+            if row["status"] != "kept":
+                continue
+            reference = inside(out, row["ref_image"], row["id"])
+            write("ref", [*pair, os.path.relpath(reference, common)])
+            write_parquet([row["id"], row["prompt"], *(os.path.relpath(clip, home) for clip in clips), reference.read_bytes()])
+            if len(sample) < args.page:
+                sample.append(row)
+            elif (place := chosen.randrange(len(counts.kept))) < args.page:  # each of the kept is as likely
+                sample[place] = row
     write_page(args, ledger, bases, sorted(sample, key=lambda row: row["id"]), counts, told, rejects)
     text = counts.markdown() + ("\n" + pair_by_pair(told) if counts.total <= len(told) else "")
     for name, content in (("funnel.md", text), ("funnel.svg", counts.svg()), ("statistics.json", json.dumps(counts.statistics(), indent=1))):
         write_text(out / name, content)
     return text, counts, common
+
+
+def final_rows(ledger, rejects):
+    """Yield all records, those that a person rejected as such."""
+    for shard in range(ledger.told["shards"]):
+        for row in ledger.rows("deduplicate", shard):
+            if row["status"] == "kept" and row["id"] in rejects:
+                row = ended(row, "person", "rejected", rejects[row["id"]]) | {"tuning": False}
+            yield row
 
 
 def read_rejects(path):
@@ -1659,26 +1663,25 @@ def training_tables(out):
 
 @contextmanager
 def parquet_of_refvie(out):
-    """Yield write(record, picture's path) for refvie.parquet in the layout of the published set; its clips' paths start
-    from the base folder of the inputs, of several from the one above all."""
+    """Yield write(values of a row) for refvie.parquet in the layout of the published set; its clips' paths start from the
+    base folder of the inputs, of several from the one above all."""
     try:
         import pyarrow
         from pyarrow.parquet import ParquetWriter
     except ImportError:
         print("note        refvie.parquet is not written; pip install pyarrow, and the same command again")
-        yield lambda row, path: None
+        yield lambda values: None
         return
     fields = [(name, pyarrow.string()) for name in ("iid", "prompt", "src_video", "tgt_video")]
-    schema = pyarrow.schema([*fields, ("ref_image_bytes", pyarrow.binary())])
-    lines = []
+    schema, lines = pyarrow.schema([*fields, ("ref_image_bytes", pyarrow.binary())]), []
     with whole_file(out / "refvie.parquet") as temporary, ParquetWriter(temporary, schema) as writer:
 
         def flush():
             writer.write_table(pyarrow.Table.from_pylist(lines, schema))
             lines.clear()
 
-        def write(row, path):
-            lines.append({"iid": row["id"], **{key: row[key] for key in ("prompt", "src_video", "tgt_video")}, "ref_image_bytes": path.read_bytes()})
+        def write(values):
+            lines.append(dict(zip(schema.names, values)))
             if len(lines) == 256:
                 flush()
 
@@ -2070,7 +2073,7 @@ def main(argv=None):
     if sum(count for (_, status, _), count in counts.reasons.items() if status == "failed") == counts.total:
         raise ValueError(f"not one of {counts.total} records could be worked on; the table above says why (--retry-failed tries them again)")
     if counts.kept:
-        print(f"train       python train.py --stage 3 --ref-csv {shlex.quote(args.out)}/ref_video.csv --base-path {shlex.quote(str(common))} --data DIR")
+        print(f"train       python train.py --stage 3 --ref-csv {shlex.quote(args.out)}/ref_video.csv --base-path {shlex.quote(common)} --data DIR")
 
 
 def run():
