@@ -1901,19 +1901,19 @@ def hidden_psnr(edit, image, place, key):
     return -10 * math.log10(max(error, 1e-6))
 
 
-def find_planted(models, images, share=0.1):
-    """Every tenth picture comes once more, smaller, brighter and as a JPEG -> precision and recall of finding these."""
-    planted = images[:: round(1 / share)]
+def find_planted(models, images):
+    """Every tenth picture comes once more, smaller, brighter and as a JPEG -> precision and recall of finding these, and how
+    many pictures that makes."""
     again = []
-    for image in planted:
+    for image in images[::10]:
         size = [max(8, round(side * 0.8)) for side in image.shape[:2]]
         brighter = (resize(image[None], size)[0].float() * 1.04).clamp(0, 255).to(torch.uint8)
         again.append(read_image("a JPEG", jpeg(brighter)))
     features = models.embed([*images, *again])
     belongs, _ = deduplicate(features, np.arange(len(features)), parse_arguments(["x", "--out", "x"]).duplicate)
-    dropped = {i for i, kept in enumerate(belongs) if kept != i}
-    right = {len(images) + i for i in range(len(again)) if belongs[len(images) + i] == i * round(1 / share)}
-    return len(dropped & right) / max(len(dropped), 1), len(right) / len(again), len(features)
+    dropped = sum(kept != i for i, kept in enumerate(belongs))
+    right = sum(belongs[len(images) + i] == 10 * i for i in range(len(again)))
+    return right / max(dropped, 1), right / len(again), len(features)
 
 
 def measure_scale(folder, records=100_000, vectors=500_000, width=512):
