@@ -2375,8 +2375,19 @@ def test_what_ships_has_an_example_and_says_how_it_was_trained_and_is_the_same_e
     assert rows and all(row in again for row in rows) and again.count("| train.py stage 3 | 0 | 1 | 2 |") == 2
     drawn = {"clips": 9, "seed": 1, "frames": 5, "tasks": {"change": 2, "add": 1}}
     (tmp_path / "world.json").write_text(json.dumps(drawn))
-    (tmp_path / "run/config.json").write_text(json.dumps(nano.read_run(checkpoint.parent) | {"args": {"data": str(tmp_path), "weights": None}}))
+    (tmp_path / "run/config.json").write_text(json.dumps({"args": {"data": [str(tmp_path)], "weights": None}}))
     assert nano.clips_seen(checkpoint, tmp_path) == "9 of `nano.py data --seed 1 --frames 5 --tasks change=2 add=1`"
+
+
+def test_a_card_tells_of_every_run_before_from_whatever_folder_it_is_written(tmp_path):
+    for run, began in (("1", {}), ("2", {"weights": "../1"})):
+        checkpoint = tmp_path / run / "step-000005"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "train.json").write_text(json.dumps({"counts": {"step": 5, "samples": 10, "seconds": 3}}))
+        args = {"seed": 0, "stage": int(run), "weights": began and "runs/1", "data": []}
+        (tmp_path / run / "config.json").write_text(json.dumps({"args": args, "began": began}))
+    rows = nano.phases_of(checkpoint / "weights.safetensors", tmp_path)
+    assert rows == ["| train.py stage 1 | 0 | 5 | 10 | 3 |", "| train.py stage 2 | 0 | 5 | 10 | 3 |"]
 
 
 def test_bench_writes_what_judge_reads_and_eval_wants_held_out_clips(tmp_path, nano_data):
