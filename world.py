@@ -94,6 +94,12 @@ def pyramid(image):
     return levels
 
 
+def pixel_grid(size):
+    """Rows and columns (size, size) of a square's pixels, their middles, in (0, 1)."""
+    axis = (torch.arange(size) + 0.5) / size
+    return torch.meshgrid(axis, axis, indexing="ij")
+
+
 def shape_distances(x, y):
     """Signed distances (negative inside) of some plane shapes about the origin, on a grid in [-1, 1]."""
     radius, angle = (x * x + y * y).sqrt(), torch.atan2(x, -y)
@@ -124,8 +130,7 @@ def shape_distances(x, y):
 
 def draw_shapes():
     """Twelve shapes in twelve colours, each in two looks: sprites that need no asset and whose names compose."""
-    axis = (torch.arange(SPRITE * 2) + 0.5) / SPRITE - 1
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    y, x = (2 * place - 1 for place in pixel_grid(2 * SPRITE))
     sprites = {}
     for shape, distance in shape_distances(x, y).items():
         alpha = (0.5 - distance * SPRITE).clamp(0, 1)
@@ -135,9 +140,8 @@ def draw_shapes():
             shaded = rgb * (0.95 - 0.3 * y) + 0.25 * (-((x + 0.3) ** 2 + (y + 0.35) ** 2) * 8).exp()
             striped = rgb * rim + (1 - rim) * (0.25 + 0.5 * (1 - rgb)) - 0.2 * ((x + y) * 14).sin().gt(0.3) * rim
             for look, body in (("shaded", shaded), ("striped", striped)):
-                image = torch.cat([body.clamp(0, 1) * alpha, alpha[None]])
-                image = torch.nn.functional.avg_pool2d(image[None], 2)[0]
-                sprites.setdefault(f"{colour} {shape}", []).append(Sprite(f"{colour} {shape}", look, pyramid(image)))
+                levels = pyramid(torch.cat([body.clamp(0, 1) * alpha, alpha[None]]))[1:]  # drawn at twice the size
+                sprites.setdefault(f"{colour} {shape}", []).append(Sprite(f"{colour} {shape}", look, levels))
     return sprites
 
 
@@ -156,12 +160,6 @@ def draw_textures(count=48, size=256):
         image = colours[0].view(3, 1, 1) * a + colours[1].view(3, 1, 1) * (1 - a)
         photos.append(Photo(f"texture {i}", (image * (0.4 + 0.6 * b) + colours[2].view(3, 1, 1) * 0.4 * (1 - b)).clamp(0, 1)))
     return photos
-
-
-def pixel_grid(size):
-    """Rows and columns (size, size) of a square's pixels, their middles, in (0, 1)."""
-    axis = (torch.arange(size) + 0.5) / size
-    return torch.meshgrid(axis, axis, indexing="ij")
 
 
 def draw_pattern(kind, first, second, size=128):
@@ -358,29 +356,20 @@ def render_background(scene, size):
     u, v = column / zoom + x, row / zoom + y  # (T, size, size), in frame widths
     first, second, extent, mirrored = scene.view
     u = -u if mirrored else u
-    image = scene.photo.image
-    height, width = image.shape[1:]
+    image = scene.photo.image[None]
+    height, width = image.shape[2:]
     if scene.photo.panorama:
         yaw, pitch, focal = math.radians(first), math.radians(second), 0.5 / math.tan(math.radians(extent) / 2)
         forward, up = focal * math.cos(pitch) + v * math.sin(pitch), focal * math.sin(pitch) - v * math.cos(pitch)
         longitude = torch.atan2(u, forward) + yaw
         latitude = torch.atan2(up, (u * u + forward * forward).sqrt())
-        column, row = longitude / (2 * math.pi), 0.5 - latitude / math.pi
+        column, row = longitude / (2 * math.pi) % 1, 0.5 - latitude / math.pi
+        image = F.pad(F.pad(image, (1, 1, 0, 0), mode="circular"), (0, 0, 1, 1), mode="replicate")
     else:
-        column, row = u * extent + first, v * extent + second
-    image = F.pad(image[None], (1, 1, 1, 1), mode="circular") if not scene.photo.panorama else wrap_panorama(image)
-    grid = torch.stack(
-        [
-            ((column % 1) * width + 1) / (width + 2) * 2 - 1,
-            ((row % 1 if not scene.photo.panorama else row) * height + 1) / (height + 2) * 2 - 1,
-        ],
-        dim=-1,
-    )
+        column, row = (u * extent + first) % 1, (v * extent + second) % 1
+        image = F.pad(image, (1, 1, 1, 1), mode="circular")
+    grid = torch.stack([(column * width + 1) / (width + 2), (row * height + 1) / (height + 2)], dim=-1) * 2 - 1
     return F.grid_sample(image.expand(len(grid), -1, -1, -1), grid, align_corners=False, padding_mode="border")
-
-
-def wrap_panorama(image):
-    return F.pad(F.pad(image[None], (1, 1, 0, 0), mode="circular"), (0, 0, 1, 1), mode="replicate")
 
 
 def render_thing(thing, camera, size, shadow=False):
@@ -390,16 +379,14 @@ def render_thing(thing, camera, size, shadow=False):
     x, y, extent = (x - camera[:, 0]) * zoom, (y - camera[:, 1]) * zoom, extent * zoom
     if shadow:
         x, y, extent = x + 0.06 * extent, y + 0.1 * extent, extent * 1.06
-    needed = float(extent.max()) * size
-    level = thing.sprite.levels[
-        -1 if shadow else max(i for i, im in enumerate(thing.sprite.levels) if i == 0 or im.shape[-1] >= needed)
-    ]
+    levels = thing.sprite.levels
+    fine = [level for level in levels if level.shape[-1] >= float(extent.max()) * size] or levels[:1]
+    image = levels[-1][3:] if shadow else fine[-1]
     row, column = (place - 0.5 for place in pixel_grid(size))
     dx, dy = column - x.view(-1, 1, 1), row - y.view(-1, 1, 1)
     cos, sin = (angle.cos() / extent).view(-1, 1, 1), (angle.sin() / extent).view(-1, 1, 1)
     u, v = 2 * (cos * dx + sin * dy), 2 * (cos * dy - sin * dx)
     grid = torch.stack([-u if thing.flip else u, v], dim=-1)
-    image = level[3:] if shadow else level
     return F.grid_sample(image.expand(len(grid), -1, -1, -1), grid, align_corners=False)
 
 
@@ -645,7 +632,7 @@ def draw_edit(library, split, seed, index, frames, size, shares=None):
 
 
 def redraw_edit(library, world, index):
-    """The same clip once more, of a data set whose world.json says how it was drawn."""
+    """Clip `index` of a data set as its world.json says that it is drawn: the same each time."""
     return draw_edit(library, world["split"], world["seed"], index, world["frames"], world["size"], world.get("tasks"))
 
 
@@ -793,8 +780,9 @@ def write_mllm_folder(folder, texts):
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     folder.mkdir(parents=True, exist_ok=True)
-    names = {"vision_start": "vision_start", "vision_end": "vision_end", "image": "image_pad", "video": "video_pad"}
-    names["eos"] = "im_end"
+    names = {
+        "vision_start": "vision_start", "vision_end": "vision_end", "image": "image_pad", "video": "video_pad", "eos": "im_end",
+    }  # fmt: skip
     ids = {f"{ours}_token_id": tokenizer.token_to_id(f"<|{name}|>") for ours, name in names.items()}
     with whole_file(folder / "tokenizer.json") as path:
         tokenizer.save(str(path))
