@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from connectors import LoRALinear, MLLMConfig, MLLMEncoder, merge_lora
+from connectors import LoRALinear, MLLMConfig, MLLMEncoder, merge_lora, replace_modules
 from data import MAX_PIXELS, nearest_size, pad_reference, read_clip, whole_folder
 from dit import DiT, DiTConfig
 from vae import VAE, VAEConfig
@@ -173,7 +173,7 @@ class KiwiEdit(nn.Module):
         self.config = config
         dit = config.dit
         if config.source == "channel_concat":
-            dit = DiTConfig(**{**asdict(dit), "in_dim": 2 * dit.in_dim})
+            dit = replace(dit, in_dim=2 * dit.in_dim)
         self.dit = DiT(dit)
         if config.source not in NO_EMBEDDER:
             self.source_embedder = PatchEmbedder(config.dit)
@@ -339,24 +339,15 @@ class KiwiEdit(nn.Module):
             ref_latents = torch.cat([self.encode_frames(p, tile) for p in pictures], dim=2) if refs else None
 
         noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(seed)).to(source.device)
-        with working_on((self.dit, *self.embedders()), offload_to):
+        denoiser = tuple(part for name, part in self.named_children() if name not in ("vae", "mllm"))
+        with working_on(denoiser, offload_to):
             told, steps = partial(tell, "denoise"), steps or self.config.steps
             latents = self.denoise(noise, context, source, ref_latents, steps, FlowMatch(shift), told, unshown, guidance)
         if not latents.isfinite().all():
             raise ValueError(f"the edit's numbers overflowed in {str(self.dtype)[6:]}: take bfloat16 or float32")
 
         with working_on(self.vae, offload_to):
-            told = partial(tell, "decode")
-            try:
-                return self.decode_frames(latents, tile, told)[:count]
-            except torch.OutOfMemoryError:  # the largest need of a whole edit comes last, when all steps are done
-                if tile is not None:
-                    raise
-            print("note: out of GPU memory: decoding once more, in tiles (tile=16), to the same result", file=sys.stderr)
-            return self.decode_frames(latents, 16, told)[:count]
-
-    def embedders(self):
-        return [m for name, m in self.named_children() if name in ("source_embedder", "ref_embedder", "source_scale")]
+            return self.decode_fitting(latents, tile, partial(tell, "decode"))[:count]
 
     def encode_frames(self, frames, tile=None, on_chunk=None):
         """uint8 frames (T, H, W, 3) -> latents (1, z, 1 + (T-1)/4, h, w), on the VAE's device."""
@@ -366,6 +357,16 @@ class KiwiEdit(nn.Module):
         """Latents (1, z, t, h, w) -> uint8 frames (4t - 3, H, W, 3) on the CPU; rounded, where the release cuts off."""
         pixels = self.vae.decode(latents, tile, on_chunk=on_chunk, out_device="cpu", levels=True)
         return pixels[0].permute(1, 2, 3, 0).contiguous()
+
+    def decode_fitting(self, latents, tile, on_chunk):
+        """`decode_frames`, and in tiles where the card is too small: an edit needs most memory when all its steps are done."""
+        try:
+            return self.decode_frames(latents, tile, on_chunk)
+        except torch.OutOfMemoryError:
+            if tile is not None:
+                raise
+        print("note: out of GPU memory: decoding once more, in tiles (tile=16), to the same result", file=sys.stderr)
+        return self.decode_frames(latents, 16, on_chunk)
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=torch.bfloat16, base=None, qwen=None):
@@ -397,8 +398,11 @@ class KiwiEdit(nn.Module):
         with whole_folder(folder) as temporary:
             config = {"format": "nanokiwi", **asdict(self.config)}
             if self.mllm is not None:
-                copy_mllm_folder(Path(self.config.mllm.folder), temporary / "mllm")
                 config["mllm"]["folder"] = "mllm"
+                (temporary / "mllm").mkdir()
+                for name in ("config.json", "qwen_config.json", "tokenizer.json"):
+                    if (file := Path(self.config.mllm.folder) / name).is_file():
+                        shutil.copyfile(file, temporary / "mllm" / name)
             (temporary / "config.json").write_text(json.dumps(config, indent=1))
             for name, part in self.named_children():
                 state = {k: v.detach().cpu().contiguous() for k, v in part.state_dict(prefix=f"{name}.").items()}
@@ -508,10 +512,7 @@ def load_weights(module, state_dict, partial=False, device=None, dtype=None):
         if value.shape != own[ours].shape:
             misshapen.append(f"{name} {tuple(value.shape)}, expected {tuple(own[ours].shape)}")
         elif own[ours].is_meta:
-            parent, _, leaf = ours.rpartition(".")
-            value = value.to(device=device, dtype=dtype or value.dtype)
-            parameter = nn.Parameter(value, requires_grad=own[ours].requires_grad)
-            setattr(module.get_submodule(parent), leaf, parameter)
+            set_parameter(module, ours, value.to(device=device, dtype=dtype or value.dtype))
         else:
             with torch.no_grad():
                 own[ours].copy_(value)
@@ -522,15 +523,15 @@ def load_weights(module, state_dict, partial=False, device=None, dtype=None):
 
 def adopt_lora(module, shapes):
     """Inject LoRA of the rank a checkpoint has, exactly where it has it."""
-    for name, shape in shapes.items():
-        target = name.split(".lora_A.")[0]
-        parent, _, leaf = target.rpartition(".")
-        try:
-            linear = module.get_submodule(target)
-        except AttributeError:
-            continue  # reported as unexpected
-        if type(linear) is nn.Linear:
-            setattr(module.get_submodule(parent), leaf, LoRALinear(linear, shape[0]))
+    ranks = {name.split(".lora_A.")[0]: shape[0] for name, shape in shapes.items()}
+    replace_modules(module, lambda name, child: LoRALinear(child, ranks[name]) if name in ranks and type(child) is nn.Linear else None)
+
+
+def set_parameter(module, name, value):
+    """Replace a parameter, which may be on the meta device."""
+    parent, _, leaf = name.rpartition(".")
+    parameter = nn.Parameter(value, requires_grad=module.get_parameter(name).requires_grad)
+    setattr(module.get_submodule(parent), leaf, parameter)
 
 
 def listed(what, names, show=12):
@@ -547,10 +548,7 @@ def start_untrained(model, missing, device, dtype, path):
     if lost:
         raise ValueError(f"{path}: {listed('missing', lost)}")
     for name in missing:
-        parent, _, leaf = name.rpartition(".")
-        module = model.get_submodule(parent)
-        value = torch.zeros_like(getattr(module, leaf), device=device, dtype=dtype)
-        setattr(module, leaf, nn.Parameter(value))
+        set_parameter(model, name, torch.zeros_like(model.get_parameter(name), device=device, dtype=dtype))
 
 
 def move_buffers(model, device):
@@ -711,10 +709,11 @@ def read_weights(path, base=None, qwen=None, usual_base=WAN_BASE):
     if checkpoint and path.is_dir():
         path = checkpoint / "weights.safetensors"
     if path is None or path.is_file():
-        if not (checkpoint and base is None) and is_wan(base := local_path(base or usual_base)):
+        base = None if checkpoint and base is None else local_path(base or usual_base)
+        if base and is_wan(base):
             config, files = read_training_checkpoint(path, base, local_path(qwen or QWEN_BASE))
         else:
-            config, files = read_beginning(checkpoint.parent, qwen) if base is None else read_weights(base, qwen=qwen)
+            config, files = read_weights(base, qwen=qwen) if base else read_beginning(checkpoint.parent, qwen)
             if path:
                 files.add(path, over=True)
                 trained = {name: count for name, count in mllm_sizes(files).items() if count}
@@ -871,18 +870,10 @@ def vae_config(files, mean=(), std=()):
         resampled.sort(key=lambda n: [int(part) for part in n.split(".") if part.isdigit()])
         dims = [files.shape(n)[0] for n in resampled] + [top]
         in_time = tuple(n.replace("resample.1", "time_conv") in files.places for n in resampled)
-        per_level = [int(n.split(".")[-4]) for n in resampled]
-        blocks = per_level[0]
+        blocks = int(resampled[0].split(".")[-4])
         return VAEConfig(
             version, dim, files.shape("vae.decoder.head.0.gamma")[0], files.shape("vae.conv2.weight")[0],
             tuple(d // dim for d in dims), blocks, in_time, tuple(mean), tuple(std),
         )  # fmt: skip
     except KeyError as error:
         raise ValueError(f"the VAE's weights are not those of Wan: {error} is missing or of another size") from None
-
-
-def copy_mllm_folder(source, target):
-    target.mkdir()
-    for name in ("config.json", "qwen_config.json", "tokenizer.json"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)

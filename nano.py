@@ -283,7 +283,8 @@ def write_example(out, library, world, index):
     write_image(out / f"{stem}_mask.png", rows)
     return {
         "index": index, "kind": edit.kind, "task": edit.task, "prompt": edit.prompt, **names, "mask": f"{stem}_mask.png",
-        "source_caption": describe(edit.source), "target_caption": describe(edit.target) + (f", as {edit.style}" if edit.style else ""), "style": edit.style,
+        "source_caption": describe(edit.source),
+        "target_caption": describe(edit.target) + (f", as {edit.style}" if edit.style else ""), "style": edit.style,
         "boxes": boxes(edit.source), "target_boxes": boxes(edit.target),
         "new": edit.new and {"name": edit.new.name, "look": edit.new.look},
         "photos": sorted({edit.source.photo.name, edit.target.photo.name}),
@@ -373,10 +374,10 @@ class Trainer:
     """
 
     def __init__(self, name, module, folder, steps, rate, seed, device):
-        self.name, self.module, self.steps, self.rate, self.seed = name, module.to(device), steps, rate, seed
-        self.path, self.step, self.seconds, self.device = Path(folder) / f"{name}.pt", 0, 0.0, device
-        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-        self.names, self.parameters = zip(*named)
+        self.name, self.steps, self.rate, self.seed = name, steps, rate, seed
+        self.path, self.step, self.seconds = Path(folder) / f"{name}.pt", 0, 0.0
+        module.to(device)
+        self.names, self.parameters = zip(*((n, p) for n, p in module.named_parameters() if p.requires_grad))
         self.masters = [p.detach().float().flatten(1 if p.ndim > 1 else 0).clone() for p in self.parameters]
         matrices, rest = [], []
         for n, p, master in zip(self.names, self.parameters, self.masters):
@@ -386,27 +387,28 @@ class Trainer:
             torch.optim.AdamW(rest, rate, (0.9, 0.98), weight_decay=0.01),
         ]
         if self.path.is_file():
-            state = torch.load(self.path, weights_only=True, map_location="cpu")  # where AdamW wants its step counts
-            if list(state["masters"]) != list(self.names):
-                raise ValueError(f"{self.path}: is of another model; give another --out or delete it")
-            if state["seed"] != seed:
-                raise ValueError(f"{self.path}: was begun with --seed {state['seed']}; go on with that, or give another --out")
-            if state["steps"] != steps:
-                print(f"note        {self.path}: was begun as {state['steps']} steps, now {steps}: another learning rate from here on")
-            self.step, self.seconds = state["step"], state["seconds"]
-            for optimiser, saved in zip(self.optimisers, state["optimisers"]):
-                optimiser.load_state_dict(saved)
-            for master, saved in zip(self.masters, state["masters"].values()):
-                master.copy_(saved.view_as(master))
+            self.resume()
         for p, master in zip(self.parameters, self.masters):
             p.data = master.view_as(p).bfloat16()
 
-    def generator(self):
-        return torch.Generator().manual_seed(1_000_003 * self.seed + self.step)
+    def resume(self):
+        """Go on from the state in the file. ValueError where that is of another training."""
+        state = torch.load(self.path, weights_only=True, map_location="cpu")  # where AdamW wants its step counts
+        if list(state["masters"]) != list(self.names):
+            raise ValueError(f"{self.path}: is of another model; give another --out or delete it")
+        if state["seed"] != self.seed:
+            raise ValueError(f"{self.path}: was begun with --seed {state['seed']}; go on with that, or give another --out")
+        if state["steps"] != self.steps:
+            print(f"note        {self.path}: was begun as {state['steps']} steps, now {self.steps}: another learning rate from here on")
+        self.step, self.seconds = state["step"], state["seconds"]
+        for optimiser, saved in zip(self.optimisers, state["optimisers"]):
+            optimiser.load_state_dict(saved)
+        for master, saved in zip(self.masters, state["masters"].values()):
+            master.copy_(saved.view_as(master))
 
     def run(self, loss_of, minutes):
-        """Steps, at least one, until `minutes` are over or all are done -> whether all are. The state is saved every minute.
-        loss_of(generator) -> a scalar, and figures to show."""
+        """Steps, at least one, until `minutes` are over or all are done; the state is saved every minute, and the float32
+        masters are in the module at the end. loss_of(generator) -> a scalar, and figures to show. -> whether all are done."""
         begin, first, shown, skipped = time.time(), self.step, {}, 0
         saved = begin
         with tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=5) as bar:
@@ -414,7 +416,7 @@ class Trainer:
                 rising, done = (self.step + 1) / (0.02 * self.steps), self.step / self.steps
                 for optimiser in self.optimisers:
                     optimiser.param_groups[0]["lr"] = self.rate * min(1, rising) * (1 + math.cos(math.pi * done)) / 2
-                loss, figures = loss_of(self.generator())
+                loss, figures = loss_of(torch.Generator().manual_seed(1_000_003 * self.seed + self.step))
                 loss.backward()
                 for p, master in zip(self.parameters, self.masters):
                     master.grad, p.grad = p.grad if p.grad is None else p.grad.float().reshape(master.shape), None
@@ -435,7 +437,8 @@ class Trainer:
                     saved = time.time()
                     self.save(saved - begin)
         self.save(time.time() - begin)
-        self.finish()
+        for p, master in zip(self.parameters, self.masters):
+            p.data = master.view_as(p).clone()
         figures = ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
         print(f"{self.name:<11} step {self.step} of {self.steps}, {time.time() - begin:.0f} s, {skipped} skipped, {figures}")
         return self.step == self.steps
@@ -447,11 +450,6 @@ class Trainer:
         state |= {"seed": self.seed, "steps": self.steps, "seconds": self.seconds + seconds}
         with whole_file(self.path) as path:
             torch.save(state, path)
-
-    def finish(self):
-        """Put the float32 masters into the module."""
-        for p, master in zip(self.parameters, self.masters):
-            p.data = master.view_as(p).clone()
 
 
 def is_matrix(name, parameter):
@@ -561,9 +559,8 @@ def conversation(rng, row):
 
 
 def answer_loss(encoder, conversations):
-    """conversations: (frames, question, reference or None, answer) each. -> next-token cross-entropy of the answers, and the share of tokens that are right: one forward for the batch.
-
-    Sequences are padded at the end, where causal attention never looks.
+    """conversations: (frames, question, reference or None, answer) each. -> next-token cross-entropy of the answers, and
+    the share of tokens that are right: one forward for the batch, padded at the end, where causal attention never looks.
     """
     start, end = ([encoder.token(f"<|im_{which}|>")] for which in ("start", "end"))
     embed = encoder.model.language_model.embed_tokens

@@ -65,47 +65,28 @@ def positive(text):
 
 def main(argv=None):
     args = with_example(parse_arguments(argv))
-    if not args.instruction.strip():
-        raise ValueError('the instruction is empty: say what to change, e.g. "replace the car"')
+    check_values(args)
+    weights_exist(args.weights)
     import torch
 
-    from data import IMAGE_CODECS, MediaError, is_picture, open_media, read_image, writable
+    from data import read_image
     from kernels import pick_device
 
     device = pick_device(args.device)
     if args.offload and device.type == "cpu":
         raise ValueError("--offload moves parts between the CPU and a GPU, and there is no GPU; leave it out")
-    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
-    if not 0 < args.shift < float("inf"):
-        raise ValueError(f"--shift {args.shift}: a number above 0, the release's is 5")
-    if args.ref_guidance is not None and not 0 < args.ref_guidance < float("inf"):
-        raise ValueError(f"--ref-guidance {args.ref_guidance}: a number above 0, the release's is 1")
-    if not 0 <= args.seed < 2**63:
-        raise ValueError(f"--seed {args.seed}: from 0 to 2**63 - 1")
-    weights_exist(args.weights)
+    dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
 
     # What headers and first frames tell of wrong files is told before weights, maybe 20 GB, are fetched.
     refs = [read_image(path) for path in args.ref]
-    with open_media(args.input) as (container, stream):
-        still = is_picture(container) and stream.frames <= 1
-    out = Path(args.out or f"{Path(args.input).stem}_edited{'.png' if still else '.mp4'}")
-    if not still and out.suffix.lower() != ".mp4":
-        raise MediaError(f"{out}: a video is written as .mp4")
-    if still and out.suffix.lower() not in IMAGE_CODECS:
-        raise MediaError(f"{out}: a picture is written as {', '.join(IMAGE_CODECS)}")
-    beside = out.with_stem(out.stem + "_compare")
-    written = [out, *([beside, beside.with_suffix(".png")] if args.compare else [])]
-    for path in (args.input, *args.ref):
-        if Path(path).resolve() in [target.resolve() for target in written]:
-            raise MediaError(f"{path}: would be replaced by what is written; give another -o")
-    writable(out)
+    out, beside = places(args)
     clip = read_source(args)
 
     from model import KiwiEdit
 
-    print(f"load        {args.weights} on {device}, {str(dtype).removeprefix('torch.')}")
+    print(f"load        {args.weights} on {device}, {dtype}")
     home = "cpu" if args.offload else device
-    model = KiwiEdit.from_pretrained(args.weights, home, dtype, args.base, args.qwen)
+    model = KiwiEdit.from_pretrained(args.weights, home, getattr(torch, dtype), args.base, args.qwen)
     embedder = getattr(model, "source_embedder", None)
     if embedder is not None and not any(parameter.any() for parameter in embedder.parameters()):
         print("note        these weights were not trained to look at the clip itself (stage 1?): little of it will stay")
@@ -139,6 +120,37 @@ def with_example(args):
     args.out, args.compare = args.out or "out.mp4", True
     print(f"example     {args.instruction}{' (reference: ' + ', '.join(args.ref) + ')' if args.ref else ''}")
     return args
+
+
+def check_values(args):
+    if not args.instruction.strip():
+        raise ValueError('the instruction is empty: say what to change, e.g. "replace the car"')
+    if not 0 < args.shift < float("inf"):
+        raise ValueError(f"--shift {args.shift}: a number above 0, the release's is 5")
+    if args.ref_guidance is not None and not 0 < args.ref_guidance < float("inf"):
+        raise ValueError(f"--ref-guidance {args.ref_guidance}: a number above 0, the release's is 1")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed {args.seed}: from 0 to 2**63 - 1")
+
+
+def places(args):
+    """Where the edit and its comparison are written. MediaError where they cannot be, or would replace what is read."""
+    from data import IMAGE_CODECS, MediaError, is_picture, open_media, writable
+
+    with open_media(args.input) as (container, stream):
+        still = is_picture(container) and stream.frames <= 1
+    out = Path(args.out or f"{Path(args.input).stem}_edited{'.png' if still else '.mp4'}")
+    if not still and out.suffix.lower() != ".mp4":
+        raise MediaError(f"{out}: a video is written as .mp4")
+    if still and out.suffix.lower() not in IMAGE_CODECS:
+        raise MediaError(f"{out}: a picture is written as {', '.join(IMAGE_CODECS)}")
+    beside = out.with_stem(out.stem + "_compare")
+    written = [out, *([beside, beside.with_suffix(".png")] if args.compare else [])]
+    for path in (args.input, *args.ref):
+        if Path(path).resolve() in [target.resolve() for target in written]:
+            raise MediaError(f"{path}: would be replaced by what is written; give another -o")
+    writable(out)
+    return out, beside
 
 
 def read_source(args):
