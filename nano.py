@@ -29,7 +29,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -294,13 +294,7 @@ def write_example(out, library, world, index):
 def write_share(out, world, indices):
     """A run of clips, on one thread: there are as many workers as cores."""
     torch.set_num_threads(1)
-    return [write_example(out, library_of(world["assets"]), world, i) for i in indices]
-
-
-@lru_cache(maxsize=1)
-def library_of(assets):
-    """The library, loaded once a process."""
-    return load_library(assets)
+    return [write_example(out, load_library(world["assets"]), world, i) for i in indices]
 
 
 def write_table(path, rows):

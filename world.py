@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -254,6 +255,7 @@ def read_index(folder):
     return json.loads(path.read_text())
 
 
+@lru_cache(maxsize=1)  # a worker draws many clips
 def load_library(folder=None):
     """Shapes and textures and, where `folder` was filled by `nano.py assets`, emoji and photographs."""
     library = Library(draw_shapes(), draw_textures())
@@ -547,9 +549,8 @@ def in_colour(name):
 def nameable(library, split):
     """Sprites that a text may call for: of common things the first look, and the split's coloured shapes."""
     shapes = [n for n in library.names(split) if in_colour(n) and len(library.sprites[n]) == 2]
-    known = library.names("train")
-    common = [n.replace("_", " ") for n in COMMON.split() if n.replace("_", " ") in known]
-    return shapes, common
+    common, known = (name.replace("_", " ") for name in COMMON.split()), library.names("train")
+    return shapes, [name for name in common if name in known]
 
 
 def tasks_of(shares):
