@@ -1003,32 +1003,30 @@ def phases_of(checkpoint, weights):
             rows.append(f"| pretrain {part} | {state['seed']} | {state['step']} | | {state['seconds']:.0f} |")
     if (card := weights / "MODEL_CARD.md").is_file():
         rows += [line for line in card.read_text().splitlines() if line.startswith(("| pretrain ", "| train.py "))]
-    for folder in reversed(list(checkpoints_before(checkpoint.parent))):
-        begun, counts = began_with(folder.parent), json.loads((folder / "train.json").read_text())["counts"]
+    for folder, begun in reversed(list(checkpoints_before(checkpoint.parent))):
+        counts = json.loads((folder / "train.json").read_text())["counts"]
         cells = begun["seed"], counts["step"], counts["samples"], round(counts["seconds"])
         rows.append(f"| train.py stage {begun['stage']} | {' | '.join(map(str, cells))} |")
     return rows
 
 
 def checkpoints_before(folder):
-    """A training checkpoint's folder, then the last one of the run that it started from, and so on."""
+    """(A training checkpoint's folder, what its run began with), then the last one of the run it started from, and so on."""
     while (folder / "train.json").is_file():
-        yield folder
-        started = Path(began_with(folder.parent)["weights"] or "")
+        begun = began_with(folder.parent)
+        yield folder, begun
+        started = Path(begun["weights"] or "")
         folder = max(started.glob("step-*"), default=started)
 
 
 def clips_seen(checkpoint, weights):
     """How the clips of a training were drawn, the last ones first, as far as that is recorded; of weights that were
     shipped themselves what their card says."""
-    seen = {}  # as a set that keeps its order
-    for folder in checkpoints_before(checkpoint.parent):
-        for data in began_with(folder.parent)["data"]:
-            seen[how_drawn(Path(data) / "world.json")] = True
+    told = [how_drawn(Path(data) / "world.json") for _, begun in checkpoints_before(checkpoint.parent) for data in begun["data"]]
     if (card := weights / "MODEL_CARD.md").is_file():
-        for told in re.findall(r"Clips of the three stages: (.*?)\. Batches", card.read_text(), re.DOTALL):
-            seen |= dict.fromkeys(told.split(", "))
-    return ", ".join(seen) or "not recorded"
+        for seen in re.findall(r"Clips of the three stages: (.*?)\. Batches", card.read_text(), re.DOTALL):
+            told += seen.split(", ")
+    return ", ".join(dict.fromkeys(told)) or "not recorded"
 
 
 def how_drawn(path):
