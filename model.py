@@ -524,7 +524,11 @@ def load_weights(module, state_dict, partial=False, device=None, dtype=None):
 def adopt_lora(module, shapes):
     """Inject LoRA of the rank a checkpoint has, exactly where it has it."""
     ranks = {name.split(".lora_A.")[0]: shape[0] for name, shape in shapes.items()}
-    replace_modules(module, lambda name, child: LoRALinear(child, ranks[name]) if name in ranks and type(child) is nn.Linear else None)
+
+    def with_lora(name, child):
+        return LoRALinear(child, ranks[name]) if name in ranks and type(child) is nn.Linear else None
+
+    replace_modules(module, with_lora)
 
 
 def set_parameter(module, name, value):
