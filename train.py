@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import ChainMap, Counter
 from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -209,14 +209,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
-from connectors import connector, inject_lora, merge_lora
+from connectors import inject_lora, merge_lora
 from data import (
     SHARD, CachedPairs, Curriculum, MediaError, Mixture, Pairs, fill_buckets, find_tables, fingerprint,
     measure_rows, pad_reference, read_frames, read_reference, read_table, shard_path, whole_file, write_image, write_text, write_video,
 )  # fmt: skip
 from kernels import attention
 from model import (
-    HUB_BASES, PRESETS, QWEN_BASE, FlowMatch, KiwiEdit, PatchEmbedder, TensorFiles, as_trained, began_with, find_checkpoint,
+    HUB_BASES, PRESETS, QWEN_BASE, FlowMatch, KiwiEdit, TensorFiles, as_trained, began_with, find_checkpoint,
     leave_out_source, listed, load_weights, local_path, meta_parameters, move_buffers, only_weights, read_json, read_weights,
     released_name, valid_checkpoints,
 )  # fmt: skip
@@ -480,11 +480,8 @@ def start_model(config, files, device):
     if files is None:
         return model
     files.device = device
-    widened = fit_to_ablation(model, files)
-    missing = load_weights(model, files, partial=True, device=device)
-    if widened is not None:
-        model.dit.patch_embedding.weight = torch.nn.Parameter(widened)
-        missing.remove("dit.patch_embedding.weight")
+    leave_out_source(files, config.source)
+    missing = load_weights(model, ChainMap(widened(model, files), files), partial=True, device=device)
     begin_additions(model, missing, device)
     move_buffers(model, device)
     return model
@@ -545,41 +542,34 @@ def read_random(args, ranks, out):
     return read_weights(out / "init")
 
 
-def fit_to_ablation(model, files):
-    """Leave out of the files what another way to inject the source (paper, Table 4) has no place for. -> for channel
-    concatenation the patch embedding, with zeros for the source's channels where the weights have none; else None."""
-    leave_out_source(files, model.config.source)
-    name, wanted = "dit.patch_embedding.weight", model.dit.patch_embedding.weight.shape
-    if name not in files or files.shape(name) == tuple(wanted) or files.shape(name)[1] * 2 != wanted[1]:
-        return None
-    weight = files[name]
-    del files.places[name]
-    return torch.cat([weight, torch.zeros_like(weight)], dim=1)
+def widened(model, files):
+    """The patch embedding of channel concatenation (paper, Table 4) by its name, with zeros for the source's channels,
+    where the weights have but half of it; else nothing."""
+    name = "dit.patch_embedding.weight"
+    if name not in files or 2 * files.shape(name)[1] != model.dit.patch_embedding.weight.shape[1]:
+        return {}
+    return {name: torch.cat([files[name], torch.zeros_like(files[name])], dim=1)}
 
 
 def begin_additions(model, missing, device):
     """Give what Kiwi-Edit adds, where the weights lack it, its initial value. ValueError if anything else is missing."""
-    hidden = model.mllm.model.language_model.embed_tokens.embedding_dim
-    fresh = {
-        "source_embedder": lambda: PatchEmbedder(model.config.dit), "ref_embedder": lambda: PatchEmbedder(model.config.dit),
-        "mllm.connector": lambda: connector(hidden, model.config.dit.dim),
-        "mllm.ref_connector": lambda: connector(hidden, model.config.dit.dim),
-    }  # fmt: skip
-    additions = (*fresh, "source_scale", "mllm.image_queries", "mllm.video_queries", "mllm.ref_queries")
+    additions = ("source_embedder.", "source_scale.", "ref_embedder.", "mllm.connector.", "mllm.ref_connector.",
+                 "mllm.image_queries", "mllm.video_queries", "mllm.ref_queries")  # fmt: skip
     lost = [name for name in missing if not name.startswith(additions)]
     if lost:
         raise ValueError(f"the weights to start from are not complete: {listed('missing', lost)}")
-    for name, make in fresh.items():
-        if any(m.startswith(name + ".") for m in missing):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, make().to(device))
+    hidden = model.mllm.model.language_model.embed_tokens.embedding_dim
     for name in missing:
         parent, _, leaf = name.rpartition(".")
         owner = model.get_submodule(parent)
-        old = getattr(owner, leaf)
-        if old.is_meta:
-            value = 0.02 * torch.randn(old.shape) if name.endswith("_queries") else torch.zeros(old.shape)
-            setattr(owner, leaf, torch.nn.Parameter(value.to(device)))
+        shape = getattr(owner, leaf).shape
+        if name.endswith("_queries"):
+            value = 0.02 * torch.randn(shape)
+        elif parent.endswith("connector.0"):  # as nn.Linear begins
+            value = (2 * torch.rand(shape) - 1) / hidden**0.5
+        else:
+            value = torch.zeros(shape)
+        setattr(owner, leaf, torch.nn.Parameter(value.to(device)))
 
 
 def has_lora(module):
