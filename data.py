@@ -677,6 +677,12 @@ def read_frames(path, count, size):
     return torch.stack(frames + frames[-1:] * (count - len(frames)))
 
 
+def read_pair(row, shape):
+    """Frames uint8 (T, h, w, 3) of a row's target and source at `shape` (T, h, w), and its reference or None. MediaError."""
+    target, source = (read_frames(path, shape[0], shape[1:]) for path in (row.target, row.source))
+    return target, source, read_reference(row.ref) if row.ref else None
+
+
 class Mixture:
     """The order in which batches of several kinds of data are trained, a function of the seed and nothing else.
 
@@ -791,8 +797,7 @@ class Pairs(torch.utils.data.Dataset):
         raise MediaError(f"none of the {len(bucket)} samples of {batch['kind']} {batch['shape']} can be read; the last: {reason}")
 
     def read(self, row, kind, shape, number):
-        target, source = (read_frames(path, shape[0], shape[1:]) for path in (row.target, row.source))
-        ref = read_reference(row.ref) if row.ref else None
+        target, source, ref = read_pair(row, shape)
         return (target, source, ref), self.resize(source, ref)
 
 

@@ -212,7 +212,7 @@ from tqdm import tqdm
 from connectors import inject_lora, merge_lora
 from data import (
     SHARD, CachedPairs, Curriculum, MediaError, Mixture, Pairs, fill_buckets, find_tables, fingerprint,
-    measure_rows, pad_reference, read_frames, read_reference, read_table, shard_path, whole_file, write_image, write_text, write_video,
+    measure_rows, pad_reference, read_pair, read_table, shard_path, whole_file, write_image, write_text, write_video,
 )  # fmt: skip
 from kernels import attention
 from model import (
@@ -674,14 +674,13 @@ def write_cache(args, stage, ranks, model, curriculum, tables):
         for k, rows in groupby(numbers, lambda number: number // SHARD)
     ]
     for kind, shape, k, rows in tqdm(shards[ranks.rank :: ranks.world], desc="cache", unit="file", disable=not ranks.first):
-        path, tensors = shard_path(folder, kind, shape, k), {"": torch.zeros(0)}
+        path, tensors = shard_path(folder, kind, shape, k), {}
         if path.is_file():
             continue
         for number in rows:
             row = tables[kind][number]
             try:
-                target, source = (read_frames(p, shape[0], shape[1:]) for p in (row.target, row.source))
-                ref = read_reference(row.ref) if row.ref else None
+                target, source, ref = read_pair(row, shape)
             except MediaError as error:
                 report_bad(args, ranks, 0, [(row.target, str(error))])
                 continue
@@ -915,10 +914,9 @@ class Trainer:
         flow, model = FlowMatch(self.stage.shift, weighting=self.stage.weighting), self.model
         draws = [draw(self.args.seed, number, flow, model.config.dit.bf16_timesteps) for number in batch["numbers"]]
         generators, t, chance = zip(*draws)
-        pictures = batch["pictures"]
+        pictures = [(target, source if self.stage.source else None, ref) for target, source, ref in batch["pictures"]]
         if not self.args.cache:
-            pictures = [encode(model, self.stage, target, source if self.stage.source else None, ref, c)
-                        for (target, source, ref), c in zip(pictures, chance)]  # fmt: skip
+            pictures = [encode(model, self.stage, *own, c) for own, c in zip(pictures, chance)]
         latents, source, ref = (
             None if part[0] is None else torch.stack(part).to(self.ranks.device).float() for part in zip(*pictures)
         )
@@ -928,7 +926,6 @@ class Trainer:
         frames = latents.shape[2] + (0 if ref is None else ref.shape[2])
         tokens = len(latents) * frames * math.prod(model.dit.grid(latents)[1:])
         apart = self.ranks.world > 1 and self.stage.ref > 0
-        source = source if self.stage.source else None
         return self.module(requests, latents, t, source, ref, noise, flow, self.stage.balance, apart), tokens
 
     def update(self, norm, paths, batch):
@@ -1020,8 +1017,7 @@ class Trainer:
             number, shape = min((numbers[0], shape) for shape, numbers in buckets.items())
             row = self.tables[kind][number]
             try:
-                source, target = (read_frames(path, shape[0], shape[1:]) for path in (row.source, row.target))
-                ref = read_reference(row.ref) if row.ref else None
+                target, source, ref = read_pair(row, shape)
             except MediaError as error:  # no reason to end a training
                 self.ranks.first and print(f"warning: no sample of {kind}: {error}", file=sys.stderr)
                 continue
