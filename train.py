@@ -623,11 +623,12 @@ def open_data(args, stage, ranks):
     """The tables of the stage's kinds of data, and the order in which their rows come."""
     own = {"image": args.image_csv, "video": args.video_csv, "ref": args.ref_csv}
     kinds = [kind for kind, share in stage.ratio.items() if share]
-    places = {kind: [own[kind]] if own[kind] else find_tables(args.data, kind) for kind in kinds}
-    # with tables of other names --base-path is theirs alone: those of --data begin at their folder
-    bases = {kind: args.base_path if own[kind] or not any(own.values()) else None for kind in kinds}
-    tables = {kind: [row for path in places[kind] for row in read_table(path, kind, bases[kind])] for kind in kinds}
-    shapes = {}
+    tables, shapes = {}, {}
+    for kind in kinds:
+        paths = [own[kind]] if own[kind] else find_tables(args.data, kind)
+        # with tables of other names --base-path is theirs alone: those of --data begin at their folder
+        base = args.base_path if own[kind] or not any(own.values()) else None
+        tables[kind] = [row for path in paths for row in read_table(path, kind, base)]
     for kind, rows in tables.items():
         shapes[kind] = shapes_of(args, ranks, kind, rows)
         broken = [(rows[i].target, shape) for i, shape in enumerate(shapes[kind]) if isinstance(shape, str)]
@@ -892,13 +893,7 @@ class Trainer:
             broken += batch["bad"]
             paths += [] if math.isfinite(loss.item()) else batch["paths"]
         rate = learning_rate(stage, self.counts["step"])
-        for optimizer in self.optimizers:
-            optimizer.param_groups[0]["lr"] = rate
-        for p, updated in zip(self.trained.values(), self.updated.values()):
-            updated.grad = of_one_rank(p.grad, self.ranks)
-        norm = torch.nn.utils.clip_grad_norm_(self.updated.values(), stage.clip or math.inf)
-        norm = norm.full_tensor().item() if hasattr(norm, "full_tensor") else norm.item()
-        self.update(norm, paths, batch)
+        norm = self.update(rate, paths, batch["paths"][0])
         report_bad(self.args, self.ranks, self.counts["step"] + 1, broken)
         sums = self.ranks.total([loss_sum, tokens, flops, len(broken)])
         loss_sum, tokens, flops, bad = (x / self.ranks.sp for x in sums)
@@ -928,30 +923,38 @@ class Trainer:
         apart = self.ranks.world > 1 and self.stage.ref > 0
         return self.module(requests, latents, t, source, ref, noise, flow, self.stage.balance, apart), tokens
 
-    def update(self, norm, paths, batch):
-        """Step the optimizer, unless the gradient is not finite."""
+    def update(self, rate, suspects, last):
+        """Clip the gradients and step the optimizers, unless they are not finite -> the gradients' norm."""
+        for p, updated in zip(self.trained.values(), self.updated.values()):
+            updated.grad = of_one_rank(p.grad, self.ranks)
+        norm = torch.nn.utils.clip_grad_norm_(self.updated.values(), self.stage.clip or math.inf)
+        norm = norm.full_tensor().item() if hasattr(norm, "full_tensor") else norm.item()
         if math.isfinite(norm):
             for optimizer in self.optimizers:
+                optimizer.param_groups[0]["lr"] = rate
                 optimizer.step()
             self.counts["updates"] += 1
             self.trouble = 0
             if self.ema:
                 torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.trained.values()], 1 - self.stage.ema)
         else:
-            self.counts["skipped"] += 1
-            self.trouble += 1
-            paths = self.ranks.gathered(paths)
-            suspects = ", ".join(paths[:4]) or "none has a loss that is not finite; the last was " + batch["paths"][0]
-            message = f"step {self.counts['step'] + 1} skipped: its gradient is {norm}; samples: {suspects}"
-            if self.trouble == 5:
-                raise ValueError(
-                    f"5 steps in a row were skipped, the loss has diverged: lower lr, or look at the data. {message}"
-                )
-            if self.ranks.first:
-                print(f"warning: {message}", file=sys.stderr)
+            self.skip(norm, suspects, last)
         self.module.zero_grad()
         for updated in self.updated.values():
             updated.grad = None
+        return norm
+
+    def skip(self, norm, suspects, last):
+        """Tell of a step whose gradient is not finite, and of the samples whose loss is not. ValueError for five in a row."""
+        self.counts["skipped"] += 1
+        self.trouble += 1
+        suspects = self.ranks.gathered(suspects)
+        samples = ", ".join(suspects[:4]) or f"none has a loss that is not finite; the last was {last}"
+        message = f"step {self.counts['step'] + 1} skipped: its gradient is {norm}; samples: {samples}"
+        if self.trouble == 5:
+            raise ValueError(f"5 steps in a row were skipped, the loss has diverged: lower lr, or look at the data. {message}")
+        if self.ranks.first:
+            print(f"warning: {message}", file=sys.stderr)
 
     def count(self, tokens, bad, seconds):
         counts = self.counts
@@ -989,15 +992,7 @@ class Trainer:
             raise ValueError(f"{checkpoint} is of a stage that trains other parts: a next stage begins with --weights {checkpoint.parent}")
         if self.ema and not saved["stage"].get("ema"):
             raise ValueError(f"{checkpoint} has no averaged weights: leave out --set ema, or begin anew with --weights")
-        now = json.loads(json.dumps(asdict(self.stage)))
-        usual = {field.name: field.default for field in fields(self.stage)}  # an older checkpoint lacks what is new
-        then = {key: saved["stage"].get(key, usual[key]) for key in now}
-        changed = [f"{key} {then[key]} -> {now[key]}" for key in now if now[key] != then[key]]
-        begun, asked = read_json(checkpoint.parent / "config.json")["args"], vars(self.args)
-        of_run = ("config", "init", "weights", "base", "qwen", "seed", "data", "base_path")
-        changed += [f"--{key} {begun[key]} -> {asked[key]}" for key in of_run if key in begun and begun[key] != asked[key]]
-        held = saved.get("tables", self.begun_with)
-        changed += [f"the {kind} rows, whose order begins anew" for kind, print_ in self.begun_with.items() if held.get(kind) != print_]
+        changed = self.changed_since(saved, read_json(checkpoint.parent / "config.json")["args"])
         if changed and self.ranks.first:
             print(f"warning: not as when {checkpoint} was written: {', '.join(changed)}", file=sys.stderr)
         state = {"optimizer": self.optimizer_state(), "ema": self.ema}
@@ -1009,6 +1004,17 @@ class Trainer:
         for optimizer in self.optimizers:
             for moments in optimizer.state.values():
                 moments["step"].fill_(self.counts["updates"])
+
+    def changed_since(self, saved, begun):
+        """What is not as a checkpoint's train.json and the arguments of its run have it, in words."""
+        now = json.loads(json.dumps(asdict(self.stage)))  # lists for tuples
+        then = {field.name: field.default for field in fields(self.stage)} | saved["stage"]  # an older one lacks what is new
+        changed = [f"{key} {then[key]} -> {now[key]}" for key in now if now[key] != then[key]]
+        asked, of_run = vars(self.args), ("config", "init", "weights", "base", "qwen", "seed", "data", "base_path")
+        changed += [f"--{key} {begun[key]} -> {asked[key]}" for key in of_run if key in begun and begun[key] != asked[key]]
+        held = saved.get("tables", self.begun_with)
+        anew = [kind for kind, rows in self.begun_with.items() if held.get(kind) != rows]
+        return changed + [f"the {kind} rows, whose order begins anew" for kind in anew]
 
     def sample(self, step):
         """Edit the first sound row of each table, and write source, edit and target side by side."""
@@ -1151,7 +1157,7 @@ class Checkpoints:
 
 
 def copied(tensors):
-    return {name: t.detach().cpu().clone() if t.is_cpu else t.detach().cpu() for name, t in tensors.items()}
+    return {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
 
 
 def open_run(args, ranks):
@@ -1247,7 +1253,7 @@ def describe(args, stage, ranks, model, curriculum):
     """--dry-run: the stage, the sizes, the memory a rank will need, the shapes of the first batches."""
     print(f"stage {args.stage} ({args.preset}): " + ", ".join(f"{k} {v}" for k, v in asdict(stage).items()))
     for name, part in model.named_children():
-        trained, frozen = (sum(p.numel() for p in part.parameters() if p.requires_grad == wanted) / 1e6 for wanted in (True, False))
+        trained, frozen = (numbers(p for p in part.parameters() if p.requires_grad == wanted) / 1e6 for wanted in (True, False))
         print(f"  {name:<15} {trained:10.1f} M trained {frozen:10.1f} M frozen")
     dp = ranks.dp
     print(
@@ -1267,23 +1273,34 @@ def describe(args, stage, ranks, model, curriculum):
 
 
 def memory_estimate(model, stage, ranks, shape, checkpointing):
-    """Bytes a rank needs, by purpose, for batches of `shape` (frames, height, width).
-
-    Activations: the input of every block, and what the backward of one block keeps inside it (of all blocks without
-    checkpointing), some 20 D + 4 F numbers a token with its gradients; the same for the language model. When they are
-    gone, AdamW on a GPU (of "fsdp" here) takes a float32 copy of all that it updates: where that is more, it counts.
-    """
-    size = torch.empty(0, dtype=ranks.dtype).element_size()
-    share = ranks.world if ranks.parallel == "fsdp" else 1
-    vae = sum(p.numel() for p in model.vae.parameters())
+    """Bytes a rank needs, by purpose, for batches of `shape` (frames, height, width)."""
+    sharded, size = ranks.parallel == "fsdp", ranks.dtype.itemsize
+    share = ranks.world if sharded else 1
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    trained = sum(p.numel() for p in parameters.values())
-    moments = sum(4 * p.numel() * len(MOMENTS[type(optimizer)]) for optimizer in make_optimizers(stage, parameters)
-                  for p in optimizer.param_groups[0]["params"])  # fmt: skip
-    frozen = sum(p.numel() for p in model.parameters()) - trained - vae
-    blocks = [*model.dit.blocks, *model.mllm.model.language_model.layers]
-    sizes = sorted((sum(p.numel() for p in block.parameters()) for block in blocks), reverse=True)
-    gathered = (trained + frozen - sum(sizes) + sum(sizes[:2])) * size if ranks.parallel == "fsdp" else 0
+    trained, vae = numbers(parameters.values()), numbers(model.vae.parameters())
+    frozen = numbers(model.parameters()) - trained - vae
+    average = trained * (stage.ema > 0)
+    moments = sum(len(MOMENTS[type(o)]) * numbers(o.param_groups[0]["params"]) for o in make_optimizers(stage, parameters))
+    blocks = [numbers(block.parameters()) for block in (*model.dit.blocks, *model.mllm.model.language_model.layers)]
+    gathered = (trained + frozen - sum(blocks) + sum(sorted(blocks)[-2:])) * size * sharded
+    activations = activation_numbers(model, stage, ranks, shape, checkpointing) * size
+    if sharded and stage.optimizer == "adamw":  # when activations are gone it takes a copy of all that it updates, on a GPU
+        activations = max(activations, 4 * trained / share - gathered)
+    return {
+        "weights": 4 * trained / share + size * (frozen / share + vae), "gathered": gathered,
+        "gradients": 4 * trained / share, "moments": 4 * moments / share, "average": 4 * average / share,
+        "activations": activations,
+        "snapshot": 4 * (moments + average) / share + 4 * trained * ranks.first,
+    }  # fmt: skip
+
+
+def numbers(parameters):
+    return sum(p.numel() for p in parameters)
+
+
+def activation_numbers(model, stage, ranks, shape, checkpointing):
+    """The input of every block, and what the backward of one block keeps inside it (of all blocks without checkpointing),
+    some 20 D + 4 F numbers a token with its gradients; the same for the language model."""
     c, (frames, height, width) = model.config.dit, shape
     latent_frames = model.config.vae.latent_frames(frames) + (stage.ref > 0)
     tokens = stage.batch * latent_frames * height * width // model.config.pixel_grid**2 / ranks.sp
@@ -1293,15 +1310,7 @@ def memory_estimate(model, stage, ranks, shape, checkpointing):
     kept = [tokens * c.dim * c.num_layers, stage.batch * seen * text.hidden_size * text.num_hidden_layers]
     if not checkpointing:
         kept = [inside[0] * c.num_layers * 0.6, stage.batch * inside[1] * text.num_hidden_layers * 0.6]
-    activations = (sum(kept) + max(inside)) * size
-    if ranks.parallel == "fsdp" and stage.optimizer == "adamw":
-        activations = max(activations, 4 * trained / share - gathered)
-    return {
-        "weights": 4 * trained / share + size * (frozen / share + vae), "gathered": gathered,
-        "gradients": 4 * trained / share, "moments": moments / share, "average": 4 * trained / share * (stage.ema > 0),
-        "activations": activations,
-        "snapshot": (moments + 4 * (stage.ema > 0) * trained) / share + 4 * trained * ranks.first,
-    }  # fmt: skip
+    return sum(kept) + max(inside)
 
 
 def request_tokens(mllm, shape):
