@@ -2119,6 +2119,13 @@ def test_phases_begin_and_samples_are_numbered_by_batches_and_items(tmp_path, le
         assert pairs[0]["numbers"] + pairs[1]["numbers"] == [0, 1, 2, 3]
 
 
+def test_a_batch_of_two_is_estimated_to_need_twice_the_activations_of_one(tmp_path, lesson):
+    with trainer_of(lesson, tmp_path) as trainer:
+        stages = [replace(trainer.stage, batch=size) for size in (1, 2)]
+        one, two = (train.activation_numbers(trainer.model, stage, trainer.ranks, (9, 64, 64), True) for stage in stages)
+    assert two == 2 * one
+
+
 def test_muon_takes_matrices_of_the_blocks_and_adamw_the_rest():
     shapes = {"dit.blocks.0.ffn.0.weight": (4, 3), "mllm.ref_queries": (4, 3), "dit.blocks.0.modulation": (1, 6, 3)}
     trained = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}

@@ -22,9 +22,9 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections import ChainMap, Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -812,8 +812,7 @@ class Trainer:
         try:
             self.loop()
         finally:  # of an error too
-            if self.saver.thread:  # it needs the process groups
-                self.saver.thread.join()
+            self.saver.thread.shutdown()  # it needs the process groups
             if hasattr(self.batches, "_shutdown_workers"):  # they ignore SIGTERM: the interpreter would wait for them for ever
                 self.batches._shutdown_workers()
             for name, handler in before.items():
@@ -1085,7 +1084,7 @@ class Checkpoints:
 
     def __init__(self, out, keep, ranks):
         self.out, self.keep, self.ranks = out, keep, ranks
-        self.thread, self.error = None, None
+        self.thread, self.written = ThreadPoolExecutor(1), None
         self.steps = set()  # that are on disk, or will be
         if ranks.first:
             for left in [*out.glob(".step-*")]:  # of a run that was killed
@@ -1105,8 +1104,7 @@ class Checkpoints:
             "state": {"optimizer": copied(moments), "ema": copied(ema)},
             "train": told,
         }  # fmt: skip
-        self.thread = threading.Thread(target=self.write, args=(self.path(step), snapshot))
-        self.thread.start()
+        self.written = self.thread.submit(self.write, self.path(step), snapshot)
 
     def whole(self, tensors):
         """Full copies in memory on the first rank, by released names; nothing on the others."""
@@ -1119,14 +1117,8 @@ class Checkpoints:
         return found
 
     def write(self, path, snapshot):
-        try:
-            if self.ranks.device.type == "cuda":  # a new thread begins on the first GPU
-                torch.cuda.set_device(self.ranks.device)
-            self.write_folder(path, snapshot)
-        except BaseException as error:  # it is raised where the training loop asks
-            self.error = error
-
-    def write_folder(self, path, snapshot):
+        if self.ranks.device.type == "cuda":  # a new thread begins on the first GPU
+            torch.cuda.set_device(self.ranks.device)
         temporary = path.with_name(f".{path.name}.tmp")
         writer = dcp.FileSystemWriter(temporary / "state")
         dcp.save(snapshot["state"], storage_writer=writer, process_group=self.ranks.background)
@@ -1146,14 +1138,14 @@ class Checkpoints:
 
     def check(self):
         """Raise what went wrong in the thread."""
-        if self.error:
-            reason = (str(self.error).strip() or type(self.error).__name__).splitlines()[-1]
-            raise OSError(f"{self.out}: the checkpoint cannot be written ({reason}); is the disk full?") from self.error
+        if self.written and self.written.done():
+            self.wait()
 
     def wait(self):
-        if self.thread:
-            self.thread.join()
-        self.check()
+        error = self.written and self.written.exception()
+        if error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+            raise OSError(f"{self.out}: the checkpoint cannot be written ({reason}); is the disk full?") from error
 
 
 def copied(tensors):
@@ -1256,9 +1248,7 @@ def describe(args, stage, ranks, model, curriculum):
         trained, frozen = (numbers(p for p in part.parameters() if p.requires_grad == wanted) / 1e6 for wanted in (True, False))
         print(f"  {name:<15} {trained:10.1f} M trained {frozen:10.1f} M frozen")
     dp = ranks.dp
-    print(
-        f"one update: {stage.global_batch} samples = {stage.batches // dp} forwards of {stage.batch} on {dp} data-parallel ranks"
-    )
+    print(f"one update: {stage.global_batch} samples = {stage.batches // dp} forwards of {stage.batch} on {dp} data-parallel ranks")
     shapes = Counter(curriculum[n][1:3] for n in range(min(stage.batches, 4096)))
     for (kind, (frames, height, width)), count in sorted(shapes.items()):
         print(f"  {count:>6} {kind:<6} {frames} frames of {width}x{height}")
@@ -1282,9 +1272,9 @@ def memory_estimate(model, stage, ranks, shape, checkpointing):
     average = trained * (stage.ema > 0)
     moments = sum(len(MOMENTS[type(o)]) * numbers(o.param_groups[0]["params"]) for o in make_optimizers(stage, parameters))
     blocks = [numbers(block.parameters()) for block in (*model.dit.blocks, *model.mllm.model.language_model.layers)]
-    gathered = (trained + frozen - sum(blocks) + sum(sorted(blocks)[-2:])) * size * sharded
+    gathered = size * (trained + frozen - sum(blocks) + sum(sorted(blocks)[-2:])) if sharded else 0
     activations = activation_numbers(model, stage, ranks, shape, checkpointing) * size
-    if sharded and stage.optimizer == "adamw":  # when activations are gone it takes a copy of all that it updates, on a GPU
+    if sharded and stage.optimizer == "adamw":  # when they are gone it takes, on a GPU, a float32 copy of all that it updates
         activations = max(activations, 4 * trained / share - gathered)
     return {
         "weights": 4 * trained / share + size * (frozen / share + vae), "gathered": gathered,
@@ -1304,22 +1294,16 @@ def activation_numbers(model, stage, ranks, shape, checkpointing):
     c, (frames, height, width) = model.config.dit, shape
     latent_frames = model.config.vae.latent_frames(frames) + (stage.ref > 0)
     tokens = stage.batch * latent_frames * height * width // model.config.pixel_grid**2 / ranks.sp
-    text = model.mllm.model.config.text_config
-    seen = max(model.mllm.num_queries.values()) + request_tokens(model.mllm, shape)
-    inside = [tokens * (20 * c.dim + 4 * c.ffn_dim), seen * (20 * text.hidden_size + 6 * text.intermediate_size)]
-    kept = [tokens * c.dim * c.num_layers, stage.batch * seen * text.hidden_size * text.num_hidden_layers]
-    if not checkpointing:
-        kept = [inside[0] * c.num_layers * 0.6, stage.batch * inside[1] * text.num_hidden_layers * 0.6]
-    return sum(kept) + max(inside)
-
-
-def request_tokens(mllm, shape):
-    """Visual tokens of a source of `shape`."""
-    frames, height, width = shape
-    mode = "image" if frames == 1 else "video"
+    mllm, text = model.mllm, model.mllm.model.config.text_config
     blank = torch.zeros(1, height, width, 3, dtype=torch.uint8)
-    h, w = mllm.resize_source(blank, mode).shape[1:3]
-    return -(-min(frames, mllm.config.max_frames) // 2) * (h // 28) * (w // 28)
+    _, h, w, _ = mllm.resize_source(blank, "image" if frames == 1 else "video").shape
+    visual_tokens = -(-min(frames, mllm.config.max_frames) // 2) * (h // 28) * (w // 28)
+    seen = stage.batch * (max(mllm.num_queries.values()) + visual_tokens)
+    inside = [tokens * (20 * c.dim + 4 * c.ffn_dim), seen * (20 * text.hidden_size + 6 * text.intermediate_size)]
+    kept = [tokens * c.dim * c.num_layers, seen * text.hidden_size * text.num_hidden_layers]
+    if not checkpointing:
+        kept = [inside[0] * c.num_layers * 0.6, inside[1] * text.num_hidden_layers * 0.6]
+    return sum(kept) + max(inside)
 
 
 def plot(run):
