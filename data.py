@@ -20,8 +20,9 @@ import re
 import shutil
 import sys
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -438,29 +439,24 @@ def write_video(path, frames, fps, audio_from=None, codec=VIDEO_CODEC):
 
 def mux_video(path, frames, fps, audio_from, codec):
     duration, (pixel_format, options) = len(frames) / fps, codec
-    with av.open(str(Path(path).absolute()), "w", format="mp4", container_options={"movflags": "faststart"}) as out:
+    heard = nullcontext() if audio_from is None else av.open(str(Path(audio_from).absolute()))
+    with heard as source, av.open(str(Path(path).absolute()), "w", format="mp4", container_options={"movflags": "faststart"}) as out:
         video = out.add_stream("libx264", rate=fps, options=options)
         video.height, video.width, video.pix_fmt = *frames.shape[1:3], pixel_format
-        bt709, limited = 1, 1
         context = video.codec_context
-        context.colorspace = context.color_primaries = context.color_trc = bt709
-        context.color_range = limited
-        source = av.open(str(Path(audio_from).absolute())) if audio_from is not None else None
-        try:
-            sound = source and next(iter(source.streams.audio), None)
-            if sound and sound.codec_context is None:
-                print(f"{audio_from}: its sound cannot be kept (FFmpeg has no decoder for it)", file=sys.stderr)
-                sound = None
-            add_sound = copy_sound(out, source, duration) if sound else None
-            for image in frames:
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-                out.mux(video.encode(frame.reformat(format=pixel_format, dst_colorspace="ITU709")))
-            out.mux(video.encode())
-            if add_sound:
-                add_sound()
-        finally:
-            if source:
-                source.close()
+        context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
+        context.color_range = 1  # limited
+        sound = source and next(iter(source.streams.audio), None)
+        if sound and sound.codec_context is None:
+            print(f"{audio_from}: its sound cannot be kept (FFmpeg has no decoder for it)", file=sys.stderr)
+            sound = None
+        add_sound = copy_sound(out, source, duration) if sound else None
+        for image in frames:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            out.mux(video.encode(frame.reformat(format=pixel_format, dst_colorspace="ITU709")))
+        out.mux(video.encode())
+        if add_sound:
+            add_sound()
 
 
 def copy_sound(out, source, duration):
@@ -510,9 +506,10 @@ def copy_sound(out, source, duration):
 # What to train on
 
 FILES = {"image": "image.csv", "video": "video.csv", "ref": "ref_video.csv"}
-COLUMNS = {"image": ("src_video", "tgt_video", "prompt"), "video": ("src_video", "tgt_video", "prompt"),
-           "ref": ("src_video", "tgt_video", "prompt", "ref_image")}  # fmt: skip
+PAIR = ("src_video", "tgt_video", "prompt")
+COLUMNS = {"image": PAIR, "video": PAIR, "ref": (*PAIR, "ref_image")}
 ASPECTS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1, 4 / 3, 3 / 2, 16 / 9, 2)  # height / width
+SHARD = 64  # rows of a table whose samples of one shape are a file of a cache
 
 
 @dataclass(frozen=True)
@@ -523,6 +520,20 @@ class Row:
     target: str
     prompt: str
     ref: str | tuple | None = None  # a file, or (parquet file, row group, row)
+
+
+def find_tables(folders, kind):
+    """The tables, .csv or .parquet, that folders have for a kind of data: at least one. FileNotFoundError."""
+    found = []
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"--data {folder}: no such folder; give one with {', '.join(FILES.values())}, or those the stage needs")
+        paths = [(folder / FILES[kind]).with_suffix(suffix) for suffix in (".csv", ".parquet")]
+        found += [path for path in paths if path.is_file()][:1]
+    if not found:
+        names = ", ".join(map(str, folders))
+        raise FileNotFoundError(f"{names}: has no {FILES[kind]}, which this stage needs; give its place with --{kind}-csv")
+    return found
 
 
 def read_table(path, kind, base=None):
@@ -551,6 +562,15 @@ def read_table(path, kind, base=None):
     return rows
 
 
+def inside(base, name, where):
+    """base / name, if that is below base; ValueError if not. The words of the path count, not where links lead: in the
+    hub's cache every file is a link to outside of its folder."""
+    path = os.path.normpath(os.path.join(base, name))
+    if Path(os.path.abspath(base)) not in Path(os.path.abspath(path)).parents:
+        raise ValueError(f"{where}: {name} is outside of {base}; give paths below it (train.py: --base-path)")
+    return Path(path)
+
+
 def csv_lines(path, columns=()):
     """Yield (place, line as a dict) of a CSV table that has these columns. ValueError where csv alone would misread it."""
     with path.open(newline="", encoding="utf-8-sig") as file:
@@ -568,15 +588,20 @@ def csv_lines(path, columns=()):
             raise ValueError(f"{path}: is not UTF-8 text; save the table as CSV UTF-8") from None
 
 
+def has_columns(path, columns, found):
+    absent = [name for name in columns if name not in found]
+    if absent:
+        raise ValueError(f"{path}: has no column {', '.join(absent)}; it has {', '.join(map(str, found))}")
+
+
 def read_parquet(path, kind):
     """Yield (place, fields) of every row; of RefVIE's reference, its picture's bytes, only where they are."""
     file = parquet_file(path)
-    columns = list(COLUMNS["video"])
-    has_columns(path, columns + ["ref_image_bytes"] * (kind == "ref"), file.schema_arrow.names)
+    has_columns(path, [*PAIR, *["ref_image_bytes"] * (kind == "ref")], file.schema_arrow.names)
     for group in range(file.num_row_groups):
-        for i, line in enumerate(file.read_row_group(group, columns).to_pylist()):
+        for i, line in enumerate(file.read_row_group(group, list(PAIR)).to_pylist()):
             ref = [(str(path), group, i)] if kind == "ref" else []
-            yield f"{path}, row {i} of group {group}", [line[name] for name in columns] + ref
+            yield f"{path}, row {i} of group {group}", [line[name] for name in PAIR] + ref
 
 
 def parquet_file(path):
@@ -606,21 +631,6 @@ def read_reference(ref):
     if not content:
         raise MediaError(f"{path}, row {row} of group {group}: has no ref_image_bytes")
     return read_image(f"{path}, row {row} of group {group}", content)
-
-
-def has_columns(path, columns, found):
-    absent = [name for name in columns if name not in found]
-    if absent:
-        raise ValueError(f"{path}: has no column {', '.join(absent)}; it has {', '.join(map(str, found))}")
-
-
-def inside(base, name, where):
-    """base / name, if that is below base; ValueError if not. The words of the path count, not where links lead: in the
-    hub's cache every file is a link to outside of its folder."""
-    path = os.path.normpath(os.path.join(base, name))
-    if Path(os.path.abspath(base)) not in Path(os.path.abspath(path)).parents:
-        raise ValueError(f"{where}: {name} is outside of {base}; give paths below it (train.py: --base-path)")
-    return Path(path)
 
 
 def measure(path):
@@ -661,6 +671,15 @@ def bucket(shape, max_frames, max_pixels):
     return usable_frames(frames, max_frames), *working_size(height, width, max_pixels)
 
 
+def fill_buckets(shapes, max_frames, max_pixels):
+    """Measured shapes (a text: left out) -> {shape of training: [row numbers]}."""
+    buckets = {}
+    for number, shape in enumerate(shapes):
+        if not isinstance(shape, str):
+            buckets.setdefault(bucket(shape, max_frames, max_pixels), []).append(number)
+    return buckets
+
+
 def read_frames(path, count, size):
     """The first `count` frames of a file, fitted to `size` (h, w): uint8 (count, h, w, 3).
 
@@ -693,7 +712,7 @@ class Mixture:
 
     def __init__(self, buckets, ratio, size, seed):
         self.buckets, self.size, self.seed = buckets, size, seed
-        self.pattern = interleave({kind: share for kind, share in ratio.items() if share})
+        self.pattern = interleave(ratio)
         self.orders = {}  # what was shuffled last: (kind, epoch) -> batches, (kind, epoch, shape) -> rows
 
     def __getitem__(self, number):
@@ -801,24 +820,9 @@ class Pairs(torch.utils.data.Dataset):
         return (target, source, ref), self.resize(source, ref)
 
 
-class CachedPairs(Pairs):
-    """The same from what `python data.py cache` wrote; pictures are latents (C, T, h, w) then."""
-
-    def __init__(self, tables, curriculum, folder):
-        super().__init__(tables, curriculum, None)
-        self.folder = Path(folder)
-
-    def read(self, row, kind, shape, number):
-        tensors = read_shard(self.folder, kind, shape, number // SHARD, number)
-        if not tensors:
-            raise MediaError(f"{row.target}: could not be read when the cache was written")
-        seen = {name.removeprefix("mllm."): value for name, value in tensors.items() if name.startswith("mllm.")}
-        visuals = {"source": seen.pop("source"), **seen}  # the request has them in this order
-        mode = "ref" if row.ref else "image" if kind == "image" or shape[0] == 1 else "video"
-        return tuple(tensors.get(name) for name in ("target", "source", "ref")), (mode, visuals)
-
-
-SHARD = 64  # rows of a table whose samples of one shape are a file of a cache
+def fingerprint(rows, more=None):
+    """Rows, in their order, and what else is to be the same, as a short text."""
+    return hashlib.sha256(repr([[(r.source, r.target, r.prompt, r.ref) for r in rows], more]).encode()).hexdigest()[:16]
 
 
 def shard_path(folder, kind, shape, number):
@@ -835,32 +839,21 @@ def read_shard(folder, kind, shape, shard, row):
         raise ValueError(f"{path}: cannot be read ({error}); write it again with data.py cache") from None
 
 
-def fingerprint(rows, more=None):
-    """Rows, in their order, and what else is to be the same, as a short text."""
-    return hashlib.sha256(repr([[(r.source, r.target, r.prompt, r.ref) for r in rows], more]).encode()).hexdigest()[:16]
+class CachedPairs(Pairs):
+    """The same from what `python data.py cache` wrote; pictures are latents (C, T, h, w) then."""
 
+    def __init__(self, tables, curriculum, folder):
+        super().__init__(tables, curriculum, None)
+        self.folder = Path(folder)
 
-def fill_buckets(shapes, max_frames, max_pixels):
-    """Measured shapes (None or text: left out) -> {shape of training: [row numbers]}."""
-    buckets = {}
-    for number, shape in enumerate(shapes):
-        if not isinstance(shape, str):
-            buckets.setdefault(bucket(shape, max_frames, max_pixels), []).append(number)
-    return buckets
-
-
-def find_tables(folders, kind):
-    """The tables, .csv or .parquet, that folders have for a kind of data: at least one. FileNotFoundError."""
-    found = []
-    for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"--data {folder}: no such folder; give one with {', '.join(FILES.values())}, or those the stage needs")
-        paths = [(folder / FILES[kind]).with_suffix(suffix) for suffix in (".csv", ".parquet")]
-        found += [path for path in paths if path.is_file()][:1]
-    if not found:
-        names = ", ".join(map(str, folders))
-        raise FileNotFoundError(f"{names}: has no {FILES[kind]}, which this stage needs; give its place with --{kind}-csv")
-    return found
+    def read(self, row, kind, shape, number):
+        tensors = read_shard(self.folder, kind, shape, number // SHARD, number)
+        if not tensors:
+            raise MediaError(f"{row.target}: could not be read when the cache was written")
+        seen = {name.removeprefix("mllm."): value for name, value in tensors.items() if name.startswith("mllm.")}
+        visuals = {"source": seen.pop("source"), **seen}  # the request has them in this order
+        mode = "ref" if row.ref else "image" if shape[0] == 1 else "video"
+        return tuple(tensors.get(name) for name in ("target", "source", "ref")), (mode, visuals)
 
 
 # Commands
@@ -891,15 +884,16 @@ def check_table(path, base):
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     rows = read_table(path, kind_of(path), base)
-    shapes, faults = {}, 0
+    shapes, faults = Counter(), 0
     with ThreadPoolExecutor(4) as pool:
         for (shape, found), row in zip(tqdm(pool.map(check_row, rows), total=len(rows), desc=path.name), rows):
             faults += bool(found)
             for fault in found:
                 tqdm.write(f"{row.target}: {fault}")
-            shapes[shape] = shapes.get(shape, 0) + 1
+            if shape:
+                shapes[shape] += 1
     print(f"{path}: {len(rows)} rows, {faults} with faults")
-    for (frames, height, width), count in sorted((s for s in shapes.items() if s[0]), key=lambda s: -s[1])[:10]:
+    for (frames, height, width), count in shapes.most_common(10):
         print(f"  {count:>8} of {frames} frames of {width}x{height}")
     return faults
 
