@@ -473,36 +473,6 @@ def load_model(args, stage, ranks, checkpoint):
     return model.train()
 
 
-def start_model(config, files, device):
-    """A model with the weights of `files`, and initial values for what they lack of Kiwi-Edit. files None: on meta."""
-    with meta_parameters():
-        model = KiwiEdit(config)
-    if files is None:
-        return model
-    files.device = device
-    leave_out_source(files, config.source)
-    missing = load_weights(model, ChainMap(widened(model, files), files), partial=True, device=device)
-    begin_additions(model, missing, device)
-    move_buffers(model, device)
-    return model
-
-
-def export(run, folder, base=None, qwen=None):
-    """The last checkpoint of a run as a whole model, LoRA merged, in a folder that sample.py takes. base, qwen: of what
-    the run began with, where that has moved."""
-    only_weights(folder)
-    checkpoint = find_checkpoint(run)
-    if checkpoint is None:
-        raise FileNotFoundError(f"--export {run}: not the folder of a run or of a checkpoint")
-    begun = began_with(checkpoint.parent)
-    if Path(folder).resolve() in [Path(start).resolve() for start in (base, begun["weights"], begun["base"], begun["qwen"]) if start]:
-        raise ValueError(f"--out {folder}: {run} lies over these weights and needs them as they are; give another folder")
-    model = start_model(*read_weights(checkpoint, base, qwen), "cpu")
-    merge_lora(model)
-    model.save(folder)
-    print(folder)
-
-
 def read_start(args, ranks):
     """Config and files of the weights to start from."""
     out = Path(args.out)
@@ -540,6 +510,20 @@ def read_random(args, ranks, out):
         KiwiEdit(with_model_settings(config, args.set)).save(out / "init")
     dist.barrier()
     return read_weights(out / "init")
+
+
+def start_model(config, files, device):
+    """A model with the weights of `files`, and initial values for what they lack of Kiwi-Edit. files None: on meta."""
+    with meta_parameters():
+        model = KiwiEdit(config)
+    if files is None:
+        return model
+    files.device = device
+    leave_out_source(files, config.source)
+    missing = load_weights(model, ChainMap(widened(model, files), files), partial=True, device=device)
+    begin_additions(model, missing, device)
+    move_buffers(model, device)
+    return model
 
 
 def widened(model, files):
@@ -614,6 +598,22 @@ def parallelise(model, args, ranks):
     # The vision tower is called once a picture, which would not be as often on every rank: the root gathers it. The VAE
     # is called by itself and before the rest: it stays whole.
     return fully_shard(model, mesh=ranks.mesh, mp_policy=policy, ignored_params=set(model.vae.parameters()))
+
+
+def export(run, folder, base=None, qwen=None):
+    """The last checkpoint of a run as a whole model, LoRA merged, in a folder that sample.py takes. base, qwen: of what
+    the run began with, where that has moved."""
+    only_weights(folder)
+    checkpoint = find_checkpoint(run)
+    if checkpoint is None:
+        raise FileNotFoundError(f"--export {run}: not the folder of a run or of a checkpoint")
+    begun = began_with(checkpoint.parent)
+    if Path(folder).resolve() in [Path(start).resolve() for start in (base, begun["weights"], begun["base"], begun["qwen"]) if start]:
+        raise ValueError(f"--out {folder}: {run} lies over these weights and needs them as they are; give another folder")
+    model = start_model(*read_weights(checkpoint, base, qwen), "cpu")
+    merge_lora(model)
+    model.save(folder)
+    print(folder)
 
 
 # The data
