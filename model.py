@@ -14,6 +14,7 @@ import pickle
 import re
 import shutil
 import sys
+from collections import ChainMap
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -382,7 +383,7 @@ class KiwiEdit(nn.Module):
         with meta_parameters():
             model = cls(config)
         files.device = device
-        missing = load_weights(model, files, partial=True, device=device, dtype=dtype)
+        missing = load_weights(model, widened(files, model), partial=True, device=device, dtype=dtype)
         start_untrained(model, missing, device, dtype, path)
         move_buffers(model, device)
         merge_lora(model)
@@ -796,6 +797,15 @@ def leave_out_source(files, how):
     """Drop from the files what a way to inject the source (paper, Table 4) has no place for."""
     lost = ("source_embedder.",) * (how in NO_EMBEDDER) + ("source_scale.",) * (how != "add_learned")
     files.places = {name: place for name, place in files.places.items() if not name.startswith(lost)}
+
+
+def widened(files, model):
+    """The files for this model: where they have but half of the patch embedding of channel concatenation (paper, Table 4),
+    zeros stand for the source's channels."""
+    name = "dit.patch_embedding.weight"
+    if name not in files or 2 * files.shape(name)[1] != model.dit.patch_embedding.weight.shape[1]:
+        return files
+    return ChainMap({name: torch.cat([files[name], torch.zeros_like(files[name])], dim=1)}, files)
 
 
 def config_of(values, path):

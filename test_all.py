@@ -1808,6 +1808,14 @@ def test_every_ablation_of_the_source_trains_from_the_same_weights(tmp_path, les
     assert (config["source"], config["mllm"]["context"]) == (how, "queries"), "the next stage goes on with the same model"
 
 
+@pytest.mark.parametrize("how", ["add_learned", "channel_concat"])
+def test_a_run_that_does_not_train_what_its_source_needs_edits_as_its_export(tmp_path, lesson, how):
+    train.main(lessons(lesson, tmp_path / "run", stage=1, settings=["steps=1", f"model.source={how}"]))
+    train.main(["--export", str(tmp_path / "run"), "--out", str(tmp_path / "model")])
+    run, model = (KiwiEdit.from_pretrained(tmp_path / name, dtype=torch.float32) for name in ("run", "model"))
+    assert torch.equal(small_edit(run, ref=False), small_edit(model, ref=False))
+
+
 def test_a_released_training_checkpoint_goes_on_training(tmp_path, lesson, qwen_folder):
     checkpoint = save_training_layout(small_model(qwen_folder), tmp_path, stage=2)
     flags = ["--weights", checkpoint, "--base", tmp_path / "wan", "--qwen", tmp_path / "qwen", "--config", "nano"]

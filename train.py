@@ -23,7 +23,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections import ChainMap, Counter
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -218,7 +218,7 @@ from kernels import attention
 from model import (
     HUB_BASES, PRESETS, QWEN_BASE, FlowMatch, KiwiEdit, TensorFiles, as_trained, began_with, find_checkpoint,
     leave_out_source, listed, load_weights, local_path, meta_parameters, move_buffers, only_weights, read_json, read_weights,
-    released_name, valid_checkpoints,
+    released_name, valid_checkpoints, widened,
 )  # fmt: skip
 from world import write_mllm_folder
 
@@ -520,19 +520,10 @@ def start_model(config, files, device):
         return model
     files.device = device
     leave_out_source(files, config.source)
-    missing = load_weights(model, ChainMap(widened(model, files), files), partial=True, device=device)
+    missing = load_weights(model, widened(files, model), partial=True, device=device)
     begin_additions(model, missing, device)
     move_buffers(model, device)
     return model
-
-
-def widened(model, files):
-    """The patch embedding of channel concatenation (paper, Table 4) by its name, with zeros for the source's channels,
-    where the weights have but half of it; else nothing."""
-    name = "dit.patch_embedding.weight"
-    if name not in files or 2 * files.shape(name)[1] != model.dit.patch_embedding.weight.shape[1]:
-        return {}
-    return {name: torch.cat([files[name], torch.zeros_like(files[name])], dim=1)}
 
 
 def begin_additions(model, missing, device):
