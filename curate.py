@@ -138,7 +138,8 @@ from data import (
     write_image, write_text,
 )  # fmt: skip
 from judges import (
-    MAX_WAIT, Barred, Local, Malformed, NoRedirect, OpenAICompatible, TryAgain, Unusable, has_password, jpeg, json_objects, key_of, sampled_frames, sound,
+    MAX_WAIT, Barred, Local, Malformed, NoRedirect, OpenAICompatible, TryAgain, Unusable, has_password, jpeg, jpeg_uri,
+    json_objects, key_of, sampled_frames, sound,
 )  # fmt: skip
 from kernels import pick_device
 from metrics import as_float, lab, luma, otsu, read_reference
@@ -1788,7 +1789,6 @@ addEventListener('keydown',e=>{if(e.target.tagName=='SELECT')return;if(e.key=='A
 
 def write_page(args, ledger, bases, rows, counts, told, rejects):
     """page.html: one file with all pictures in it. What was rejected before is saved again with what a person adds."""
-    picture = lambda image: "data:image/jpeg;base64," + base64.b64encode(jpeg(image)).decode()
 
     def card(row):
         try:
@@ -1804,8 +1804,8 @@ def write_page(args, ledger, bases, rows, counts, told, rejects):
         why = f"{row['id']} {row['name']}: {row['kind']}, score {row['edit_score']:.1f}; {row.get('verdict_reason', '')}"
         return (
             f'<div class="card" data-id="{row["id"]}"><h3>{html.escape(row["prompt"])}</h3><p>{html.escape(why)}</p><div class="row">'
-            f'<div style="flex:3">source above, edit below<br><img src="{picture(torch.cat([s[:, :width] for s in strip]))}"></div>'
-            f'<div>reference<br><img class="ref" src="{picture(reference)}"></div></div></div>'
+            f'<div style="flex:3">source above, edit below<br><img src="{jpeg_uri(torch.cat([s[:, :width] for s in strip]))}"></div>'
+            f'<div>reference<br><img class="ref" src="{jpeg_uri(reference)}"></div></div></div>'
         )
 
     with ThreadPoolExecutor(args.workers) as pool:

@@ -245,7 +245,7 @@ class OpenAICompatible(Server):
         content = []
         for label, path in media:
             as_frames = self.send == "frames" and mime(path).startswith("video")
-            urls = frame_uris(path, fps) if as_frames else [data_uri(path)]
+            urls = [jpeg_uri(frame) for frame in sampled_frames(path, fps)[0]] if as_frames else [data_uri(path)]
             kind = "image_url" if as_frames else f"{mime(path).split('/')[0]}_url"
             content.append({"type": "text", "text": label + ":"})
             content += [{"type": kind, kind: {"url": url}} for url in urls]
@@ -287,10 +287,9 @@ def jpeg(image):
         return (Path(folder) / "x.jpg").read_bytes()
 
 
-def frame_uris(path, fps):
-    """A clip's frames as data URIs of JPEGs."""
-    pictures = (jpeg(frame) for frame in sampled_frames(path, fps)[0])
-    return [f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}" for picture in pictures]
+def jpeg_uri(image):
+    """uint8 (H, W, 3) -> a data URI of a JPEG."""
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg(image)).decode()}"
 
 
 QWEN = {  # patch, mean, std, time step in positions a second (None: a text stamp before each pair of frames)

@@ -218,7 +218,7 @@ from kernels import attention
 from model import (
     HUB_BASES, PRESETS, QWEN_BASE, FlowMatch, KiwiEdit, TensorFiles, as_trained, began_with, find_checkpoint,
     leave_out_source, listed, load_weights, local_path, meta_parameters, move_buffers, only_weights, read_json, read_weights,
-    released_name, valid_checkpoints, widened,
+    released_name, set_parameter, valid_checkpoints, widened,
 )  # fmt: skip
 from world import write_mllm_folder
 
@@ -535,16 +535,14 @@ def begin_additions(model, missing, device):
         raise ValueError(f"the weights to start from are not complete: {listed('missing', lost)}")
     hidden = model.mllm.model.language_model.embed_tokens.embedding_dim
     for name in missing:
-        parent, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(parent)
-        shape = getattr(owner, leaf).shape
+        shape = model.get_parameter(name).shape
         if name.endswith("_queries"):
             value = 0.02 * torch.randn(shape)
-        elif parent.endswith("connector.0"):  # as nn.Linear begins
+        elif "connector.0." in name:  # as nn.Linear begins
             value = (2 * torch.rand(shape) - 1) / hidden**0.5
         else:
             value = torch.zeros(shape)
-        setattr(owner, leaf, torch.nn.Parameter(value.to(device)))
+        set_parameter(model, name, value.to(device))
 
 
 def has_lora(module):
