@@ -752,19 +752,18 @@ def recognise(edit, library, split, result, region, index):
     return found
 
 
-def evaluate_case(model, library, world, folder, row):
-    """One case -> its measures by method, and a picture row (source, reference, edit, truth) of its middle frame."""
+def evaluate_case(model, library, edit, split, folder, row):
+    """One case, `edit` as it was drawn -> its measures by method, and a picture row (source, reference, edit, truth) of its middle frame."""
     source, target = (read_frames(folder / row[key]) for key in ("src_video", "tgt_video"))
     size = source.shape[1]
     region = read_frames(folder / row["mask"])[0, ..., 0].unflatten(0, (-1, size)) > 127
     ref = read_frames(folder / row["ref_image"])[0] if "ref_image" in row else None
-    edit = redraw_edit(library, world, row["index"])
     results = {"edit": model.edit(source, row["prompt"], ref, seed=row["index"]), "copy": source}
     if ref is not None:
         results["edit, no reference"] = model.edit(source, row["prompt"], seed=row["index"])
     results["ceiling"] = model.decode_frames(model.encode_frames(target))  # what no edit in the VAE's latents can exceed
     measures = {
-        method: measure(result, target, region) | recognise(edit, library, world["split"], result, region, row["index"])
+        method: measure(result, target, region) | recognise(edit, library, split, result, region, row["index"])
         for method, result in results.items()
     }
     shown = torch.full_like(source[0], 40) if ref is None else pad_reference(ref, (size, size))
@@ -816,6 +815,19 @@ def goals(cases):
     return "\n".join(lines) + "\n"
 
 
+def by_wording(cases):
+    """How well each sentence is understood, as a Markdown table; none of them was in training."""
+    lines = ["| task | wording | cases | edit - copy, inside | ceiling - edit, outside | right object |", "| --- " * 6 + "|"]
+    for task, wording in sorted({(case["task"], case["wording"]) for case in cases}):
+        of = [case["measures"] for case in cases if (case["task"], case["wording"]) == (task, wording)]
+        inside = mean(m["edit"]["psnr_in"] - m["copy"]["psnr_in"] for m in of)
+        outside = mean(m["ceiling"]["psnr_out"] - m["edit"]["psnr_out"] for m in of)
+        right = mean(m["edit"].get("right") for m in of)
+        cells = [f"{inside:+.1f} dB", "" if outside is None else f"{outside:.1f} dB", "" if right is None else f"{right:.0%}"]
+        lines.append(f"| {task} | {wording} | {len(of)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def read_world(folder):
     """What held-out clips were drawn with. ValueError where they are none."""
     world = json.loads((Path(folder) / "world.json").read_text())
@@ -835,13 +847,15 @@ def evaluate(args):
     out.mkdir(parents=True, exist_ok=True)
     cases, pictures = [], {}
     for row in tqdm(rows, desc="eval", mininterval=5):
-        measures, picture = evaluate_case(model, library, world, folder, row)
+        edit = redraw_edit(library, world, row["index"])
+        measures, picture = evaluate_case(model, library, edit, world["split"], folder, row)
         task = "subject" if row["task"] == "subject_add" else row["task"]
-        cases.append({"index": row["index"], "kind": row["kind"], "task": task, "prompt": row["prompt"], "measures": measures})
+        told = {"task": task, "wording": edit.wording, "prompt": row["prompt"]}
+        cases.append({"index": row["index"], "kind": row["kind"], **told, "measures": measures})
         pictures.setdefault(task, []).append(picture)
-    table = f"{summary(cases)}\n{goals(cases)}"
-    told = {name: getattr(model.config, name) for name in ("steps", "ref_guidance")}
-    write_text(out / "eval.json", json.dumps({"weights": args.weights, "world": world, **told, "cases": cases}, indent=0))
+    table = f"{summary(cases)}\n{goals(cases)}\n{by_wording(cases)}"
+    settings = {name: getattr(model.config, name) for name in ("steps", "ref_guidance")}
+    write_text(out / "eval.json", json.dumps({"weights": args.weights, "world": world, **settings, "cases": cases}, indent=0))
     write_text(out / "eval.md", table)
     sheet = [torch.cat([*shown[:4], *[torch.zeros_like(shown[0])] * (4 - len(shown))], dim=1) for shown in pictures.values()]
     write_image(out / "sheet.png", torch.cat(sheet).repeat_interleave(2, 0).repeat_interleave(2, 1))

@@ -2222,6 +2222,24 @@ def test_what_is_tested_was_never_trained_on(library):
     assert library.names("train") and not set(library.names("train")) & set(library.names("test"))
 
 
+def test_wordings_have_the_blanks_that_edits_fill_and_the_held_out_are_no_rearranged_ones():
+    common = set("the to in of is are be it and has for as you could please from a would like".split())
+    asked = {"style": "s", "background": "p", "change": "ab", "remove": "a", "add": "bw", "subject": "a", "subject_add": "w"}
+    allowed = {"subject": "b", "subject_add": "b"}
+
+    def telling(wording):
+        return set(re.findall(r"(?<!{)\b[a-z']+", wording.lower())) - common
+
+    assert world.WORDINGS.keys() == world.HELD_WORDINGS.keys() == {task for tasks in world.TASKS.values() for task in tasks}
+    for task, wordings in world.WORDINGS.items():
+        held = world.HELD_WORDINGS[task]
+        for wording in (*wordings, *held):
+            blanks = set(re.findall(r"{(\w+)}", wording)) - {"clip"}
+            assert set(asked.get(task, "")) <= blanks <= set(asked.get(task, "") + allowed.get(task, "")), wording
+        assert not [(a, b) for a in wordings for b in held if telling(b) <= telling(a)]
+        assert len(set(wordings)) == len(wordings) >= 64 and len(held) == 4
+
+
 def test_training_alone_sees_other_colours_and_heaps_of_leaves(library):
     own = {id(photo) for photo in library.photos} | {id(look) for looks in library.sprites.values() for look in looks}
     strange = {}
@@ -2420,6 +2438,9 @@ def test_the_goals_are_differences_of_the_measures():
     lines = nano.goals([{"task": "change", "measures": measures}, {"task": "subject", "measures": without}]).splitlines()
     assert lines[2] == "| change | +7.5 dB (asked +6) | 2.0 dB (asked at most 3) | 100% (asked 60%) |  |"
     assert lines[3] == "| subject | +7.5 dB | 2.0 dB (asked at most 3) | 0% (asked 70%) | +2.0 dB (asked more than 0) |"
+    told = {"task": "subject", "wording": "Swap the {a}."}
+    lines = nano.by_wording([{**told, "measures": measures}, {**told, "measures": without}]).splitlines()
+    assert lines[2:] == ["| subject | Swap the {a}. | 2 | +7.5 dB | 2.0 dB | 50% |"]
 
 
 def test_a_small_denoiser_learns_two_edits_by_heart(tmp_path, library):
@@ -2484,9 +2505,10 @@ def test_an_answer_s_word_is_read_off_before_the_model_sees_it(monkeypatch, qwen
 def test_eval_asks_with_and_without_the_reference_and_copies_the_source(library, test_clips):
     row = next(r for r in nano.read_truth(test_clips) if "ref_image" in r and r["task"].startswith("subject"))
     asked, same = [], lambda x: x
-    edit = lambda source, prompt, ref=None, **more: asked.append(ref is not None) or source
-    model = SimpleNamespace(edit=edit, encode_frames=same, decode_frames=same)
-    measures, _ = nano.evaluate_case(model, library, nano.read_world(test_clips), test_clips, row)
+    answer = lambda source, prompt, ref=None, **more: asked.append(ref is not None) or source
+    model = SimpleNamespace(edit=answer, encode_frames=same, decode_frames=same)
+    edit = world.redraw_edit(library, nano.read_world(test_clips), row["index"])
+    measures, _ = nano.evaluate_case(model, library, edit, "test", test_clips, row)
     assert asked == [True, False] and measures["copy"]["psnr_in"] < 30 < measures["ceiling"]["psnr_in"]
 
 
