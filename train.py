@@ -300,9 +300,15 @@ class Ranks:
     """The processes that torchrun started, or one alone. Ranks that share a sequence (sp) are neighbours."""
 
     def __init__(self, args):
+        world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+        if args.sp < 1 or world % args.sp:  # what can be refused is refused before a group is open
+            raise ValueError(f"--sp {args.sp} does not divide the {world} processes")
+        self.parallel = args.parallel or ("fsdp" if torch.cuda.is_available() else "ddp")
+        self.dtype = getattr(torch, args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32"))
+        if self.dtype != torch.float32 and self.parallel == "ddp":
+            raise ValueError("--dtype bfloat16 keeps float32 master weights by FSDP2: take --parallel fsdp, also on one GPU")
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        has_gpu = torch.cuda.is_available()
-        on_gpu = has_gpu and not args.dry_run  # which tells of what will run there
+        on_gpu = torch.cuda.is_available() and not args.dry_run  # which tells of what will run there
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu")
         if on_gpu:
             torch.cuda.set_device(self.device)
@@ -313,17 +319,11 @@ class Ranks:
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **patience, **alone)
         self.rank, self.world, self.sp = dist.get_rank(), dist.get_world_size(), args.sp
         self.first = self.rank == 0
-        if self.sp < 1 or self.world % self.sp:
-            raise ValueError(f"--sp {self.sp} does not divide the {self.world} processes")
         self.dp, self.data_rank = self.world // self.sp, self.rank // self.sp
         self.mesh = init_device_mesh(self.device.type, (self.world,))
         pairs = init_device_mesh(self.device.type, (self.dp, self.sp), mesh_dim_names=("data", "sequence"))
         self.sequence = pairs["sequence"].get_group()
         self.background = dist.new_group(backend="gloo")  # for the thread that writes checkpoints
-        self.parallel = args.parallel or ("fsdp" if has_gpu else "ddp")
-        self.dtype = getattr(torch, args.dtype or ("bfloat16" if has_gpu else "float32"))
-        if self.dtype != torch.float32 and self.parallel == "ddp":
-            raise ValueError("--dtype bfloat16 keeps float32 master weights by FSDP2: take --parallel fsdp, also on one GPU")
 
     def total(self, values):
         """Sums over all ranks of a few numbers."""

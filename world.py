@@ -464,7 +464,7 @@ WORDINGS = {
     "style": (
         "Make it look like {s}.", "Turn this into {s}.", "Give the {clip} the look of {s}.", "Restyle everything as {s}.",
         "I want this to look like {s}", "Change the style to {s}.", "Render the whole {clip} as {s}.", "Let it be {s}.",
-        "Paint it like {s}.", "Convert the {clip} to {s}", "Give me {s} version of this? Style: {s}", "Style: {s}",
+        "Paint it like {s}.", "Convert the {clip} to {s}", "A version of this as {s}, please.", "Style: {s}",
         "Please redo the {clip} in the style of {s}.", "I'd love to see this as {s}.",
         "Can you restyle the {clip} so that it feels like {s}?", "The {clip} should have the mood of {s}.",
         "Add a filter: {s}.", "{s}, please, for the whole {clip}", "Imagine the same {clip}, but as {s}.",
