@@ -175,19 +175,52 @@ SETS = {  # their columns for these, and the licence to be told
 KNOWN = {"edit_type": str, "frames": int, "height": int, "width": int, "edit_score": (int, float), "frame_scores": list}
 MADE = {"key": int, "box": list, "mask": str, "label": str, "ref_image": str, "ref_size": list,
         "verdict": bool, "verdict_reason": str, "feature": str}  # fmt: skip
-WORDS = {  # what an instruction is about, where the data do not say; the first that is found
-    "remove": r"\b(?:remove|delete|erase|get rid of|take (?:away|out)|eliminate)\b(?! the back)|\b(?:without the|disappear|has to go|(?:don't|do not) want)\b|"
-    r"\baway\b|\bcut\b.*\bout of\b",
-    # "the man in the background", "in front of the shop" and "behind the counter" say where a local edit is
-    "background": r"(?<!in the )(?<!from the )(?<!in )\bback(?:ground|drop)s?\b|\bwould like\b.*\bin the background\b|\bscene (?:behind|around)\b|\bsetting to\b|"
-    r"\bsurroundings\b|\bwhat is behind\b|\b(?:behind everything|(?:place|scene|view) behind (?:it|them))\b|"
-    r"\b(?:set|put|place|move|show) (?:it|them|everything|everyone) (?:all )?in front of\b",
-    "style": r"\b(?<!hair )(?<!hair)styles?\b|\baesthetics?\b|\bstylize|\b(?:as|like|into) (?:an? )?(?:\w+ )?(?:painting|sketch|cartoon|drawing|mosaic|film|photo)\b|\blook (?:like|of)\b|\bfilter\b|"
-    r"\bwhole (?:picture|image|video|scene|clip)\b|\brestyle|\b(?:turn|show) (?:all of )?this (?:in|as)|\bresemble\b|\blet it be\b|"
-    r"\btransform the (?:scene|video|clip|picture|image) into\b",
-    "subject": r"\b(?:replace|change|swap|turn|transform|convert|add|put|place|insert|give|dress|exchange|substitute|make|draw|paste|drop|bring|"
-    r"include|introduce|use|show|set|let|instead|in place of|becomes?|should be|want)\b",
-}
+# what an instruction is about, where the data do not say: the first of these that is found
+ALL = r"(?:this(?= (?:to|into|in|as|be|look|feel|were)\b|\W|$)|it|everything|everyone|them|(?:all|the rest) of (?:it|this|them)|all|" \
+      r"the (?:(?:whole|entire|same|overall|final) )*(?:thing|clip|video|picture|image|photo|scene|footage|look)s?)"  # fmt: skip
+SHOWN = r"(?:shown?|pictured|depicted|attached|reference|provided|given|picture|image|photo)"
+WORDS = (
+    ("background", (
+        # "the man in the background" and "leave the background" do not ask for another
+        r"(?<!in the )(?<!from the )(?<!in )(?<!with the )(?<!over the )(?<!keep the )(?<!leave the )(?<!only the )\bback(?:ground|drop)s?\b",
+        r"\b(?:change|edit)s? only the background\b|\bonly the background (?:changes|comes)\b|\b(?:like|want|have|see|use) (?!the\b)[^.]* in the background\b",
+        r"^in the back|\bat the back\b|\b(?:fills?|draw|paint)\b.* back\b",
+        # nor a thing that shall blend into its surroundings, as long descriptions end
+        r"^(?:\W*\w+){0,9}?\W*\b(?<!into the )(?<!with the )(?<!of the )(?<!with its )(?<!into its )(?:surroundings|setting|scenery|environment|landscape|location|green ?screen)\b",
+        # nor do "in front of the shop" and "behind the counter", which say where a thing is
+        r"\bbehind (?:everything|everyone|it|them|all|this|the (?:objects?|things?))\b|\bwhat is behind\b",
+        rf"\b(?:{ALL}|objects?|things?|foreground|should) (?:\w+ ){{0,4}}(?:in front of|before|against|over|within|inside)\b",
+        rf"\b(?:place|scene|view) (?:\w+ ){{0,3}}{SHOWN}\b|\b(?:this|a|{SHOWN}) (?:place|scene|view)\b|\bplace (?:that|where)\b",
+        r"\b(?:move|transport|relocate|transfer|set|place|put|take) (?:everything|all|the (?:objects|things|scene|clip|video|picture)) (?:in|into|to|onto)\b",
+    )),
+    ("style", (
+        r"(?<!hair )(?<!hair)\b(?:re)?styl(?:es?|ed|i[sz]e)\b|\baesthetics?\b|\bfilter\b|\btexture\b|\b(?:mood|atmosphere|manner|look) of\b|\bwhole thing\b",
+        r"\b(?:as|like|into) (?:an? )?(?:\w+ )?(?:painting|sketch|cartoon|drawing|mosaic|film|photo)\b|\bof this as\b|\bfor the whole\b",
+        rf"\b(?:make|turn|render|convert|transform|change|alter|switch|redo|recreate|redraw|repaint|paint|show|imagine|reimagine|reinterpret|recast|see|have|"
+        rf"want|do|imitate|picture|let|give|dress|lend|put|of) {ALL}\b(?! look as though the)[^.]*\b(?:into|to|as|like|resembles?|be|the (?:look|feel|form)|from)\b",
+        rf"\b{ALL} (?:\w+ ){{0,3}}(?:look|feel|seem|appear)(?:s|ed)? (?:\w+ ){{0,2}}(?:like|as)\b(?! though the)",
+        rf"\b(?:{ALL}|is|be|out) (?:\w+ )?(?:resembl\w+|redone|reworked|repainted)\b|\b(?:this|it) be (?:made|as)\b|\blet it be\b|\bgo for\b|\bafter .* in this\b",
+        r"^(?:as (?!if by)|like|now (?:as|in)\b)|\bwants? .* here\b",
+    )),
+    ("subject", (  # one thing for another
+        r"\b(?:replac\w+|swap\w*|exchang\w+|substitut\w+|supplant\w*|trad\w+|switch|transform|turns?|convert|morph|chang\w+|becomes?|became|redraw|remake|rework)\b|->",
+        r"\b(?:instead|rather than|prefer|meant)\b|\bin (?:place|lieu) of\b|\bin (?:its|the same) (?:place|spot)\b|\bthe (?:place|spot|role) of\b",
+        r"\b(?:and|then) (?:\w+ )?(?:put|add|insert|use|bring|draw|in)\b|\bfill (?:that|the) .* with (?!the background)|\bcover the\b.*\bwith\b|\bwhere the\b.*\bdraw\b",
+        r"^not the\b|^could the\b.*\bbe\b|^edit the (?!clip|video|picture|image|photo|scene).* so that\b|\bin\W*$",
+    )),
+    ("remove", (
+        r"\b(?:remov\w+|delet\w+|erase|eliminate|discard|omit|exclude|ditch|hide|lose the|strip|scrub|zap|bin|wipe|retouch|inpaint|get rid of|do away|leave out)\b",
+        r"\b(?:without the|minus|except|nobody|gone|vanish\w*|disappears?|invisible|away|no (?:longer|more|trace)|bye|farewell|empty space|nothing where)\b",
+        r"\b(?:has to|must|should|would) (?:go|leave)\b|\b(?:don't|do not|not) (?:want|need|be)\b|\b(?:were|should|had)(?:n't| not| never)\b|\b(?:there is|has|contain|^)\W*no\b",
+        r"\b(?:cut|take|throw(?! in)|kick|edit(?:ed)?|paint|rub|clear|pull)\b.*\b(?:out|off|from|away)\b|^(?:paint over|empty) the\b|\bin the background where\b",
+        r"\bdrop(?:ping)? the (?!shown|pictured|attached|object|item|thing)",
+    )),
+    ("subject", (  # one thing more
+        r"\b(?:add\w*|put|place|insert\w*|give|dress|make|draw|paste|drop|bring|includ\w+|introduce|use|show|set|let|have|with|should|want|wish|needs?|see|paint|stick)\b",
+        r"\b(?:position|display|create|extend|throw in|copy|fill|generate|render|overlay|pop|plop|composite|incorporate|superimpose|slip|work|fit|conjure|get)\b",
+        r"\b(?:object|thing|item|room|missing|goes|belongs|contain|lacks|appear|visible|there is|(?:what|how) about)\b",
+    )),
+)  # fmt: skip
 TYPES = {
     "local_change": "subject", "local_add": "subject", "change": "subject", "add": "subject", "replace": "subject",
     "subject": "subject", "subject_add": "subject", "background": "background", "background_change": "background",
@@ -202,7 +235,7 @@ def kind_of(edit_type, prompt):
     """What an edit is: subject, background, remove, style or other; by its type where that is one of TYPES, else by the
     words of its instruction."""
     known = TYPES.get((edit_type or "").strip().lower().replace(" ", "_"))
-    return known or next((kind for kind, words in WORDS.items() if re.search(words, prompt, re.IGNORECASE)), "other")
+    return known or next((kind for kind, words in WORDS if re.search("|".join(words), prompt, re.IGNORECASE)), "other")
 
 
 def read_pairs(path, args):

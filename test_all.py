@@ -3524,10 +3524,20 @@ def test_frames_to_be_scored_correspond_whatever_rate_the_files_claim(tmp_path):
     (None, "Remove the man in front of the shop.", "remove"), (None, "Add a red car in front of the house.", "subject"),
     (None, "Replace the woman behind the counter with a robot.", "subject"), (None, "Delete the dog in the background.", "remove"),
     (None, "Remove the background and show a beach.", "background"), (None, "Move everything in front of a lake.", "background"),
-    (None, "Replace her hair with a hair style of the eighties.", "subject"),
+    (None, "Replace her hair with a hair style of the eighties.", "subject"), (None, "Zoom in slowly.", "other"),
+    (None, "Add a lamp that blends into the surroundings.", "subject"), (None, "Delete the cat and put a dog there.", "subject"),
+    (None, "Replace his coat with a red one, matching the lighting and colours of the environment.", "subject"),
 ])  # fmt: skip
 def test_an_edit_s_kind_is_its_type_where_that_is_known_else_what_its_words_say(edit_type, prompt, kind):
     assert curate.kind_of(edit_type, prompt) == kind
+
+
+def test_the_kind_of_an_edit_is_told_from_nearly_all_of_the_world_s_wordings():
+    kinds = {"background_ref": "background", "style": "style", "background": "background", "remove": "remove"}
+    fill = {"a": "red car on the left", "b": "a lamp", "w": "at the top", "s": "night", "p": "blue stripes", "clip": "video"}
+    for table, least in ((world.WORDINGS, 0.95), (world.HELD_WORDINGS, 1)):
+        told = [curate.kind_of(None, w.format(**fill)) == kinds.get(task, "subject") for task, ws in table.items() for w in ws]
+        assert sum(told) >= least * len(told)
 
 
 def same_result(out, expected):
