@@ -898,7 +898,7 @@ another evaluation, has other figures. "Ceiling" is the truth through this model
 
 - Real clips: it has seen emoji, coloured shapes, twelve styles, panoramas, textures and heaps of leaves, and nothing
   else. It takes any clip, shrinks it to about {size}x{size} pixels, and edits it badly.
-- Words beyond those of `world.py`: what a text may call for are about 95 common things and pairs of a colour and a shape.
+- Words beyond those of `world.py`: what a text may call for are 65 common things and pairs of a colour and a shape.
 - Names: of several things it changes the one whose place the words say ("the bell on the left"), not the one they name.
 - References are single sprites on a plain ground, or views. Objects do not turn in depth or deform.
 - `eval` compares with one truth: a right edit that looks otherwise is counted wrong.
