@@ -134,7 +134,7 @@ from tqdm import tqdm
 
 from connectors import PIXEL_MEAN, PIXEL_STD
 from data import (
-    COLUMNS, FILES, MediaError, csv_lines, decode, has_columns, inside, measure, open_media, pad_reference, parquet_file, read_image, resize, whole_file,
+    COLUMNS, FILES, MediaError, csv_lines, decode, has_columns, inside, measure, open_media, pad_reference, parquet_file, read_image, resize, row_group, whole_file,
     write_image, write_text,
 )  # fmt: skip
 from judges import (
@@ -291,7 +291,7 @@ def read_lines(path):
         file = parquet_file(path)
         wanted = [name for name in file.schema_arrow.names if not name.endswith("_bytes")]
         for group in range(file.num_row_groups):
-            for i, line in enumerate(file.read_row_group(group, wanted).to_pylist()):
+            for i, line in enumerate(row_group(path, file, group, wanted).to_pylist()):
                 yield f"{path}, row {i} of group {group}", line
     elif path.suffix == ".jsonl":
         with path.open(encoding="utf-8-sig", errors="replace") as file:

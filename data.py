@@ -72,6 +72,7 @@ EXACT_VIDEO_CODEC = ("yuv444p", {"crf": "4", **SAME_BYTES})  # pictures so small
 SMALL_FRAME = 3 * 256 * 256  # values: frames that are as small, such as the nano model's
 HDR = (16, 18)  # transfer functions: PQ and HLG
 IMAGE_CODECS = {".png": ("png", "rgb24"), ".jpg": ("mjpeg", "yuvj444p"), ".jpeg": ("mjpeg", "yuvj444p")}
+AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)  # Hz
 MP4_AUDIO = ("aac", "mp3", "ac3", "eac3", "alac", "opus", "flac")  # copied as they are; others become aac
 
 
@@ -357,7 +358,12 @@ def whole_folder(folder):
         old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
         if folder.exists():
             os.replace(folder, old)
-        os.replace(temporary, folder)
+        try:
+            os.replace(temporary, folder)
+        except BaseException:
+            if old.exists():
+                os.replace(old, folder)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -425,7 +431,10 @@ def write_video(path, frames, fps, audio_from=None, codec=VIDEO_CODEC):
 
     audio_from: a file whose sound, if it has any, is kept for the length of the clip. Sound that cannot be kept
     is reported on stderr and does not cost the video. codec: VIDEO_CODEC, SMALL_VIDEO_CODEC or EXACT_VIDEO_CODEC.
+    ValueError without frames, or for a rate of 0.
     """
+    if not len(frames) or fps <= 0:
+        raise ValueError(f"{path}: a video of {len(frames)} frames at {fps} a second cannot be written")
     fps = Fraction(fps).limit_denominator(1001000)
     with whole_file(path) as temporary:
         try:
@@ -480,25 +489,34 @@ def copy_sound(out, source, duration):
             out.mux(packet)
 
     def transcode():
-        small = av.AudioResampler(format="fltp", layout=track.codec_context.layout, rate=sound.rate, frame_size=1024)
+        small = av.AudioResampler(format="fltp", layout=track.codec_context.layout, rate=rate, frame_size=1024)
         samples = None
+
+        def add(pieces):
+            nonlocal samples
+            for piece in pieces:
+                piece.pts = samples
+                samples += piece.samples
+                out.mux(track.encode(piece))
+
         for frame in source.decode(sound):
             if frame.time is not None and frame.time < start:
                 continue
             if samples is None:  # sound may set in later than the pictures
-                samples = round(((frame.time or start) - start) * sound.rate)
-            if samples >= duration * sound.rate:
+                samples = round(((frame.time or start) - start) * rate)
+            if samples >= duration * rate:
                 break
-            for piece in small.resample(frame):
-                piece.pts = samples
-                samples += piece.samples
-                out.mux(track.encode(piece))
+            add(small.resample(frame))
+        else:
+            if samples is not None:
+                add(small.resample(None))
         out.mux(track.encode(None))
 
     if sound.codec_context.name.removesuffix("float") in MP4_AUDIO:
         track = out.add_stream_from_template(sound)
         return copy
-    track = out.add_stream("aac", rate=sound.rate)
+    rate = min(AAC_RATES, key=lambda known: abs(known - sound.rate))
+    track = out.add_stream("aac", rate=rate)
     track.codec_context.layout = "mono" if sound.layout.nb_channels == 1 else "stereo"
     return transcode
 
@@ -599,7 +617,7 @@ def read_parquet(path, kind):
     file = parquet_file(path)
     has_columns(path, [*PAIR, *["ref_image_bytes"] * (kind == "ref")], file.schema_arrow.names)
     for group in range(file.num_row_groups):
-        for i, line in enumerate(file.read_row_group(group, list(PAIR)).to_pylist()):
+        for i, line in enumerate(row_group(path, file, group, list(PAIR)).to_pylist()):
             ref = [(str(path), group, i)] if kind == "ref" else []
             yield f"{path}, row {i} of group {group}", [line[name] for name in PAIR] + ref
 
@@ -615,11 +633,19 @@ def parquet_file(path):
         raise ValueError(f"{path}: is not a parquet file ({str(error).splitlines()[0]})") from None
 
 
+def row_group(path, file, group, columns):
+    """Columns of a row group of a `parquet_file`, as a pyarrow table. MediaError where it is damaged."""
+    try:
+        return file.read_row_group(group, columns)
+    except (OSError, ValueError) as error:
+        raise MediaError(f"{path}, row group {group}: cannot be read ({str(error).splitlines()[0]})") from None
+
+
 @lru_cache(maxsize=2)
 def reference_bytes(path, group):
     """The reference pictures of a row group; the last two stay, for `check` reads in order. Training shuffles, and reads
     a group for nearly every picture: ref_video.csv with its files is quicker there."""
-    return parquet_file(path).read_row_group(group, ["ref_image_bytes"]).column(0)
+    return row_group(path, parquet_file(path), group, ["ref_image_bytes"]).column(0)
 
 
 def read_reference(ref):
@@ -876,7 +902,10 @@ def kind_of(path):
     if path.suffix == ".parquet":
         return "ref" if "ref_image_bytes" in parquet_file(path).schema_arrow.names else "video"
     with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:  # csv_lines tells of what is not text
-        return "ref" if "ref_image" in next(csv.reader(file), []) else "video"
+        try:
+            return "ref" if "ref_image" in next(csv.reader(file), []) else "video"
+        except csv.Error:  # of which `csv_lines` tells too
+            return "video"
 
 
 def check_table(path, base):

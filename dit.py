@@ -6,8 +6,8 @@
     head -> unpatchify -> velocity (B, C, T, H, W)
 
 `DiT.forward` is Wan's text-to-video model as it stands. What Kiwi-Edit adds to it, the source
-latents and the reference tokens (paper, Section 4), is in `model.KiwiEdit.velocity`, which calls
-`patchify`, `denoise` and `unpatchify` itself. Kiwi-Edit's context goes straight into the
+latents and the reference tokens (paper, Section 4), is in `model.KiwiEdit.velocity`, which embeds
+patches and calls `denoise` and `unpatchify` itself. Kiwi-Edit's context goes straight into the
 cross-attention: `text_embedding` (Wan's projection of T5 features) is in every checkpoint and is
 used only by whoever feeds text features, as Wan does. Parameters keep Wan's names.
 """
@@ -204,7 +204,7 @@ class DiT(nn.Module):
     def embed_time(self, t):
         """t (B,) in [0, 1000] -> time (B, D) for the head and (B, 6, D) for the blocks."""
         dtype = self.patch_embedding.weight.dtype
-        if self.config.bf16_timesteps and dtype != torch.float32:
+        if self.config.bf16_timesteps and dtype.itemsize < 4:
             t = t.bfloat16()
         time = self.time_embedding(time_sinusoid(t, self.config.freq_dim).to(dtype))
         return time, self.time_projection(time).unflatten(1, (6, -1))

@@ -114,6 +114,8 @@ class FlowMatch:
     def __post_init__(self):
         if self.weighting not in ("bell", "none"):
             raise ValueError(f"FlowMatch.weighting: {self.weighting!r}, expected bell or none")
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"FlowMatch.shift: {self.shift}, expected a number above 0")
 
     def sigmas(self, steps):
         """(steps + 1,) float32, from 1 down to a final 0."""
@@ -246,6 +248,8 @@ class KiwiEdit(nn.Module):
         noise = torch.randn_like(latents) if noise is None else noise
         sigma, weight = flow.training_sigmas(t)
         s = sigma.to(latents.dtype).view(-1, 1, 1, 1, 1)
+        if balance and source is None:
+            raise ValueError("balance: which places are kept is told by the source; there is none")
         places = balance_weights(latents, source) if balance else 1
         noisy, source, ref = (z if z is None else z.to(self.dtype) for z in ((1 - s) * latents + s * noise, source, ref))
         prediction = self.velocity(noisy, t, context, source, ref)
@@ -315,7 +319,7 @@ class KiwiEdit(nn.Module):
         """
         tell = progress or (lambda phase, done, total: None)
         video = torch.as_tensor(video).cpu()
-        refs = [] if ref is None else [torch.as_tensor(r).cpu() for r in (ref if isinstance(ref, list) else [ref])]
+        refs = [] if ref is None else [torch.as_tensor(r).cpu() for r in (ref if isinstance(ref, (list, tuple)) else [ref])]
         unit = self.config.pixel_grid
         if video.ndim != 4 or video.dtype != torch.uint8 or video.shape[-1] != 3 or not len(video):
             raise ValueError(f"video: expected uint8 (T, H, W, 3), got {video.dtype} {tuple(video.shape)}")
@@ -325,6 +329,12 @@ class KiwiEdit(nn.Module):
         guidance = self.config.ref_guidance if ref_guidance is None else ref_guidance
         if not 0 < guidance < math.inf:
             raise ValueError(f"ref_guidance: {guidance}, expected a number above 0")
+        for picture in refs:
+            if picture.ndim != 3 or picture.dtype != torch.uint8 or picture.shape[-1] != 3 or not picture.numel():
+                raise ValueError(f"ref: expected uint8 (H, W, 3) each, got {picture.dtype} {tuple(picture.shape)}")
+        steps, flow = self.config.steps if steps is None else steps, FlowMatch(shift)
+        if steps < 1:
+            raise ValueError(f"steps: {steps}, expected at least 1")
         padding = (1 - count) % self.config.vae.time_stride
         video = torch.cat([video, video[-1:].expand(padding, -1, -1, -1)])
 
@@ -342,8 +352,8 @@ class KiwiEdit(nn.Module):
         noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(seed)).to(source.device)
         denoiser = tuple(part for name, part in self.named_children() if name not in ("vae", "mllm"))
         with working_on(denoiser, offload_to):
-            told, steps = partial(tell, "denoise"), steps or self.config.steps
-            latents = self.denoise(noise, context, source, ref_latents, steps, FlowMatch(shift), told, unshown, guidance)
+            told = partial(tell, "denoise")
+            latents = self.denoise(noise, context, source, ref_latents, steps, flow, told, unshown, guidance)
         if not latents.isfinite().all():
             raise ValueError(f"the edit's numbers overflowed in {str(self.dtype)[6:]}: take bfloat16 or float32")
 
@@ -676,6 +686,13 @@ def local_path(path):
         raise FileNotFoundError(f"{path}: no such folder, and not to be had from the hub ({reason})") from None
 
 
+def read_config(path):
+    """The fields of a JSON object. ValueError where it is another thing."""
+    if isinstance(values := read_json(path), dict):
+        return values
+    raise ValueError(f"{path}: expected a JSON object")
+
+
 def read_json(path):
     try:
         return json.loads(Path(path).read_text())
@@ -687,7 +704,7 @@ def read_json(path):
 
 def tensor_files(folder, *patterns):
     """The weight files of a folder that match the patterns. FileNotFoundError if there are none."""
-    found = sorted(path for pattern in patterns for path in folder.glob(pattern))
+    found = sorted(p for pattern in patterns for p in folder.glob(pattern) if not p.name.startswith("."))  # half written
     if not found:
         raise FileNotFoundError(f"{folder}: has no {' or '.join(patterns)}; the weights folder is not complete")
     wanted = {name for index in folder.glob("*.safetensors.index.json") for name in read_json(index)["weight_map"].values()}
@@ -699,10 +716,15 @@ def tensor_files(folder, *patterns):
 
 def from_dict(cls, values, where):
     """A config dataclass from JSON; an unknown key is an error that names it."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected the fields of {cls.__name__}, got {values!r}")
     unknown = sorted(values.keys() - cls.__dataclass_fields__.keys())
     if unknown:
         raise ValueError(f"{where}: unknown key {', '.join(unknown)} in {cls.__name__}")
-    return cls(**values)
+    try:
+        return cls(**values)
+    except TypeError as error:  # a text where a number belongs
+        raise ValueError(f"{where}: {cls.__name__}: {error}") from None
 
 
 def read_weights(path, base=None, qwen=None, usual_base=WAN_BASE):
@@ -722,7 +744,7 @@ def read_weights(path, base=None, qwen=None, usual_base=WAN_BASE):
             if path:
                 files.add(path, over=True)
                 trained = {name: count for name, count in mllm_sizes(files).items() if count}
-                config = replace(config, mllm=replace(config.mllm, **trained))
+                config = replace(config, mllm=config.mllm and replace(config.mllm, **trained))
         return (as_trained(config, checkpoint, files) if checkpoint else config), files
     if base or qwen:
         raise ValueError(f"{path} is whole: --base and --qwen go with a .safetensors or a run of train.py")
@@ -735,13 +757,13 @@ def read_weights(path, base=None, qwen=None, usual_base=WAN_BASE):
 
 def is_wan(folder):
     """Whether a folder is Wan's own release, which is no whole Kiwi-Edit."""
-    return not (folder / "transformer").is_dir() and read_json(folder / "config.json").get("format") != "nanokiwi"
+    return not (folder / "transformer").is_dir() and read_config(folder / "config.json").get("format") != "nanokiwi"
 
 
 def began_with(run):
     """The arguments of a run of train.py. Paths of what it began with are from where the run lies, so that they are found
     from any folder; what was no path stays as it was typed."""
-    config = read_json(run / "config.json")
+    config = read_config(run / "config.json")
     return config["args"] | {name: str((run / path).resolve()) for name, path in config.get("began", {}).items()}
 
 
@@ -770,7 +792,7 @@ def find_checkpoint(path):
     folder = path.parent if path.is_file() else path
     if (folder / "train.json").is_file():
         return folder
-    if (path / "config.json").is_file() and read_json(path / "config.json").get("format") == "nanokiwi run":
+    if (path / "config.json").is_file() and read_config(path / "config.json").get("format") == "nanokiwi run":
         found = valid_checkpoints(path)
         if not found:
             raise FileNotFoundError(f"{path}: this run has no checkpoint yet")
@@ -816,7 +838,7 @@ def config_of(values, path):
 
 
 def read_own_folder(folder):
-    values = read_json(folder / "config.json")
+    values = read_config(folder / "config.json")
     if values.pop("format", None) != "nanokiwi":
         raise ValueError(f"{folder}/config.json: not written by KiwiEdit.save")
     config = config_of(values, folder / "config.json")
@@ -834,7 +856,7 @@ def read_diffusers_folder(folder):
     files_of = {"transformer": "dit.", "vae": "vae.", "source_embedder": "source_embedder.", "mllm_encoder": "mllm."}
     if (folder / "ref_embedder").is_dir():  # instruct-only weights may come without
         files_of["ref_embedder"] = "ref_embedder."
-    configs = {name: read_json(folder / name / "config.json") for name in files_of}
+    configs = {name: read_config(folder / name / "config.json") for name in files_of}
     for name, prefix in files_of.items():
         for path in tensor_files(folder / name, "*.safetensors"):
             files.add(path, prefix)

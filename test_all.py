@@ -284,6 +284,32 @@ def test_the_fused_norms_match_float64_at_widths_with_tails(triton_backend, dtyp
     assert agrees_with_float64(lambda x, y, *m: kernels.gate_residual_norm(x, y, None, *m, 1e-6), x, y, shift, shared)
 
 
+def test_the_fused_norms_read_no_memory_that_is_not_theirs(triton_backend):
+    x, weight = torch.randn(2, 5, 24, device=DEVICE), torch.randn(24, device=DEVICE)
+    turn = torch.randn(3, 5, device=DEVICE).T  # one row a position, columns apart
+    kernels.set_backend("ref")
+    wanted = kernels.rms_norm_rope(x, weight, (turn, turn), 4, 1e-6), kernels.gate_residual(x, x[:1], weight[None, None])
+    kernels.set_backend("triton")
+    assert close(kernels.rms_norm_rope(x, weight, (turn, turn), 4, 1e-6), wanted[0], 1e-5)
+    assert close(kernels.gate_residual(x, x[:1], weight[None, None]), wanted[1], 1e-5)
+    for table, w in (((turn[:2], turn[:2]), weight), (None, weight[:4])):
+        with pytest.raises(ValueError, match="do not fit"):
+            kernels.rms_norm_rope(x, w, table, 4, 1e-6)
+
+
+def test_a_residual_without_a_gate_keeps_no_update_for_its_backward(triton_backend):
+    x, y, m, kept = torch.randn(1, 5, 24, device=DEVICE), torch.randn(1, 5, 24, device=DEVICE), torch.randn(1, 1, 24, device=DEVICE), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        kernels.gate_residual_norm(x, y.requires_grad_(), None, m, m, 1e-6)[1].sum().backward()
+    assert kept and y.data_ptr() not in kept and y.grad is not None
+
+
+def test_the_plain_norms_take_float64_and_any_layout_of_their_input():
+    x, m, rope = torch.randn(1, 24, 5).transpose(1, 2), torch.randn(1, 1, 24), rope_3d((5, 1, 1), 6, torch.device("cpu"))
+    for run in (lambda x: kernels.layer_norm_modulate(x, m, m, 1e-6), lambda x: kernels.rms_norm_rope(x, m[0, 0], rope, 4, 1e-6)):
+        assert close(run(x), run(x.double().contiguous()).float(), 1e-5)
+
+
 def test_a_dit_trains_on_the_kernels_as_on_the_definitions(triton_backend):
     model = randomise(DiT(tiny_dit(num_layers=1))).to(DEVICE)
     assert agrees_with_float64(
@@ -425,6 +451,19 @@ def test_the_vae_agrees_with_diffusers(version):
         latents = ours.encode(video)
         assert close(latents, theirs.encode(video).latent_dist.mean)
         assert close(ours.decode(latents), theirs.decode(latents).sample)
+
+
+def test_a_vae_used_for_inference_first_can_be_trained_later_and_tells_of_an_overflow():
+    vae, video = randomise(VAE(tiny_vae())), torch.rand(1, 3, 1, 32, 32) * 2 - 1
+    with torch.inference_mode():
+        latents = vae.encode(video)
+    vae.encode(video).sum().backward()
+    assert vae.conv1.weight.grad is not None
+    with torch.no_grad(), pytest.raises(ValueError, match="tile: -1, expected at least 1"):
+        vae.decode(latents, tile=-1)
+    vae.decoder.head["2"].weight.data.fill_(float("inf"))
+    with torch.no_grad(), pytest.raises(ValueError, match="overflowed in float32: take bfloat16 or float32"):
+        vae.decode(latents, levels=True)
 
 
 @pytest.mark.parametrize("version", ["2.2", "2.1"])
@@ -850,12 +889,32 @@ def test_a_broken_sample_is_replaced_by_the_next_of_its_shape_and_reported(tmp_p
     ("src_video,tgt_video,prompt\na.png,../../etc/passwd,x\n", "is outside of"),
     ("src_video,tgt_video,prompt\na.png,b.png,make it red, shiny\n", "line 2: more fields than columns"),
     ('src_video,tgt_video,prompt\na.png,b.png,"x\na.png,b.png,y\n', "is a quote not closed"),
+    ('src_video,tgt_video,"' + "p" * 140_000, "is a quote not closed"),
     ("src_video,tgt_video,prompt\na.png,b.png,caf\u00e9\n", "image.csv: is not UTF-8"),
 ])  # fmt: skip
 def test_a_bad_table_is_refused_with_its_line(tmp_path, text, says):
     (tmp_path / "image.csv").write_bytes(text.encode("cp1252"))
     with pytest.raises(ValueError, match=says):
-        read_table(tmp_path / "image.csv", "image")
+        read_table(tmp_path / "image.csv", data.kind_of(tmp_path / "image.csv"))
+
+
+@pytest.mark.parametrize("rate, seconds", [(48000, 0.5), (11000, 0.3), (192000, 0.3)])
+def test_sound_that_mp4_cannot_hold_becomes_aac_to_its_last_sample(tmp_path, rate, seconds):
+    with av.open(str(tmp_path / "in.mkv"), "w") as out:
+        video, sound = out.add_stream("libx264", rate=25), out.add_stream("pcm_s16le", rate=rate)
+        video.width = video.height = 64
+        sound.layout = "mono"
+        for image in moving_picture(25, 64, 64):
+            out.mux(video.encode(av.VideoFrame.from_ndarray(image.numpy(), format="rgb24")))
+        tone = (np.sin(np.arange(round(rate * seconds)) * 2 * np.pi * 440 / rate) * 20000).astype(np.int16)
+        frame = av.AudioFrame.from_ndarray(tone[None], format="s16", layout="mono")
+        frame.rate, frame.pts = rate, 0
+        out.mux(sound.encode(frame)), out.mux(sound.encode(None)), out.mux(video.encode(None))
+    write_video(tmp_path / "out.mp4", moving_picture(25, 64, 64), 25, audio_from=tmp_path / "in.mkv")
+    with av.open(str(tmp_path / "out.mp4")) as out:
+        heard = np.concatenate([frame.to_ndarray()[0] for frame in out.decode(audio=0)])
+        loud = np.flatnonzero(np.abs(heard) > 0.2) / out.streams.audio[0].rate
+    assert abs(loud[-1] - loud[0] - seconds) < 0.01
 
 
 def test_a_table_has_references_where_a_column_says_so(tmp_path):
@@ -876,6 +935,14 @@ def test_parquet_with_reference_bytes_gives_the_rows_that_a_csv_gives(tmp_path):
     assert torch.equal(data.read_reference(rows[2].ref), moving_picture(1, 50, 40)[0])
     with pytest.raises(MediaError, match="row 1 of group 0: has no ref_image_bytes"):
         data.read_reference(rows[1].ref)
+    damaged = bytearray((tmp_path / "ref.parquet").read_bytes())
+    at = data.parquet_file(tmp_path / "ref.parquet").metadata.row_group(1).column(4)
+    start = at.dictionary_page_offset or at.data_page_offset
+    damaged[start : start + 16] = b"\xff" * 16
+    (tmp_path / "bad.parquet").write_bytes(damaged)
+    bad = read_table(tmp_path / "bad.parquet", "ref")[2]
+    with pytest.raises(MediaError, match=r"bad.parquet, row group 1: cannot be read \([^\n]*\)$"):
+        data.read_reference(bad.ref)
 
 
 def test_large_clips_share_a_few_shapes_and_small_ones_keep_theirs():
@@ -1264,8 +1331,12 @@ def test_an_edit_is_guided_as_its_weights_ask_unless_told_otherwise(qwen_folder)
     assert calls[4:] == [True, False, True, False, False, False]
     model.edit(moving_picture(1, 32, 32), "Replace the sky.", moving_picture(1, 32, 32)[0], steps=1, ref_guidance=1)
     assert calls[10:] == [True]
-    with pytest.raises(ValueError, match="ref_guidance: 0, expected a number above 0"):
-        model.edit(moving_picture(1, 32, 32), "Replace the sky.", ref_guidance=0)
+    picture = moving_picture(1, 32, 32)
+    for wrong, says in (({"ref_guidance": 0}, "ref_guidance: 0, expected a number above 0"), ({"steps": -1}, "steps: -1"),
+                        ({"shift": 0}, "FlowMatch.shift: 0"), ({"ref": picture}, r"ref: expected uint8 \(H, W, 3\) each")):  # fmt: skip
+        with pytest.raises(ValueError, match=says):
+            model.edit(picture, "Replace the sky.", **wrong)
+    assert len(calls) == 11
 
 
 def test_an_edit_whose_decoding_does_not_fit_the_card_is_decoded_in_tiles(qwen_folder, capsys):
@@ -1312,11 +1383,18 @@ def test_the_loss_of_a_batch_is_the_mean_of_its_items_whatever_the_lengths_of_th
 
 def test_bfloat16_weights_leave_transformers_rotary_tables_in_float32(tmp_path, qwen_folder):
     small_model(qwen_folder).save(tmp_path / "own")
+    (tmp_path / "own/.dit.1.tmp.safetensors").write_text("of a copy that was killed")
     model = KiwiEdit.from_pretrained(tmp_path / "own", dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     buffers = dict(model.named_buffers())
     assert buffers and all(b.dtype == torch.float32 and not b.is_meta for b in buffers.values())
     assert small_edit(model).shape == (6, 32, 64, 3)
+
+
+WRONG_CONFIGS = {
+    "unknown key": lambda config: {**config, "dit": {**config["dit"], "width": 1}}, "a list": lambda config: [config],
+    "no fields": lambda config: {**config, "dit": [1]}, "a word": lambda config: {**config, "dit": {**config["dit"], "dim": "x"}},
+}  # fmt: skip
 
 
 def damage(folder, how):
@@ -1329,17 +1407,17 @@ def damage(folder, how):
         config = json.loads((folder / "config.json").read_text())
         config["dit"]["ffn_dim"] += 16
         (folder / "config.json").write_text(json.dumps(config))
-    elif how == "unknown key":
+    elif how in WRONG_CONFIGS:
         config = json.loads((folder / "config.json").read_text())
-        config["dit"]["width"] = 1
-        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "config.json").write_text(json.dumps(WRONG_CONFIGS[how](config)))
     elif how == "no tokenizer":
         (folder / "mllm" / "tokenizer.json").unlink()
 
 
 @pytest.mark.parametrize("how, says", [
     ("truncated", r"dit\.safetensors: cannot be read"), ("absent", r"missing: dit\."), ("another size", "of another size"),
-    ("unknown key", "unknown key width"), ("no tokenizer", r"tokenizer\.json is missing"),
+    ("unknown key", "unknown key width"), ("a list", r"config\.json: expected a JSON object"),
+    ("no fields", r"config\.json: expected the fields of DiTConfig"), ("a word", r"config\.json: DiTConfig: "), ("no tokenizer", r"tokenizer\.json is missing"),
 ])  # fmt: skip
 def test_damaged_weights_are_refused_with_the_reason(tmp_path, qwen_folder, how, says):
     small_model(qwen_folder).save(tmp_path / "own")
@@ -1965,12 +2043,24 @@ def test_a_row_of_a_cache_is_its_own(tmp_path):
     assert data.read_shard(tmp_path, "image", (1, 64, 64), 0, 1)["target"] == 1
 
 
-def test_a_folder_is_whole_or_as_it_was(tmp_path):
+def test_a_folder_is_whole_or_as_it_was(tmp_path, monkeypatch):
     for word in ("old", "new"):
         with data.whole_folder(tmp_path / "w") as temporary:
             (temporary / "x").write_text(word)
     with pytest.raises(KeyboardInterrupt), data.whole_folder(tmp_path / "w"):
         raise KeyboardInterrupt
+    assert (tmp_path / "w/x").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["w"]
+    moved, rename = [], os.replace
+
+    def interrupted(a, b):
+        moved.append(a)
+        if len(moved) == 2:  # the old folder is aside, the new one not yet in its place
+            raise KeyboardInterrupt
+        rename(a, b)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt), data.whole_folder(tmp_path / "w"):
+        pass
     assert (tmp_path / "w/x").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["w"]
 
 

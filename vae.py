@@ -383,8 +383,10 @@ class Decoder(nn.Module):
 def tile_windows(height, width, tile, halo):
     """Split a latent grid into cores of at most tile x tile and their windows, `halo` larger on each inner side.
 
-    -> [(core, window)], each ((y0, y1), (x0, x1)). tile None: one tile, everything.
+    -> [(core, window)], each ((y0, y1), (x0, x1)). tile None: one tile, everything. ValueError for a tile below 1.
     """
+    if tile is not None and tile < 1:
+        raise ValueError(f"tile: {tile}, expected at least 1 latent pixel, or None")
 
     def spans(size):
         step = tile or size
@@ -417,6 +419,7 @@ class VAE(nn.Module):
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
         self.decoder = Decoder(config)
 
+    @torch.inference_mode(False)  # what is laid out once may meet autograd later
     def weights_like_activations(self):
         """Activations are channels last; a kernel in another layout would be copied at every call. Once, in place."""
         for parameter in self.parameters():
@@ -500,6 +503,8 @@ class VAE(nn.Module):
             inner = [(a - w, b - w) for (a, b), (w, _) in zip(core, window)]
             for part in features:
                 x = crop(self.decoder.up(crop(part, window), state), inner, c.space_stride)
+                if not x.isfinite().all():
+                    raise ValueError(f"the decoder's numbers overflowed in {str(x.dtype)[6:]}: take bfloat16 or float32")
                 x = x.clamp(-1, 1)
                 x = ((x.float() + 1) * 127.5).round().to(torch.uint8) if levels else x
                 frames.append(x.to(out_device or latents.device))

@@ -16,6 +16,7 @@ size class times the configurations below; `python -m kernels.bench check` runs 
 from __future__ import annotations
 
 import math
+import threading
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -23,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 SLICE = 1 << 19  # scores: 1 MB in bfloat16, about what one core's cache holds
+LOCK = threading.Lock()
 triton = tl = None  # imported by `compiled` at the first launch: nobody on a CPU waits for them
 
 
@@ -32,8 +34,9 @@ def attention_ref(q, k, v):
 
 
 def attention_slices(q, k, v):
-    """As the above, a few samples at a time, so that their scores (bfloat16 as q is) stay in a CPU's cache: the backward
-    of PyTorch's fused attention takes two to ten times as long there in bfloat16 (`python -m kernels.bench attention`)."""
+    """As the above, a few samples at a time, so that their scores stay in a CPU's cache; these are bfloat16 as q is, at
+    twice the rounding of fused attention, more where they are large. The backward of PyTorch's takes two to ten times as
+    long there in bfloat16 (`python -m kernels.bench attention`)."""
     samples = max(1, SLICE // (q.shape[1] * k.shape[1] * q.shape[2]))
     outs = []
     for some in zip(q.split(samples), k.split(samples), v.split(samples)):
@@ -252,16 +255,21 @@ def usable(configs, arguments, DIM, **_):
     ]
 
 
+def hand_to_triton(module, **options):
+    """Import Triton into a module of kernels (its globals) and give it them all, once, whichever threads come first."""
+    with LOCK:
+        if module["triton"] is None:
+            import triton
+            import triton.language
+
+            module.update({function.__name__: triton.jit(function, **options) for function in module["KERNELS"]})
+            module.update(tl=triton.language, triton=triton)
+
+
 @lru_cache
 def compiled(name):
     """A kernel above by name, in the hands of Triton and its autotuner."""
-    global triton, tl
-    if triton is None:
-        import triton
-        import triton.language as tl
-
-        for function in KERNELS:
-            globals()[function.__name__] = triton.jit(function, do_not_specialize=["size_class"])
+    hand_to_triton(globals(), do_not_specialize=["size_class"])
     configs = [triton_config(name, config) for config in CONFIGS[name]]
     if triton.knobs.runtime.interpret:  # nothing to time
         configs = configs[:1]

@@ -22,6 +22,8 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
+from kernels.attention import hand_to_triton
+
 triton = tl = None  # imported by `compiled` at the first launch: nobody on a CPU waits for them
 
 
@@ -36,12 +38,13 @@ def rms_norm_rope_plain(x, weight, rope, num_heads, eps):
     factor = torch.rsqrt(norm.square() / x.shape[-1] + eps)  # (B, L, 1)
     if rope is None:
         return (x * (wide(weight) * factor)).to(x.dtype).unflatten(-1, (num_heads, -1))
-    pairs = torch.view_as_complex((x * wide(weight)).unflatten(-1, (num_heads, -1, 2)))  # (B, L, H, d/2)
+    pairs = torch.view_as_complex((x * wide(weight)).contiguous().unflatten(-1, (num_heads, -1, 2)))  # (B, L, H, d/2)
     return torch.view_as_real(pairs * (torch.complex(*rope)[:, None] * factor[..., None])).flatten(-2).to(x.dtype)
 
 
 def layer_norm_modulate_plain(x, shift, scale, eps):
-    width, shift, scale = x.shape[-1:], wide(shift), 1 + wide(scale)
+    width, kind = x.shape[-1:], torch.promote_types(x.dtype, torch.float32)
+    shift, scale = shift.to(kind), 1 + scale.to(kind)
     if x.is_cpu and len(x) == len(shift) == 1:  # one pass: on a CPU a 16-bit layer norm takes float32 parameters
         return F.layer_norm(x, width, scale.flatten(), shift.flatten(), eps)
     return torch.addcmul(shift, F.layer_norm(wide(x), width, eps=eps), scale).to(x.dtype)
@@ -182,13 +185,7 @@ PROGRAMS = 512  # of a backward kernel: about four for each multiprocessor of an
 @lru_cache
 def compiled(name):
     """A kernel above by name, in the hands of Triton."""
-    global triton, tl
-    if triton is None:
-        import triton
-        import triton.language as tl
-
-        for function in KERNELS:
-            globals()[function.__name__] = triton.jit(function)
+    hand_to_triton(globals())
     return globals()[name]
 
 
@@ -314,18 +311,19 @@ def residual_norm_backward_shapes(grad_new, grad_normed, new, y, gate, scale, me
 def residual_norm_save(ctx, inputs, output):
     x, y, gate, shift, scale, _ = inputs
     new, _, mean, rstd = output
-    ctx.save_for_backward(x if y is None else new, y, gate, shift, scale, mean, rstd)
+    ctx.adds = y is not None  # of y itself only dgate wants to know
+    ctx.save_for_backward(new if ctx.adds else x, None if gate is None else y, gate, shift, scale, mean, rstd)
 
 
 def residual_norm_gradients(ctx, grad_new, grad_normed, grad_mean, grad_rstd):
     new, y, gate, shift, scale, mean, rstd = ctx.saved_tensors
-    grad_new = None if y is None else grad_new
+    grad_new = grad_new if ctx.adds else None
     grad_normed = None if scale is None else grad_normed
     dx, dy, dgate, dshift, dscale = grad_new, grad_new, None, None, None
     if gate is not None or scale is not None:
         parts = residual_norm_backward_op(grad_new, grad_normed, new, y, gate, scale, mean, rstd)
         dx = grad_new if scale is None else parts[0]
-        dy = (None if y is None else dx) if gate is None else parts[1]
+        dy = (dx if ctx.adds else None) if gate is None else parts[1]
         dgate = None if gate is None else parts[2]
         dshift, dscale = (None, None) if scale is None else (parts[3].to(shift.dtype), parts[4])
     return dx, dy, dgate, dshift, dscale, None
@@ -335,7 +333,13 @@ residual_norm_op.register_autograd(residual_norm_gradients, setup_context=residu
 
 
 def rms_norm_rope_triton(x, weight, rope, num_heads, eps):
-    return rms_norm_rope_op(x, weight, *(rope or (None, None)), num_heads, eps)[0]
+    """ValueError where weight or rope have not the shapes of the plain twin's: a kernel would read beyond them."""
+    _, L, D = x.shape
+    cos, sin = (None, None) if rope is None else (t.contiguous() for t in rope)
+    if weight.shape != (D,) or rope is not None and not cos.shape == sin.shape == (L, D // num_heads // 2):
+        table = "" if rope is None else f", rope {tuple(cos.shape)} and {tuple(sin.shape)}"
+        raise ValueError(f"rms_norm_rope: x {tuple(x.shape)}, weight {tuple(weight.shape)}{table} do not fit")
+    return rms_norm_rope_op(x, weight, cos, sin, num_heads, eps)[0]
 
 
 def per_clip(t, x):
@@ -349,9 +353,9 @@ def layer_norm_modulate_triton(x, shift, scale, eps):
 
 
 def gate_residual_triton(x, y, gate):
-    return residual_norm_op(x, y, per_clip(gate, x), None, None, 0.0)[0]
+    return residual_norm_op(x, y.expand_as(x), per_clip(gate, x), None, None, 0.0)[0]
 
 
 def gate_residual_norm_triton(x, y, gate, shift, scale, eps):
     gate = None if gate is None else per_clip(gate, x)
-    return residual_norm_op(x, y, gate, per_clip(shift, x), per_clip(scale, x), eps)[:2]
+    return residual_norm_op(x, y.expand_as(x), gate, per_clip(shift, x), per_clip(scale, x), eps)[:2]
