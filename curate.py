@@ -179,7 +179,7 @@ MADE = {"key": int, "box": list, "mask": str, "label": str, "ref_image": str, "r
 ALL = r"(?:this(?= (?:to|into|in|as|be|look|feel|were)\b|\W|$)|it|everything|everyone|them|(?:all|the rest) of (?:it|this|them)|all|" \
       r"the (?:(?:whole|entire|same|overall|final) )*(?:thing|clip|video|picture|image|photo|scene|footage|look)s?)"  # fmt: skip
 SHOWN = r"(?:shown?|pictured|depicted|attached|reference|provided|given|picture|image|photo)"
-WORDS = (
+WORDS = [(kind, "|".join(words)) for kind, words in (
     ("background", (
         # "the man in the background" and "leave the background" do not ask for another
         r"(?<!in the )(?<!from the )(?<!in )(?<!with the )(?<!over the )(?<!keep the )(?<!leave the )(?<!only the )\bback(?:ground|drop)s?\b",
@@ -220,7 +220,7 @@ WORDS = (
         r"\b(?:position|display|create|extend|throw in|copy|fill|generate|render|overlay|pop|plop|composite|incorporate|superimpose|slip|work|fit|conjure|get)\b",
         r"\b(?:object|thing|item|room|missing|goes|belongs|contain|lacks|appear|visible|there is|(?:what|how) about)\b",
     )),
-)  # fmt: skip
+)]  # fmt: skip
 TYPES = {
     "local_change": "subject", "local_add": "subject", "change": "subject", "add": "subject", "replace": "subject",
     "subject": "subject", "subject_add": "subject", "background": "background", "background_change": "background",
@@ -235,7 +235,7 @@ def kind_of(edit_type, prompt):
     """What an edit is: subject, background, remove, style or other; by its type where that is one of TYPES, else by the
     words of its instruction."""
     known = TYPES.get((edit_type or "").strip().lower().replace(" ", "_"))
-    return known or next((kind for kind, words in WORDS if re.search("|".join(words), prompt, re.IGNORECASE)), "other")
+    return known or next((kind for kind, words in WORDS if re.search(words, prompt, re.IGNORECASE)), "other")
 
 
 def read_pairs(path, args):

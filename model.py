@@ -653,7 +653,7 @@ def only_weights(folder, also=()):
     folder = Path(folder)
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         path = folder / "config.json"
-        if not path.is_file() or read_json(path).get("format") != "nanokiwi":
+        if not path.is_file() or read_config(path).get("format") != "nanokiwi":
             raise ValueError(f"{folder}: is there and not weights of ours; it would be replaced: give another name")
         known = ("config.json", "mllm", *also)
         other = sorted(p.name for p in folder.iterdir() if p.name not in known and p.suffix != ".safetensors")
@@ -805,7 +805,7 @@ def as_trained(config, checkpoint, files=None):
     counts of `config`, which is what there is where that is no run of ours. files: lose what another way to inject the
     source has no place for."""
     path = Path(checkpoint).absolute().parent / "config.json"
-    values = read_json(path) if path.is_file() else {}
+    values = read_config(path) if path.is_file() else {}
     if values.get("format") != "nanokiwi run":
         return config
     run = config_of(asdict(config) | values["model"], path)  # what an older run did not know is as it was
@@ -877,7 +877,7 @@ def read_training_checkpoint(path, base, qwen):
     """Config and files of a released training checkpoint over the weights it was trained from."""
     files = TensorFiles()
     path and files.add(path)
-    wan = read_json(base / "config.json")
+    wan = read_config(base / "config.json")
     known = {k: v for k, v in wan.items() if k in DiTConfig.__dataclass_fields__}
     for shard in tensor_files(base, "diffusion_pytorch_model*.safetensors"):
         files.add(shard, "dit.")

@@ -793,22 +793,29 @@ def summary(cases):
     return "\n".join(lines) + "\n"
 
 
+def gained(measures):
+    """Of some cases' measures, as text: dB nearer than a copy inside, dB lost to the ceiling outside, share right; "" where
+    there is none."""
+    inside = mean(m["edit"]["psnr_in"] - m["copy"]["psnr_in"] for m in measures)
+    outside = mean(m["ceiling"]["psnr_out"] - m["edit"]["psnr_out"] for m in measures)
+    right = mean(m["edit"].get("right") for m in measures)
+    return f"{inside:+.1f} dB", "" if outside is None else f"{outside:.1f} dB", "" if right is None else f"{right:.0%}"
+
+
 def goals(cases):
     """Per task what an edit should reach, as a Markdown table; in brackets what was ASKED."""
     columns = ("task", "edit - copy, inside", "ceiling - edit, outside", "right object", "reference - none, inside")
     lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
     for task in dict.fromkeys(case["task"] for case in cases):
         of_task = [case["measures"] for case in cases if case["task"] == task]
-        inside = mean(m["edit"]["psnr_in"] - m["copy"]["psnr_in"] for m in of_task)
-        outside = mean(m["ceiling"]["psnr_out"] - m["edit"]["psnr_out"] for m in of_task)
-        right = mean(m["edit"].get("right") for m in of_task)
+        inside, outside, right = gained(of_task)
         without = [m for m in of_task if "edit, no reference" in m]
         shown = mean(m["edit"]["psnr_in"] - m["edit, no reference"]["psnr_in"] for m in without)
         asked_in, asked_right = ASKED.get(task, (None, None))
         cells = [
-            f"{inside:+.1f} dB" + (f" (asked {asked_in:+})" if asked_in else ""),
-            "" if outside is None else f"{outside:.1f} dB (asked at most 3)",
-            "" if right is None else f"{right:.0%}" + (f" (asked {asked_right:.0%})" if asked_right else ""),
+            inside + (f" (asked {asked_in:+})" if asked_in else ""),
+            outside and f"{outside} (asked at most 3)",
+            right + (f" (asked {asked_right:.0%})" if right and asked_right else ""),
             "" if shown is None else f"{shown:+.1f} dB (asked more than 0)",
         ]
         lines.append(f"| {task} | {' | '.join(cells)} |")
@@ -820,11 +827,7 @@ def by_wording(cases):
     lines = ["| task | wording | cases | edit - copy, inside | ceiling - edit, outside | right object |", "| --- " * 6 + "|"]
     for task, wording in sorted({(case["task"], case["wording"]) for case in cases}):
         of = [case["measures"] for case in cases if (case["task"], case["wording"]) == (task, wording)]
-        inside = mean(m["edit"]["psnr_in"] - m["copy"]["psnr_in"] for m in of)
-        outside = mean(m["ceiling"]["psnr_out"] - m["edit"]["psnr_out"] for m in of)
-        right = mean(m["edit"].get("right") for m in of)
-        cells = [f"{inside:+.1f} dB", "" if outside is None else f"{outside:.1f} dB", "" if right is None else f"{right:.0%}"]
-        lines.append(f"| {task} | {wording} | {len(of)} | {' | '.join(cells)} |")
+        lines.append(f"| {task} | {wording} | {len(of)} | {' | '.join(gained(of))} |")
     return "\n".join(lines) + "\n"
 
 

@@ -3623,10 +3623,9 @@ def test_an_edit_s_kind_is_its_type_where_that_is_known_else_what_its_words_say(
 
 
 def test_the_kind_of_an_edit_is_told_from_nearly_all_of_the_world_s_wordings():
-    kinds = {"background_ref": "background", "style": "style", "background": "background", "remove": "remove"}
     fill = {"a": "red car on the left", "b": "a lamp", "w": "at the top", "s": "night", "p": "blue stripes", "clip": "video"}
     for table, least in ((world.WORDINGS, 0.95), (world.HELD_WORDINGS, 1)):
-        told = [curate.kind_of(None, w.format(**fill)) == kinds.get(task, "subject") for task, ws in table.items() for w in ws]
+        told = [curate.kind_of(None, w.format(**fill)) == curate.TYPES[task] for task, ws in table.items() for w in ws]
         assert sum(told) >= least * len(told)
 
 

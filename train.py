@@ -300,15 +300,16 @@ class Ranks:
     """The processes that torchrun started, or one alone. Ranks that share a sequence (sp) are neighbours."""
 
     def __init__(self, args):
-        world = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+        launched, has_gpu = "RANK" in os.environ, torch.cuda.is_available()
+        world = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"]) if launched else 1
         if args.sp < 1 or world % args.sp:  # what can be refused is refused before a group is open
             raise ValueError(f"--sp {args.sp} does not divide the {world} processes")
-        self.parallel = args.parallel or ("fsdp" if torch.cuda.is_available() else "ddp")
-        self.dtype = getattr(torch, args.dtype or ("bfloat16" if torch.cuda.is_available() else "float32"))
+        self.parallel = args.parallel or ("fsdp" if has_gpu else "ddp")
+        self.dtype = getattr(torch, args.dtype or ("bfloat16" if has_gpu else "float32"))
         if self.dtype != torch.float32 and self.parallel == "ddp":
             raise ValueError("--dtype bfloat16 keeps float32 master weights by FSDP2: take --parallel fsdp, also on one GPU")
-        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        on_gpu = torch.cuda.is_available() and not args.dry_run  # which tells of what will run there
+        alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        on_gpu = has_gpu and not args.dry_run  # which tells of what will run there
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu")
         if on_gpu:
             torch.cuda.set_device(self.device)
@@ -317,7 +318,7 @@ class Ranks:
             # on GPUs long enough for what ranks wait for, a shard of a cache, 60 GB of a checkpoint: NCCL gives up after 10 minutes
             patience = {"timeout": timedelta(hours=2)} if on_gpu else {}
             dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **patience, **alone)
-        self.rank, self.world, self.sp = dist.get_rank(), dist.get_world_size(), args.sp
+        self.rank, self.world, self.sp = dist.get_rank(), world, args.sp
         self.first = self.rank == 0
         self.dp, self.data_rank = self.world // self.sp, self.rank // self.sp
         self.mesh = init_device_mesh(self.device.type, (self.world,))
