@@ -224,7 +224,7 @@ class KiwiEdit(nn.Module):
         tokens = self.inject(x, t, source)  # (B, D, T, H/2, W/2)
         video = slice(None)
         if ref is not None:
-            if ref.shape[:2] != x.shape[:2] or ref.shape[3:] != x.shape[3:]:
+            if ref.shape[:2] != x.shape[:2] or ref.shape[3:] != x.shape[3:] or not ref.shape[2]:
                 raise ValueError(f"reference latents {tuple(ref.shape)} do not fit the noisy ones {tuple(x.shape)}")
             tokens, video = self.append_reference(tokens, self.ref_embedder(ref))
         grid = (tokens.shape[2], height, width)

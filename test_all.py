@@ -259,6 +259,12 @@ def test_attention_matches_float64_at_lengths_with_tails(triton_backend, one_kin
         assert agrees_with_float64(kernels.attention, q, k, v)
 
 
+@pytest.mark.parametrize("keys", [(2, 0, 3, 16), (2, 7, 2, 16), (2, 7, 3, 32), (1, 7, 3, 16)])
+def test_attention_in_triton_refuses_keys_that_do_not_fit(triton_backend, keys):
+    with pytest.raises(ValueError, match="do not fit"):
+        kernels.attention(torch.randn(2, 5, 3, 16, device=DEVICE), *torch.randn(2, *keys, device=DEVICE))
+
+
 def test_attention_by_slices_of_the_batch_is_attention(monkeypatch):
     monkeypatch.setattr(sys.modules["kernels.attention"], "SLICE", 2 * 5 * 7 * 3)
     q, k, v = (torch.randn(5, n, 3, 16, dtype=torch.float64, requires_grad=True) for n in (5, 7, 7))
@@ -508,6 +514,8 @@ def test_wrong_lengths_and_sizes_are_refused_and_not_cut():
         vae.encode(torch.zeros(1, 3, 6, 32, 32))
     with pytest.raises(ValueError, match="multiples of 16"):
         vae.encode(torch.zeros(1, 3, 5, 40, 32))
+    with pytest.raises(ValueError, match="VAEConfig.dim_mult"):
+        tiny_vae(dim_mult=(1, 2, 4, 8))
 
 
 # ------------------------------------------------------------------------------------------------ connectors.py
@@ -1114,8 +1122,9 @@ def test_latents_of_another_size_are_refused_and_not_broadcast():
     model, x, context, t = denoiser(), torch.randn(1, 16, 2, 4, 4), torch.randn(1, 3, 64), torch.tensor([300.0])
     with pytest.raises(ValueError, match="source latents"):
         model.velocity(x, t, context, source=x[:, :, :1])
-    with pytest.raises(ValueError, match="reference latents"):
-        model.velocity(x, t, context, ref=x[:, :, :, :2])
+    for ref in (x[:, :, :, :2], x[:, :, :0]):
+        with pytest.raises(ValueError, match="reference latents"):
+            model.velocity(x, t, context, ref=ref)
 
 
 MANIFESTS = {

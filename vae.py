@@ -74,6 +74,9 @@ class VAEConfig:
             raise ValueError(f'VAEConfig.version: {self.version!r}, expected "2.2" or "2.1"')
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise ValueError("VAEConfig.temporal_downsample: expected one entry less than dim_mult has")
+        folds = [4 * (1 + time) for time in self.temporal_downsample] + [1]  # voxels that a level lays into its channels
+        if self.version == "2.2" and any(a * fold % b for a, b, fold in zip((1, *self.dim_mult), self.dim_mult, folds)):
+            raise ValueError(f"VAEConfig.dim_mult: {self.dim_mult}, the shortcut around a level cannot be averaged down to its width")
         if {len(self.mean), len(self.std)} not in ({0}, {self.z_dim}):
             raise ValueError(f"VAEConfig.mean, VAEConfig.std: expected {self.z_dim} numbers each, or none")
 

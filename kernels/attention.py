@@ -359,6 +359,6 @@ def attention_triton(q, k, v):
         raise ValueError(f"attention in Triton: head_dim {d} is not a power of two of at least 16; take 'sdpa'")
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"attention in Triton: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; expected one, of 16 or 32 bits")
-    if k.shape != v.shape or q.shape[::2] != k.shape[::2] or d != k.shape[-1]:
+    if k.shape != v.shape or q.shape[::2] != k.shape[::2] or d != k.shape[-1] or not k.shape[1]:
         raise ValueError(f"attention: shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} do not fit")
     return attention_op(q, k, v)[0]
