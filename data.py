@@ -541,13 +541,14 @@ class Row:
 
 
 def find_tables(folders, kind):
-    """The tables, .csv or .parquet, that folders have for a kind of data: at least one. FileNotFoundError."""
+    """The tables, .csv or .parquet, that folders have for a kind of data: at least one. RefVIE as it is published has many,
+    chunk_*.parquet. FileNotFoundError."""
     found = []
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise FileNotFoundError(f"--data {folder}: no such folder; give one with {', '.join(FILES.values())}, or those the stage needs")
         paths = [(folder / FILES[kind]).with_suffix(suffix) for suffix in (".csv", ".parquet")]
-        found += [path for path in paths if path.is_file()][:1]
+        found += [path for path in paths if path.is_file()][:1] or sorted(folder.glob("chunk_*.parquet")) * (kind == "ref")
     if not found:
         names = ", ".join(map(str, folders))
         raise FileNotFoundError(f"{names}: has no {FILES[kind]}, which this stage needs; give its place with --{kind}-csv")

@@ -98,9 +98,10 @@ def parse_arguments(argv=None):
     add("--base", metavar="PATH|HUB_ID", help="under a .safetensors or a run of train.py (default: what the run began with, "
         "else Wan-AI/Wan2.2-TI2V-5B)")  # fmt: skip
     add("--qwen", metavar="PATH|HUB_ID", help="likewise (default: the run's, else Qwen/Qwen2.5-VL-3B-Instruct)")
+    add("--ref-pad-first", action="store_true", help="as for sample.py")
     add("--ref", action=argparse.BooleanOptionalAction, default=True, help="give the reference image to the model")
     add("--steps", type=positive, help="denoising steps (default: 50; nano 2)")
-    add("--ref-guidance", type=rate, metavar="G", help="how far references are followed (default: 1; nano 1.3)")
+    add("--ref-guidance", type=rate, metavar="G", help="how far references are followed (default: 1; nano 1.2)")
     add("--seed", type=int, default=0, help="of every edit, as in the release (default %(default)s)")
     add("--frames", type=positive, help="at most so many (default: 81; nano 9)")
     add("--max-pixels", type=positive, help="larger frames are shrunk (default: 921600; nano 4096)")
@@ -933,7 +934,8 @@ def score_text(rows, args):
         f"interval over items]; overall is the mean of the tasks' means. The judge broke the hierarchy in {broken} of "
         f"{answered} answers; scores 2 and 3 were capped by score 1. {sum(len(row.failures) for row in rows)} "
         f"answers are missing. Published rows are the authors' own figures on "
-        f"the whole benchmark with their judge, not ours; * is from the project's page, the rest agrees with the paper."
+        f"the whole benchmark with their judge and their rubric; ours says the same criteria in its own words, so compare "
+        f"ranks, not digits; * is from the project's page, the rest agrees with the paper."
     )
     spreads = [row.spread() for row in rows if row.spread() is not None]
     return text + (f" Standard deviation over repeats, mean over items: {fmean(spreads):.2f}." if spreads else "")
@@ -1085,6 +1087,7 @@ def same_run(args, items):
     config, files = read_weights(args.weights, args.base, args.qwen)
     asked = {name: getattr(args, name) for name in ("base", "qwen", "seed", "ref", "frames", "max_pixels")}
     asked |= {name: getattr(args, name) or getattr(config, name) for name in ("steps", "ref_guidance")}
+    asked["ref_pad_first"] = args.ref_pad_first or None  # not said by older ones
     asked["weights"] = str(weights.resolve() if weights.exists() else weights)
     asked["files"] = fingerprint(sorted({file for file, _ in files.places.values()}))
     if path.is_file():
@@ -1120,7 +1123,7 @@ def run(args):
     mine = [item for item in items[rank::world] if not item.edit.is_file()]
     print(f"[{rank}/{world}] {len(mine)} of {len(items[rank::world])} edits to make, {args.weights} on {device}")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model = KiwiEdit.from_pretrained(args.weights, device, dtype, args.base, args.qwen) if mine else None
+    model = KiwiEdit.from_pretrained(args.weights, device, dtype, args.base, args.qwen, args.ref_pad_first) if mine else None
     failed = 0
     for item in mine:
         try:

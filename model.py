@@ -203,12 +203,12 @@ class KiwiEdit(nn.Module):
         if source is None:
             return patch(x)
         embedder = patch if how == "add_shared_patch_embed" else self.source_embedder
-        scale = t / 1000
+        scale = t / 1000  # float32, as in the release: sigma in bfloat16 would be off by up to 0.2 %
         if how == "add_learned":  # a learnable scalar of the timestep that starts out as sigma(t)
             scale = scale + self.source_scale(self.dit.embed_time(t)[0])[:, 0]
         if how == "add_unscaled":
             scale = torch.ones_like(t)
-        return patch(x) + embedder(source) * scale.to(x.dtype).view(-1, 1, 1, 1, 1)
+        return patch(x) + (embedder(source) * scale.view(-1, 1, 1, 1, 1)).to(x.dtype)
 
     def velocity(self, x, t, context, source=None, ref=None):
         """What the model predicts at time t: the direction from the clean latents to the noise.
@@ -303,14 +303,14 @@ class KiwiEdit(nn.Module):
 
     @torch.no_grad()
     def edit(
-        self, video, instruction, ref=None, steps=None, seed=0, shift=5.0, tile=None, offload_to=None, progress=None,
-        ref_guidance=None,
+        self, video, instruction, ref=None, steps=None, seed=0, flow=FlowMatch(), tile=None, offload_to=None,
+        progress=None, ref_guidance=None,
     ):  # fmt: skip
         """Edit a clip.
 
         video: uint8 (T, H, W, 3), torch or numpy, H and W multiples of 32 (`data.read_clip` makes them so); a T other
         than 4k + 1 is filled by repeating the last frame and cut again. instruction: text. ref: uint8 (H, W, 3) of
-        any size, or a list of such. steps: of denoising, `config.steps` if not given. tile: latent pixels a side for
+        any size, or a list of such. steps: of denoising, `config.steps` if not given. flow: their schedule. tile: latent pixels a side for
         the VAE on small cards. offload_to: a device to which each part is brought only while it works.
         progress(phase, done, total) is called as work goes on. ref_guidance: above 0, `config.ref_guidance` if not
         given; other than 1 it takes two forwards a step (`denoise`), one of them as if there were no reference, which
@@ -332,7 +332,7 @@ class KiwiEdit(nn.Module):
         for picture in refs:
             if picture.ndim != 3 or picture.dtype != torch.uint8 or picture.shape[-1] != 3 or not picture.numel():
                 raise ValueError(f"ref: expected uint8 (H, W, 3) each, got {picture.dtype} {tuple(picture.shape)}")
-        steps, flow = self.config.steps if steps is None else steps, FlowMatch(shift)
+        steps = self.config.steps if steps is None else steps
         if steps < 1:
             raise ValueError(f"steps: {steps}, expected at least 1")
         padding = (1 - count) % self.config.vae.time_stride
@@ -380,16 +380,18 @@ class KiwiEdit(nn.Module):
         return self.decode_frames(latents, 16, on_chunk)
 
     @classmethod
-    def from_pretrained(cls, path, device="cpu", dtype=torch.bfloat16, base=None, qwen=None):
+    def from_pretrained(cls, path, device="cpu", dtype=torch.bfloat16, base=None, qwen=None, ref_pad_first=False):
         """A model with weights, each tensor read straight to `device` in `dtype`, LoRA merged.
 
         path: a folder that `save` wrote; a folder in the released diffusers layout; a hub id of either; a released
-        training checkpoint, one .safetensors, which lies over `base` (Wan's DiT shards and VAE) and `qwen`
-        (Qwen2.5-VL), folders or hub ids both, by default those of the 5B; or a run of train.py, a checkpoint of it or its
-        .safetensors, which by default lies over what the run began with.
+        training checkpoint, one .safetensors (or a folder or hub id with that alone), which lies over `base` (Wan's DiT
+        shards and VAE) and `qwen` (Qwen2.5-VL), folders or hub ids both, by default those of the 5B; or a run of train.py,
+        a checkpoint of it or its .safetensors, which by default lies over what the run began with.
+        ref_pad_first: it was trained with the references' tokens before the video's, which such a file does not say.
         FileNotFoundError, ValueError where something is missing, unexpected, damaged or of another size.
         """
         config, files = read_weights(path, base, qwen)
+        config = replace(config, ref_pad_first=ref_pad_first or config.ref_pad_first)
         with meta_parameters():
             model = cls(config)
         files.device = device
@@ -735,6 +737,8 @@ def read_weights(path, base=None, qwen=None, usual_base=WAN_BASE):
     checkpoint = find_checkpoint(path) if path else None
     if checkpoint and path.is_dir():
         path = checkpoint / "weights.safetensors"
+    elif path and path.is_dir():
+        path = single_file(path)
     if path is None or path.is_file():
         base = None if checkpoint and base is None else local_path(base or usual_base)
         if base and is_wan(base):
@@ -753,6 +757,13 @@ def read_weights(path, base=None, qwen=None, usual_base=WAN_BASE):
     if (path / "config.json").is_file():
         return read_own_folder(path)
     raise FileNotFoundError(f"{path}: neither a nanoKiwi folder (config.json) nor a diffusers one (transformer/)")
+
+
+def single_file(folder):
+    """The one .safetensors that is all a folder has of weights, as a released training checkpoint comes from the hub; else
+    the folder."""
+    found = sorted(folder.glob("*.safetensors"))
+    return found[0] if len(found) == 1 and not (folder / "config.json").is_file() else folder
 
 
 def is_wan(folder):
@@ -854,7 +865,7 @@ def read_diffusers_folder(folder):
     """Config and files of linyq/kiwi-edit-5b-*-diffusers."""
     files = TensorFiles()
     files_of = {"transformer": "dit.", "vae": "vae.", "source_embedder": "source_embedder.", "mllm_encoder": "mllm."}
-    if (folder / "ref_embedder").is_dir():  # instruct-only weights may come without
+    if any((folder / "ref_embedder").glob("*.safetensors")):  # instruct-only weights come without, if maybe with its config
         files_of["ref_embedder"] = "ref_embedder."
     configs = {name: read_config(folder / name / "config.json") for name in files_of}
     for name, prefix in files_of.items():

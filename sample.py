@@ -15,8 +15,8 @@ EXAMPLES = """examples:
 
 weights (--weights):
   a folder in the released diffusers layout, or its hub id (linyq/kiwi-edit-5b-{instruct-only,reference-only,
-  instruct-reference}-diffusers); a folder that nanoKiwi saved; or a training checkpoint, one .safetensors,
-  which lies over --base (Wan's DiT and VAE) and --qwen (Qwen2.5-VL), folders or hub ids too.
+  instruct-reference}-diffusers); a folder that nanoKiwi saved; or a training checkpoint, one .safetensors or a hub
+  id with that alone, which lies over --base (Wan's DiT and VAE) and --qwen (Qwen2.5-VL), folders or hub ids too.
 
   The bundled ones, weights/nano, know only small clips, 9 frames of 64x64 at 8 a second: whatever they are given is
   shrunk to about so many pixels of its own aspect, and every k-th frame is taken.
@@ -41,9 +41,11 @@ def parse_arguments(argv=None):
     add("--base", metavar="PATH|HUB_ID", help="under a .safetensors or a run of train.py (default: what the run began with, "
         "else Wan-AI/Wan2.2-TI2V-5B)")  # fmt: skip
     add("--qwen", metavar="PATH|HUB_ID", help="likewise (default: the run's, else Qwen/Qwen2.5-VL-3B-Instruct)")
+    add("--ref-pad-first", action="store_true", help="a released training checkpoint whose name says pad_first: references "
+        "come before the clip")  # fmt: skip
     add("--steps", type=positive, help="denoising steps (default: 50; nano 2)")
     add("--ref-guidance", type=float, metavar="G", help="above 1 the edit is more like the references than trained, in twice "
-        "the time; 1 is as released (default: 1; nano 1.3)")  # fmt: skip
+        "the time; 1 is as released (default: 1; nano 1.2)")  # fmt: skip
     add("--shift", type=float, default=5.0, help="shift of the noise schedule (default %(default)s)")
     add("--seed", type=int, default=0, help="same seed, same result (default %(default)s)")
     add("--frames", type=positive, help="at most so many frames, reduced to 4k + 1 (default: 81; nano 9)")
@@ -82,17 +84,17 @@ def main(argv=None):
     out, beside = places(args)
     clip = read_source(args)
 
-    from model import KiwiEdit
+    from model import FlowMatch, KiwiEdit
 
     print(f"load        {args.weights} on {device}, {dtype}")
     home = "cpu" if args.offload else device
-    model = KiwiEdit.from_pretrained(args.weights, home, getattr(torch, dtype), args.base, args.qwen)
+    model = KiwiEdit.from_pretrained(args.weights, home, getattr(torch, dtype), args.base, args.qwen, args.ref_pad_first)
     embedder = getattr(model, "source_embedder", None)
     if embedder is not None and not any(parameter.any() for parameter in embedder.parameters()):
         print("note        these weights were not trained to look at the clip itself (stage 1?): little of it will stay")
     with Progress() as progress:
         edited = model.edit(
-            clip.frames, args.instruction, refs or None, args.steps, args.seed, args.shift, args.tile,
+            clip.frames, args.instruction, refs or None, args.steps, args.seed, FlowMatch(args.shift), args.tile,
             device if args.offload else None, progress, args.ref_guidance,
         )  # fmt: skip
     write(out, edited, clip)

@@ -938,6 +938,9 @@ def test_parquet_with_reference_bytes_gives_the_rows_that_a_csv_gives(tmp_path):
     columns = {"iid": ["1", "2", "3"], "prompt": ["x"] * 3, "src_video": ["a.mp4"] * 3, "tgt_video": ["b.mp4"] * 3,
                "ref_image_bytes": [content, None, content]}  # fmt: skip
     parquet.write_table(pyarrow.table(columns), tmp_path / "ref.parquet", row_group_size=2)
+    (tmp_path / "refvie_477k").mkdir()
+    (tmp_path / "refvie_477k" / "chunk_0001.parquet").symlink_to(tmp_path / "ref.parquet")
+    assert [path.name for path in data.find_tables([tmp_path / "refvie_477k"], "ref")] == ["chunk_0001.parquet"]
     rows = read_table(tmp_path / "ref.parquet", "ref")
     assert [row.source for row in rows] == [str(tmp_path / "a.mp4")] * 3
     assert torch.equal(data.read_reference(rows[2].ref), moving_picture(1, 50, 40)[0])
@@ -1018,6 +1021,8 @@ def test_a_loss_without_the_bell_takes_all_timesteps_alike_also_the_first_of_an_
     assert bell[0] == 0 < bell[1] and none.tolist() == [1, 1]
     with pytest.raises(ValueError, match="weighting: 'flat', expected bell or none"):
         FlowMatch(weighting="flat")
+    with pytest.raises(ValueError, match="FlowMatch.shift: 0"):
+        FlowMatch(0)
 
 
 def test_a_balanced_loss_hears_a_small_change_and_a_small_rest():
@@ -1295,11 +1300,16 @@ def test_all_three_layouts_load_to_the_same_model(tmp_path, qwen_folder):
         assert loaded.config.ref_pad_first and loaded.config.mllm.max_pixels == 64 * 64
         loaded = loaded.state_dict()
         assert loaded.keys() == expected.keys() and all(torch.equal(loaded[k], expected[k]) for k in expected)
-    shutil.rmtree(diffusers / "ref_embedder")  # as the instruct-only weights come
+    for path in (diffusers / "ref_embedder").glob("*.safetensors"):  # as the converter leaves instruct-only weights
+        path.unlink()
     plain = KiwiEdit.from_pretrained(diffusers, dtype=torch.float32)
     assert not plain.ref_embedder.patch_embedding.weight.any()
-    bases = dict(base=tmp_path / "wan", qwen=tmp_path / "qwen")
-    loaded = KiwiEdit.from_pretrained(checkpoint, dtype=torch.float32, **bases).state_dict()
+    (tmp_path / "hub").mkdir()  # as a repository that holds a training checkpoint alone
+    checkpoint = checkpoint.rename(tmp_path / "hub" / "step-15000.safetensors").parent
+    bases = dict(base=tmp_path / "wan", qwen=tmp_path / "qwen", ref_pad_first=True)
+    loaded = KiwiEdit.from_pretrained(checkpoint, dtype=torch.float32, **bases)
+    assert loaded.config.ref_pad_first
+    loaded = loaded.state_dict()
     differing = {k for k in expected if not torch.equal(loaded[k], expected[k])}
     assert loaded.keys() == expected.keys()
     assert differing == {"mllm.model.language_model.layers.0.self_attn.q_proj.weight"}  # where the LoRA was merged
@@ -1342,7 +1352,7 @@ def test_an_edit_is_guided_as_its_weights_ask_unless_told_otherwise(qwen_folder)
     assert calls[10:] == [True]
     picture = moving_picture(1, 32, 32)
     for wrong, says in (({"ref_guidance": 0}, "ref_guidance: 0, expected a number above 0"), ({"steps": -1}, "steps: -1"),
-                        ({"shift": 0}, "FlowMatch.shift: 0"), ({"ref": picture}, r"ref: expected uint8 \(H, W, 3\) each")):  # fmt: skip
+                        ({"ref": picture}, r"ref: expected uint8 \(H, W, 3\) each")):  # fmt: skip
         with pytest.raises(ValueError, match=says):
             model.edit(picture, "Replace the sky.", **wrong)
     assert len(calls) == 11
@@ -1762,6 +1772,7 @@ def test_what_a_stage_saves_has_exactly_the_released_names_and_shapes(tmp_path, 
     saved = {released_name(n): tuple(p.shape) for n, p in model.named_parameters() if train.belongs(n, chosen)}
     assert saved == {n: tuple(t.shape) for n, t in manifest(f"trainable_{config}_stage{stage}").items()}
     assert all(our_name(released_name(n)) == n for n, _ in model.named_parameters())
+    assert (model.mllm.config.max_pixels is None) == (config == "5b")  # so their scripts
 
 
 def test_ddp_fsdp_and_sequence_parallelism_give_the_losses_of_one_process_and_resume_on_another_number(tmp_path, lesson):
@@ -2121,6 +2132,14 @@ def test_a_diverged_run_skips_steps_and_stops_with_the_sample(tmp_path, lesson, 
     with pytest.raises(ValueError, match=r"5 steps in a row were skipped.*_tgt\.(png|mp4)"):
         train.main(lessons(lesson, tmp_path / "run", settings=["lr=1e30", "weight_decay=0"]))
     assert "skipped: its gradient is" in capsys.readouterr().err
+
+
+def test_a_limit_of_pixels_is_a_number_or_none():
+    for value, pixels in (("none", None), ("9000", 9000)):
+        for config in (MLLMConfig("qwen"), MLLMConfig("qwen", max_pixels=None)):
+            assert train.with_settings(config, [f"max_pixels={value}"]).max_pixels == pixels
+    with pytest.raises(ValueError, match="max_pixels=lots: 'lots' is not of the kind"):
+        train.with_settings(MLLMConfig("qwen"), ["max_pixels=lots"])
 
 
 @pytest.mark.parametrize("words, says", [

@@ -118,23 +118,25 @@ STAGES = {
         2: Stage(EDIT, 1, 1, pixels=(360_000, 960_000)),
         3: Stage(REFER, 2, 1, 1),
     },
-    # its global batch is the number of kinds of data on each of, here, 8 GPUs
+    # its global batch is the number of kinds of data on each of, here, 8 GPUs; stage 2 is 20K steps at each size, and of
+    # stage 3 there is one for references alone: --set image=0 video=0 steps=30000 global_batch=8
     "released": {
         1: Stage(ALIGN, source=False, pixels=(1024 * 1024,), lr=1e-5, warmup=0, steps=30_000, global_batch=8),
-        2: Stage(EDIT, 1, 1, pixels=(600 * 600, 720 * 1280), lr=1e-5, warmup=0, steps=20_000, global_batch=16),
+        2: Stage(EDIT, 1, 1, pixels=(600 * 600, 720 * 1280), lr=1e-5, warmup=0, steps=40_000, global_batch=16),
         3: Stage(REFER, 1, 1, 1, pixels=(720 * 1280,), lr=5e-6, warmup=0, steps=15_000, global_batch=24),
     },
 }
 
 
 def choose_stage(args):
-    """The stage asked for; the release trains the 14B model's DiT by LoRA and gives its language model a larger one."""
+    """The stage asked for; the release trains the 14B model's DiT by LoRA, on shorter clips (with half the learning rate at
+    720p), and gives its language model a larger LoRA."""
     stage = STAGES[args.preset][args.stage]
     if args.preset == "released" and args.config == "wan21_14b":
         stage = replace(stage, lora_rank=256, lora_targets=(*ATTENTION, "gate_proj", "down_proj", "up_proj"))
         if args.stage > 1:
             trains = tuple("dit.lora" if part == "dit" else part for part in stage.trains)
-            stage = replace(stage, trains=trains, dit_lora_rank=128)
+            stage = replace(stage, trains=trains, dit_lora_rank=128, frames=49)
     return with_settings(stage, [s for s in args.set if "." not in s.split("=")[0]])
 
 
@@ -254,13 +256,16 @@ def main(argv=None):
 
 def with_settings(config, settings):
     """A dataclass with `key=value` settings, each cast to its field's type. ValueError for a key it has not."""
-    known = [field.name for field in fields(config)]
+    known = {field.name: field.type for field in fields(config)}
     changes = {}
     for setting in settings:
         key, _, value = setting.partition("=")
         if key not in known:
             raise ValueError(f"--set {setting}: {type(config).__name__} has no {key!r}; it has {', '.join(known)}")
         try:
+            if known[key] == int | None:
+                changes[key] = None if value.lower() == "none" else int(value)
+                continue
             changes[key] = cast(value, getattr(config, key))
         except ValueError:
             raise ValueError(f"--set {setting}: {value!r} is not of the kind of {getattr(config, key)!r}") from None
@@ -452,6 +457,8 @@ def load_model(args, stage, ranks, checkpoint):
     config = replace(config, mllm=replace(own, **{name: getattr(own, name) or getattr(preset, name) for name in sizes}))
     if checkpoint:
         config = as_trained(config, checkpoint)
+    if args.preset == "released" and args.config == "wan22_5b":  # whose scripts show the language model larger frames
+        config = replace(config, mllm=replace(config.mllm, max_pixels=None))
     config = with_model_settings(config, args.set)
     if config.dit.num_heads % ranks.sp:
         raise ValueError(f"--sp {ranks.sp} does not divide the {config.dit.num_heads} heads of the DiT")
@@ -1018,7 +1025,7 @@ class Trainer:
                 continue
             sharded = hasattr(self.model, "unshard")  # its parts, called one by one, need what lies outside of the blocks
             sharded and self.model.unshard()
-            edited = self.model.edit(source, row.prompt, ref, self.args.sample_steps, shift=self.stage.shift)
+            edited = self.model.edit(source, row.prompt, ref, self.args.sample_steps, flow=FlowMatch(self.stage.shift))
             sharded and self.model.reshard()
             if self.ranks.first:
                 picture = torch.cat([source, edited, target], dim=2)
