@@ -231,7 +231,8 @@ class Upsample(nn.Module):
                 parts.append(x.permute(0, 2, 3, 1, 4, 5).flatten(2, 3))  # (B, C, 2 T, H, W)
             x = torch.cat(parts, dim=2).contiguous(memory_format=CHANNELS_LAST)
         conv = self.resample["1"]
-        x = F.interpolate(x, scale_factor=(1, 2, 2), mode="nearest")
+        frames = x.transpose(1, 2).flatten(0, 1)  # CUDA enlarges pictures, not volumes, without leaving channels last
+        x = F.interpolate(frames, scale_factor=2, mode="nearest").unflatten(0, (len(x), -1)).transpose(1, 2)
         return conv3d(x, conv.weight[:, :, None], conv.bias, padding=(0, 1, 1))
 
 
