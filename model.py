@@ -373,8 +373,8 @@ class KiwiEdit(nn.Module):
         """`decode_frames`, and in tiles where the card is too small: an edit needs most memory when all its steps are done."""
         try:
             return self.decode_frames(latents, tile, on_chunk)
-        except torch.OutOfMemoryError:
-            if tile is not None:
+        except RuntimeError as error:  # cuDNN swallows the OutOfMemoryError of a convolution's workspace
+            if tile is not None or not is_out_of_memory(error):
                 raise
         print("note: out of GPU memory: decoding once more, in tiles (tile=16), to the same result", file=sys.stderr)
         return self.decode_frames(latents, 16, on_chunk)
@@ -420,6 +420,10 @@ class KiwiEdit(nn.Module):
             for name, part in self.named_children():
                 state = {k: v.detach().cpu().contiguous() for k, v in part.state_dict(prefix=f"{name}.").items()}
                 save_file(state, temporary / f"{name}.safetensors")
+
+
+def is_out_of_memory(error):
+    return isinstance(error, torch.OutOfMemoryError) or "unable to find an engine" in str(error) or "out of memory" in str(error)
 
 
 @contextmanager

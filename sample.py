@@ -242,7 +242,9 @@ def run():
     except (ValueError, OSError) as error:
         sys.exit(f"sample.py: {error}")
     except RuntimeError as error:
-        if "out of memory" not in str(error):
+        from model import is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
         sys.exit("sample.py: out of GPU memory; try --offload, --tile 16, fewer --frames or --max-pixels 399360")
 

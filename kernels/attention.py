@@ -214,7 +214,7 @@ KERNELS = (head_matrix, load_tile, store_tile, attention_forward, attention_back
 
 # (BLOCK_M, BLOCK_N, TMA, SPECIALISE, warps, stages); the backward kernels have no SPECIALISE. None of these spills
 # registers on an H100 (`python -m kernels.bench compile`); the last of each fits the shared memory of any card from
-# Ampere on, float32 included.
+# Ampere on. float32 has tiles of its own (`usable`).
 CONFIGS = {
     "attention_forward": [
         (128, 128, True, True, 4, 2), (128, 64, True, True, 4, 3), (128, 128, True, False, 8, 2),
@@ -244,11 +244,13 @@ def triton_config(name, blocks):
 def usable(configs, arguments, DIM, **_):
     """The configurations for this device, the plainest first, which is taken where none can be timed. The tensor memory
     accelerator came with Hopper, and Triton's warp specialisation was compiled for Hopper and heads of 64 and 128 alone.
-    Products of float32 are no tensor core's: they take minutes to compile in large tiles, so there is one of small ones."""
+    Products of float32 are no tensor core's: they take minutes to compile in large tiles and do not fit the shared memory
+    of a 3090 or 4090, so there is one of small ones."""
     if not arguments["q"].is_cuda:
         return configs
     if arguments["q"].dtype == torch.float32:
-        return configs[-1:]
+        small = {"BLOCK_M": 32, "BLOCK_N": 32, "TMA": False, "SPECIALISE": False}
+        return [triton.Config({name: small[name] for name in configs[-1].kwargs}, num_warps=8, num_stages=1)]
     major, _ = torch.cuda.get_device_capability(arguments["q"].device)
     return [
         c for c in reversed(configs) if (major >= 9 or not c.kwargs["TMA"]) and (major == 9 and DIM >= 64 or not c.kwargs.get("SPECIALISE"))
