@@ -658,6 +658,8 @@ def peak_of_live_tensors(run, module):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             if function is torch.ops.aten._to_copy.default and args[0].is_meta and kwargs.get("device") == cpu:
                 return torch.empty(args[0].shape, dtype=args[0].dtype)  # there is nothing to copy
+            if function is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+                return True  # whether all of a decoded clip is finite
             out = function(*args, **(kwargs or {}))
             for tensor in tree_leaves(out):
                 if hasattr(tensor, "untyped_storage") and tensor.is_meta and tensor.untyped_storage() not in self.known:
