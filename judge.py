@@ -160,7 +160,7 @@ from judges import (
 )  # fmt: skip
 from kernels import pick_device
 from metrics import METRICS, measure_files, write_shuffled
-from model import KiwiEdit, local_path, read_for, read_json, read_weights
+from model import KiwiEdit, is_out_of_memory, local_path, read_for, read_json, read_weights
 
 
 # What is asked: criteria with our own rubric texts, which carry the paper's.
@@ -1129,9 +1129,11 @@ def run(args):
         try:
             make_edit(model, item, args)
             print(f"[{rank}/{world}] {item.edit}", flush=True)
-        except (ValueError, torch.OutOfMemoryError) as error:
+        except (ValueError, RuntimeError) as error:
             failed += 1
-            if isinstance(error, torch.OutOfMemoryError):
+            if isinstance(error, RuntimeError):
+                if not is_out_of_memory(error):
+                    raise
                 torch.cuda.empty_cache()
                 error = f"out of memory on {device}: add --tile 16, or smaller --frames or --max-pixels"
             print(f"[{rank}/{world}] item {item.key} skipped: {error}", file=sys.stderr, flush=True)

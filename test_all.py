@@ -63,7 +63,7 @@ from data import (
     read_table, usable_frames, whole_file, working_size, write_image, write_video,
 )  # fmt: skip
 from dit import DiT, DiTConfig, rope_3d
-from kernels.bench import diffusers_dit, diffusers_vae, diffusers_vae_name, norm_rows, table
+from kernels.bench import built, diffusers_dit, diffusers_vae, diffusers_vae_name, norm_rows, peak_of_live_tensors, table
 from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit, balance_weights, load_weights, our_name, read_for, read_weights, released_name, valid_checkpoints, working_on
 from vae import VAE, VAEConfig
 
@@ -291,6 +291,19 @@ def test_the_fused_norms_match_float64_at_widths_with_tails(triton_backend, dtyp
     assert agrees_with_float64(lambda x, y, *m: kernels.gate_residual_norm(x, y, None, *m, 1e-6), x, y, shift, shared)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_vae_s_fused_norm_matches_float64_in_any_layout(triton_backend, dtype):
+    for channels in (5, 600):
+        x, gamma = torch.randn(2, channels, 3, 2, 7).to(dtype), torch.randn(channels, 1, 1, 1).to(dtype)
+        for video in (x, x.contiguous(memory_format=torch.channels_last_3d)):
+            assert agrees_with_float64(kernels.channel_norm_silu, video, gamma)
+    x, gamma = x.to(DEVICE) * 0, gamma.to(DEVICE)
+    kernels.set_backend("triton")
+    assert not kernels.channel_norm_silu(x, gamma).any()  # what has no direction keeps none
+    with pytest.raises(ValueError, match="do not fit"):
+        kernels.channel_norm_silu(x, gamma[:4])
+
+
 def test_the_fused_norms_read_no_memory_that_is_not_theirs(triton_backend):
     x, weight = torch.randn(2, 5, 24, device=DEVICE), torch.randn(24, device=DEVICE)
     turn = torch.randn(3, 5, device=DEVICE).T  # one row a position, columns apart
@@ -423,6 +436,15 @@ def test_cached_keys_and_values_of_a_context_change_nothing():
 def test_an_impossible_dit_config_is_refused_by_the_name_of_its_field(wrong):
     with pytest.raises(ValueError, match=r"DiTConfig\.(num_heads|dim|patch_size)"):
         tiny_dit(**wrong)
+
+
+def test_the_peak_of_a_decoding_is_computed_without_a_device_and_grows_with_the_frame(triton_backend):
+    vae = built("meta", torch.bfloat16, lambda: VAE(tiny_vae()))
+    with torch.no_grad():
+        small, large = (peak_of_live_tensors(lambda: vae.decode(torch.empty(1, 12, 2, n, n, device="meta"), out_device="cpu"), vae)
+                        for n in (8, 16))  # fmt: skip
+    features = 6 * 4 * 256 * 256 * 2 / 2**30  # of the last level, six channels of four frames, in bfloat16
+    assert 3 * features < large < 6 * features and 2.5 < large / small < 4
 
 
 # ------------------------------------------------------------------------------------------------ vae.py

@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kernels import channel_norm_silu
+
 # Norms over channels and convolutions are fastest where the channels lie together: on 2 cores the norms take an
 # eighth of the time, and tensor cores want it too.
 CHANNELS_LAST = torch.channels_last_3d
@@ -155,22 +157,29 @@ class ChannelNorm(nn.Module):
         return F.normalize(x, dim=1) * (self.gamma * len(self.gamma) ** 0.5)
 
 
+class NormSiLU(ChannelNorm):
+    """The same and SiLU, of (B, C, T, H, W)."""
+
+    def forward(self, x):
+        return channel_norm_silu(x, self.gamma)
+
+
 class ResidualBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))); the indices are those of the checkpoint (5 was a dropout)."""
 
     def __init__(self, in_dim, out_dim):
         super().__init__()
         self.residual = nn.ModuleDict({
-            "0": ChannelNorm(in_dim, 3),
+            "0": NormSiLU(in_dim, 3),
             "2": CausalConv3d(in_dim, out_dim, (3, 3, 3)),
-            "3": ChannelNorm(out_dim, 3),
+            "3": NormSiLU(out_dim, 3),
             "6": CausalConv3d(out_dim, out_dim, (3, 3, 3)),
         })  # fmt: skip
         self.shortcut = CausalConv3d(in_dim, out_dim, (1, 1, 1)) if in_dim != out_dim else None
 
     def forward(self, x, state):
-        y = self.residual["2"](F.silu(self.residual["0"](x)), state)
-        y = self.residual["6"](F.silu(self.residual["3"](y)), state)
+        y = self.residual["2"](self.residual["0"](x), state)
+        y = self.residual["6"](self.residual["3"](y), state)
         return y + (x if self.shortcut is None else self.shortcut(x, state))
 
 
@@ -329,7 +338,7 @@ def middle_layers(dim):
 
 
 def head_layers(in_dim, out_dim):
-    return nn.ModuleDict({"0": ChannelNorm(in_dim, 3), "2": CausalConv3d(in_dim, out_dim, (3, 3, 3))})
+    return nn.ModuleDict({"0": NormSiLU(in_dim, 3), "2": CausalConv3d(in_dim, out_dim, (3, 3, 3))})
 
 
 def apply(layers, x, state):
@@ -358,7 +367,7 @@ class Encoder(nn.Module):
     def top(self, x, state):
         """Features -> moments (B, 2 z, t, h, w); its attention sees whole frames."""
         x = apply(self.middle, x.contiguous(memory_format=CHANNELS_LAST), state)
-        return self.head["2"](F.silu(self.head["0"](x)), state)
+        return self.head["2"](self.head["0"](x), state)
 
 
 class Decoder(nn.Module):
@@ -379,7 +388,7 @@ class Decoder(nn.Module):
     def up(self, x, state):
         """Features -> frames (B, 3, 4t, H, W), one less in a clip's first chunk; local, so it may be tiled."""
         x = apply(self.upsamples, x.contiguous(memory_format=CHANNELS_LAST), state)
-        x = self.head["2"](F.silu(self.head["0"](x)), state)
+        x = self.head["2"](self.head["0"](x), state)
         x = x.unflatten(1, (3, self.patch, self.patch)).permute(0, 1, 4, 5, 3, 6, 2)  # (B, 3, t, H, q, W, p)
         return x.flatten(5, 6).flatten(3, 4)
 

@@ -1,6 +1,6 @@
 """The few operations on which a DiT step spends its time, each with its plain PyTorch twin.
 
-`dit.py` calls the functions below and never asks about hardware; `set_backend`, or KIWI_KERNELS=sdpa in the environment of
+`dit.py` and `vae.py` call the functions below and never ask about hardware; `set_backend`, or KIWI_KERNELS=sdpa in the environment of
 any command, chooses what they run:
     "ref"     the definitions in plain PyTorch
     "sdpa"    PyTorch's fused attention; the rest as "ref"
@@ -19,6 +19,8 @@ import torch
 
 from kernels.attention import SLICE, attention_cudnn, attention_ref, attention_sdpa, attention_slices, attention_triton, left_out
 from kernels.norm import (
+    channel_norm_silu_plain,
+    channel_norm_silu_triton,
     gate_residual_norm_plain,
     gate_residual_norm_triton,
     gate_residual_plain,
@@ -30,12 +32,12 @@ from kernels.norm import (
 )
 
 __version__ = "0.0"
-__all__ = ["attention", "gate_residual", "gate_residual_norm", "layer_norm_modulate", "pick_device", "rms_norm_rope", "set_backend"]
+__all__ = ["attention", "channel_norm_silu", "gate_residual", "gate_residual_norm", "layer_norm_modulate", "pick_device", "rms_norm_rope", "set_backend"]
 
 BACKENDS = ("auto", "ref", "sdpa", "cudnn", "slices", "triton")
 ATTENTION = {"ref": attention_ref, "sdpa": attention_sdpa, "cudnn": attention_cudnn, "slices": attention_slices, "triton": attention_triton}
 backend = "auto"
-fastest = {}  # (device, dtype, head_dim, whether it trains) -> name of an attention, measured
+fastest = {}  # (device, dtype, heads, head_dim, whether it trains) -> name of an attention, measured
 
 
 def attention(q, k, v):
@@ -70,6 +72,11 @@ def gate_residual_norm(x, y, gate, shift, scale, eps):
     """
     run = gate_residual_norm_triton if choose(x) == "triton" else gate_residual_norm_plain
     return run(x, y, gate, shift, scale, eps)
+
+
+def channel_norm_silu(x, gamma):
+    """silu(x / rms(x) * gamma), the mean square over the channels; x (B, C, T, H, W), gamma (C, 1, 1, 1)."""
+    return (channel_norm_silu_triton if choose(x) == "triton" else channel_norm_silu_plain)(x, gamma)
 
 
 def set_backend(name):
@@ -107,13 +114,13 @@ def choose(x, measured=False):
         return "slices" if x.shape[1] ** 2 * x.shape[2] <= 8 * SLICE else "sdpa"
     if not x.is_cuda or x.dtype == torch.float64 or torch.cuda.get_device_capability(x.device) < (8, 0) or not has_triton():
         return "sdpa"
-    return fastest_attention(x.device, x.dtype, x.shape[-1]) if measured else "triton"
+    return fastest_attention(x.device, x.dtype, *x.shape[-2:]) if measured else "triton"
 
 
-def fastest_attention(device, dtype, head_dim):
+def fastest_attention(device, dtype, heads, head_dim):
     """Measure once, say what was taken; one that fails is not taken. Inside torch.compile there is no stopwatch: call
-    once before compiling."""
-    key = (device, dtype, head_dim, torch.is_grad_enabled())
+    once before compiling. As many heads as the caller has, for our kernels are compiled for their number."""
+    key = (device, dtype, heads, head_dim, torch.is_grad_enabled())
     if key not in fastest:
         if head_dim < 16 or head_dim & (head_dim - 1) or dtype == torch.float32:  # of which tensor cores do none exactly
             return "sdpa"
@@ -123,20 +130,19 @@ def fastest_attention(device, dtype, head_dim):
         ran = [name for name, time in times.items() if time < math.inf]
         fastest[key] = min(ran, key=times.get, default="sdpa")  # a card that is full has room for no stopwatch
         measured = ", ".join(f"{name} {time:.2f} ms" for name, time in times.items())
-        print(f"kernels: attention of {dtype}, head_dim {head_dim}, {'forward and backward' if key[-1] else 'forward'} "
+        print(f"kernels: attention of {dtype}, {heads} heads of {head_dim}, {'forward and backward' if key[-1] else 'forward'} "
               f"on {torch.cuda.get_device_name(device)}: {measured}; taking {fastest[key]}", flush=True)  # fmt: skip
     return fastest[key]
 
 
-def milliseconds(name, device, dtype, head_dim, trains):
-    """The median of 8,192 tokens and 8 heads, of 10 after 3 to warm up; every run reads fresh memory. Infinity, which is
-    said, where it fails."""
+def milliseconds(name, device, dtype, heads, head_dim, trains):
+    """The median of 8,192 tokens, of 10 after 3 to warm up, two inputs in turn. Infinity, which is said, where it fails."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(13)]
     with left_out(name), torch.cuda.device(device):
-        inputs = [torch.randn(3, 1, 8192, 8, head_dim, device=device, dtype=dtype) for _ in range(3)]
+        inputs = [torch.randn(3, 1, 8192, heads, head_dim, device=device, dtype=dtype) for _ in range(2)]
         for i, (start, stop) in enumerate(events):
             start.record()
-            run_alone(ATTENTION[name], inputs[i % 3], trains)
+            run_alone(ATTENTION[name], inputs[i % 2], trains)
             stop.record()
         torch.cuda.synchronize()
         return sorted(start.elapsed_time(stop) for start, stop in events[3:])[5]

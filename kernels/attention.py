@@ -218,7 +218,7 @@ KERNELS = (head_matrix, load_tile, store_tile, attention_forward, attention_back
 CONFIGS = {
     "attention_forward": [
         (128, 128, True, True, 4, 2), (128, 64, True, True, 4, 3), (128, 128, True, False, 8, 2),
-        (128, 128, True, False, 8, 3), (128, 64, True, False, 8, 3), (128, 128, False, False, 8, 2),
+        (128, 128, True, False, 8, 3), (128, 64, True, False, 8, 3), (64, 64, True, False, 4, 2), (128, 128, False, False, 8, 2),
         (128, 64, False, False, 8, 3), (64, 64, False, False, 4, 3), (64, 32, False, False, 4, 2),
     ],
     "attention_backward_q": [

@@ -309,6 +309,7 @@ def norm(args):
     if on_gpu():
         peak = ceilings(args.repeat)[1]
         yield from norm_rows(args.repeat, (21, 22, 40), 24, torch.bfloat16, peak)
+        yield channel_norm_row(args.repeat, (1, 256, 4, 352, 640), torch.bfloat16, peak)  # the 5B's decoder, before its shuffle
         return
     for heads in (12, 24):
         for dtype in (torch.float32, torch.bfloat16):
@@ -351,11 +352,25 @@ def norm_rows(repeat, grid, heads, dtype, peak=None):
         for direction, count in zip(("forward", "backward"), passes):
             runs = {"ours": norm_run(ours, direction, inputs), "usual": norm_run(usual, direction, inputs)}
             seconds = in_turns(runs, max(repeat, 15))
-            bandwidth = count * x.numel() * x.element_size() / seconds["ours"] / 1e9
-            row = {"kernel": name, "L x D": f"{L} x {D}", "dtype": str(dtype)[6:], "direction": direction,
-                   "ours ms": seconds["ours"] * 1000, "usual ms": seconds["usual"] * 1000,
-                   "ours / usual": seconds["ours"] / seconds["usual"], "GB/s": bandwidth}  # fmt: skip
-            yield row | ({"of copy": bandwidth / peak} if peak else {}) | {"relative difference": relative_difference(*runs.values())}
+            yield kernel_row(name, f"{L} x {D}", dtype, direction, runs, seconds, count * x.nbytes, peak)
+
+
+def channel_norm_row(repeat, shape, dtype, peak):
+    x = torch.randn(shape, device="cuda", dtype=dtype).contiguous(memory_format=torch.channels_last_3d)
+    inputs = x, torch.rand(shape[1], 1, 1, 1, device="cuda", dtype=dtype)
+    ours, usual = kernels.channel_norm_silu, importlib.import_module("kernels.norm").channel_norm_silu_plain
+    runs = {"ours": norm_run(ours, "forward", inputs), "usual": norm_run(usual, "forward", inputs)}
+    seconds = in_turns(runs, max(repeat, 15))
+    return kernel_row("channel_norm_silu", f"{math.prod(shape[2:])} x {shape[1]}", dtype, "forward", runs, seconds, 2 * x.nbytes, peak)
+
+
+def kernel_row(name, size, dtype, direction, runs, seconds, count, peak):
+    """count: bytes that have to be read and written."""
+    bandwidth = count / seconds["ours"] / 1e9
+    row = {"kernel": name, "L x D": size, "dtype": str(dtype)[6:], "direction": direction,
+           "ours ms": seconds["ours"] * 1000, "usual ms": seconds["usual"] * 1000,
+           "ours / usual": seconds["ours"] / seconds["usual"], "GB/s": bandwidth}  # fmt: skip
+    return row | ({"of copy": bandwidth / peak} if peak else {}) | {"relative difference": relative_difference(*runs.values())}
 
 
 def norm_run(function, direction, inputs):
@@ -400,6 +415,11 @@ def compile_all(args):
                 constants = {"D": D, "PAIRS": 64, "BLOCK": shape["BLOCK"], **dict.fromkeys(absent)}
                 label = f"width {D}" + (f", without {' '.join(absent)}" if absent else "")
                 yield compile_one(triton, args.arch, kernel, label, constants, {"num_warps": shape["num_warps"]})
+    for D in (160, 256, 1024):
+        shape = norm.pixel_shape(D)
+        warps = {"num_warps": shape.pop("num_warps")}
+        kernel = norm.compiled("channel_norm_silu_forward")
+        yield compile_one(triton, args.arch, kernel, f"{D} channels", {"D": D, **shape}, warps)
 
 
 FLOATS = ("lse", "delta", "cos", "sin", "rstd", "mean", "dweight", "dgate", "dshift", "dscale")

@@ -1,16 +1,18 @@
-"""What a DiT block does between its matrix products, each in one pass over the tokens, float32 inside.
+"""What a DiT block does between its matrix products, and a VAE block between its convolutions, each in one pass over the
+tokens or pixels, float32 inside.
 
     rms_norm_rope         x (B, L, D) -> rope(x / rms(x) * weight) (B, L, H, d), the mean square over the full width
                           D = H d, then consecutive pairs turned by the angles of their position, as Wan does
     layer_norm_modulate   x -> layer_norm(x) * (1 + scale) + shift
     gate_residual         x, y -> x + gate * y
     gate_residual_norm    the last two in a row: x, y -> x' = x + gate * y, layer_norm_modulate(x')
+    channel_norm_silu     x (B, C, T, H, W) -> silu(x / rms(x) * gamma), the mean square over the channels of a pixel
 
 gate, shift, scale: (B, 1, D), or (1, 1, D) for all. Results have the dtype of x.
 
 Bytes per element of 16-bit x: 4 (read, write), gate_residual 6, gate_residual_norm 8 where the pair of them would move
 10; about 10 FLOPs, so memory bandwidth is the limit: 34 us per pass over 18,480 x 3072 on an H100 (3.35 TB/s).
-One program has one row in its registers. Backward, 512 programs take every 512th row each and keep their share of the
+One program has one row in its registers, or some pixels of few channels. Backward, 512 programs take every 512th row each and keep their share of the
 gradients of weight, gate, shift and scale in registers; the shares are summed at the end, in the same order every time.
 The idea of such fused rows is Liger Kernel's (arXiv 2410.10989).
 """
@@ -57,6 +59,10 @@ def gate_residual_plain(x, y, gate):
 def gate_residual_norm_plain(x, y, gate, shift, scale, eps):
     x = x + y if gate is None else gate_residual_plain(x, y, gate)
     return x, layer_norm_modulate_plain(x, shift, scale, eps)
+
+
+def channel_norm_silu_plain(x, gamma):
+    return F.silu(F.normalize(x, dim=1) * (gamma * len(gamma) ** 0.5))
 
 
 def load_row(pointer, at, D: tl.constexpr):
@@ -175,9 +181,21 @@ def residual_norm_backward(
         store_row(dscale + share, at, scale_share, D)
 
 
+def channel_norm_silu_forward(x, gamma, out, rows, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    """ROWS pixels of D channels, which lie together."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, BLOCK)
+    at, inside = row[:, None] * D + channel, (row < rows)[:, None] & (channel < D)
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    length = tl.maximum(tl.sqrt(tl.sum(value * value, 1) / D), 1e-12 / D**0.5)  # F.normalize's least length
+    value = value / length[:, None] * load_row(gamma, channel, D)
+    value = value / (1 + tl.exp(-value))
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
+
+
 KERNELS = (
     load_row, store_row, rotate, rms_norm_rope_forward, rms_norm_rope_backward, residual_norm_forward,
-    residual_norm_backward,
+    residual_norm_backward, channel_norm_silu_forward,
 )  # fmt: skip
 PROGRAMS = 512  # of a backward kernel: about four for each multiprocessor of an H100
 
@@ -195,11 +213,17 @@ def row_shape(D):
     return {"BLOCK": block, "num_warps": max(1, min(16, block // 512))}
 
 
+def pixel_shape(D):
+    """The same for pixels of D channels, of which a program holds 2,048 elements or more."""
+    shape = row_shape(D)
+    return {**shape, "ROWS": max(1, 2048 // shape["BLOCK"]), "num_warps": max(shape["num_warps"], 4)}
+
+
 def launch(name, grid, x, *arguments, **constants):
     kernel = compiled(name)
     D = x.shape[-1]
     with torch.cuda.device_of(x):
-        kernel[grid](*arguments, D=D, **constants, **row_shape(D))
+        kernel[grid](*arguments, **{"D": D, **row_shape(D), **constants})
 
 
 def nothing(x):
@@ -332,6 +356,31 @@ def residual_norm_gradients(ctx, grad_new, grad_normed, grad_mean, grad_rstd):
 residual_norm_op.register_autograd(residual_norm_gradients, setup_context=residual_norm_save)
 
 
+@torch.library.custom_op("nanokiwi::channel_norm_silu", mutates_args=())
+def channel_norm_silu_op(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
+    x, out = x.contiguous(memory_format=torch.channels_last_3d), channel_norm_silu_shapes(x, gamma)
+    rows, shape = x.numel() // x.shape[1], pixel_shape(x.shape[1])
+    launch("channel_norm_silu_forward", (-(-rows // shape["ROWS"]),), x, x, gamma, out, rows, D=x.shape[1], **shape)
+    return out
+
+
+@channel_norm_silu_op.register_fake
+def channel_norm_silu_shapes(x, gamma):
+    return torch.empty_like(x, memory_format=torch.channels_last_3d)
+
+
+def channel_norm_silu_gradients(ctx, grad):
+    """Those of the plain twin, run again: a VAE that is trained is nano's, on small clips."""
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        return torch.autograd.grad(channel_norm_silu_plain(*leaves), leaves, grad)
+
+
+channel_norm_silu_op.register_autograd(
+    channel_norm_silu_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs)
+)
+
+
 def rms_norm_rope_triton(x, weight, rope, num_heads, eps):
     """ValueError where weight or rope have not the shapes of the plain twin's: a kernel would read beyond them."""
     _, L, D = x.shape
@@ -359,3 +408,9 @@ def gate_residual_triton(x, y, gate):
 def gate_residual_norm_triton(x, y, gate, shift, scale, eps):
     gate = None if gate is None else per_clip(gate, x)
     return residual_norm_op(x, y.expand_as(x), gate, per_clip(shift, x), per_clip(scale, x), eps)[:2]
+
+
+def channel_norm_silu_triton(x, gamma):
+    if x.ndim != 5 or gamma.shape != (x.shape[1], 1, 1, 1):
+        raise ValueError(f"channel_norm_silu: x {tuple(x.shape)}, gamma {tuple(gamma.shape)} do not fit")
+    return channel_norm_silu_op(x, gamma.contiguous())
