@@ -1558,6 +1558,7 @@ def deduplicate_all(args, ledger):
     if ledger.all_done("deduplicate"):
         return
     shards, resembled = range(ledger.told["shards"]), guard_of(args)
+    shutil.rmtree(ledger.folder / "deduplicate", ignore_errors=True)  # of before a retry: killed in between, it would pass for ours
     ids, scores, features, guarded = [], [], [], {}
     for row in (row for shard in shards for row in ledger.rows("verify", shard) if row["status"] == "open"):
         if name := resembled(row):

@@ -3934,6 +3934,22 @@ def test_of_two_alike_the_better_is_kept(tmp_path):
     assert [row["status"] for row in ledger.rows("deduplicate", 0)] == ["rejected", "kept"]
 
 
+def test_a_deduplication_that_is_killed_after_a_retry_is_done_anew_as_a_whole(tmp_path, monkeypatch):
+    ledger, again = curate.Ledger(tmp_path), lambda: curate.deduplicate_all(SimpleNamespace(guard=None, duplicate=0.9), ledger)
+    row = {"status": "open", "edit_score": 9.0, "feature": curate.pack(torch.tensor([1.0, 0.0])), "stage": "verify", "reason": "no memory"}
+    ledger.write("verify", 0, [row | {"id": "a", "status": "failed"}]), ledger.write("verify", 1, [row | {"id": "b"}])
+    (ledger.folder / "read.json").write_text(json.dumps({"records": 2, "shards": 2}))
+    again()
+    ledger.write("verify", 0, [row | {"id": "a"}])
+    ledger.path("deduplicate", 0).unlink()  # as --retry-failed does it
+    write = ledger.write
+    with monkeypatch.context() as killed, pytest.raises(SystemExit):
+        killed.setattr(ledger, "write", lambda stage, shard, rows: sys.exit() if shard else write(stage, shard, rows))
+        again()
+    again()
+    assert [row["status"] for row in records_in(tmp_path)] == ["kept", "rejected"]
+
+
 def test_a_clip_whose_first_frame_is_the_benchmark_s_is_left_out(tmp_path, nano_data, quadruplets):
     kept = next(row for row in records_in(quadruplets) if row["status"] == "kept")
     (tmp_path / "bench").mkdir()
