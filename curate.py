@@ -139,7 +139,7 @@ from data import (
 )  # fmt: skip
 from judges import (
     MAX_WAIT, Barred, Local, Malformed, NoRedirect, OpenAICompatible, TryAgain, Unusable, has_password, jpeg, jpeg_uri,
-    json_objects, key_of, sampled_frames, sound,
+    json_objects, key_of, sampled_frames, sound, spoken,
 )  # fmt: skip
 from kernels import pick_device
 from metrics import as_float, lab, luma, otsu, read_reference
@@ -1350,7 +1350,7 @@ class Paper:
                 try:
                     with nullcontext() if server else self.lock:
                         said = model.ask(prompt, media, 1.0).text
-                    return read(said)
+                    return read(spoken(said))
                 except Malformed as error:  # a local model would say the same again
                     if isinstance(error, Unusable) or not server or done == tries:
                         raise

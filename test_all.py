@@ -4056,6 +4056,14 @@ def test_a_server_s_answer_that_cannot_be_read_is_asked_for_again_and_a_local_on
         models.ask(SimpleNamespace(ask=server.ask), "How good?", {}, curate.read_scores)
 
 
+def test_what_a_grounder_or_a_verifier_thinks_aloud_is_not_its_answer(tmp_path):
+    models = curate.Paper(curate.parse_arguments(["x", "--out", "x", "--device", "cpu"]))
+    asked = lambda said, read: models.ask(SimpleNamespace(ask=lambda *_: judges.Answer(said)), "What is it?", {}, read)
+    thought = '<think>{"bbox_2d": [0, 0, 900, 900], "label": "room"}? {"match": false}? Else [].</think>'
+    assert asked(f'{thought}[{{"bbox_2d": [100, 100, 300, 300], "label": "hat"}}]', curate.read_box) == ([0.1, 0.1, 0.3, 0.3], "hat")
+    assert asked(f"{thought}**match**: true", curate.read_verdict) == (True, "")
+
+
 def test_ctrl_c_keeps_the_records_under_way_and_begins_no_other(monkeypatch, capsys):
     stage, pressed = curate.Score(SimpleNamespace(workers=2), []), []
     stage.one = lambda row: time.sleep(0.3) or {"done": True}
