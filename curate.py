@@ -1745,7 +1745,8 @@ class Funnel:
         if row["status"] == "kept":
             self.kept.append((row["kind"], row.get("frames", 0), *row.get("ref_size", (0, 0))))
             return
-        reason = re.sub(r"^\S*/\S*(?:, (?:line|row|entry)[^:]*)?: ", "", row["reason"])  # without the file it speaks of
+        # without the file or the line that it speaks of, and the path in it
+        reason = re.sub(r"^(?:/.*?|[^:]*, (?:line|row|entry) \d[^:]*): (?:.* (?=is outside of ))?", "", row["reason"])
         reason = re.sub(r"\d+(?:\.\d+)?x\d+|\d+(?:\.\d+)?%?", "#", reason).split(":")[0][:80]
         self.reasons[row["stage"], row["status"], reason] += 1
 
@@ -1859,7 +1860,7 @@ def size_to(frames, longest):
 
 
 def markdown_to_html(table):
-    lines = [[html.escape(cell.strip()) for cell in line.strip("|").split("|")] for line in table.splitlines() if "---" not in line]
+    lines = [[html.escape(cell.strip()) for cell in line.strip("|").split("|")] for line in table.splitlines() if line.strip("|- ")]
     return "<table>" + "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines) + "</table>"
 
 

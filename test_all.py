@@ -3978,6 +3978,18 @@ def test_limits_are_of_the_longer_side_to_the_shorter_of_the_mask_and_of_the_sam
             ground.one({"id": "1", "src_video": "a.mp4", "tgt_video": "a.mp4", "base": 0})
 
 
+def test_the_funnel_counts_one_reason_as_one_whatever_file_or_line_it_speaks_of_and_the_page_shows_every_record():
+    funnel, file, line = curate.Funnel(), "/my clips/{}.mp4: no such file", "pairs.csv, line 3: {}.mp4 is outside of /base; give paths"
+    for reason in (file, line, "pairs.csv, line 4: prompt is empty, or no text"):
+        for name in ("seaside", "a---b"):
+            funnel.add({"status": "failed", "stage": "read", "reason": reason.format(name)})
+    assert {reason: count for (_, _, reason), count in funnel.reasons.items()} == {
+        "no such file": 2, "is outside of /base; give paths": 2, "prompt is empty, or no text": 2,
+    }  # fmt: skip
+    row = {"name": "a---b", "kind": "style", "status": "failed", "stage": "read", "reason": file}
+    assert "<td>a---b</td>" in curate.markdown_to_html(curate.pair_by_pair([row]))
+
+
 def test_styles_and_removals_are_for_tuning_alone(tmp_path):
     stage = curate.Score(SimpleNamespace(min_score=6.0, min_ref_score=8.0), [])
     for kind, score, says in (("style", 9.0, "a style is no object"), ("remove", 9.0, "leaves nothing"), ("subject", 7.0, "tuning only")):
