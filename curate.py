@@ -2079,7 +2079,8 @@ def main(argv=None):
         raise ValueError(f"--{given[0]}: no user and password in the address; put the key into OPENAI_API_KEY")
     if args.measure:
         return print({"truth": measure_on_truth, "scale": measure_scale}[args.measure](args.pairs[0]))
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1  # some machines set it without torchrun
     if world > 1 and args.engine == "ray":
         raise ValueError("--engine ray finds its own processes: start it without torchrun")
     args.out = str(Path(args.out).resolve())

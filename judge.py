@@ -1115,7 +1115,8 @@ def fingerprint(files):
 
 def run(args):
     """`judge.py run`: the edits themselves, one process a GPU under torchrun, taken up where it stopped."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    world = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1  # some machines set it without torchrun
     device = pick_device(args.device)
     items = read_bench(args.bench, args.path, args.edits, args.limit)
     same_run(args, items)

@@ -3244,14 +3244,14 @@ def test_run_makes_the_edits_under_the_released_names_each_once_and_in_shards(re
     assert "0 of 1 edits to make" in capsys.readouterr().out
     rows = "original_video,prompt,edited_type\n" + "".join(f"{made[0]},Add a hat{end},local_add\n" for end in ".!")
     (refvie / "new" / "twice.csv").write_text(rows.replace(f"{made[0].parent}/", ""))
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.delenv("RANK")  # and WORLD_SIZE alone is not torchrun's
     twice = ["run", "--bench", "openve", str(refvie / "new/twice.csv"), *arguments[4:6], "--edits", str(refvie / "twice"), *arguments[8:]]
     judge.main(twice)
     judge.main(["run", *twice[1:]])
     said = capsys.readouterr()
     assert said.out.count("_edited.mp4") == 1 and "of the first" in said.err
     judge.main([*arguments, "--edits", str(refvie / "plain"), "--no-ref"])
+    assert len(list((refvie / "plain").glob("*.mp4"))) == len(made)
     assert not torch.equal(read_clip(refvie / "plain" / made[0].name).frames, read_clip(made[0]).frames)
     with pytest.raises(SystemExit, match="edits are there of seed 0, not 1; give another --edits"):
         judge.main([*arguments, "--seed", "1"])
@@ -3711,6 +3711,13 @@ def test_runs_that_are_killed_and_resumed_end_as_one_run(tmp_path, nano_data, qu
 def test_two_processes_do_what_one_does(tmp_path, nano_data, quadruplets):
     runs = [start_curate(nano_data, tmp_path / "out", RANK=str(rank), WORLD_SIZE="2") for rank in (1, 0)]
     assert [run.wait(timeout=600) for run in runs] == [0, 0]
+    assert same_result(tmp_path / "out", quadruplets)
+
+
+def test_a_world_size_without_torchrun_is_not_waited_for(tmp_path, nano_data, quadruplets, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(curate, "wait_for", lambda ready, what: ready() or pytest.fail(f"waits for {what}"))
+    curated(nano_data, tmp_path / "out")
     assert same_result(tmp_path / "out", quadruplets)
 
 
