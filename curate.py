@@ -134,7 +134,7 @@ from tqdm import tqdm
 
 from connectors import PIXEL_MEAN, PIXEL_STD
 from data import (
-    COLUMNS, FILES, MediaError, csv_lines, decode, has_columns, inside, measure, open_media, pad_reference, parquet_file, read_image, resize, row_group, whole_file,
+    COLUMNS, FILES, MediaError, csv_lines, decode, frame_rate, has_columns, inside, measure, open_media, pad_reference, parquet_file, read_image, resize, row_group, whole_file,
     write_image, write_text,
 )  # fmt: skip
 from judges import (
@@ -1364,7 +1364,7 @@ class Paper:
         of the edit is that of frame i of the source, whatever rate the files claim: the release writes all at 15 fps."""
         moments(source_path, target_path)
         with open_media(target_path) as (_, stream):
-            rate = float(stream.average_rate or 25)
+            rate = float(frame_rate(stream))
         pairs = zip(*(sampled_frames(path, self.args.fps, rate=rate)[0] for path in (source_path, target_path)))
         scores = []
         for source, target in pairs:

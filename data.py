@@ -260,6 +260,13 @@ def note(path, text):
     print(f"note: {path} {text}", file=sys.stderr)
 
 
+def frame_rate(stream):
+    """Frames a second of a clip; 25 where its file does not say. More than 300 is what its time stamps count in, such as
+    the 1000 of a Matroska or WebM file that tells no duration of a frame."""
+    rates = (stream.average_rate, stream.base_rate)
+    return next((rate for rate in rates if rate and rate <= 300), Fraction(25))
+
+
 def decode(path, container, stream):
     """Yield (index, rgb) of the clip's upright frames at its average rate.
 
@@ -268,7 +275,7 @@ def decode(path, container, stream):
     stream.thread_type = "AUTO"
     if is_picture(container):
         stream.codec_context.options = {"err_detect": "explode"}  # or half a JPEG decodes to a half grey picture
-    fps, aspect = stream.average_rate or Fraction(25), stream.sample_aspect_ratio or 1
+    fps, aspect = frame_rate(stream), stream.sample_aspect_ratio or 1
     aspect = aspect if 0.25 < aspect < 4 else 1  # other numbers are mistakes
     pending, start = None, None
     if stream.metadata.get("alpha_mode") == "1":
@@ -292,12 +299,12 @@ def decode(path, container, stream):
 
 
 def shown_frames(container, stream):
-    """How many frames a clip's header promises. It may count more packets than are shown: a cut without re-encoding leaves
+    """How many frames a clip's header promises, 0 where it says nothing (WebM as it was streamed). It may count more packets than are shown: a cut without re-encoding leaves
     those since the last key frame in the file, and its edit list hides them."""
-    fps = stream.average_rate or Fraction(25)
+    fps = frame_rate(stream)
     length = stream.duration * stream.time_base if stream.duration else Fraction(container.duration or 0, 10**6)
     counts = [count for count in (stream.frames, round(length * fps)) if count]
-    return min(counts, default=1)
+    return min(counts, default=0)
 
 
 def read_clip(path, max_frames=81, max_pixels=MAX_PIXELS, max_fps=None, size_of=working_size):
@@ -310,7 +317,7 @@ def read_clip(path, max_frames=81, max_pixels=MAX_PIXELS, max_fps=None, size_of=
     """
     frames, source_size = [], None
     with open_media(path) as (container, stream):
-        fps = stream.average_rate or Fraction(25)
+        fps = frame_rate(stream)
         stride = max(round(fps / max_fps), 1) if max_fps else 1
         still = is_picture(container)
         for number, (_, rgb) in enumerate(decode(path, container, stream)):
@@ -661,10 +668,12 @@ def read_reference(ref):
 
 
 def measure(path):
-    """(frames, height, width) of a picture or clip, upright, from its header and first frame. MediaError."""
+    """(frames, height, width) of a picture or clip, upright, from its header and first frame; a clip whose header does not
+    say is decoded to be counted. MediaError."""
     with open_media(path) as (container, stream):
-        _, rgb = next(decode(path, container, stream))
-        return 1 if is_picture(container) else shown_frames(container, stream), *rgb.shape[:2]
+        frames = decode(path, container, stream)
+        _, rgb = next(frames)
+        return 1 if is_picture(container) else shown_frames(container, stream) or 1 + sum(1 for _ in frames), *rgb.shape[:2]
 
 
 def measure_row(row, still):

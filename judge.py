@@ -151,7 +151,7 @@ import yaml  # comes with transformers
 from tqdm import tqdm
 
 from data import (
-    MediaError, csv_lines, faithful_codec, inside, open_media, read_image, shown_frames, writable, write_image, write_text,
+    MediaError, csv_lines, faithful_codec, frame_rate, inside, open_media, read_image, shown_frames, writable, write_image, write_text,
     write_video,
 )  # fmt: skip
 from judges import (
@@ -589,7 +589,7 @@ def frames_seen(path, fps):
     """About how many frames of a file a judge sees; one of a picture, and of what cannot be read."""
     try:
         with open_media(path) as (container, stream):
-            return max(1, round(shown_frames(container, stream) / (stream.average_rate or 25) * fps))
+            return max(1, round(shown_frames(container, stream) / frame_rate(stream) * fps))
     except MediaError:
         return 1
 

@@ -27,7 +27,7 @@ import torch
 from tokenizers import Tokenizer
 
 from connectors import PIXEL_MEAN, PIXEL_STD, patchify
-from data import decode, open_media, read_image, resize, write_image
+from data import decode, frame_rate, open_media, read_image, resize, write_image
 from kernels import pick_device
 
 GEMINI = "https://generativelanguage.googleapis.com/v1beta"
@@ -270,7 +270,7 @@ def sampled_frames(path, fps, rate=None):
     """
     frames, seconds, due = [], [], 0.0
     with open_media(path) as (container, stream):
-        source_rate = rate or float(stream.average_rate or 25)
+        source_rate = rate or float(frame_rate(stream))
         for index, rgb in decode(path, container, stream):
             if index / source_rate >= due - 1e-6:
                 scale = min(1.0, math.sqrt(FRAME_PIXELS / (rgb.shape[0] * rgb.shape[1])))

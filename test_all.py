@@ -829,6 +829,20 @@ def test_a_clip_cut_without_encoding_it_anew_has_the_frames_that_are_shown(tmp_p
     assert torch.equal(read_clip(tmp_path / "cut.mp4").frames, read_clip(source).frames[48:57])
 
 
+def test_a_clip_whose_header_says_neither_length_nor_rate_has_those_of_its_frames(tmp_path):
+    source = write_clip(tmp_path / "in.mp4", moving_picture(20))
+    for options in ({}, {"live": "1"}):  # of Matroska's time stamps, 1000 a second, or of no length
+        with av.open(str(source)) as old, av.open(str(tmp_path / "copy.mkv"), "w", options=options) as new:
+            stream = old.streams.video[0]
+            track = new.add_stream_from_template(stream)
+            for packet in old.demux(stream):
+                if packet.size:
+                    packet.stream = track
+                    new.mux(packet)
+        assert measure(tmp_path / "copy.mkv") == measure(source) and measure(source)[0] == 20
+        assert torch.equal(read_clip(tmp_path / "copy.mkv").frames, read_clip(source).frames)
+
+
 def test_of_two_to_four_frames_all_are_kept_for_one_alone_would_be_a_picture(tmp_path):
     for count, read in ((1, 1), (2, 2), (4, 4), (5, 5), (8, 5)):
         write_video(str(tmp_path / "in.mp4"), moving_picture(count, 64, 64), 25)
