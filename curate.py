@@ -138,7 +138,7 @@ from data import (
     write_image, write_text,
 )  # fmt: skip
 from judges import (
-    MAX_WAIT, Barred, Local, Malformed, NoRedirect, OpenAICompatible, TryAgain, Unusable, has_password, jpeg, jpeg_uri,
+    MAX_WAIT, Barred, Local, Malformed, NoRedirect, OpenAICompatible, TryAgain, Unusable, has_secret, jpeg, jpeg_uri,
     json_objects, key_of, sampled_frames, sound, spoken,
 )  # fmt: skip
 from kernels import pick_device
@@ -2075,8 +2075,8 @@ def main(argv=None):
         for name, prompt in PROMPTS.items():
             print(f"--- {name}, version {PROMPTS_VERSION}\n{prompt.replace('{{', '{').replace('}}', '}')}\n")
         return
-    if given := [flag for flag in PAPER_MODELS if has_password(getattr(args, flag))]:
-        raise ValueError(f"--{given[0]}: no user and password in the address; put the key into OPENAI_API_KEY")
+    if given := [flag for flag in PAPER_MODELS if has_secret(getattr(args, flag))]:
+        raise ValueError(f"--{given[0]}: no user, password or query in the address; put the key into OPENAI_API_KEY")
     if args.measure:
         return print({"truth": measure_on_truth, "scale": measure_scale}[args.measure](args.pairs[0]))
     rank = int(os.environ.get("RANK", 0))

@@ -112,8 +112,9 @@ def parse_arguments(argv=None):
     add("files", nargs="+", type=Path, help="openve_..._score.jsonl, refvie_..._score.jsonl")
 
     args = parser.parse_args(argv)
-    words = shlex.join(["python", "judge.py", *(sys.argv[1:] if argv is None else argv)])
-    args.command_line = re.sub(r"://[^/@\s]+@", "://***@", words)  # a password in --endpoint stays out of the report
+    # a password or key in --endpoint stays out of the report
+    words = [re.sub(r"://.*[@?].*", "://***", word) for word in (sys.argv[1:] if argv is None else argv)]
+    args.command_line = shlex.join(["python", "judge.py", *words])
     if args.command in ("score", "compare"):
         args.fps = args.fps or MODES[args.mode]
     if args.command == "score":
@@ -155,7 +156,7 @@ from data import (
     write_video,
 )  # fmt: skip
 from judges import (
-    MAX_WAIT, Barred, Gemini, JudgeError, Local, Malformed, OpenAICompatible, TryAgain, Unusable, data_uri, enforce, has_password,
+    MAX_WAIT, Barred, Gemini, JudgeError, Local, Malformed, OpenAICompatible, TryAgain, Unusable, data_uri, enforce, has_secret,
     read_answer, read_reason, read_winner,
 )  # fmt: skip
 from kernels import pick_device
@@ -486,8 +487,8 @@ def make_judge(args):
     name = args.judge
     if name == "metrics":
         return None
-    if has_password(args.endpoint):
-        raise JudgeError("--endpoint: no user and password in the address; put the key into the environment")
+    if has_secret(args.endpoint):
+        raise JudgeError("--endpoint: no user, password or query in the address; put the key into the environment")
     if name.startswith("gemini-"):
         return Gemini(name, args)
     kind, _, rest = name.partition(":")

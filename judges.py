@@ -75,9 +75,10 @@ class Answer:
         self.text = sound(self.text)
 
 
-def has_password(address):
-    """Whether an address brings a user or a password, which would stand in ledgers and reports."""
-    return "@" in (address or "").partition("://")[2].partition("/")[0]
+def has_secret(address):
+    """Whether an address brings a user, a password or a query (?key=...), which would stand in ledgers and reports."""
+    host, _, path = (address or "").partition("://")[2].partition("/")
+    return "@" in host or "?" in host + path
 
 
 def key_of(name):
@@ -113,8 +114,8 @@ def post(url, headers, body, deadline, secret=None, trusted=False):
         reason = f"HTTP {error.code}: {hide(error_text(error, end))[:300]}"
         if error.code == 404:
             raise Barred(f"the judge has no such model or address ({reason}); check --judge and --endpoint") from None
-        if error.code == 401 or (error.code == 403 and not trusted) or "API key not valid" in reason:  # the latter is Gemini's, with a 400
-            raise Barred(f"the judge refuses the key ({reason}); check the environment variable") from None
+        if error.code in (401, 402) or (error.code == 403 and not trusted) or "API key not valid" in reason:  # the latter is Gemini's, with a 400
+            raise Barred(f"the judge refuses the key ({reason}); check the environment variable, and what is left to pay with") from None
         if error.code in (408, 409, 425, 429) or error.code >= 500:
             after = error.headers.get("Retry-After", "")
             busy = error.code in (429, 503)

@@ -2973,7 +2973,7 @@ def test_a_server_that_hangs_or_dribbles_meets_the_deadline(how):
     assert time.monotonic() - began < 3, "the dribble lasts 4 s"
 
 
-@pytest.mark.parametrize("code, says", [(401, "refuses the key"), (400, "refuses the key"), (404, "no such model")])
+@pytest.mark.parametrize("code, says", [(401, "refuses the key"), (402, "left to pay with"), (400, "refuses the key"), (404, "no such model")])
 def test_a_refused_key_or_model_stops_the_run_at_once(refvie, monkeypatch, code, says):
     monkeypatch.setenv("OPENAI_API_KEY", "wrong-key-9")
     with FakeJudge(lambda request, nth: ("status", code, {})) as fake:
@@ -2990,7 +2990,8 @@ def test_a_dry_run_names_the_price_and_asks_nothing(refvie, capsys):
     assert not fake.requests and "2 of 2 questions to ask" in said and "$" in said
 
 
-@pytest.mark.parametrize("url, says", [("http://example.com/v1", "https only"), ("https://me:p@host/v1", "no user and password")])
+@pytest.mark.parametrize("url, says", [("http://example.com/v1", "https only"), ("https://me:p@host/v1", "no user, password or query"),
+                                       ("https://host/v1?key=s3cret", "no user, password or query")])  # fmt: skip
 def test_a_key_goes_to_no_open_address(refvie, monkeypatch, url, says):
     monkeypatch.setenv("GEMINI_API_KEY", "k")
     with pytest.raises(SystemExit, match=says):
@@ -3191,11 +3192,11 @@ def test_a_missing_and_a_broken_edit_are_counted_and_shown(refvie, capsys):
     edits[0].unlink()
     edits[1].write_bytes(edits[1].read_bytes()[:100])
     arguments = ["score", "--bench", "refvie", str(refvie / "bench.yaml"), "--edits", str(refvie / "edits"), "--out", str(refvie / "out"),
-                 "--endpoint", "https://me:p%40ss@host/v1"]  # fmt: skip
+                 "--endpoint", "https://me:p%40ss@host/v1?key=s3cret"]  # fmt: skip
     with pytest.raises(SystemExit, match="2 of 3 items lack a result"):
         judge.main(arguments)
     text = (refvie / "out" / "refvie.md").read_text()
-    assert "p%40ss" not in text and "missing: " in text and "unreadable: " in text and "| background | 1 of 1 |" in text
+    assert "p%40ss" not in text and "s3cret" not in text and "missing: " in text and "unreadable: " in text and "| background | 1 of 1 |" in text
     assert "| subject | 0 of 2 | - (2 missing)" in text
     page = (refvie / "out" / "refvie.html").read_text()
     assert "data:image/jpeg;base64," in page and not re.search(r'(src|href)="(?!data:)', page)
