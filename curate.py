@@ -143,7 +143,7 @@ from judges import (
 )  # fmt: skip
 from kernels import pick_device
 from metrics import as_float, lab, luma, otsu, read_reference
-from model import local_path
+from model import local_path, read_json
 from world import load_library, redraw_edit, render, to_uint8
 
 STAGES = ("read", "score", "ground", "synthesize", "verify", "deduplicate")
@@ -298,8 +298,8 @@ def read_lines(path):
             yield from ((f"{path}, line {number}", parsed(text)) for number, text in enumerate(file, 1) if text.strip())
     elif path.suffix == ".json":
         try:
-            lines = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+            lines = json.loads(path.read_text(encoding="utf-8-sig"))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: is not JSON ({error})") from None
         if not isinstance(lines, list):
             raise ValueError(f"{path}: has no list of pairs")
@@ -477,7 +477,7 @@ class Ledger:
         path.parent.mkdir(parents=True, exist_ok=True)
         content = path.read_bytes() if path.is_file() else b""
         whole = content[: content.rfind(b"\n") + 1]  # a line that was being written when we were killed is not one
-        rows = {row["id"]: row for row in map(json.loads, whole.splitlines())}
+        rows = {row["id"]: row for row in map(parsed, whole.splitlines()) if row}  # a machine that died may leave zeros
         with path.open("ab") as file:
             file.truncate(len(whole))
 
@@ -507,7 +507,7 @@ class Ledger:
     def told(self):
         """What was read, read.json, or None while the tables have not been read to the end."""
         path = self.folder / "read.json"
-        return json.loads(path.read_text()) if path.is_file() else None
+        return read_json(path) if path.is_file() else None
 
     def all_done(self, stage):
         """Whether a stage is done with all that was read."""
@@ -559,7 +559,7 @@ def settings_of(args):
 def same_settings(args, ledger):
     """A folder's records were made with one set of settings; ValueError that names the one that differs."""
     path, settings = ledger.folder / "settings.json", settings_of(args)
-    before = json.loads(path.read_text()) if path.is_file() else settings
+    before = read_json(path) if path.is_file() else settings
     changed = [key for key in settings | before if before.get(key) != settings.get(key)]
     if changed:
         usable = STAGES[1:-2] if {"models", "embedder"} & set(changed) else STAGES[1:-1]  # its features are another's

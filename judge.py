@@ -343,7 +343,7 @@ def read_refvie(path, edits):
     """RefVIE-Bench: a YAML list of src_video, instruction, ref_img, edit_type."""
     try:
         rows = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that is none is a ValueError
         raise JudgeError(f"{path}: is not YAML ({str(error).splitlines()[0]})") from None
     for i, row in enumerate(rows if isinstance(rows, list) else []):
         where = f"{path}, item {i}"
@@ -371,8 +371,8 @@ def read_openve(path, edits):
 def read_imgedit(path, edits):
     """ImgEdit's singleturn.json: {key: {id, prompt, edit_type}}, outputs <edit_type>/<key><picture's name>."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise JudgeError(f"{path}: is not JSON ({error})") from None
     for key, row in rows.items() if isinstance(rows, dict) else ():
         where = f"{path}, {key}"

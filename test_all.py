@@ -3602,6 +3602,20 @@ def test_a_table_that_csv_would_misread_is_refused(tmp_path, line, says):
         curated(tmp_path, tmp_path / "out", tables=["p.csv"])
 
 
+def test_json_that_begins_with_a_mark_is_read_and_what_is_broken_is_named(tmp_path):
+    table, told, bench = tmp_path / "p.json", tmp_path / "ledger" / "read.json", tmp_path / "b.yaml"
+    table.write_text('[{"src_video": "a.mp4"}]', encoding="utf-8-sig")
+    assert len(list(curate.read_lines(table))) == 1
+    told.parent.mkdir()
+    table.write_text("[" * 100_000), told.write_text(""), bench.write_text("- instruction: 2020-13-45")
+    for says, read in (
+        ("p.json: is not JSON", lambda: list(curate.read_lines(table))), ("read.json: is not JSON", lambda: curate.Ledger(tmp_path).told),
+        ("b.yaml: is not YAML", lambda: judge.read_bench("refvie", bench, "edits")),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=says):
+            read()
+
+
 def test_the_measure_of_scale_runs_the_real_bookkeeping(tmp_path):
     assert "40 records through four stages" in curate.measure_scale(tmp_path, records=40, vectors=30, width=8)
 
@@ -3636,7 +3650,7 @@ def test_a_shard_half_done_is_finished_without_asking_again(tmp_path, nano_data,
     out = Path(shutil.copytree(quadruplets, tmp_path / "out"))
     whole = out / "ledger/verify/00000.jsonl"
     done = [line for line in whole.read_text().splitlines(True) if json.loads(line).get("passed") == "verify"]
-    whole.with_suffix(".part").write_text("".join(done) + '{"id": "00000')
+    whole.with_suffix(".part").write_text("".join(done) + "\0\0\n" + '{"id": "00000')  # what died left zeros, and half a line
     whole.unlink(), shutil.rmtree(out / "ledger/deduplicate")
     for work in ("setup", "score", "ground", "synthesize", "verify", "embed"):
         monkeypatch.setattr(curate.Classical, work, None)
