@@ -366,6 +366,8 @@ def records_of(args, bases):
                 told.add(known)
                 print(f"licence     {known}: {licence}")
             if base not in bases:
+                if unsound := [folder for folder in (base, args.out) if sound(folder) != folder]:
+                    raise ValueError(f"{sound(unsound[0])}: its name is no UTF-8 text, which no table can hold; rename the folder")
                 bases.append(base)
             record = {"id": f"{number:07d}", "name": sound(str(fields.get("name") or fields.get("id") or number))}
             record |= {key: fields.get(column) for key, column in zip(PAIR, columns)} | {"base": bases.index(base)}
@@ -2091,7 +2093,9 @@ def main(argv=None):
             editor_is_installed()
         if rank == 0:
             same_settings(args, ledger)
-            args.guard and benchmark_files(args.guard)
+            read_rejects(args.rejects)  # a slip is told of before days of work, not after them
+            for path in benchmark_files(args.guard) if args.guard else ():
+                read_image(path)
             read_all(args, ledger)
         wait_for(lambda: ledger.told, "the tables")
         same_settings(args, ledger)  # on every rank: none begins with other ones while the first is still refusing them

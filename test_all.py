@@ -3616,6 +3616,20 @@ def test_json_that_begins_with_a_mark_is_read_and_what_is_broken_is_named(tmp_pa
             read()
 
 
+@pytest.mark.parametrize("name, more, says", [
+    ("caf\udce9", (), "its name is no UTF-8 text"), ("in", ("--rejects", "none.json"), "none.json"), ("in", ("--guard", "in"), "broken.png"),
+])  # fmt: skip
+def test_what_would_spoil_the_result_is_told_of_before_the_work(tmp_path, nano_data, monkeypatch, name, more, says):
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    shutil.copy(nano_data / "ref_video.csv", name)
+    Path("in").mkdir(exist_ok=True)
+    Path("in/broken.png").write_bytes(b"no picture")
+    with pytest.raises((ValueError, OSError), match=says):
+        curated(Path(name), Path("out"), *more, tables=["ref_video.csv"])
+    assert not Path("out/ledger/score").exists()
+
+
 def test_the_measure_of_scale_runs_the_real_bookkeeping(tmp_path):
     assert "40 records through four stages" in curate.measure_scale(tmp_path, records=40, vectors=30, width=8)
 
