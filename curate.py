@@ -95,7 +95,7 @@ def parse_arguments(argv=None):
         add(f"--{flag}", metavar="MODEL", help=f"with --models paper: a folder or hub id, {SERVED.get(flag, '')}(default {name})")
     add("--min-score", type=float, default=6.0, metavar="0..10", help="for instruction tuning (default %(default)s)")
     add("--min-ref-score", type=float, default=8.0, metavar="0..10", help="to get a reference (default %(default)s)")
-    add("--fps", type=above(0), default=1.0, help="frame pairs a second that are scored (default %(default)s)")
+    add("--fps", type=above(0), default=1.0, help="frame pairs a second that --models paper scores (default %(default)s)")
     add("--min-side", type=above(0, int), default=64, metavar="PIXELS", help="of a reference (default %(default)s)")
     add("--max-aspect", type=above(1), default=4.0, help="of a reference (default %(default)s)")
     add("--duplicate", type=above(0), metavar="COSINE", help="above it a reference is one already kept (default: paper 0.99, classical 0.96)")
@@ -106,7 +106,7 @@ def parse_arguments(argv=None):
     add("--shard-rows", type=above(0, int), default=256, metavar="N", help="records in a file of the ledger (default %(default)s)")
     add("--workers", type=above(0, int), default=2, help="records at a time: threads of a stage; with ray also its actors (default %(default)s)")
     add("--retry-failed", action="store_true", help="try again what failed: no network, no memory, a file that is there now")
-    add("--seed", type=int, default=0, help="of synthesis, with the record's number (default %(default)s)")
+    add("--seed", type=int, default=0, help="of the synthesis of --models paper, with the record's number (default %(default)s)")
     add("--device", metavar="NAME", help="default: cuda if there is one")
     add("--measure", choices=("truth", "scale"), help="figures of the README: truth: PAIRS is what nano.py data wrote; "
         "scale: PAIRS is an empty folder to work in")  # fmt: skip
@@ -1771,7 +1771,8 @@ class Funnel:
         return "\n".join(lines) + "\n"
 
     def statistics(self):
-        """Of the kept: kinds, frames, reference sizes; and how many would be left at other thresholds of likeness."""
+        """Of the kept: kinds, frames, reference sizes; and about how many would be left at other thresholds of
+        likeness: what is near to one that another threshold would drop is taken for dropped too."""
         tally = lambda values: {str(value): count for value, count in sorted(Counter(values).items())}
         curve = {str(t): sum(n <= t for n in self.nearest) for t in (0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99)}
         side = [f"{2 ** int(math.log2(max(min(h, w), 1)))} and up" for _, _, h, w in self.kept]

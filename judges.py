@@ -96,7 +96,8 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def post(url, headers, body, deadline, secret=None, trusted=False):
-    """POST JSON, get JSON, within `deadline` seconds in all. TryAgain, Barred or Unusable where that fails.
+    """POST JSON, get JSON, within `deadline` seconds in all (while headers dribble in: of each silence). TryAgain, Barred or
+    Unusable where that fails.
 
     trusted: it answered before, so that 403 is about this request (OpenRouter says so of what a moderator stopped).
     """
