@@ -694,7 +694,8 @@ class Score(Stage):
     def one(self, row):
         found = {}
         if "frames" not in row:  # whoever brings a score need not have opened the files
-            found |= dict(zip(("frames", "height", "width"), measure(self.file(row, "tgt_video"))))
+            _, shape = (measure(path) for path in self.clips(row))  # a source that is missing is no good for tuning
+            found |= dict(zip(("frames", "height", "width"), shape))
         if "edit_score" not in row:
             found["frame_scores"] = [round(s, 3) for s in self.models.score(*self.clips(row), row)]
             found["edit_score"] = round(sum(found["frame_scores"]) / len(found["frame_scores"]), 3)

@@ -3687,6 +3687,14 @@ def test_a_middling_edit_is_for_instruction_tuning_alone_and_a_poor_one_for_noth
     assert len(list(csv.DictReader((tmp_path / "out/video.csv").open()))) == 2
 
 
+def test_a_score_that_a_table_brings_does_not_make_up_for_a_missing_source(tmp_path, nano_data):
+    target = next(csv.DictReader((nano_data / "video.csv").open()))["tgt_video"]
+    (tmp_path / "p.csv").write_text(f"src_video,tgt_video,prompt,edit_score\nnone.mp4,{target},Add a hat.,7\n{target},{target},Add a hat.,7\n")
+    gone, there = curated(tmp_path, tmp_path / "out", "--base-path", nano_data, tables=["p.csv"])
+    assert "none.mp4: no such file" in gone["reason"] and "enough for instruction tuning only" in there["reason"]
+    assert len((tmp_path / "out" / "video.csv").read_text().splitlines()) == 2
+
+
 def test_frames_to_be_scored_correspond_whatever_rate_the_files_claim(tmp_path):
     frames = moving_picture(65, 32, 32)
     for name, fps, count in (("source", 30, 65), ("edit", 15, 61)):  # cut to 4k + 1, as the release does
