@@ -80,6 +80,14 @@ def above(least, kind=float):
     return number
 
 
+def score(text):
+    """The type of a flag on EditScore's scale."""
+    value = float(text)
+    if not 0 <= value <= 10:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 10")
+    return value
+
+
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
         description="Make reference-guided training data (RefVIE quadruplets) out of editing pairs.",
@@ -93,8 +101,8 @@ def parse_arguments(argv=None):
     add("--models", choices=("classical", "paper"), default="classical", help="default %(default)s")
     for flag, name in PAPER_MODELS.items():
         add(f"--{flag}", metavar="MODEL", help=f"with --models paper: a folder or hub id, {SERVED.get(flag, '')}(default {name})")
-    add("--min-score", type=float, default=6.0, metavar="0..10", help="for instruction tuning (default %(default)s)")
-    add("--min-ref-score", type=float, default=8.0, metavar="0..10", help="to get a reference (default %(default)s)")
+    add("--min-score", type=score, default=6.0, metavar="0..10", help="for instruction tuning (default %(default)s)")
+    add("--min-ref-score", type=score, default=8.0, metavar="0..10", help="to get a reference (default %(default)s)")
     add("--fps", type=above(0), default=1.0, help="frame pairs a second that --models paper scores (default %(default)s)")
     add("--min-side", type=above(0, int), default=64, metavar="PIXELS", help="of a reference (default %(default)s)")
     add("--max-aspect", type=above(1), default=4.0, help="of a reference (default %(default)s)")
@@ -705,12 +713,12 @@ class Score(Stage):
         score, kind = row["edit_score"], row["kind"]
         row["tuning"] = score >= self.args.min_score
         if not row["tuning"]:
-            raise Rejected(f"score {score:.1f} is below {self.args.min_score:g}", row)
+            raise Rejected(f"score {score:g} is below {self.args.min_score:g}", row)
         if kind not in KINDS:
             why = {"remove": "a removal leaves nothing to show", "style": "a style is no object"}
             raise Rejected(f"no reference for this kind of edit: {why.get(kind, 'neither object nor background')}", row)
         if score < self.args.min_ref_score:
-            raise Rejected(f"score {score:.1f} is below {self.args.min_ref_score:g}, enough for instruction tuning only", row)
+            raise Rejected(f"score {score:g} is below {self.args.min_ref_score:g}, enough for instruction tuning only", row)
         return row
 
 
@@ -2111,11 +2119,14 @@ def main(argv=None):
         deduplicate_all(args, ledger)
         text, counts, common = write_results(args, ledger, bases)
     print(text)
-    print(f"write       {args.out}/page.html, funnel.md, statistics.json: look at page.html")
+    tables = [name for name in (*FILES.values(), "refvie.parquet") if (Path(args.out) / name).is_file()]
+    print(f"write       {args.out}/{''.join(f'{name}, ' for name in tables)}page.html, funnel.md, statistics.json: look at page.html")
     if sum(count for (_, status, _), count in counts.reasons.items() if status == "failed") == counts.total:
         raise ValueError(f"not one of {counts.total} records could be worked on; the table above says why (--retry-failed tries them again)")
     if counts.kept:
         print(f"train       python train.py --stage 3 --ref-csv {shlex.quote(args.out)}/ref_video.csv --base-path {shlex.quote(common)} --data DIR")
+    else:
+        print("train       nothing: not one quadruplet was kept; the table above says why")
 
 
 def run():

@@ -173,7 +173,7 @@ def open_media(path, content=None):
     MediaError."""
     path = Path(path)
     if content is None and not path.is_file():
-        raise MediaError(f"{path}: no such file")
+        raise MediaError(f"{path}: {'a folder; give a clip or a picture in it' if path.is_dir() else 'no such file'}")
     try:
         # absolute: of "clip12:30.mp4" ffmpeg would take the first part for a protocol; and "100%dogs.png" for many files
         name = str(path.absolute()) if content is None else io.BytesIO(content)
@@ -609,7 +609,7 @@ def csv_lines(path, columns=()):
                     raise ValueError(f"{place}: more fields than columns; a prompt with a comma needs quotes around it")
                 yield place, line
         except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: {error}; is a quote not closed?") from None
+            raise ValueError(f"{path}, after line {reader.line_num}: {error}; is a quote not closed?") from None
         except UnicodeDecodeError:
             raise ValueError(f"{path}: is not UTF-8 text; save the table as CSV UTF-8") from None
 
@@ -969,6 +969,8 @@ def run():
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"data.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("data.py: stopped")
 
 
 if __name__ == "__main__":

@@ -1046,8 +1046,16 @@ def human_agreement(human, rows):
 # ------------------------------------------------------------------------------------------------ commands
 
 
+def edits_exist(*folders):
+    """JudgeError where a folder of edits is not there: a report on it would take the place of a good one."""
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise JudgeError(f"{folder}: no such folder of edits")
+
+
 def score(args):
     """`judge.py score`: metrics, then the judge, then the report. JudgeError at the end where items have no result."""
+    edits_exist(args.edits)
     items = read_bench(args.bench, args.path, args.edits, args.limit)
     human = read_human(args.human, items) if args.human else None  # before the judge is paid
     controls, cost, stopped = {}, "", None
@@ -1158,6 +1166,7 @@ def make_edit(model, item, args):
 
 def compare(args):
     """`judge.py compare`: which of two systems wins, each pair shown in both orders; metrics as paired differences."""
+    edits_exist(args.a, args.b)
     sides = [read_bench(args.bench, args.path, folder, args.limit) for folder in (args.a, args.b)]
     parts = []
     with closing(Ledger(args.out / "answers.jsonl")) as ledger:

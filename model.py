@@ -29,6 +29,7 @@ from torch import nn
 from connectors import LoRALinear, MLLMConfig, MLLMEncoder, merge_lora, replace_modules
 from data import MAX_PIXELS, nearest_size, pad_reference, read_clip, whole_folder
 from dit import DiT, DiTConfig
+from kernels import pick_device
 from vae import VAE, VAEConfig
 
 SOURCE_CONDITIONS = ("add_scaled", "add_learned", "add_unscaled", "add_shared_patch_embed", "channel_concat")
@@ -388,8 +389,9 @@ class KiwiEdit(nn.Module):
         shards and VAE) and `qwen` (Qwen2.5-VL), folders or hub ids both, by default those of the 5B; or a run of train.py,
         a checkpoint of it or its .safetensors, which by default lies over what the run began with.
         ref_pad_first: it was trained with the references' tokens before the video's, which such a file does not say.
-        FileNotFoundError, ValueError where something is missing, unexpected, damaged or of another size.
+        FileNotFoundError, ValueError where something is missing, unexpected, damaged or of another size, or no such device.
         """
+        device = pick_device(device)
         config, files = read_weights(path, base, qwen)
         config = replace(config, ref_pad_first=ref_pad_first or config.ref_pad_first)
         with meta_parameters():
@@ -744,6 +746,7 @@ def read_weights(path, base=None, qwen=None, usual_base=WAN_BASE):
     elif path and path.is_dir():
         path = single_file(path)
     if path is None or path.is_file():
+        path and open_tensors(path, "cpu")  # a file that is none of weights is told of before a base is fetched
         base = None if checkpoint and base is None else local_path(base or usual_base)
         if base and is_wan(base):
             config, files = read_training_checkpoint(path, base, local_path(qwen or QWEN_BASE))

@@ -857,7 +857,7 @@ def evaluate(args):
         cases.append({"index": row["index"], "kind": row["kind"], **told, "measures": measures})
         pictures.setdefault(task, []).append(picture)
     table = f"{summary(cases)}\n{goals(cases)}\n{by_wording(cases)}"
-    settings = {name: getattr(model.config, name) for name in ("steps", "ref_guidance")}
+    settings = {"digest": digest_of(model)} | {name: getattr(model.config, name) for name in ("steps", "ref_guidance")}
     write_text(out / "eval.json", json.dumps({"weights": args.weights, "world": world, **settings, "cases": cases}, indent=0))
     write_text(out / "eval.md", table)
     sheet = [torch.cat([*shown[:4], *[torch.zeros_like(shown[0])] * (4 - len(shown))], dim=1) for shown in pictures.values()]
@@ -979,10 +979,10 @@ def ship(args):
     only_weights(out, also=("example", "MODEL_CARD.md"))
     row, world = find_example(data, args.example), read_world(data)
     phases, seen = phases_of(checkpoint, Path(args.weights)), clips_seen(checkpoint, Path(args.weights))
-    evaluation = (Path(args.eval) / "eval.md").read_text() if args.eval else "Not evaluated yet.\n"
     model = KiwiEdit.from_pretrained(checkpoint, dtype=torch.float32, base=args.weights)
     clip = world["frames"], world["size"], world["size"], world["fps"]
     model.config = replace(model.config, trained=clip, steps=args.steps, ref_guidance=args.ref_guidance)
+    evaluation = read_evaluation(args.eval, model) if args.eval else "Not evaluated yet.\n"
     parts = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     with whole_folder(out) as folder:
         model.to(torch.bfloat16).save(folder)
@@ -1000,6 +1000,22 @@ def ship(args):
         )  # fmt: skip
         (folder / "MODEL_CARD.md").write_text(card)
     print(f"write       {out}: {(total + len(card.encode())) / 1e6:.1f} MB")
+
+
+def digest_of(model):
+    """A fingerprint of a model's weights as they are shipped, in bfloat16."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().bfloat16().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def read_evaluation(folder, model):
+    """What `eval` found, as text. ValueError where that was another model, or this one asked for other edits."""
+    made = json.loads((Path(folder) / "eval.json").read_text())
+    if made.get("digest") != digest_of(model) or any(made[name] != getattr(model.config, name) for name in ("steps", "ref_guidance")):
+        raise ValueError(f"--eval {folder}: measured other weights ({made['weights']}), steps or guidance; measure these by `nano.py eval`")
+    return (Path(folder) / "eval.md").read_text()
 
 
 def find_example(data, index):

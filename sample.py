@@ -48,7 +48,7 @@ def parse_arguments(argv=None):
         "the time; 1 is as released (default: 1; nano 1.2)")  # fmt: skip
     add("--shift", type=float, default=5.0, help="shift of the noise schedule (default %(default)s)")
     add("--seed", type=int, default=0, help="same seed, same result (default %(default)s)")
-    add("--frames", type=positive, help="at most so many frames, reduced to 4k + 1 (default: 81; nano 9)")
+    add("--frames", type=positive, help="at most so many frames, from 5 on reduced to 4k + 1 (default: 81; nano 9)")
     add("--max-pixels", type=positive, help="larger frames are shrunk (default: 921600; nano 4096)")
     add("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one)")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, on a CPU float32")
@@ -131,6 +131,8 @@ def check_values(args):
         raise ValueError(f"--shift {args.shift}: a number above 0, the release's is 5")
     if args.ref_guidance is not None and not 0 < args.ref_guidance < float("inf"):
         raise ValueError(f"--ref-guidance {args.ref_guidance}: a number above 0, the release's is 1")
+    if args.ref_guidance is not None and not args.ref:
+        raise ValueError("--ref-guidance is how far references are followed, and there is none: give --ref, or leave it out")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed}: from 0 to 2**63 - 1")
 
@@ -168,10 +170,11 @@ def read_source(args):
         frames, height, width, fps = config.trained
         print(
             f"note        these weights know {frames} frames of {width}x{height} at {fps} fps alone: {args.input}, "
-            f"{total} of {clip.source_size[1]}x{clip.source_size[0]}, is edited at about that size"
+            f"{total} of {clip.source_size[1]}x{clip.source_size[0]}, is edited in the size that follows"
         )
     count, height, width, _ = clip.frames.shape
-    print(f"read        {args.input}: {count} frame{'s' * (count > 1)} of {width}x{height}, {float(clip.fps):g} fps")
+    rate = "" if clip.still else f", {float(clip.fps):g} fps"
+    print(f"read        {args.input}: {count} frame{'s' * (count > 1)} of {width}x{height}{rate}")
     return clip
 
 

@@ -1669,7 +1669,9 @@ def test_the_bundled_weights_edit_their_example_in_a_minute(tmp_path):
     (["drawing.svg", "x"], "no decoder"),
     (["--ref", "whole.jpg", "whole.mp4", "make it red"], '"make it red"; a clip and an instruction are needed'), (["whole.jpg", "x", "--shift", "0"], "above 0"),
     (["whole.jpg", "x", "--ref", "whole.jpg", "--ref-guidance", "-1"], "above 0"),
-    (["whole.jpg", "x", "--seed", str(2**64)], "--seed"),
+    (["whole.jpg", "x", "--seed", str(2**64)], "--seed"), (["..", "x"], "..: a folder; give a clip"),
+    (["whole.jpg", "x", "--ref-guidance", "2"], "give --ref, or leave it out"),
+    (["whole.jpg", "x", "--weights", "words.png"], "words.png: cannot be read"),
 ])  # fmt: skip
 def test_bad_input_is_one_clear_line_and_a_failure(tmp_path, small_weights, case, says, capsys, monkeypatch):
     if "cuda" in case and torch.cuda.is_available():
@@ -2189,7 +2191,7 @@ def test_a_limit_of_pixels_is_a_number_or_none():
     (["--resume", "nowhere"], "not a checkpoint folder"), (["--set", "paint.dim=3"], "there are model, dit, vae, mllm"),
     (["--set", "ema=1.5"], "Stage.ema: 1.5"), (["--set", "image=-1"], "shares of at least 0"),
     (["--set", "trains=lora,dti"], "the model has no 'dti'"), (["--set", "lora_targets=q_proj,key"], "no linear layer 'key'"),
-    (["--init", "random"], "leave out --weights"),
+    (["--init", "random"], "leave out --weights"), (["--weights", __file__], "cannot be read"),
 ])  # fmt: skip
 def test_a_bad_request_to_train_is_one_clear_line(tmp_path, lesson, monkeypatch, words, says):
     plain = lessons(lesson, tmp_path / "run", settings=words[1:] if words[0] == "--set" else [])
@@ -2543,7 +2545,8 @@ def test_what_ships_has_an_example_and_says_how_it_was_trained_and_is_the_same_e
         return run / "step-000001/weights.safetensors"
 
     checkpoint = train_from(pretrained / "weights", tmp_path / "run")
-    nano.main(["eval", "--weights", str(pretrained / "weights"), *map(str, ["--data", test_clips, "--out", tmp_path]), "--steps", "1"])
+    run_ship(checkpoint, pretrained / "weights", test_clips, tmp_path / "plain")
+    nano.main(["eval", *map(str, ["--weights", tmp_path / "plain", "--data", test_clips, "--out", tmp_path])])
     for name in "ab":
         run_ship(checkpoint, pretrained / "weights", test_clips, tmp_path / name, "--eval", str(tmp_path))
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
@@ -2557,7 +2560,10 @@ def test_what_ships_has_an_example_and_says_how_it_was_trained_and_is_the_same_e
     assert (tmp_path / "a/example/prompt.txt").read_text().strip() == row["prompt"]
     assert (tmp_path / "a/example/reference.png").read_bytes() == (test_clips / row["ref_image"]).read_bytes()
     (tmp_path / "a/MODEL_CARD.md").write_text(card.replace(clips, f"{clips}, 3 of others"))
-    run_ship(train_from(tmp_path / "a", tmp_path / "more"), tmp_path / "a", test_clips, tmp_path / "c")
+    more = train_from(tmp_path / "a", tmp_path / "more")
+    with pytest.raises(ValueError, match="measured other weights"):
+        run_ship(more, tmp_path / "a", test_clips, tmp_path / "c", "--eval", str(tmp_path))
+    run_ship(more, tmp_path / "a", test_clips, tmp_path / "c")
     rows = [line for line in card.splitlines() if line.startswith("| pretrain ")]
     again = (tmp_path / "c/MODEL_CARD.md").read_text()
     assert again.count(clips) == 1 == again.count("3 of others")
@@ -3200,6 +3206,16 @@ def test_a_missing_and_a_broken_edit_are_counted_and_shown(refvie, capsys):
     assert "| subject | 0 of 2 | - (2 missing)" in text
     page = (refvie / "out" / "refvie.html").read_text()
     assert "data:image/jpeg;base64," in page and not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_a_folder_of_edits_that_is_not_there_replaces_no_report(refvie, tmp_path):
+    (tmp_path / "refvie.md").write_text("good")
+    (tmp_path / "refvie_compare.md").write_text("good")
+    bench, out = ["--bench", "refvie", str(refvie / "bench.yaml")], ["--judge", "metrics", "--out", str(tmp_path)]
+    for words in (["score", *bench, "--edits", "nope", *out], ["compare", *bench, str(refvie / "edits"), "nope", *out]):
+        with pytest.raises(SystemExit, match="nope: no such folder of edits"):
+            judge.main(words)
+    assert [(tmp_path / name).read_text() for name in ("refvie.md", "refvie_compare.md")] == ["good", "good"]
 
 
 def test_averages_of_the_released_score_files_are_theirs_and_ours_are_equal_where_the_rule_was_kept(tmp_path, capsys):

@@ -186,13 +186,15 @@ def parse_arguments(argv=None):
     for flag in ("save_every", "keep"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least 1")
+    if args.max_bad < 0 or args.workers < 0:
+        parser.error("--max-bad, --workers: at least 0")
     if args.export and args.out is None:
         parser.error("--export needs --out")
     if not args.plot and not args.export and args.stage is None:
         parser.error("--stage is needed")
     if args.out is None and args.stage:
         args.out, before = f"runs/{args.stage}", Path(f"runs/{args.stage - 1}")
-        if args.weights is None and args.init == "weights" and before.is_dir():
+        if args.weights is None and args.init == "weights" and any(before.glob("step-*")):  # not of one that never began
             args.weights = str(before)
     return args
 
@@ -850,6 +852,8 @@ class Trainer:
                   f"{'; go on with --resume auto' if self.stop else ''}")  # fmt: skip
 
     def ask_to_stop(self, number, frame):
+        if self.ranks.first and not self.stop:
+            print(f"{signal.Signals(number).name}: the step under way is finished and saved", file=sys.stderr, flush=True)
         self.stop = signal.Signals(number).name
 
     def loader(self):
@@ -1347,6 +1351,8 @@ def run():
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:  # before the first step; then a signal waits for the step under way
+        sys.exit("train.py: stopped; nothing was trained")
     except torch.OutOfMemoryError:
         sys.exit("train.py: out of GPU memory; --dry-run says what a rank needs: take more GPUs, fewer --set pixels= or frames=, or a smaller --config")
 
