@@ -772,23 +772,26 @@ class Mixture:
 
     def batches(self, kind, epoch):
         """The epoch's batches (shape, number in the shape's bucket), shuffled."""
-        found = []
-        for shape, rows in self.buckets[kind].items():
-            found += [(shape, i) for i in range(epoch * len(rows) // self.size, (epoch + 1) * len(rows) // self.size)]
+
+        def found():
+            for shape, rows in self.buckets[kind].items():
+                for i in range(epoch * len(rows) // self.size, (epoch + 1) * len(rows) // self.size):
+                    yield shape, i
+
         return self.shuffled(found, kind, epoch)
 
     def row(self, kind, shape, j):
         """Row j of a bucket's endless row of shuffled epochs."""
         rows = self.buckets[kind][shape]
         epoch, place = divmod(j, len(rows))
-        return self.shuffled(rows, kind, epoch, shape)[place]
+        return self.shuffled(lambda: rows, kind, epoch, shape)[place]
 
     def shuffled(self, values, kind, epoch, *more):
-        """The values in the order of an epoch; orders of epochs long past are dropped."""
+        """What `values()` gives, in the order of an epoch; orders of epochs long past are dropped."""
         key = (kind, epoch, *more)
         if key not in self.orders:
             self.orders = {k: order for k, order in self.orders.items() if k[0] != kind or k[1] >= epoch - 1}
-            order = self.orders[key] = list(values)
+            order = self.orders[key] = list(values())
             random.Random(f"{self.seed} {key}").shuffle(order)
         return self.orders[key]
 
@@ -836,9 +839,8 @@ class Pairs(torch.utils.data.Dataset):
 
     def add(self, batch, bucket, number):
         """Add a row, or the next in its bucket that can be read."""
-        start, reason = bucket.index(number), ""
-        for i in range(len(bucket)):
-            candidate = bucket[(start + i) % len(bucket)]
+        reason = ""
+        for candidate in from_row(bucket, number):
             row = self.tables[batch["kind"]][candidate]
             try:
                 pictures, visuals = self.read(row, batch["kind"], batch["shape"], candidate)
@@ -854,6 +856,13 @@ class Pairs(torch.utils.data.Dataset):
     def read(self, row, kind, shape, number):
         target, source, ref = read_pair(row, shape)
         return (target, source, ref), self.resize(source, ref)
+
+
+def from_row(bucket, number):
+    """A row's number and then those after it in its bucket, round to the one before: where it is, is seldom asked for."""
+    yield number
+    start = bucket.index(number)
+    yield from bucket[start + 1 :] + bucket[:start]
 
 
 def fingerprint(rows, more=None):

@@ -906,6 +906,15 @@ def test_a_mixture_gives_each_row_once_an_epoch_in_the_ratio_asked_for_and_has_n
     assert [Mixture(buckets, {"image": 2, "video": 1}, 2, seed=4)[n] for n in range(9)] != batches[:9]
 
 
+def test_the_order_of_a_million_rows_is_made_once_an_epoch_and_not_for_every_batch():
+    mixture, took = Mixture({"image": {(1, 64, 64): range(1_000_000)}}, {"image": 1}, 1, seed=0), []
+    for numbers in (range(1), range(1, 2000)):
+        started = time.perf_counter()
+        assert len({mixture[n][2][0] for n in numbers}) == len(numbers)
+        took.append(time.perf_counter() - started)
+    assert took[1] < took[0]
+
+
 def write_table(path, rows, ref=False):
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([["src_video", "tgt_video", "prompt", *["ref_image"] * ref], *rows])
