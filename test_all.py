@@ -2010,6 +2010,18 @@ def test_training_from_a_cache_gives_the_same_losses_and_opens_no_file(tmp_path,
         train.main(lessons(lesson, tmp_path / "cache", "--write-cache", tmp_path / "cache", settings=["ref_shrink=0.5"]))
 
 
+def test_a_cache_is_refused_where_a_row_before_its_rows_is_gone(tmp_path, lesson):
+    mine = Path(shutil.copytree(lesson, tmp_path / "mine", ignore=shutil.ignore_patterns("weights")))
+    header, *rows = (mine / "image.csv").read_text().splitlines()
+    (mine / "broken.png").write_text("none")
+    (mine / "image.csv").write_text("\n".join([header, rows[1], "broken.png,broken.png,Which is in no cache.", rows[2], rows[4]]))
+    words = lessons(lesson, tmp_path / "c", "--data", mine, "--max-bad", 50, settings=["steps=1", "video=0", "ref=0"])
+    train.main([*words, "--write-cache", str(tmp_path / "c")])
+    (mine / "image.csv").write_text("\n".join([header, rows[1], rows[2], rows[4]]))  # the last would get the second's latents
+    with pytest.raises(ValueError, match="was written for other tables"):
+        train.main([*words, "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "c")])
+
+
 def test_several_folders_are_trained_as_one(tmp_path, lesson):
     for half, rows in (("a", slice(1, 4)), ("b", slice(4, None))):
         (tmp_path / half).mkdir()

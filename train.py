@@ -721,13 +721,14 @@ def begin_cache(folder, wanted, ranks):
 
 
 def cached_buckets(model, stage, curriculum, tables):
-    """What a cache holds: {"image-1x64x64": fingerprint of its rows and of what made latents and pictures of them, ...}."""
+    """What a cache holds: {"image-1x64x64": fingerprint of its rows, of their numbers (by which
+    tensors are found) and of what made latents and pictures of them, ...}."""
     c = model.config
     vae = [(name, p.detach().flatten()[:16].bfloat16().tolist()) for name, p in model.vae.named_parameters()]
     made = [json.dumps(asdict(c.vae)), vae, c.mllm.max_pixels, c.mllm.max_frames]  # JSON: a list or a tuple, as it was read
     return {
         shard_path("", kind, shape, 0).name.rsplit("-", 1)[0]: fingerprint(
-            [tables[kind][i] for i in rows], made + [c.mllm.max_ref_tokens, stage.ref_shrink] * (kind == "ref")
+            [tables[kind][i] for i in rows], [rows, *made] + [c.mllm.max_ref_tokens, stage.ref_shrink] * (kind == "ref")
         )
         for (kind, shape), rows in rows_of_shapes(curriculum).items()
     }
