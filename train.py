@@ -74,7 +74,7 @@ class Stage:
     optimizer: str = "adamw"  # or "muon": orthogonalised updates for matrices, AdamW for the rest
     weight_decay: float = 0.01
     beta2: float = 0.999
-    clip: float = 1.0
+    clip: float = 1.0  # of the gradient's norm; 0: none
     shift: float = 5.0
     weighting: str = "bell"  # of the loss over the timesteps, or "none" (FlowMatch)
     balance: bool = False  # what an edit changes and what it keeps count by the roots of their shares (balance_weights)
@@ -118,12 +118,12 @@ STAGES = {
         2: Stage(EDIT, 1, 1, pixels=(360_000, 960_000)),
         3: Stage(REFER, 2, 1, 1),
     },
-    # its global batch is the number of kinds of data on each of, here, 8 GPUs; stage 2 is 20K steps at each size, and of
-    # stage 3 there is one for references alone: --set image=0 video=0 steps=30000 global_batch=8
+    # its global batch is the number of kinds of data on each of, here, 8 GPUs, its gradients are not clipped; stage 2 is
+    # 20K steps at each size, and of stage 3 there is one for references alone: --set image=0 video=0 steps=30000 global_batch=8
     "released": {
-        1: Stage(ALIGN, source=False, pixels=(1024 * 1024,), lr=1e-5, warmup=0, steps=30_000, global_batch=8),
-        2: Stage(EDIT, 1, 1, pixels=(600 * 600, 720 * 1280), lr=1e-5, warmup=0, steps=40_000, global_batch=16),
-        3: Stage(REFER, 1, 1, 1, pixels=(720 * 1280,), lr=5e-6, warmup=0, steps=15_000, global_batch=24),
+        1: Stage(ALIGN, source=False, pixels=(1024 * 1024,), lr=1e-5, warmup=0, clip=0, steps=30_000, global_batch=8),
+        2: Stage(EDIT, 1, 1, pixels=(600 * 600, 720 * 1280), lr=1e-5, warmup=0, clip=0, steps=40_000, global_batch=16),
+        3: Stage(REFER, 1, 1, 1, pixels=(720 * 1280,), lr=5e-6, warmup=0, clip=0, steps=15_000, global_batch=24),
     },
 }
 
