@@ -1716,7 +1716,7 @@ def test_seed_steps_shift_and_guidance_reach_the_denoising(monkeypatch, tmp_path
     denoised = lambda self, noise, *rest: asked.append((noise[0, 0, 0, 0, 0].item(), *rest[3:5], rest[-1])) or noise
     monkeypatch.setattr(KiwiEdit, "denoise", denoised)
     write_image(tmp_path / "in.png", moving_picture(1, 64, 64)[0])
-    for flags in ((), ("--shift", "3"), ("--steps", "7"), ("--seed", "1"), ("--ref-guidance", "2")):
+    for flags in ((), ("--shift", "3"), ("--steps", "7"), ("--seed", "1"), ("--ref-guidance", "2", "--ref", str(tmp_path / "in.png"))):
         sample.main([str(tmp_path / "in.png"), "Make it snow.", *first, *flags])
     assert [(steps, flow.shift) for _, steps, flow, _ in asked] == [(50, 5.0), (50, 3.0), (7, 5.0), (50, 5.0), (50, 5.0)]
     assert [guidance for *_, guidance in asked] == [1, 1, 1, 1, 2]
@@ -1824,6 +1824,17 @@ def test_what_a_stage_saves_has_exactly_the_released_names_and_shapes(tmp_path, 
     assert (model.mllm.config.max_pixels is None) == (config == "5b")  # so their scripts
 
 
+def on_two_ranks(tmp_path, runs, first=""):
+    """Trainings on the same two CPU processes, after some lines of Python."""
+    (tmp_path / "all.py").write_text(f"import sys\nsys.path.insert(0, {str(HOUSE)!r})\nimport train\n{first}\n"
+                                     f"train.dist.init_process_group('gloo')\nfor words in {runs!r}:\n    train.main(words)\n"
+                                     "train.dist.destroy_process_group()\n")  # fmt: skip
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "all.py")]
+    done = subprocess.run(torchrun, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
+    print(done.stderr[-3000:])
+    return done
+
+
 def test_ddp_fsdp_and_sequence_parallelism_give_the_losses_of_one_process_and_resume_on_another_number(tmp_path, lesson):
     short, long = ["steps=3", "pixels=4096,6144"], ["steps=20", "pixels=4096,6144", "ema=0.9"]
     muon = [*short, "optimizer=muon"]
@@ -1833,12 +1844,7 @@ def test_ddp_fsdp_and_sequence_parallelism_give_the_losses_of_one_process_and_re
         ("ddp", [], long), ("fsdp", ["--parallel", "fsdp"], long), ("sp", ["--sp", "2"], short), ("odd", ["--sp", "2"], odd),
         ("matrices", ["--parallel", "fsdp"], muon),
         ("half", ["--sp", "2", "--parallel", "fsdp", "--dtype", "bfloat16"], short))]  # fmt: skip
-    (tmp_path / "all.py").write_text(f"import sys\nsys.path.insert(0, {str(HOUSE)!r})\nimport train\n"
-                                     f"train.dist.init_process_group('gloo')\nfor words in {runs!r}:\n    train.main(words)\n"
-                                     "train.dist.destroy_process_group()\n")  # fmt: skip
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "all.py")]
-    done = subprocess.run(torchrun, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert on_two_ranks(tmp_path, runs).returncode == 0
     train.main(lessons(lesson, tmp_path / "short", settings=short))
     train.main(lessons(lesson, tmp_path / "muon", settings=muon))
     train.main(lessons(lesson, tmp_path / "whole", settings=odd))
@@ -1853,6 +1859,17 @@ def test_ddp_fsdp_and_sequence_parallelism_give_the_losses_of_one_process_and_re
     for name in ("weights", "ema"):
         a, b = (load_file(tmp_path / run / "step-000020" / f"{name}.safetensors") for run in ("one", "fsdp"))
         assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+
+
+def test_sharded_ranks_do_not_wait_for_ever_where_one_kind_of_data_trains_what_another_has_not(tmp_path, lesson):
+    kinds = ["steps=2", "batch=2"]  # a batch a rank, of which one is an image, the other a clip
+    runs = [(1, [*kinds, "video=1"]), (3, [*kinds, "trains=ref_embedder", "video=0"]), (3, [*kinds, "model.source=add_learned", "optimizer=muon"])]
+    words = [[lessons(lesson, tmp_path / f"{name}{i}", *flags, stage=stage, settings=settings) for i, (stage, settings) in enumerate(runs)]
+             for name, flags in (("one", []), ("two", ["--parallel", "fsdp"]))]  # fmt: skip
+    for run in words[0]:
+        train.main(run)
+    assert on_two_ranks(tmp_path, words[1]).returncode == 0
+    assert all(same_course(tmp_path / f"two{i}", tmp_path / f"one{i}", 1e-4) for i in range(len(runs)))
 
 
 def test_a_signal_to_one_of_two_ranks_stops_both_after_the_same_step(tmp_path, lesson):
@@ -2314,10 +2331,14 @@ def test_a_batch_of_two_is_estimated_to_need_twice_the_activations_of_one(tmp_pa
 
 
 def test_muon_takes_matrices_of_the_blocks_and_adamw_the_rest():
-    shapes = {"dit.blocks.0.ffn.0.weight": (4, 3), "mllm.ref_queries": (4, 3), "dit.blocks.0.modulation": (1, 6, 3)}
+    shapes = {"dit.blocks.0.ffn.0.weight": (4, 3), "mllm.ref_queries": (4, 3), "dit.blocks.0.modulation": (1, 6, 3), "source_scale.weight": (1, 3)}
     trained = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
-    muon, adamw = train.make_optimizers(replace(train.STAGES["paper"][3], optimizer="muon"), trained)
-    assert [len(o.param_groups[0]["params"]) for o in (muon, adamw)] == [1, 2] and adamw.defaults["betas"] == (0.9, 0.999)
+    stage = replace(train.STAGES["paper"][3], optimizer="muon")
+    muon, adamw = train.make_optimizers(stage, trained)
+    assert [len(o.param_groups[0]["params"]) for o in (muon, adamw)] == [1, 3] and adamw.defaults["betas"] == (0.9, 0.999)
+    trained["dit.blocks.0.ffn.0.weight"].device_mesh = SimpleNamespace(size=lambda: 8)
+    with pytest.raises(ValueError, match="has 4 rows for 8 ranks"):
+        train.make_optimizers(stage, trained)
 
 
 # ------------------------------------------------------------------------------------------------ nano.py, world.py

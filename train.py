@@ -594,9 +594,18 @@ def parallelise(model, args, ranks):
     policy = MixedPrecisionPolicy(param_dtype=ranks.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in trained:
         fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
+    for first in (model.dit.blocks[0], model.mllm.model.language_model.layers[0]):
+        first.register_forward_pre_hook(reached_by_the_backward, prepend=True)  # before FSDP's own
     # The vision tower is called once a picture, which would not be as often on every rank: the root gathers it. The VAE
     # is called by itself and before the rest: it stays whole.
     return fully_shard(model, mesh=ranks.mesh, mp_policy=policy, ignored_params=set(model.vae.parameters()))
+
+
+def reached_by_the_backward(block, arguments):
+    """Where a kind of data has trained parts before the blocks and another has none, the backward would run through blocks
+    on one rank alone, or end in another order: sharded ranks would wait for one another for ever."""
+    if torch.is_grad_enabled():
+        arguments[0].requires_grad_()
 
 
 def export(run, folder, base=None, qwen=None):
@@ -776,16 +785,25 @@ MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.Muon: ("mom
 
 def make_optimizers(stage, trained):
     """AdamW (paper, Section 5.1); or Muon for what is a matrix, its updates as large as AdamW's would be (arXiv
-    2502.16982, Eq. 4), and AdamW for the rest: queries, norms, modulations, patch embeddings."""
-    matrices = [p for name, p in trained.items() if stage.optimizer == "muon" and p.ndim == 2 and not name.endswith("_queries")]
-    chosen, optimizers = set(matrices), []
+    2502.16982, Eq. 4), and AdamW for the rest: queries, norms, modulations, patch embeddings. ValueError for one with
+    fewer rows than there are ranks that share it: torch's Muon cannot update that."""
+    matrices = {name: p for name, p in trained.items() if stage.optimizer == "muon" and is_matrix(name, p)}
+    for name, p in matrices.items():
+        if len(p) < (ranks := p.device_mesh.size() if hasattr(p, "device_mesh") else 1):
+            raise ValueError(f"--set optimizer=muon: {name} has {len(p)} rows for {ranks} ranks; take a larger lora_rank, or adamw")
+    chosen, optimizers = set(matrices.values()), []
     if matrices:
-        muon = torch.optim.Muon(matrices, stage.lr, weight_decay=stage.weight_decay, adjust_lr_fn="match_rms_adamw")
+        muon = torch.optim.Muon(list(matrices.values()), stage.lr, weight_decay=stage.weight_decay, adjust_lr_fn="match_rms_adamw")
         optimizers.append(muon)
     if rest := [p for p in trained.values() if p not in chosen]:
         adamw = torch.optim.AdamW(rest, lr=stage.lr, betas=(0.9, stage.beta2), weight_decay=stage.weight_decay)
         optimizers.append(adamw)
     return optimizers
+
+
+def is_matrix(name, parameter):
+    """Whether Muon may orthogonalise its updates: not a table of queries, not a row such as `source_scale`."""
+    return parameter.ndim == 2 and min(parameter.shape) > 1 and not name.endswith("_queries")
 
 
 class Trainer:
