@@ -799,9 +799,15 @@ def read_beginning(run, qwen=None):
 
 
 def valid_checkpoints(run):
-    """The checkpoint folders of a run, oldest first."""
+    """The checkpoint folders of a run, oldest first. One of another name, such as step-000500-good, is its owner's: it is
+    neither the last nor too old."""
     needed = ("weights.safetensors", "train.json", "state/.metadata")
-    return [p for p in sorted(run.glob("step-*")) if all((p / name).is_file() for name in needed)]
+    named = [p for p in run.glob("step-*") if p.name.removeprefix("step-").isdecimal()]
+    return [p for p in sorted(named, key=step_of) if all((p / name).is_file() for name in needed)]
+
+
+def step_of(checkpoint):
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def find_checkpoint(path):

@@ -2119,6 +2119,9 @@ def test_averaged_weights_are_what_their_decay_says(tmp_path, lesson):
     before, ema, weights = file(2, "ema"), file(3, "ema"), file(3, "weights")
     assert all(torch.allclose(ema[k], 0.75 * before[k] + 0.25 * weights[k], atol=1e-6) for k in ema)
     assert any(not torch.equal(ema[k], weights[k]) for k in ema)
+    train.main(["--export", str(tmp_path / "run/step-000003/ema.safetensors"), "--out", str(tmp_path / "average")])
+    head = load_file(tmp_path / "average/dit.safetensors")["dit.head.head.weight"]
+    assert torch.equal(head, ema["dit.head.head.weight"]), "the file given is what is exported"
 
 
 def test_another_run_goes_on_from_a_checkpoint_given_by_its_path(tmp_path, lesson):
@@ -2129,6 +2132,25 @@ def test_another_run_goes_on_from_a_checkpoint_given_by_its_path(tmp_path, lesso
     assert losses(tmp_path / "b") == losses(tmp_path / "a")[1:]
     with pytest.raises(ValueError, match="later checkpoints"):
         train.main(lessons(lesson, tmp_path / "a", *resume, settings=["steps=2"]))
+
+
+def test_a_run_is_never_what_it_began_with_itself(tmp_path, lesson):
+    train.main(lessons(lesson, tmp_path / "run", "--save-every", "1", settings=["steps=1"]))
+    for own in ("run", "run/step-000001", "run/step-000001/weights.safetensors"):
+        with pytest.raises(ValueError, match="is --out itself; give what this run began with"):
+            train.main(lessons(lesson, tmp_path / "run", "--weights", tmp_path / own, "--resume", "auto", settings=["steps=2"]))
+    assert small_edit(KiwiEdit.from_pretrained(tmp_path / "run", dtype=torch.float32)).shape == (6, 32, 64, 3)
+
+
+def test_checkpoints_are_in_the_order_of_their_steps_and_a_renamed_one_stays(tmp_path, lesson):
+    words = lessons(lesson, tmp_path, "--resume", "auto", "--save-every", "1", "--keep", "1")
+    train.main([*words, "steps=1"])
+    (tmp_path / "step-000001").rename(tmp_path / "step-000001-good")
+    train.main([*words, "steps=2"])
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-000001-good", "step-000002"]
+    for name in ("step-999999", "step-1000000"):
+        shutil.copytree(tmp_path / "step-000002", tmp_path / name)
+    assert [p.name for p in valid_checkpoints(tmp_path)] == ["step-000002", "step-999999", "step-1000000"]
 
 
 def test_a_shape_of_two_phases_has_the_rows_of_both_in_a_cache():

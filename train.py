@@ -180,7 +180,8 @@ def parse_arguments(argv=None):
     add("--sample-every", type=int, default=0, metavar="STEPS", help="edit the first row of each table (default: never)")
     add("--sample-steps", type=int, default=20, metavar="STEPS", help="denoising steps of that (default %(default)s)")
     add("--dry-run", action="store_true", help="print the stage, sizes, memory and first batches; train nothing")
-    add("--export", metavar="RUN", help="write a run's last checkpoint as a whole model to --out, LoRA merged; nothing else")
+    add("--export", metavar="RUN", help="write a run's last checkpoint, or a file of one such as ema.safetensors, as a "
+        "whole model to --out, LoRA merged; nothing else")  # fmt: skip
     add("--plot", metavar="RUN", help="draw the losses of a run to RUN/loss.svg, nothing else")
     args = parser.parse_args(argv)
     for flag in ("save_every", "keep"):
@@ -222,7 +223,7 @@ from kernels import attention
 from model import (
     HUB_BASES, PRESETS, QWEN_BASE, FlowMatch, KiwiEdit, TensorFiles, as_trained, began_with, find_checkpoint,
     leave_out_source, listed, load_weights, local_path, meta_parameters, move_buffers, only_weights, read_json, read_weights,
-    released_name, set_parameter, valid_checkpoints, widened,
+    released_name, set_parameter, step_of, valid_checkpoints, widened,
 )  # fmt: skip
 from world import write_mllm_folder
 
@@ -609,8 +610,8 @@ def reached_by_the_backward(block, arguments):
 
 
 def export(run, folder, base=None, qwen=None):
-    """The last checkpoint of a run as a whole model, LoRA merged, in a folder that sample.py takes. base, qwen: of what
-    the run began with, where that has moved."""
+    """The last checkpoint of a run as a whole model, LoRA merged, in a folder that sample.py takes; or the one given, or
+    its ema.safetensors. base, qwen: of what the run began with, where that has moved."""
     only_weights(folder)
     checkpoint = find_checkpoint(run)
     if checkpoint is None:
@@ -618,7 +619,7 @@ def export(run, folder, base=None, qwen=None):
     begun = began_with(checkpoint.parent)
     if Path(folder).resolve() in [Path(start).resolve() for start in (base, begun["weights"], begun["base"], begun["qwen"]) if start]:
         raise ValueError(f"--out {folder}: {run} lies over these weights and needs them as they are; give another folder")
-    model = start_model(*read_weights(checkpoint, base, qwen), "cpu")
+    model = start_model(*read_weights(run if run.is_file() else checkpoint, base, qwen), "cpu")
     merge_lora(model)
     model.save(folder)
     print(folder)
@@ -1001,10 +1002,10 @@ class Trainer:
 
     def restore(self, checkpoint):
         """Counters, moments and averaged weights; the weights themselves are loaded with the model."""
-        if checkpoint.parent.resolve() == Path(self.args.out).resolve():
-            self.saver.steps.add(int(checkpoint.name.removeprefix("step-")))
         saved = read_json(checkpoint / "train.json")
         self.counts = Counter(saved["counts"])
+        if checkpoint.resolve() == self.saver.path(self.counts["step"]).resolve():
+            self.saver.steps.add(self.counts["step"])
         if (old := saved["stage"].get("optimizer", "adamw")) != self.stage.optimizer:
             raise ValueError(f"{checkpoint} was trained by {old}: add --set optimizer={old}, or begin anew with --weights")
         if sorted(saved["stage"]["trains"]) != sorted(self.stage.trains):
@@ -1180,12 +1181,15 @@ def open_run(args, ranks):
     found = ranks.from_first([None, *valid_checkpoints(out)][-1])
     if args.resume is None and found:
         raise ValueError(f"{out} has checkpoints already; give --resume auto to continue, or another --out")
+    own = find_checkpoint(Path(args.weights)) if args.weights and Path(args.weights).exists() else None
+    if own and own.parent.resolve() == out.resolve():  # it would be noted as what the run began with, and lead in a circle
+        raise ValueError(f"--weights {args.weights}: is --out itself; give what this run began with (--weights in {out}/config.json)")
     if args.resume in (None, "auto"):
         return found
     checkpoint = find_checkpoint(Path(args.resume))
     if checkpoint is None:
         raise FileNotFoundError(f"--resume {args.resume}: not a checkpoint folder; give auto or RUN/step-NNNNNN")
-    if found and found.name > checkpoint.name:  # they would be taken for this run's last
+    if found and step_of(found) > read_json(checkpoint / "train.json")["counts"]["step"]:  # they would be taken for this run's last
         raise ValueError(f"{out} has later checkpoints than {checkpoint}: move them away, or give another --out")
     return checkpoint
 
