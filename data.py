@@ -976,6 +976,8 @@ def run():
     """main, with every foreseeable failure as one line on stderr and an exit code that is not 0."""
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit("\ndata.py: interrupted")
     except (ValueError, OSError) as error:
         sys.exit(f"data.py: {error}")
     except KeyboardInterrupt:

@@ -1872,6 +1872,19 @@ def test_sharded_ranks_do_not_wait_for_ever_where_one_kind_of_data_trains_what_a
     assert all(same_course(tmp_path / f"two{i}", tmp_path / f"one{i}", 1e-4) for i in range(len(runs)))
 
 
+def test_a_sample_that_one_rank_cannot_read_is_left_out_by_all_and_a_dry_run_of_two_ranks_says_it_once(tmp_path, lesson):
+    lost = """
+def read_pair(row, shape, read=train.read_pair):
+    if train.dist.get_rank() and row.target.endswith(".png"):
+        raise train.MediaError("is not here")
+    return read(row, shape)
+train.read_pair = read_pair"""
+    more = (["--dry-run"], ["--sample-every", "1", "--sample-steps", "1"])
+    done = on_two_ranks(tmp_path, [lessons(lesson, tmp_path / "run", "--parallel", "fsdp", *flags, settings=["steps=1"]) for flags in more], lost)
+    assert done.returncode == 0 and "no sample of image: is not here" in done.stderr and done.stdout.count("one update: ") == 1
+    assert sorted(path.name for path in (tmp_path / "run/samples").iterdir()) == ["step-000001-ref.mp4", "step-000001-video.mp4"]
+
+
 def test_a_signal_to_one_of_two_ranks_stops_both_after_the_same_step(tmp_path, lesson):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -2252,6 +2265,8 @@ def test_a_limit_of_pixels_is_a_number_or_none():
     (["--set", "ema=1.5"], "Stage.ema: 1.5"), (["--set", "image=-1"], "shares of at least 0"),
     (["--set", "trains=lora,dti"], "the model has no 'dti'"), (["--set", "lora_targets=q_proj,key"], "no linear layer 'key'"),
     (["--init", "random"], "leave out --weights"), (["--weights", __file__], "cannot be read"),
+    (["--set", "pixels=0"], "Stage.pixels: 0"), (["--set", "clip=-1"], "Stage.clip: -1"),
+    (["--set", "ref_shrink=1.5"], "Stage.ref_shrink: 1.5"), (["--set", "lora_rank=0"], "Stage.lora_rank: 0"),
 ])  # fmt: skip
 def test_a_bad_request_to_train_is_one_clear_line(tmp_path, lesson, monkeypatch, words, says):
     plain = lessons(lesson, tmp_path / "run", settings=words[1:] if words[0] == "--set" else [])
@@ -2260,6 +2275,26 @@ def test_a_bad_request_to_train_is_one_clear_line(tmp_path, lesson, monkeypatch,
     with pytest.raises(SystemExit) as exit_:
         train.run()
     assert says in exit_.value.code and "\n" not in exit_.value.code and not train.dist.is_initialized()
+
+
+@pytest.mark.parametrize("flag, least", [("--max-bad", 0), ("--workers", 0), ("--sample-steps", 1), ("--sample-every", 0), ("--keep", 1)])
+def test_a_number_too_small_is_refused_before_anything_is_read(capsys, flag, least):
+    with pytest.raises(SystemExit):
+        train.parse_arguments(["--stage", "1", flag, str(least - 1)])
+    assert f"{flag} {least - 1}" in capsys.readouterr().err and train.parse_arguments(["--stage", "1", flag, str(least)])
+
+
+@pytest.mark.parametrize("error, says", [
+    (KeyboardInterrupt(), "train.py: interrupted"), (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "fewer --workers"),
+])  # fmt: skip
+def test_an_interrupt_before_the_first_step_and_a_lost_worker_are_one_line(monkeypatch, error, says):
+    def fails():
+        raise error
+
+    monkeypatch.setattr(train, "main", fails)
+    with pytest.raises(SystemExit) as exit_:
+        train.run()
+    assert says in exit_.value.code and "\n" not in exit_.value.code.strip()
 
 
 def test_nano_starts_from_nothing_but_no_run_is_written_over(tmp_path, lesson, capsys, monkeypatch):

@@ -90,9 +90,15 @@ class Stage:
             raise ValueError(f"Stage.weighting: {self.weighting!r}, expected bell or none")
         if self.balance and not self.source:
             raise ValueError("Stage.balance: this stage shows the DiT no source, so nothing tells what an edit changes")
-        for name in ("steps", "global_batch", "batch", "frames"):
+        for name in ("steps", "global_batch", "batch", "frames", "lora_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Stage.{name}: {getattr(self, name)}, expected at least 1")
+        if min(self.pixels) < 1:
+            raise ValueError(f"Stage.pixels: {min(self.pixels)}, expected at least 1")
+        if not self.clip >= 0:
+            raise ValueError(f"Stage.clip: {self.clip}, expected the largest norm of a gradient, or 0 for none")
+        if not 0 < self.ref_shrink <= 1:
+            raise ValueError(f"Stage.ref_shrink: {self.ref_shrink}, expected a factor above 0, at most 1")
         if self.global_batch % self.batch:
             raise ValueError(f"Stage.global_batch: {self.global_batch} is not a multiple of batch {self.batch}")
         if not 0 <= self.ema < 1:
@@ -184,11 +190,9 @@ def parse_arguments(argv=None):
         "whole model to --out, LoRA merged; nothing else")  # fmt: skip
     add("--plot", metavar="RUN", help="draw the losses of a run to RUN/loss.svg, nothing else")
     args = parser.parse_args(argv)
-    for flag in ("save_every", "keep"):
-        if getattr(args, flag) < 1:
-            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least 1")
-    if args.max_bad < 0 or args.workers < 0:
-        parser.error("--max-bad, --workers: at least 0")
+    for flag, least in (("save_every", 1), ("keep", 1), ("sample_every", 0), ("sample_steps", 1), ("workers", 0), ("max_bad", 0)):
+        if not getattr(args, flag) >= least:
+            parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least {least}")
     if args.export and args.out is None:
         parser.error("--export needs --out")
     if not args.plot and not args.export and args.stage is None:
@@ -245,7 +249,7 @@ def main(argv=None):
         curriculum, tables = open_data(args, stage, ranks)  # first: a slip here should not cost the loading of 5B
         model = load_model(args, stage, ranks, checkpoint)
         if args.dry_run:
-            return describe(args, stage, ranks, model, curriculum)
+            return ranks.first and describe(args, stage, ranks, model, curriculum)
         if args.write_cache:
             return write_cache(args, stage, ranks, model, curriculum, tables)
         trainer = Trainer(args, stage, ranks, model, curriculum, tables)
@@ -1042,11 +1046,14 @@ class Trainer:
         for kind, buckets in self.curriculum.phases[0][1].buckets.items():
             number, shape = min((numbers[0], shape) for shape, numbers in buckets.items())
             row = self.tables[kind][number]
+            pair = None
             try:
-                target, source, ref = read_pair(row, shape)
+                pair = read_pair(row, shape)
             except MediaError as error:  # no reason to end a training
-                self.ranks.first and print(f"warning: no sample of {kind}: {error}", file=sys.stderr)
+                print(f"warning: no sample of {kind}: {error}", file=sys.stderr)
+            if self.ranks.any(pair is None):  # one rank alone would leave the others waiting
                 continue
+            target, source, ref = pair
             sharded = hasattr(self.model, "unshard")  # its parts, called one by one, need what lies outside of the blocks
             sharded and self.model.unshard()
             edited = self.model.edit(source, row.prompt, ref, self.args.sample_steps, flow=FlowMatch(self.stage.shift))
@@ -1374,10 +1381,14 @@ def run():
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
-    except KeyboardInterrupt:  # before the first step; then a signal waits for the step under way
-        sys.exit("train.py: stopped; nothing was trained")
+    except KeyboardInterrupt:  # before the first step or while a cache is written: the trainer itself saves and ends well
+        sys.exit("\ntrain.py: interrupted; a cache that is written goes on where it stopped")
     except torch.OutOfMemoryError:
         sys.exit("train.py: out of GPU memory; --dry-run says what a rank needs: take more GPUs, fewer --set pixels= or frames=, or a smaller --config")
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        sys.exit(f"train.py: {str(error).strip()} Out of memory? Take fewer --workers, and go on with --resume auto")
 
 
 if __name__ == "__main__":
