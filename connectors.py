@@ -139,8 +139,13 @@ class MLLMEncoder(nn.Module):
 
         super().__init__()
         self.config = config
-        qwen_config = Qwen2_5_VLConfig.from_dict(read_qwen_config(config.folder))
-        self.tokenizer = Tokenizer.from_file(str(existing(Path(config.folder) / "tokenizer.json")))
+        values, path = read_qwen_config(config.folder), existing(Path(config.folder) / "tokenizer.json")
+        try:
+            qwen_config = Qwen2_5_VLConfig.from_dict(values)
+            self.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises nothing more particular, transformers many kinds
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{config.folder}: its config or tokenizer.json cannot be read ({reason}); fetch them again") from None
         self.tokenizer.encode_special_tokens = True  # what a user types is text, never a control token
         self.model = Qwen2_5_VLModel._from_config(qwen_config, attn_implementation="sdpa")
         hidden = qwen_config.text_config.hidden_size
@@ -331,9 +336,12 @@ def read_qwen_config(folder):
     path = Path(folder) / "qwen_config.json"
     path = path if path.is_file() else existing(Path(folder) / "config.json")
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        values = json.loads(path.read_text())
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return values
 
 
 class LoRALinear(nn.Linear):

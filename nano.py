@@ -323,6 +323,8 @@ def make_data(args):
         "assets": args.assets, "split": args.split, "seed": args.seed, "clips": args.clips, "frames": args.frames,
         "size": args.size, "fps": args.fps, "tasks": args.tasks and dict(args.tasks),
     }  # fmt: skip
+    for path in (*tables.values(), out / "truth.jsonl"):  # until all clips are drawn there are none: those that are there
+        path.unlink(missing_ok=True)  # would tell of pictures that this world has replaced
     shares, rows = [range(i, min(i + 32, args.clips)) for i in range(0, args.clips, 32)], []
     with tqdm(total=args.clips, desc="draw", unit="clip", mininterval=5) as bar:
         with ProcessPoolExecutor(args.workers, get_context("spawn")) if args.workers > 1 else nullcontext() as pool:

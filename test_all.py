@@ -662,6 +662,18 @@ def test_requests_read_together_give_what_each_gives_alone(qwen_folder):
     assert all(close(context, encoder(*request)) for context, request in zip(together, asked))
 
 
+@pytest.mark.parametrize("name, text, says", [
+    ("tokenizer.json", "{", "config or tokenizer.json cannot be read"), ("config.json", "[]", "expected a JSON object"),
+    ("config.json", '{"vision_config": {"depth": "four"}}', "config or tokenizer.json cannot be read"),
+])  # fmt: skip
+def test_a_damaged_folder_of_the_language_model_is_told_of_in_a_line(tmp_path, qwen_folder, name, text, says):
+    folder = shutil.copytree(qwen_folder, tmp_path / "qwen")
+    (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=says) as error:
+        MLLMEncoder.from_config(folder)
+    assert "\n" not in str(error.value)
+
+
 def test_a_fresh_lora_changes_nothing_and_a_trained_one_survives_merging(qwen_folder):
     encoder = randomise(MLLMEncoder.from_config(qwen_folder, dit_dim=16, num_image_queries=3))
     frames = torch.zeros(1, 56, 56, 3, dtype=torch.uint8)
@@ -2110,6 +2122,13 @@ def test_every_number_of_a_stage_changes_what_is_learned(tmp_path, lesson):
         assert any(not torch.equal(plain[k], other[k]) for k in plain), number
 
 
+def test_a_stage_says_that_the_lora_of_its_weights_keeps_its_rank(tmp_path, lesson, capsys):
+    for stage, weights, settings in ((1, lesson / "weights", []), (2, tmp_path / "1", ["lora_rank=4"])):
+        assert "LoRA" not in capsys.readouterr().err
+        train.main(lessons(lesson, tmp_path / str(stage), "--weights", weights, stage=stage, settings=["steps=1", *settings]))
+    assert "have LoRA of rank 2, which goes on: lora_rank=4" in capsys.readouterr().err
+
+
 def test_a_run_that_goes_on_with_another_loss_says_so(tmp_path, lesson, capsys):
     train.main(lessons(lesson, tmp_path / "run", settings=["steps=1"]))
     written = tmp_path / "run" / "step-000001" / "train.json"
@@ -2456,6 +2475,21 @@ def test_a_folder_has_tables_for_the_kinds_of_its_clips_alone(tmp_path):
     (tmp_path / "world.json").unlink()  # as where the table is a person's own
     with pytest.raises(ValueError, match=r"has ref_video\.csv, truth\.jsonl that nano\.py did not write"):
         nano.main(["data", str(tmp_path), *small, "1"])
+
+
+def test_a_world_that_is_half_drawn_over_another_has_no_tables(tmp_path, monkeypatch):
+    words, write = ["data", str(tmp_path), "--clips", "40", "--frames", "1", "--workers", "1"], nano.write_share
+    nano.main(words)
+
+    def interrupted(out, world, indices):
+        if indices[0]:
+            raise KeyboardInterrupt
+        return write(out, world, indices)
+
+    monkeypatch.setattr(nano, "write_share", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        nano.main([*words, "--seed", "1"])
+    assert [path.name for path in tmp_path.glob("*.*")] == ["world.json"]
 
 
 def test_a_world_of_chosen_tasks_has_no_others_and_in_their_shares(library):

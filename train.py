@@ -471,8 +471,12 @@ def load_model(args, stage, ranks, checkpoint):
         raise ValueError(f"--sp {ranks.sp} does not divide the {config.dit.num_heads} heads of the DiT")
     torch.manual_seed(args.seed)  # of what the weights lack
     model = start_model(config, None if args.dry_run else files, ranks.device)
-    if not has_lora(model.mllm):
+    held = {len(p) for name, p in model.mllm.named_parameters() if ".lora_A." in name}  # ranks
+    if not held:
         inject_lora(model.mllm.model.language_model, stage.lora_rank, stage.lora_targets)
+    elif held != {stage.lora_rank} and ranks.first:
+        print(f"warning: the weights have LoRA of rank {max(held)}, which goes on: lora_rank={stage.lora_rank} is for weights without",
+              file=sys.stderr)  # fmt: skip
     if stage.dit_lora_rank and not has_lora(model.dit):
         inject_lora(model.dit, stage.dit_lora_rank, ("q", "k", "v", "o", "ffn.0", "ffn.2"))
     choose_trained(model, stage)
