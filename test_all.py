@@ -2296,6 +2296,15 @@ def test_a_bad_request_to_train_is_one_clear_line(tmp_path, lesson, monkeypatch,
     assert says in exit_.value.code and "\n" not in exit_.value.code and not train.dist.is_initialized()
 
 
+def test_a_setting_that_had_no_value_takes_a_number_or_several():
+    mllm, model = (train.with_settings(config, [text]) for config, text in (
+        (MLLMConfig("x", max_pixels=None), "max_pixels=262144"), (KiwiConfig(), "trained=9,64,64,8")))  # fmt: skip
+    assert mllm.max_pixels == 262144 and model.trained == (9, 64, 64, 8)
+    assert train.cast("0.5,1", ()) == (0.5, 1)
+    with pytest.raises(ValueError, match="max_pixels=many: 'many' is not of the kind of None"):
+        train.with_settings(MLLMConfig("x", max_pixels=None), ["max_pixels=many"])
+
+
 @pytest.mark.parametrize("flag, least", [("--max-bad", 0), ("--workers", 0), ("--sample-steps", 1), ("--sample-every", 0), ("--keep", 1)])
 def test_a_number_too_small_is_refused_before_anything_is_read(capsys, flag, least):
     with pytest.raises(SystemExit):

@@ -23,6 +23,7 @@ import signal
 import sys
 import tempfile
 import time
+from ast import literal_eval
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext, suppress
@@ -280,12 +281,17 @@ def with_settings(config, settings):
 
 
 def cast(value, old):
-    """Text as a value of the type of `old`. ValueError where it is none."""
+    """Text as a value of the type of `old`, or, where that tells of none, as Python has it. ValueError where it is none."""
     if isinstance(old, bool):
         return bool(("false", "true").index(value.lower()))
+    if old is None or old == ():
+        try:
+            return literal_eval(value)
+        except SyntaxError:
+            raise ValueError(value) from None
     if isinstance(old, tuple):
         return tuple(cast(part, old[0]) for part in value.split(","))
-    return str(value) if old is None else type(old)(value)
+    return type(old)(value)
 
 
 def with_model_settings(config, settings):
