@@ -980,8 +980,6 @@ def run():
         sys.exit("\ndata.py: interrupted")
     except (ValueError, OSError) as error:
         sys.exit(f"data.py: {error}")
-    except KeyboardInterrupt:
-        sys.exit("data.py: stopped")
 
 
 if __name__ == "__main__":
