@@ -149,7 +149,7 @@ from judges import (
     MAX_WAIT, Barred, Local, Malformed, NoRedirect, OpenAICompatible, TryAgain, Unusable, has_secret, jpeg, jpeg_uri,
     json_objects, key_of, sampled_frames, sound, spoken,
 )  # fmt: skip
-from kernels import pick_device
+from kernels import pick_device, rank_and_world
 from metrics import as_float, lab, luma, otsu, read_reference
 from model import local_path, read_json
 from world import load_library, redraw_edit, render, to_uint8
@@ -2091,8 +2091,7 @@ def main(argv=None):
         raise ValueError(f"--{given[0]}: no user, password or query in the address; put the key into OPENAI_API_KEY")
     if args.measure:
         return print({"truth": measure_on_truth, "scale": measure_scale}[args.measure](args.pairs[0]))
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1  # some machines set it without torchrun
+    rank, world = rank_and_world()
     if world > 1 and args.engine == "ray":
         raise ValueError("--engine ray finds its own processes: start it without torchrun")
     args.out = str(Path(args.out).resolve())

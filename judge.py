@@ -159,7 +159,7 @@ from judges import (
     MAX_WAIT, Barred, Gemini, JudgeError, Local, Malformed, OpenAICompatible, TryAgain, Unusable, data_uri, enforce, has_secret,
     read_answer, read_reason, read_winner,
 )  # fmt: skip
-from kernels import pick_device
+from kernels import pick_device, rank_and_world
 from metrics import METRICS, measure_files, write_shuffled
 from model import KiwiEdit, is_out_of_memory, local_path, read_for, read_json, read_weights
 
@@ -1124,8 +1124,7 @@ def fingerprint(files):
 
 def run(args):
     """`judge.py run`: the edits themselves, one process a GPU under torchrun, taken up where it stopped."""
-    rank = int(os.environ.get("RANK", "0"))
-    world = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1  # some machines set it without torchrun
+    rank, world = rank_and_world()
     device = pick_device(args.device)
     items = read_bench(args.bench, args.path, args.edits, args.limit)
     same_run(args, items)
@@ -1297,7 +1296,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         sys.exit(f"judge.py: {' '.join(str(error).split())}")
     except RuntimeError as error:  # torch.OutOfMemoryError, or CUDA's own where not even its context fits
-        if "out of memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         sys.exit("judge.py: out of GPU memory; take --device cpu, or a larger card")
 

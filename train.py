@@ -224,7 +224,7 @@ from data import (
     SHARD, CachedPairs, Curriculum, MediaError, Mixture, Pairs, fill_buckets, find_tables, fingerprint,
     measure_rows, pad_reference, read_pair, read_table, shard_path, whole_file, write_image, write_text, write_video,
 )  # fmt: skip
-from kernels import attention
+from kernels import attention, rank_and_world
 from model import (
     HUB_BASES, PRESETS, QWEN_BASE, FlowMatch, KiwiEdit, TensorFiles, as_trained, began_with, find_checkpoint,
     leave_out_source, listed, load_weights, local_path, meta_parameters, move_buffers, only_weights, read_json, read_weights,
@@ -271,17 +271,17 @@ def with_settings(config, settings):
         if key not in known:
             raise ValueError(f"--set {setting}: {type(config).__name__} has no {key!r}; it has {', '.join(known)}")
         try:
-            if known[key] == int | None:
-                changes[key] = None if value.lower() == "none" else int(value)
-                continue
-            changes[key] = cast(value, getattr(config, key))
+            changes[key] = cast(value, getattr(config, key), known[key])
         except ValueError:
             raise ValueError(f"--set {setting}: {value!r} is not of the kind of {getattr(config, key)!r}") from None
     return replace(config, **changes)
 
 
-def cast(value, old):
-    """Text as a value of the type of `old`, or, where that tells of none, as Python has it. ValueError where it is none."""
+def cast(value, old, kind=None):
+    """Text as a value of the type of `old`, or, where that tells of none, as Python has it. kind: the field's, which alone
+    tells that a number may also be left out. ValueError where it is none."""
+    if kind == int | None:
+        return None if value.lower() == "none" else int(value)
     if isinstance(old, bool):
         return bool(("false", "true").index(value.lower()))
     if old is None or old == ():
@@ -319,7 +319,7 @@ class Ranks:
 
     def __init__(self, args):
         launched, has_gpu = "RANK" in os.environ, torch.cuda.is_available()
-        world = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"]) if launched else 1
+        world = dist.get_world_size() if dist.is_initialized() else rank_and_world()[1]
         if args.sp < 1 or world % args.sp:  # what can be refused is refused before a group is open
             raise ValueError(f"--sp {args.sp} does not divide the {world} processes")
         self.parallel = args.parallel or ("fsdp" if has_gpu else "ddp")

@@ -9,7 +9,7 @@ any command, chooses what they run:
     "triton"  our kernels
     "auto"    on a CPU "sdpa", and "slices" to train in bfloat16 on short sequences; on a GPU our kernels, with the attention that is measured fastest there
 transformers probes for a package of this name, hence `__version__`; importing it neither imports triton nor touches CUDA.
-`pick_device` chooses the device of every command but train.py, which has several.
+`pick_device` chooses the device of every command but train.py, which has several; `rank_and_world` asks for torchrun.
 """
 
 import math
@@ -32,7 +32,7 @@ from kernels.norm import (
 )
 
 __version__ = "0.0"
-__all__ = ["attention", "channel_norm_silu", "gate_residual", "gate_residual_norm", "layer_norm_modulate", "pick_device", "rms_norm_rope", "set_backend"]
+__all__ = ["attention", "channel_norm_silu", "gate_residual", "gate_residual_norm", "layer_norm_modulate", "pick_device", "rank_and_world", "rms_norm_rope", "set_backend"]
 
 BACKENDS = ("auto", "ref", "sdpa", "cudnn", "slices", "triton")
 ATTENTION = {"ref": attention_ref, "sdpa": attention_sdpa, "cudnn": attention_cudnn, "slices": attention_slices, "triton": attention_triton}
@@ -167,6 +167,12 @@ def pick_device(name=None):
         return torch.empty(1, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"--device {name}: not available here; leave it out to use what there is") from None
+
+
+def rank_and_world():
+    """This process's number under torchrun and how many there are; 0 and 1 without it, where some machines set WORLD_SIZE
+    all the same."""
+    return (int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", 1))) if "RANK" in os.environ else (0, 1)
 
 
 if os.environ.get("KIWI_KERNELS"):
