@@ -1,0 +1,741 @@
+"""Tests of metrics.py, judges.py, judge.py"""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from conftest import BLUE, GREEN, HOUSE, RED, SHARED, demo, score, smooth_clip, tiny_local_judge
+import curate
+import judge
+import judges
+import metrics
+from data import read_clip, write_image, write_video
+from model import KiwiEdit
+
+def as_clip(colour, **more):
+    return metrics.as_float(smooth_clip(colour, **more))
+
+
+def test_metrics_know_the_copy_the_edit_the_wrong_reference_and_shuffled_frames():
+    source, edit, (red, green) = as_clip(BLUE), as_clip(RED), (as_clip(c)[:1, :, 16:48, 8:40] for c in (RED, GREEN))
+    copy, true = metrics.measure(source, source, [red]), metrics.measure(source, edit, [red, green])
+    assert copy["edit_strength"] == copy["edited_area"] == copy["reference_gain"] == copy["flicker_excess"] == 0
+    assert copy["preserved_psnr"] == 60 and copy["preserved_ssim"] == pytest.approx(1)
+    assert true["edited_area"] == pytest.approx(0.25, abs=0.06) and true["preserved_psnr"] == 60
+    assert true["reference_gain"] > 0.3 > true["control_wrong_gains"][0]
+    assert true["control_shuffled_flicker"] > 2 * true["flicker"]
+
+
+def test_a_small_edit_is_not_drowned_by_what_stayed():
+    source, ref = as_clip(BLUE, size=256), as_clip(RED)[:1, :, 16:48, 8:40]
+    edit = source.clone()
+    edit[:, :, 180:204, 200:224] = ref[..., :24, :24]
+    changed = metrics.reference_scores(source, edit, metrics.change_map(source, edit), [ref])[0]
+    everywhere = metrics.reference_scores(source, edit, torch.ones(8, 32, 32), [ref])[0]
+    assert changed[1] > 0.3 and changed[1] > everywhere[1] + 0.05
+
+
+def test_a_re_encoded_copy_changes_little_and_keeps_its_length():
+    for count in (1, 9):
+        frames = smooth_clip(BLUE, count)
+        copy = metrics.reencoded(frames, 8)
+        assert copy.shape == frames.shape and 0 < (copy.float() - frames.float()).abs().mean() < 6
+
+
+def test_damage_to_what_should_stay_lowers_the_preserved_psnr_as_its_formula_says():
+    source, edit = as_clip(BLUE), as_clip(RED) + 0.02
+    expected = -20 * np.log10(0.02)
+    assert metrics.measure(source, edit)["preserved_psnr"] == pytest.approx(expected, abs=0.3)
+    noisy = (as_clip(RED) + 0.1 * torch.randn_like(source)).clamp(0, 1)
+    assert metrics.measure(source, noisy)["flicker_excess"] > 10
+
+
+def test_correlations_and_intervals_are_right_on_numbers_done_by_hand():
+    assert judge.spearman([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8)
+    assert judge.kendall([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(4 / 6)
+    assert judge.kendall([1, 1, 2], [1, 2, 3]) == pytest.approx(2 / 6**0.5) and judge.spearman([1, 1, 1], [1, 2, 3]) is None
+    values = np.random.default_rng(1).normal(3, 1, 400)
+    mean = judge.mean_of([list(values)])
+    assert mean.high - mean.low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
+    assert judge.mean_of([[1.0, 1.0], [3.0, 3.0]]).value == 2  # tasks weigh the same
+    assert judge.mean_of([[1.0, 2.0]], missing=1, allow_missing=False).value is None
+
+
+def test_every_flag_of_judge_is_read():
+    text = (HOUSE / "judge.py").read_text() + (HOUSE / "judges.py").read_text()
+    flags = re.findall(r'add\(\s*"--([\w-]+)"', text)
+    assert len(flags) > 25 and all(f"args.{flag.replace('-', '_')}" in text for flag in flags)
+
+
+NAMES = ["instruction_compliance", "consistency_detail", "visual_quality"]
+
+
+@pytest.mark.parametrize("text", [
+    '{"reasoning": "ok", "instruction_compliance": 4, "consistency_detail": 3, "visual_quality": 2}',
+    'Sure!\n```json\n{"visual_quality": 2, "consistency_detail": "3/5", "instruction_compliance": "**4**"}\n```\nDone.',
+    '{"scores": {"Instruction Compliance": 4, "consistency detail": 3.0, "visual_quality": "2 out of 5"}}',
+    "Brief reasoning: 2 hats, 5 dogs.\nVisual Quality & Stability: 2\n**Instruction Compliance**: **4/5**\nConsistency & Detail: 3"
+    .replace("Consistency & Detail", "Consistency Detail"),
+    '{"reasoning": "cut", "instruction_compliance": 4, "consistency_detail": 3, "visual_quality": 2',
+    "Instruction compliance: 4 stars\nConsistency detail: 3 of 5, good\nVisual quality: 2/5 poor",
+])  # fmt: skip
+def test_an_answer_is_read_by_its_names_whatever_stands_around_the_numbers(text):
+    assert judges.read_answer(text, NAMES) == dict(zip(NAMES, (4, 3, 2)))
+
+
+@pytest.mark.parametrize("text, says", [
+    ('{"instruction_compliance": 6, "consistency_detail": 3, "visual_quality": 2}', "6 is not a whole number"),
+    ('{"instruction_compliance": 3.5, "consistency_detail": 3, "visual_quality": 2}', "3.5 is not a whole"),
+    ('{"instruction_compliance": "8/10", "consistency_detail": 3, "visual_quality": 2}', "scale"),
+    ('{"instruction_compliance": true, "consistency_detail": 3, "visual_quality": 2}', "not a score"),
+    ('{"instruction_compliance": 4, "consistency_detail": 3, "visual_qu', "visual_quality is missing"),
+    ("Visual quality: 3\nVisual quality: 4\nInstruction compliance: 4\nConsistency detail: 1", "given twice"),
+    ("Instruction compliance: 3-4\nConsistency detail: 1\nVisual quality: 1", "instruction_compliance is missing"),
+    ("Instruction compliance: 2 of the hats are red, so 4/5\nConsistency detail: 1\nVisual quality: 1", "compliance is missing"),
+    ("Instruction compliance: 4/10 because it is late\nConsistency detail: 1\nVisual quality: 1", "scale"),
+    ("Instruction compliance: 2/3 of the hats are red, so 4/5\nConsistency detail: 1\nVisual quality: 1", "scale"),
+    ("Instruction compliance: -4\nConsistency detail: 1\nVisual quality: 1", "-4 is not"),
+    ("I cannot judge this video.", "instruction_compliance is missing"), ("", "missing"),
+])  # fmt: skip
+def test_an_answer_without_a_possible_score_is_refused_and_never_guessed(text, says):
+    with pytest.raises(judges.Malformed, match=says):
+        judges.read_answer(text, NAMES)
+
+
+def write_refvie(folder, count=3):
+    """A benchmark in RefVIE-Bench's format with edits under the released names: sources blue, edits and refs red."""
+    (folder / "edits").mkdir(parents=True)
+    lines = []
+    for i in range(count):
+        task = "background" if i == count - 1 else "subject"
+        instruction = f"Replace the square by number {i}."
+        write_video(folder / f"{i}_src.mp4", smooth_clip(BLUE, 8 + i), 4)
+        write_image(folder / f"{i}.png", smooth_clip((220 - 40 * i, 30 + 50 * i, 30))[0])
+        write_video(folder / "edits" / f"{i}_{instruction[:10]}_{i}_src.mp4", smooth_clip(RED, 8 + i), 4)
+        lines += [f"- src_video: {i}_src.mp4", f'  instruction: "{instruction}"', f"  ref_img: {i}.png", f"  edit_type: {task}"]
+    (folder / "bench.yaml").write_text("\n".join(lines))
+    return folder
+
+
+def good_answer(request, scores=(4, 3, 2)):
+    names = [n for task in judge.REFERENCE_TASKS.values() for n in task[1] if f"\n{n}:" in request["text"]]
+    return json.dumps({"reasoning": "as seen", **dict(zip(names, scores))})
+
+
+class FakeJudge:
+    """A server in the shapes of Gemini and OpenAI. `say(request, nth)` gives the answer's text, or a special tuple:
+    ("status", code, headers), ("hang",), ("drop",), ("raw", bytes)."""
+
+    def __init__(self, say=lambda request, nth: good_answer(request)):
+        fake, self.say, self.requests, self.lock, self.over = self, say, [], threading.Lock(), threading.Event()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                fake.answer(self, fake.understand(self.path, self.headers, body))
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def understand(self, path, headers, body):
+        gemini = path.endswith(":generateContent")
+        text = body["systemInstruction"]["parts"][0]["text"] if gemini else body["messages"][0]["content"]
+        parts = body["contents"][0]["parts"] if gemini else body["messages"][1]["content"]
+        return dict(path=path, headers=dict(headers), gemini=gemini, text=text, parts=parts, item=text.split("\n")[-1])
+
+    def answer(self, handler, request):
+        with self.lock:
+            nth = sum(r["item"] == request["item"] for r in self.requests)
+            self.requests.append(request)
+        said = self.say(request, nth)
+        code, extra = 200, {}
+        if isinstance(said, str):
+            tokens = len(request["text"])
+            shape = {"choices": [{"message": {"content": said}}], "usage": {"prompt_tokens": tokens, "completion_tokens": 9}}
+            if request["gemini"]:
+                usage = {"promptTokenCount": tokens, "candidatesTokenCount": 9}
+                shape = {"candidates": [{"content": {"parts": [{"text": said}]}}], "usageMetadata": usage}
+            data = json.dumps(shape).encode()
+        elif said[0] == "status":
+            code, extra, data = said[1], said[2], b"API key not valid. " * (said[1] == 400) + str(request["headers"]).encode()
+        elif said[0] == "raw":
+            data = said[1]
+        elif said[0] == "dribble":
+            handler.send_response(200)
+            handler.end_headers()
+            for _ in range(200):
+                self.over.wait(0.02)
+                handler.wfile.write(b" ")
+            return
+        else:
+            if said[0] == "hang":
+                self.over.wait(20)
+            handler.connection.close()
+            return
+        try:
+            handler.send_response(code)
+            for name, value in {"Content-Length": len(data), **extra}.items():
+                handler.send_header(name, str(value))
+            handler.end_headers()
+            handler.wfile.write(data)
+            request["served"] = True
+        except OSError:
+            pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture(scope="session")
+def refvie_original(tmp_path_factory):
+    return write_refvie(tmp_path_factory.mktemp("bench") / "refvie")
+
+
+@pytest.fixture
+def refvie(tmp_path, refvie_original):
+    return Path(shutil.copytree(refvie_original, tmp_path / "refvie"))
+
+
+def lines_of(folder, out="out"):
+    lines = [json.loads(line) for line in (folder / out / "answers.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == "answer" and "metrics" not in line]
+
+
+@pytest.mark.parametrize("judge_, key", [("gemini-x", "GEMINI_API_KEY"), ("openai:m", "OPENAI_API_KEY")])
+def test_a_judge_gets_the_media_at_an_explicit_rate_and_the_key_stays_out_of_every_file(refvie, monkeypatch, judge_, key):
+    monkeypatch.setenv(key, "secret-key-123")
+    busy_once = lambda request, nth: ("status", 429, {"Retry-After": "0"}) if nth == 0 else good_answer(request)
+    with FakeJudge(busy_once) as fake:
+        score(refvie, fake, "--mode", "strict", "--controls", 0, judge_=judge_)
+        request = fake.requests[-1]
+    assert "secret" not in request["path"] and "secret-key-123" in str(request["headers"])
+    if judge_ == "gemini-x":
+        videos = [p for p in request["parts"] if "videoMetadata" in p]
+        assert len(videos) == 2 and all(p["videoMetadata"] == {"fps": 4.0} for p in videos)
+        assert base64.b64decode(videos[1]["inlineData"]["data"]) in [p.read_bytes() for p in (refvie / "edits").iterdir()]
+    else:
+        pictures = [p for p in request["parts"] if p["type"] == "image_url"]
+        count = 8 + int(re.search(r"number (.)", request["item"])[1])  # frames of the clips, which have 4 a second too
+        assert len(pictures) == 1 + 2 * count
+    written = b"".join(p.read_bytes() for p in (refvie / "out").rglob("*") if p.is_file())
+    assert b"HTTP 429" in written and b"secret-key-123" not in written
+
+
+def test_the_hierarchy_is_enforced_in_code_and_its_breaches_are_counted(refvie):
+    with FakeJudge(lambda request, nth: good_answer(request, (2, 5, 1))) as fake:
+        score(refvie, fake, "--controls", 0)
+    text = (refvie / "out" / "refvie.md").read_text()
+    assert "broke the hierarchy in 3 of 3 answers" in text
+    assert [line["scores"].popitem()[1] for line in lines_of(refvie)] == [1] * 3  # the raw answers stay as they were
+    assert (refvie / "out" / "refvie.csv").read_text().splitlines()[1].split(",")[3:6] == ["2.0000", "2.0000", "1.0000"]
+
+
+TROUBLES = {
+    "429 storm": lambda n: ("status", 429, {}) if n < 3 else None,
+    "503": lambda n: ("status", 503, {}) if n < 2 else None,
+    "drop": lambda n: ("drop",) if n < 2 else None,
+    "hang": lambda n: ("hang",) if n < 1 else None,
+    "half an answer": lambda n: ("raw", b'{"choices": [{"mess') if n < 1 else None,
+    "out of range": lambda n: '{"identity_consistency": 9, "temporal_consistency": 1, "physical_integration": 1}' if n < 1 else None,
+    "refusal": lambda n: "I cannot help with that.",
+    "another shape": lambda n: ("raw", b'{"choices": "none"}') if n < 1 else None,
+    "bad request": lambda n: ("status", 413, {}),
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_every_trouble_ends_in_the_right_score_or_in_a_report_and_nothing_is_lost(refvie, trouble, capsys):
+    def say(request, nth):
+        bad = TROUBLES[trouble](nth) if "number 1" in request["item"] else None
+        return good_answer(request) if bad is None else bad
+
+    with FakeJudge(say) as fake:
+        deadline = 0.7 if trouble == "hang" else 30
+        run = lambda *more: score(refvie, fake, "--controls", 0, "--deadline", deadline, "--retries", 3, *more)
+        if trouble not in ("refusal", "bad request"):
+            run()
+            assert "0 cut off" in capsys.readouterr().out
+        else:
+            with pytest.raises(SystemExit, match="1 of 3 items lack a result"):
+                run()
+            assert "(1 missing)" in (refvie / "out" / "refvie.md").read_text()
+            before = len(fake.requests)  # a refusal may be a mood, a bad request stays bad
+            assert sum("number 1" in r["item"] for r in fake.requests) == (4 if trouble == "refusal" else 1)
+            run("--allow-missing")
+            asked_again = {request["item"] for request in fake.requests[before:]}
+            assert len(asked_again) == 1 and "4.00 (1 missing)" in (refvie / "out" / "refvie.md").read_text()
+    lines = lines_of(refvie)
+    assert len(lines) == len(fake.requests) and all(line["ok"] or line["error"] for line in lines)
+    assert {line["item"] for line in lines if line["ok"]} >= {"0", "2"}
+
+
+@pytest.mark.parametrize("how", ["hang", "dribble"])
+def test_a_server_that_hangs_or_dribbles_meets_the_deadline(how):
+    began = time.monotonic()
+    with FakeJudge(lambda request, nth: (how,)) as fake, pytest.raises(judges.TryAgain, match=r"no answer within 0\.3 s"):
+        judges.post(fake.url + "/chat/completions", {}, {"messages": [{"content": "x"}, {"content": []}]}, 0.3)
+    assert time.monotonic() - began < 3, "the dribble lasts 4 s"
+
+
+@pytest.mark.parametrize("code, says", [(401, "refuses the key"), (402, "left to pay with"), (400, "refuses the key"), (404, "no such model")])
+def test_a_refused_key_or_model_stops_the_run_at_once(refvie, monkeypatch, code, says):
+    monkeypatch.setenv("OPENAI_API_KEY", "wrong-key-9")
+    with FakeJudge(lambda request, nth: ("status", code, {})) as fake:
+        with pytest.raises(SystemExit, match=says) as stopped:
+            score(refvie, fake, "--repeats", 5, "--concurrency", 2)
+        assert len(fake.requests) <= 2 and "wrong-key" not in str(stopped.value)
+
+
+def test_a_dry_run_names_the_price_and_asks_nothing(refvie, capsys):
+    with FakeJudge() as fake:
+        score(refvie, fake, "--dry-run", "--price", 2, 10, "--limit", 2, "--controls", 0)
+        score(refvie, fake, "--dry-run", judge_="gemini-x")  # needs no key
+    said = capsys.readouterr().out
+    assert not fake.requests and "2 of 2 questions to ask" in said and "$" in said
+
+
+@pytest.mark.parametrize("url, says", [("http://example.com/v1", "https only"), ("https://me:p@host/v1", "no user, password or query"),
+                                       ("https://host/v1?key=s3cret", "no user, password or query")])  # fmt: skip
+def test_a_key_goes_to_no_open_address(refvie, monkeypatch, url, says):
+    monkeypatch.setenv("GEMINI_API_KEY", "k")
+    with pytest.raises(SystemExit, match=says):
+        score(refvie, SimpleNamespace(url=url), judge_="gemini-x")
+
+
+def test_two_runs_never_share_a_folder(tmp_path):
+    held = judge.Ledger(tmp_path / "answers.jsonl")
+    with pytest.raises(judge.JudgeError, match="another judge.py"):
+        judge.Ledger(tmp_path / "answers.jsonl")
+    held.close()
+    with curate.only_run(curate.Ledger(tmp_path), 0), pytest.raises(ValueError, match="another curate.py"):
+        with curate.only_run(curate.Ledger(tmp_path), 0):
+            pass
+
+
+def test_a_broken_line_of_the_ledger_is_put_aside(tmp_path, capsys):
+    (tmp_path / "answers.jsonl").write_text('{}\nnull\n{"event": "answer"}\n{"event": "sent", "key": "k"}\n{"ev')
+    ledger = judge.Ledger(tmp_path / "answers.jsonl")
+    ledger.close()
+    assert "4 broken line(s)" in capsys.readouterr().err and ledger.lines == [{"event": "sent", "key": "k"}]
+
+
+def test_a_server_that_is_not_there_is_not_asked_a_hundred_times(refvie):
+    with FakeJudge() as fake:
+        pass
+    with pytest.raises(SystemExit, match="cannot be reached"):
+        score(refvie, fake, "--repeats", 30, "--retries", 1)
+    assert len(lines_of(refvie)) < 20
+
+
+def test_a_question_that_waits_is_not_sent_when_the_run_stops():
+    asker = judge.Asker(None, SimpleNamespace(retries=0), None)  # no judge and no ledger: sending would fail
+    asker.not_before = time.monotonic() + 20
+    threading.Timer(0.1, setattr, (asker, "stop", judge.Barred("no such key"))).start()
+    asker.ask(None)
+    assert time.monotonic() < asker.not_before - 10
+
+
+def test_the_key_is_not_carried_to_where_a_server_redirects(refvie, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key-123")
+    with FakeJudge() as other, FakeJudge(lambda request, nth: ("status", 302, {"Location": other.url})) as fake:
+        with pytest.raises(SystemExit, match="3 of 3 items lack a result"):
+            score(refvie, fake, "--controls", 0)
+        assert len(fake.requests) == 3 and not other.requests
+
+
+def test_a_judge_that_was_not_shown_the_videos_is_found_out(refvie):
+    with FakeJudge() as fake:
+        fake.understand = (lambda old: lambda *a: {**old(*a), "text": ""})(fake.understand)
+        fake.say = lambda request, nth: '{"identity_consistency": 4, "temporal_consistency": 3, "physical_integration": 2}'
+        with pytest.raises(SystemExit):
+            score(refvie, fake, "--controls", 0, "--retries", 0)
+    assert all("dropped the videos" in line["error"] for line in lines_of(refvie))
+
+
+def test_after_kill_9_a_rerun_pays_for_no_item_twice(refvie):
+    served = threading.Event()
+
+    def say(request, nth):
+        if sum(r.get("served", False) for r in fake.requests) >= 3 and not served.is_set():
+            return ("hang",)
+        return good_answer(request)
+
+    with FakeJudge(say) as fake:
+        arguments = ["score", "--bench", "refvie", "bench.yaml", "--edits", "edits", "--judge", "openai:m", "--endpoint", fake.url,
+                     "--repeats", "3", "--controls", "0", "--concurrency", "1"]  # fmt: skip
+        process = subprocess.Popen([sys.executable, str(HOUSE / "judge.py"), *arguments, "--out", "out"], cwd=refvie,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        path, until = refvie / "out" / "answers.jsonl", time.time() + 60
+        while time.time() < until and (not path.exists() or path.read_text().count('"scores"') < 3 or len(fake.requests) < 4):
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
+        served.set()
+        with path.open("a") as file:
+            file.write('{"event": "answer", "ok": true, "key": "ha')  # as a crash in the middle of a line leaves it
+        score(refvie, fake, "--repeats", 3, "--controls", 0)
+    paid = [request for request in fake.requests if request.get("served")]
+    assert len(paid) == 9 and len(lines_of_whole(path)) == 9
+    assert "1 cut off (perhaps paid)" in (refvie / "out" / "refvie.md").read_text()
+
+
+def lines_of_whole(path):
+    """The keys that were answered, each once; broken lines are passed over as judge.py does."""
+    found = []
+    for line in path.read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    keys = [line["key"] for line in found if line["event"] == "answer" and "scores" in line]
+    assert len(keys) == len(set(keys))
+    return keys
+
+
+def test_answers_that_are_no_plain_text_and_a_character_cut_in_two_are_paid_once(refvie):
+    odd = '"reasoning": "a line\u2028and \\ud83d half an emoji, \u00e9", '
+    with FakeJudge(lambda request, nth: good_answer(request).replace("{", "{" + odd, 1)) as fake:
+        score(refvie, fake, "--controls", 0)
+        path = refvie / "out" / "answers.jsonl"
+        path.write_bytes(path.read_bytes() + '{"event": "é'.encode()[:-1])
+        score(refvie, fake, "--controls", 0)
+        assert len(fake.requests) == 3 and "\u2028" in json.loads(path.read_text(errors="replace").split("\n")[-3])["raw"]
+
+
+def test_an_answer_missing_among_repeats_is_missing_and_no_mean_is_given(refvie):
+    say = lambda request, nth: "No." if "number 1" in request["item"] and nth else good_answer(request)
+    with FakeJudge(say) as fake:
+        run = lambda *more: score(refvie, fake, "--controls", 0, "--repeats", 2, "--retries", 0, *more)
+        with pytest.raises(SystemExit, match="1 of 3 items lack a result"):
+            run()
+        assert "## Missing" in (refvie / "out" / "refvie.md").read_text()
+        run("--allow-missing")
+        assert "4.00 [4.00, 4.00] (1 missing)" in (refvie / "out" / "refvie.md").read_text()
+
+
+def test_a_key_that_a_server_repeats_is_hidden_before_its_text_is_cut(refvie, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key-" + "k" * 400)
+    with FakeJudge(lambda request, nth: ("status", 413, {})) as fake, pytest.raises(SystemExit):
+        score(refvie, fake, "--controls", 0)
+    assert "HTTP 413" in (refvie / "out" / "answers.jsonl").read_text()
+    assert "kkkk" not in (refvie / "out" / "answers.jsonl").read_text()
+
+
+@pytest.mark.parametrize("text, says", [("item,q\n0,nan\n", "not a number"), ("item,q\n0,1,2\n", "more fields"), ('item,q\n0,1\n"1,3\n2,5\n', "people.csv"),
+                                        ("item,q\nx,1\n", "none of its items")])  # fmt: skip
+def test_human_scores_are_read_before_the_judge_is_paid(refvie, text, says):
+    (refvie / "people.csv").write_text(text)
+    with FakeJudge() as fake, pytest.raises(SystemExit, match=says):
+        score(refvie, fake, "--human", refvie / "people.csv")
+    assert not fake.requests
+
+
+def seeing(refvie):
+    """A judge with eyes: it knows the copy, the wrong reference and shuffled frames by their bytes."""
+    def say(request, nth):
+        number = re.search(r"number (.)", request["item"])[1]
+        media = [base64.b64decode(p["inlineData"]["data"]) for p in request["parts"] if "inlineData" in p]
+        ref, source, edit = media
+        if edit == source or ref != (refvie / f"{number}.png").read_bytes():
+            return good_answer(request, (1, 1, 1))
+        return good_answer(request, (5, 5, 5) if edit in [p.read_bytes() for p in (refvie / "edits").iterdir()] else (5, 1, 1))
+
+    return say
+
+
+def test_known_answers_hold_for_a_judge_with_eyes_and_not_for_a_blind_one(refvie, monkeypatch):
+    monkeypatch.setenv("GEMINI_API_KEY", "k")
+    for out, say, held in (("seeing", seeing(refvie), 2), ("blind", lambda request, nth: good_answer(request, (5, 5, 5)), 0)):
+        with FakeJudge(say) as fake:
+            score(refvie, fake, "--controls", 2, judge_="gemini-x", out=out)
+        text = (refvie / out / "refvie.md").read_text()
+        table = text[text.index("Controls of the judge") : text.index("## Metrics")]
+        assert re.findall(r"\| (\d) \| (\d) \|", table) == [(str(held), "2")] * 3
+    with FakeJudge(lambda request, nth: good_answer(request, (1, 1, 1))) as fake:
+        score(refvie, fake, "--controls", 2, judge_="gemini-x", out="strict")
+    table = (refvie / "strict" / "refvie.md").read_text()  # what has 1 already cannot fall: neither held nor failed
+    assert re.findall(r"scores? lower .*\| (\d) \| (\d) \| (\d) \| (\d) \|", table) == [("0", "0", "2", "0")] * 2
+
+
+def test_repeats_give_a_spread_and_human_scores_a_correlation(refvie):
+    (refvie / "people.csv").write_text("item,quality\n0,1\n1,3\n2,5\n")
+    say = lambda request, nth: good_answer(request, [int(re.search(r"number (.)", request["item"])[1]) + 1 + nth % 2] * 3)
+    with FakeJudge(say) as fake:
+        score(refvie, fake, "--repeats", 2, "--controls", 0, "--human", refvie / "people.csv")
+    text = (refvie / "out" / "refvie.md").read_text()
+    assert "mean over items: 0.71" in text and "| quality | mean score | 3 | 1.00 | 1.00 |" in text
+
+
+@pytest.mark.parametrize("taste, expected", [("first", "| 0 | 0 | 3 | 3 | 3 |"), ("red", "| 3 | 0 | 0 | 0 | 3 |")])
+def test_comparison_counts_a_win_only_in_both_orders(refvie, monkeypatch, taste, expected):
+    monkeypatch.setenv("GEMINI_API_KEY", "k")
+    (refvie / "other").mkdir()
+    for path in (refvie / "edits").iterdir():
+        write_video(refvie / "other" / path.name, smooth_clip(GREEN, len(read_clip(path).frames)), 4)
+
+    def say(request, nth):
+        videos = [base64.b64decode(p["inlineData"]["data"]) for p in request["parts"] if "videoMetadata" in p]
+        red = [p.read_bytes() for p in (refvie / "edits").iterdir()]
+        return json.dumps({"winner": "1" if taste == "first" or videos[1] in red else "2"})
+
+    with FakeJudge(say) as fake:
+        judge.main(["compare", "--bench", "refvie", str(refvie / "bench.yaml"), str(refvie / "edits"), str(refvie / "other"),
+                    "--judge", "gemini-x", "--endpoint", fake.url, "--out", str(refvie / "out")])  # fmt: skip
+    assert expected in (refvie / "out" / "refvie_compare.md").read_text()
+    next((refvie / "other").iterdir()).unlink()
+    with pytest.raises(SystemExit, match="1 of 3 pairs are incomplete"):
+        judge.main(["compare", "--bench", "refvie", str(refvie / "bench.yaml"), str(refvie / "edits"), str(refvie / "other"),
+                    "--out", str(refvie / "out")])  # fmt: skip
+    text = (refvie / "out" / "refvie_compare.md").read_text()
+    assert "| edit_strength |  | - (1 missing) |" in text and "missing: " in text[text.index("## Missing") :]
+
+
+def test_a_missing_and_a_broken_edit_are_counted_and_shown(refvie, capsys):
+    edits = sorted((refvie / "edits").iterdir())
+    (refvie / "1.png").write_bytes(b"no picture")
+    edits[0].unlink()
+    edits[1].write_bytes(edits[1].read_bytes()[:100])
+    arguments = ["score", "--bench", "refvie", str(refvie / "bench.yaml"), "--edits", str(refvie / "edits"), "--out", str(refvie / "out"),
+                 "--endpoint", "https://me:p%40ss@host/v1?key=s3cret"]  # fmt: skip
+    with pytest.raises(SystemExit, match="2 of 3 items lack a result"):
+        judge.main(arguments)
+    text = (refvie / "out" / "refvie.md").read_text()
+    assert "p%40ss" not in text and "s3cret" not in text and "missing: " in text and "unreadable: " in text and "| background | 1 of 1 |" in text
+    assert "| subject | 0 of 2 | - (2 missing)" in text
+    page = (refvie / "out" / "refvie.html").read_text()
+    assert "data:image/jpeg;base64," in page and not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_a_folder_of_edits_that_is_not_there_replaces_no_report(refvie, tmp_path):
+    (tmp_path / "refvie.md").write_text("good")
+    (tmp_path / "refvie_compare.md").write_text("good")
+    bench, out = ["--bench", "refvie", str(refvie / "bench.yaml")], ["--judge", "metrics", "--out", str(tmp_path)]
+    for words in (["score", *bench, "--edits", "nope", *out], ["compare", *bench, str(refvie / "edits"), "nope", *out]):
+        with pytest.raises(SystemExit, match="nope: no such folder of edits"):
+            judge.main(words)
+    assert [(tmp_path / name).read_text() for name in ("refvie.md", "refvie_compare.md")] == ["good", "good"]
+
+
+def test_averages_of_the_released_score_files_are_theirs_and_ours_are_equal_where_the_rule_was_kept(tmp_path, capsys):
+    answer = "Brief reasoning: fine.\nInstruction Compliance: {}\nVisual Quality & Stability: {}\nConsistency & Detail Fidelity: {}"
+    rows = [("global_style", (4, 3, 2)), ("global_style", (5, 5, 5)), ("local_add", (2, 2, 1))]
+    line = lambda task, s: json.dumps({"scores": list(s), "prompt": "p", "edited_type": task, "result": answer.format(*s)})
+    path = tmp_path / "openve_g_score.jsonl"
+    path.write_text("\n".join(line(*row) for row in rows))
+    judge.main(["averages", str(path)])
+    text = capsys.readouterr().out
+    assert "| global_style | 4.0000 | 4.00 [" in text and "| local_add | 1.6667 | 1.67 |" in text
+    assert "| mean of the tasks | 2.8333 | 2.83 |" in text and "| mean of all scores | 3.2222 | 3.22 [" in text
+    named = "Physical Integration & Tracking: 1\nIdentity Consistency & Compliance: 3\nTemporal Consistency & Texture Fidelity: 2"
+    path.write_text(json.dumps({"scores": [1, 3, 2], "result": named, "subtask": "subject", "meta_info": {}}))
+    judge.main(["averages", str(path)])
+    assert "| subject | 2.0000 | 2.00 | 1 | 0 | 0 |" in capsys.readouterr().out  # by name: nothing was broken
+    path.write_text(line("local_add", (2, 5, 1)))
+    judge.main(["averages", str(path)])
+    assert "| local_add | 2.6667 | 1.67 | 1 | 0 | 1 |" in capsys.readouterr().out
+
+
+def test_benchmarks_are_read_in_their_own_formats_and_lead_nowhere_else(tmp_path, capsys):
+    rows = "original_video,prompt,edited_type\nvideos/a.mp4,Add a hat.,local_add\nvideos/b.mp4,Zoom in.,camera_edit\n"
+    (tmp_path / "b.csv").write_text(rows)
+    (item,) = judge.read_bench("openve", tmp_path / "b.csv", "edits")
+    assert (item.edit, item.task, item.source) == (Path("edits/a_edited.mp4"), "local_add", tmp_path / "videos/a.mp4")
+    (tmp_path / "i.json").write_text('{"12": {"id": "animal/7.jpg", "prompt": "Add a hat.", "edit_type": "add"}}')
+    assert judge.read_bench("imgedit", tmp_path / "i.json", "edits")[0].edit == Path("edits/add/127.jpg")
+    (tmp_path / "b.csv").write_text(rows.replace("videos/a", f"{tmp_path.name}/videos/a"))  # as published
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "blob").touch()
+    (tmp_path / "videos/a.mp4").symlink_to("../blob")  # as the hub's cache has it
+    (item,) = judge.read_bench("openve", tmp_path / "b.csv", "edits")
+    assert item.source == tmp_path / "videos/a.mp4"
+    (tmp_path / "b.csv").write_text(rows.replace("b.mp4,Zoom in.,camera_edit", "a.mp4,Zoom in.,local_add"))
+    assert len(judge.read_bench("openve", tmp_path / "b.csv", "edits")) == 2
+    assert "share the edit a_edited.mp4" in capsys.readouterr().err
+    (tmp_path / "b.csv").write_text(rows.replace("videos/a", "../a"))
+    with pytest.raises(ValueError, match="is outside of"):
+        judge.read_bench("openve", tmp_path / "b.csv", "edits")
+    with pytest.raises(judge.JudgeError, match="right"):
+        judge.read_bench("refvie", tmp_path / "i.json", "edits")
+
+
+def test_run_makes_the_edits_under_the_released_names_each_once_and_in_shards(refvie, small_weights, monkeypatch, capsys):
+    arguments = ["run", "--bench", "refvie", str(refvie / "bench.yaml"), "--weights", str(small_weights), "--edits",
+                 str(refvie / "new"), "--steps", "1", "--device", "cpu"]  # fmt: skip
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        judge.main(arguments)
+    made = sorted((refvie / "new").glob("*.mp4"))
+    assert [path.name for path in made] == sorted(path.name for path in (refvie / "edits").iterdir())
+    with av.open(str(made[0])) as small:
+        assert small.streams.video[0].pix_fmt == "yuv444p"  # so that the metrics see the model and not the codec
+    judge.main(arguments)
+    assert "0 of 1 edits to make" in capsys.readouterr().out
+    rows = "original_video,prompt,edited_type\n" + "".join(f"{made[0]},Add a hat{end},local_add\n" for end in ".!")
+    (refvie / "new" / "twice.csv").write_text(rows.replace(f"{made[0].parent}/", ""))
+    monkeypatch.delenv("RANK")  # and WORLD_SIZE alone is not torchrun's
+    twice = ["run", "--bench", "openve", str(refvie / "new/twice.csv"), *arguments[4:6], "--edits", str(refvie / "twice"), *arguments[8:]]
+    judge.main(twice)
+    judge.main(["run", *twice[1:]])
+    said = capsys.readouterr()
+    assert said.out.count("_edited.mp4") == 1 and "of the first" in said.err
+    judge.main([*arguments, "--edits", str(refvie / "plain"), "--no-ref"])
+    assert len(list((refvie / "plain").glob("*.mp4"))) == len(made)
+    assert not torch.equal(read_clip(refvie / "plain" / made[0].name).frames, read_clip(made[0]).frames)
+    with pytest.raises(SystemExit, match="edits are there of seed 0, not 1; give another --edits"):
+        judge.main([*arguments, "--seed", "1"])
+    with pytest.raises(SystemExit, match="edits are there of ref_guidance 1.0, not 1.5; give another --edits"):
+        judge.main([*arguments, "--ref-guidance", "1.5"])
+    other = Path(shutil.copytree(small_weights, refvie / "weights"))
+    on_other = [word.replace(str(small_weights), str(other)) for word in [*arguments, "--edits", str(refvie / "others")]]
+    judge.main(on_other)
+    dit = load_file(other / "dit.safetensors")
+    save_file({name: tensor + 1 for name, tensor in dit.items()}, other / "dit.safetensors")
+    with pytest.raises(SystemExit, match="edits are there of files .*; give another --edits"):
+        judge.main(on_other)  # the same folder, with other weights in it
+    (refvie / "new" / "run.json").unlink()
+    with pytest.raises(SystemExit, match="no .*run.json says whose edit it is"):
+        judge.main(arguments)
+    with pytest.raises(SystemExit, match="--device cuda:9: not available here"):
+        judge.main([*arguments, "--device", "cuda:9"])
+
+
+@demo
+def test_metrics_rank_real_edits_above_the_copy_and_a_wrong_reference(tmp_path):
+    path = SHARED / "demo" / "refvie_bench.yaml"
+    args = ["score", "--bench", "refvie", str(path), "--edits", str(SHARED / "demo" / "edits" / "refvie"), "--out", str(tmp_path)]
+    judge.main(args)
+    text = (tmp_path / "refvie.md").read_text()
+    held = {what: int(n) for what, n in re.findall(r"\| (reference_gain[^|]*) \| (\d) \| 6 \|", text)}
+    assert len(held) == 2 and all(n >= 5 for n in held.values())
+
+
+@pytest.mark.parametrize("fps, expected", [(1, [0, 1, 2, 3]), (4, [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5]), (99, 28)])
+def test_frames_for_a_judge_stand_where_its_frame_rate_says(tmp_path, fps, expected):
+    write_video(tmp_path / "v.mp4", smooth_clip(BLUE, 28, 32), 8)
+    frames, seconds = judges.sampled_frames(tmp_path / "v.mp4", fps)
+    assert len(frames) == len(seconds) == (28 if fps == 99 else len(expected) if fps == 1 else 14)
+    assert fps == 99 or seconds[: len(expected)] == expected
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_local_judge_numbers_and_generates_as_transformers_does(tmp_path, kind):
+    write_image(tmp_path / "ref.png", smooth_clip(RED)[0])
+    write_video(tmp_path / "v.mp4", smooth_clip(BLUE), 4)
+    folder = tiny_local_judge(tmp_path / "judge", kind)
+    ours = judges.Local(folder, judge.parse_arguments(["score", "x", "--bench", "refvie", "--edits", "x", "--max-tokens", "8", "--device", "cpu"]))
+    media = [("Reference image", tmp_path / "ref.png"), ("Edited video", tmp_path / "v.mp4")]
+    ids, positions, pixels = ours.prepare("Judge it.", media, 4.0)
+    frames = judges.sampled_frames(tmp_path / "v.mp4", 4.0)[0]
+    seen = pixels["pixel_values_videos"].reshape(4, 2, 2, 2, 2, 3, 2, ours.patch, ours.patch).permute(0, 6, 1, 3, 7, 2, 4, 8, 5)
+    seen = seen.reshape(8, 4 * ours.patch, 4 * ours.patch, 3) * torch.tensor(ours.std) + torch.tensor(ours.mean)
+    assert (seen * 255 - F.interpolate(frames.permute(0, 3, 1, 2).float(), seen.shape[1:3]).permute(0, 2, 3, 1)).abs().mean() < 6
+    kinds = torch.zeros_like(ids)
+    kinds[ids == ours.token("<|image_pad|>")], kinds[ids == ours.token("<|video_pad|>")] = 1, 2
+    if kind == "qwen3_vl":  # transformers numbers what follows a Qwen2.5-VL video otherwise than it was trained (FACTS.md)
+        theirs = ours.mllm.model.get_rope_index(ids, kinds, pixels["image_grid_thw"], pixels["video_grid_thw"])[0]
+        assert torch.equal(positions, theirs)
+        expected = ours.mllm.generate(ids, mm_token_type_ids=kinds, **pixels, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        expected = [t for t in expected.tolist() if t not in ours.ends]
+        assert ours.ask("Judge it.", media, 4.0).text == ours.tokenizer.decode(expected)
+    else:
+        grid = pixels["video_grid_thw"][0].tolist()
+        video = positions[0, 0][kinds[0] == 2]
+        assert video.unique().diff().tolist() == [1] * (grid[0] - 1)  # 2 positions a second, 4 frames a second, 2 a step
+        assert ours.ask("Judge it.", media, 4.0).tokens_in == ids.shape[1]
+
+
+def test_an_item_s_average_is_over_its_criteria_and_the_overall_over_the_tasks():
+    told = [("0", "subject", (5, 4, 3)), ("1", "subject", (3, 1, 2)), ("2", "background", (2, 1, 0))]
+    rows = []
+    for key, task, scores in told:
+        answer = dict(zip(judge.REFERENCE_TASKS[task][1], scores))
+        rows.append(judge.Row(judge.Item(key, task, "x", None, None), answers=[answer]))
+    by_task, overall = judge.score_means("refvie", rows, False)
+    assert by_task["subject"]["average"].value == 3 and overall.value == 2
+
+
+def test_compared_metrics_are_the_first_less_the_second_and_columns_are_those_published():
+    pairs = [tuple(judge.Row(None, metrics=dict.fromkeys(metrics.METRICS) | {"flicker": value}) for value in (3.0, 1.0))]
+    assert [str(cell) for cell in judge.paired_metrics(pairs, 0, True)[2][1][2:]] == ["2.00", "1", "1"]
+    by_task = dict.fromkeys(("local_add", "global_style"))
+    assert judge.published_cells("openve", by_task, (1, 2, 3, 4, 5, 3)) == ["5.00", "1.00", "-"]
+
+
+def test_a_wrong_reference_is_another_one_of_the_same_task_first():
+    told = [("subject", "vae.py"), ("background", "dit.py"), ("subject", "vae.py"), ("subject", "data.py")]
+    items = [judge.Item(str(i), task, "x", None, None, HOUSE / ref) for i, (task, ref) in enumerate(told)]
+    assert [path.name for path in judge.wrong_references(items, items[0])] == ["data.py", "dit.py"]
+
+
+def test_run_edits_the_benchmark_with_the_seed_and_guidance_asked_for(refvie, small_weights, monkeypatch):
+    asked = []
+    monkeypatch.setattr(KiwiEdit, "edit", lambda self, frames, *rest, **more: asked.append((len(frames), more["seed"], more["ref_guidance"])) or frames)
+    words = ["run", "--bench", "refvie", refvie / "bench.yaml", "--weights", small_weights, "--edits", refvie / "new"]
+    judge.main([str(word) for word in (*words, "--seed", 7, "--ref-guidance", 2, "--limit", 1, "--device", "cpu")])
+    assert asked == [(5, 7, 2)]
+
+
+def test_edit_strength_is_in_levels_and_the_area_a_share():
+    source = torch.zeros(2, 3, 16, 16)
+    edit = source.clone()
+    edit[..., :8] = 51 / 255
+    measured = metrics.measure(source, edit)
+    assert measured["edit_strength"] == pytest.approx(25.5) and measured["edited_area"] == 0.5
+
+
+def test_what_gemini_only_thinks_is_no_answer():
+    parts = [{"text": "perhaps 5", "thought": True}, {"text": "4"}]
+    reply = {"candidates": [{"content": {"parts": parts}}], "usageMetadata": {"promptTokenCount": 900, "candidatesTokenCount": 9}}
+    assert judges.Gemini.reply(None, reply).text == "4"
+
+
+def test_what_a_judge_thinks_aloud_is_not_its_answer_and_a_winner_is_one():
+    draft, final = ('{"quality": %d, "consistency": %d}' % (score, score) for score in (5, 1))
+    thought = "Let me see. " * 2000
+    for text in (draft + thought + final, f"<think>{draft}</think>\nQuality: 1\nConsistency: 1"):
+        assert judges.read_answer(text, ("quality", "consistency")) == {"quality": 1, "consistency": 1}
+    assert judges.read_winner("**Winner:** 2 (sharper)") == {"winner": "2"} and judges.read_winner('{"winner": "tie"}') == {"winner": "tie"}
+    assert judges.read_winner(f"Winner: 1. {thought} Winner: 2") == {"winner": "2"}
+    assert judges.read_reason('<think>{"reasoning": "none"}</think>{"reasoning": "a hat"}') == "a hat"
+    for text in ('{"winner": "1 or 2"}', '{"winner": "1/2"}', "winner: 1 and 2 are equal"):
+        with pytest.raises(judges.Malformed):
+            judges.read_winner(text)
+
+
+def test_a_refusal_of_one_request_is_no_refusal_of_the_key():
+    fake = FakeJudge(lambda request, nth: ("status", 403, {}))
+    body = {"messages": [{"content": "Judge."}, {"content": []}]}
+    for trusted, error in ((False, judges.Barred), (True, judges.Unusable)):
+        with pytest.raises(error, match="HTTP 403"):
+            judges.post(f"{fake.url}/chat/completions", {}, body, 10, trusted=trusted)
+
+
+def test_frames_closer_than_a_position_share_it():
+    _, positions = judges.Local.lay_out(None, [[1, 2], (7, (4, 2, 2), 0.5)])
+    assert positions[0, 0].tolist() == [0, 1, 2, 2, 3, 3]

@@ -1,0 +1,427 @@
+"""Tests of model.py"""
+
+import json
+import os
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import GOLDEN, close, golden, golden_dit_config, golden_vae_config, manifest, moving_picture, randomise, recorded, save_diffusers_layout, save_training_layout, small_edit, small_model, tiny_dit
+import train
+from connectors import MLLMConfig
+from dit import DiT
+from model import FlowMatch, KiwiConfig, KiwiEdit, PRESETS, balance_weights, load_weights, read_weights, working_on
+from vae import VAE
+
+@golden
+def test_the_schedules_match_the_release():
+    schedules = recorded("scheduler.json")
+    for kind, sigma_min in (("official", 0.0), ("released_diffusers", 0.003 / 1.002)):
+        for r in schedules[kind]["inference"]:
+            if r["denoising_strength"] == 1.0:
+                sigmas = FlowMatch(r["shift"], sigma_min).sigmas(r["num_inference_steps"])
+                assert sigmas[:-1].tolist() == r["sigmas"] and sigmas[-1] == 0
+    training, sampled = schedules["training"], schedules["training"]["sampled"]
+    assert FlowMatch().timesteps(1000).tolist() == training["timesteps"]
+    for suffix, names in (("", ("timestep", "sigma", "weight")), ("bf16", ("timestep_bf16", "sigma_from_bf16", "weight_from_bf16"))):
+        t, sigma, weight = (torch.tensor([r[name] for r in sampled]) for name in names)
+        ours = FlowMatch().training_sigmas(t)
+        assert torch.allclose(ours[0], sigma, atol=1e-6) and torch.allclose(ours[1], weight, atol=1e-5), suffix
+
+
+def test_a_loss_without_the_bell_takes_all_timesteps_alike_also_the_first_of_an_edit():
+    t = torch.tensor([1000.0, 700.0])
+    bell, none = (FlowMatch(20.0, weighting=w).training_sigmas(t)[1] for w in ("bell", "none"))
+    assert bell[0] == 0 < bell[1] and none.tolist() == [1, 1]
+    with pytest.raises(ValueError, match="weighting: 'flat', expected bell or none"):
+        FlowMatch(weighting="flat")
+    with pytest.raises(ValueError, match="FlowMatch.shift: 0"):
+        FlowMatch(0)
+
+
+def test_a_balanced_loss_hears_a_small_change_and_a_small_rest():
+    source = torch.randn(3, 16, 2, 4, 4)
+    target = source.clone()
+    target[0, :, 0, 0, 0] += 30  # one place of 32
+    target[1, :, :, 1:] += 30  # all but 8
+    weights = balance_weights(target, source)
+    assert torch.allclose(weights.mean(dim=(1, 2, 3, 4)), torch.ones(3)) and torch.allclose(weights[2], torch.ones(()))
+    small, rest = weights[0, 0, 0, 0, 0] / weights[0, 0, 1, 0, 0], weights[1, 0, 0, 0, 0] / weights[1, 0, 0, 1, 0]
+    assert abs(small - 31**0.5) < 0.1 and abs(rest - 3**0.5) < 0.1  # the root of (kept / changed)
+    model, t, context = denoiser(), torch.tensor([300.0]), torch.randn(1, 3, 64)
+    noise = torch.randn(1, 16, 2, 4, 4)
+    sigma, weight = FlowMatch().training_sigmas(t)
+    noisy = (1 - sigma) * target[:1] + sigma * noise
+    error = model.velocity(noisy, t, context, source[:1]) - (noise - target[:1])
+    loss = model.training_loss(target[:1], context, t, source[:1], noise=noise, balance=True)
+    assert torch.allclose(loss, weight * (weights[:1] * error.square()).mean(), rtol=1e-5)
+    with pytest.raises(ValueError, match="nothing tells what an edit changes"):
+        replace(train.STAGES["paper"][1], balance=True)  # the DiT of stage 1 sees no source
+
+
+def golden_pipeline():
+    spec = recorded("pipeline.json")
+    e = recorded("mllm.json")["encoder"]
+    mllm = MLLMConfig(str(GOLDEN / "mllm"), e["dit_dim"], 6, 8, 10, e["max_object_token"])
+    model = KiwiEdit(KiwiConfig(golden_dit_config(spec["dit_config"]), golden_vae_config("2.2"), mllm))
+    weights = recorded("pipeline_dit_weights.safetensors")
+    weights |= {f"vae.{k}": v for k, v in recorded("vae22_weights.safetensors").items()}
+    weights |= {f"mllm.{k}": v for k, v in recorded("mllm_weights.safetensors").items()}
+    load_weights(model, weights)
+    return model, spec, recorded("pipeline_cases.safetensors")
+
+
+@golden
+def test_the_whole_edit_matches_the_release_from_pictures_to_pictures():
+    model, spec, data = golden_pipeline()
+    for name, case in spec["cases"].items():
+        ref = data[f"{name}.ref_u8"][0] if case["has_reference"] else None
+        edited = model.edit(data[f"{name}.source_u8"], case["prompt"], ref, steps=4, seed=case["seed"])
+        assert (edited.int() - data[f"{name}.frames_u8"].int()).abs().max() <= 1
+        latents = (data[f"{name}.source_latents"], data.get(f"{name}.ref_latents"))
+        final = model.denoise(data[f"{name}.noise"], data[f"{name}.context"], *latents, steps=4)
+        assert close(final, data[f"{name}.latents.3"], 1e-5)
+
+
+@golden
+def test_the_training_loss_and_its_gradients_match_the_release():
+    model, spec, data = golden_pipeline()
+    take = lambda name: data[f"training.{name}"]
+    for i, r in enumerate(spec["training"]):
+        model.zero_grad()
+        t = torch.tensor([r["timestep"]])
+        loss = model.training_loss(
+            take("input_latents"), take("context"), t, take("source_latents"), take("ref_latents"), take("noise")
+        )
+        loss.backward()
+        assert abs(loss.item() - r["loss"]) < 1e-4 * r["loss"]
+        for ours, theirs in (("source_embedder", "vae_condition"), ("ref_embedder", "ref_vae_condition")):
+            gradient = getattr(model, ours).patch_embedding.bias.grad
+            assert close(gradient, take(f"{i}.grad.{theirs}.patch_embedding.bias"))
+
+
+def denoiser(**changes):
+    return randomise(KiwiEdit(KiwiConfig(tiny_dit(), **changes)))
+
+
+def test_a_batch_with_sources_and_two_references_equals_its_items():
+    model = denoiser()
+    x, source, context = torch.randn(2, 16, 2, 4, 6), torch.randn(2, 16, 2, 4, 6), torch.randn(2, 5, 64)
+    ref, t = torch.randn(2, 16, 2, 4, 6), torch.tensor([900.0, 100.0])
+    both = model.velocity(x, t, context, source, ref)
+    for i in range(2):
+        one = slice(i, i + 1)
+        assert close(model.velocity(x[one], t[one], context[one], source[one], ref[one]), both[one], 1e-5)
+
+
+@pytest.mark.parametrize("how", ["add_scaled", "add_learned", "add_unscaled", "add_shared_patch_embed", "channel_concat"])
+def test_every_source_condition_of_the_paper_sees_the_source(how):
+    model = denoiser(source=how)
+    x, source, context = torch.randn(1, 16, 1, 4, 4), torch.randn(1, 16, 1, 4, 4), torch.randn(1, 3, 64)
+    with_source = model.velocity(x, torch.tensor([300.0]), context, source)
+    assert not close(with_source, model.velocity(x, torch.tensor([300.0]), context))
+    if how == "add_learned":  # starts out as the released scaling
+        torch.nn.init.zeros_(model.source_scale.weight), torch.nn.init.zeros_(model.source_scale.bias)
+        scaled = KiwiEdit(KiwiConfig(tiny_dit()))
+        scaled.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("source_scale")})
+        ours = model.velocity(x, torch.tensor([300.0]), context, source)
+        assert close(ours, scaled.velocity(x, torch.tensor([300.0]), context, source), 1e-6) and not close(ours, with_source)
+        return
+    t = torch.tensor([300.0])
+    added = model.inject(x, t, source) - model.inject(x, t, None)
+    if how == "channel_concat":  # the source's channels come second
+        torch.nn.init.zeros_(model.dit.patch_embedding.weight[:, 16:])
+        assert torch.equal(model.inject(x, t, source), model.inject(x, t, None))
+    else:
+        embedder = model.dit.patch_embedding if how == "add_shared_patch_embed" else model.source_embedder
+        assert close(added, embedder(source) * (1.0 if how == "add_unscaled" else 0.3), 1e-5)
+
+
+def test_latents_of_another_size_are_refused_and_not_broadcast():
+    model, x, context, t = denoiser(), torch.randn(1, 16, 2, 4, 4), torch.randn(1, 3, 64), torch.tensor([300.0])
+    with pytest.raises(ValueError, match="source latents"):
+        model.velocity(x, t, context, source=x[:, :, :1])
+    for ref in (x[:, :, :, :2], x[:, :, :0]):
+        with pytest.raises(ValueError, match="reference latents"):
+            model.velocity(x, t, context, ref=ref)
+
+
+MANIFESTS = {
+    "dit_wan2.2_ti2v_5b": "wan22_5b", "dit_wan2.1_t2v_14b": "wan21_14b", "dit_wan2.1_t2v_1.3b": "wan21_1_3b",
+    "vae_wan2.2": "wan22_5b", "vae_wan2.1": "wan21_14b",
+}  # fmt: skip
+
+
+@golden
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_the_real_sizes_take_exactly_the_published_names_and_shapes(name):
+    preset = PRESETS[MANIFESTS[name]]
+    with torch.device("meta"):
+        module = VAE(preset.vae) if name.startswith("vae") else DiT(preset.dit)
+    weights = manifest(name)
+    assert load_weights(module, weights) == []
+    lost = next(iter(weights))
+    with pytest.raises(ValueError, match=re.escape(lost)):
+        load_weights(module, {k: v for k, v in weights.items() if k != lost})
+    with pytest.raises(ValueError, match="1 unexpected: stranger"):
+        load_weights(module, {**weights, "stranger": weights[lost]})
+
+
+@golden
+def test_the_released_checkpoints_of_every_stage_and_layout_are_taken_in_full(real_qwen_folder):
+    preset = PRESETS["wan22_5b"]
+    preset = replace(preset, mllm=replace(preset.mllm, folder=str(real_qwen_folder)))
+    base = {f"mllm.{k}": v for k, v in manifest("qwen2.5_vl_3b_instruct").items()}
+    base |= {f"dit.{k}": v for k, v in manifest("dit_wan2.2_ti2v_5b").items()}
+    base |= {f"vae.model.{k}": v for k, v in manifest("vae_wan2.2").items()}
+    for stage in (1, 2, 3):
+        with torch.device("meta"):
+            model = KiwiEdit(preset)
+        missing = load_weights(model, base, partial=True)
+        lora = load_weights(model, manifest(f"trainable_5b_stage{stage}"), partial=True)
+        untrained = {name for name in set(missing) & set(lora) if ".lora_" not in name}
+        assert bool(untrained) == (stage < 3), sorted(untrained)[:9]
+    folder = {"transformer": "dit", "mllm_encoder": "mllm"}
+    with torch.device("meta"):
+        model = KiwiEdit(replace(preset, vae=None))
+    weights = {re.sub(r"^(\w+)/", lambda m: folder.get(m[1], m[1]) + ".", k): v for k, v in manifest("diffusers_5b").items()}
+    weights |= {f"mllm.{k}": v for k, v in manifest("qwen2.5_vl_3b_instruct").items()}
+    assert load_weights(model, {k: v for k, v in weights.items() if not k.startswith("vae.")}) == []
+
+
+@golden
+def test_a_14b_checkpoint_whose_dit_has_lora_is_taken_in_full(real_qwen_folder):
+    preset = PRESETS["wan21_14b"]
+    preset = replace(preset, vae=None, mllm=replace(preset.mllm, folder=str(real_qwen_folder)))
+    with torch.device("meta"):
+        model = KiwiEdit(preset)
+    load_weights(model, manifest("trainable_14b_stage2"), partial=True)
+    assert model.dit.blocks[0].ffn[0].lora_A["default"].weight.shape == (128, 5120)
+
+
+def test_all_three_layouts_load_to_the_same_model(tmp_path, qwen_folder):
+    model = small_model(qwen_folder).eval()
+    model.config = replace(model.config, ref_pad_first=True)
+    model.save(tmp_path / "own")
+    diffusers = save_diffusers_layout(model, tmp_path / "diffusers")
+    checkpoint = save_training_layout(model, tmp_path)
+    expected = model.state_dict()
+    for path in (tmp_path / "own", diffusers):
+        loaded = KiwiEdit.from_pretrained(path, dtype=torch.float32)
+        assert loaded.config.ref_pad_first and loaded.config.mllm.max_pixels == 64 * 64
+        loaded = loaded.state_dict()
+        assert loaded.keys() == expected.keys() and all(torch.equal(loaded[k], expected[k]) for k in expected)
+    for path in (diffusers / "ref_embedder").glob("*.safetensors"):  # as the converter leaves instruct-only weights
+        path.unlink()
+    plain = KiwiEdit.from_pretrained(diffusers, dtype=torch.float32)
+    assert not plain.ref_embedder.patch_embedding.weight.any()
+    (tmp_path / "hub").mkdir()  # as a repository that holds a training checkpoint alone
+    checkpoint = checkpoint.rename(tmp_path / "hub" / "step-15000.safetensors").parent
+    bases = dict(base=tmp_path / "wan", qwen=tmp_path / "qwen", ref_pad_first=True)
+    loaded = KiwiEdit.from_pretrained(checkpoint, dtype=torch.float32, **bases)
+    assert loaded.config.ref_pad_first
+    loaded = loaded.state_dict()
+    differing = {k for k in expected if not torch.equal(loaded[k], expected[k])}
+    assert loaded.keys() == expected.keys()
+    assert differing == {"mllm.model.language_model.layers.0.self_attn.q_proj.weight"}  # where the LoRA was merged
+
+
+def test_an_edit_is_reproducible_keeps_its_shape_and_survives_offload_and_tiles(qwen_folder):
+    model = small_model(qwen_folder).eval()
+    torch.manual_seed(1)
+    first = small_edit(model)
+    torch.manual_seed(1)
+    assert first.shape == (6, 32, 64, 3) and torch.equal(small_edit(model), first)
+    picture = torch.randint(255, (40, 50, 3), dtype=torch.uint8)
+    source = moving_picture(6, 32, 64)
+    plain = model.edit(source, "Replace the sky.", [picture, picture], steps=2, seed=3)
+    other = model.edit(source, "Replace the sky.", [picture, picture], steps=2, seed=3, tile=1, offload_to="cpu")
+    assert (plain.int() - other.int()).abs().max() <= 1
+    assert not torch.equal(plain, model.edit(source, "Replace the sky.", [picture, picture], steps=2, seed=4))
+
+
+def test_guidance_goes_from_the_edit_without_the_references_to_that_with_them_and_beyond(qwen_folder):
+    model = small_model(qwen_folder).eval()
+    noise, source, ref = (torch.randn(1, 48, frames, 2, 4) for frames in (2, 2, 1))
+    shown, unshown = torch.randn(1, 8, 32), torch.randn(1, 4, 32)
+    with_ref = model.denoise(noise, shown, source, ref, steps=1)
+    without = model.denoise(noise, unshown, source, steps=1)
+    for guidance in (1.0, 1.5):
+        guided = model.denoise(noise, shown, source, ref, steps=1, unshown=unshown, guidance=guidance)
+        assert close(guided, without + guidance * (with_ref - without), 1e-5)
+
+
+def test_an_edit_is_guided_as_its_weights_ask_unless_told_otherwise(qwen_folder):
+    model, calls = small_model(qwen_folder).eval(), []
+    model.velocity = lambda *given: calls.append(len(given) > 4 and given[4] is not None) or KiwiEdit.velocity(model, *given)
+    small_edit(model), small_edit(model, ref=False)
+    assert calls == [True, True, False, False]
+    model.config = replace(model.config, ref_guidance=1.5)
+    small_edit(model), small_edit(model, ref=False)
+    assert calls[4:] == [True, False, True, False, False, False]
+    model.edit(moving_picture(1, 32, 32), "Replace the sky.", moving_picture(1, 32, 32)[0], steps=1, ref_guidance=1)
+    assert calls[10:] == [True]
+    picture = moving_picture(1, 32, 32)
+    for wrong, says in (({"ref_guidance": 0}, "ref_guidance: 0, expected a number above 0"), ({"steps": -1}, "steps: -1"),
+                        ({"ref": picture}, r"ref: expected uint8 \(H, W, 3\) each")):  # fmt: skip
+        with pytest.raises(ValueError, match=says):
+            model.edit(picture, "Replace the sky.", **wrong)
+    assert len(calls) == 11
+
+
+@pytest.mark.parametrize("full", [torch.OutOfMemoryError(), RuntimeError("GET was unable to find an engine to execute this computation")])
+def test_an_edit_whose_decoding_does_not_fit_the_card_is_decoded_in_tiles(qwen_folder, capsys, full):
+    model = small_model(qwen_folder).eval()
+    source = moving_picture(1, 32, 704)  # 44 latent pixels wide
+
+    def small_card(module, inputs):
+        if inputs[0].shape[-1] > 300:  # pixels; a tile and its halo have 272
+            raise full
+
+    plain = model.edit(source, "Replace the sky.", steps=1)
+    model.vae.decoder.head["0"].register_forward_pre_hook(small_card)
+    assert (plain.int() - model.edit(source, "Replace the sky.", steps=1).int()).abs().max() <= 1
+    assert "in tiles" in capsys.readouterr().err
+    with pytest.raises(type(full)):
+        model.edit(source, "Replace the sky.", steps=1, tile=44)
+
+
+def test_weights_of_an_earlier_stage_edit_but_refuse_a_reference(tmp_path, qwen_folder):
+    checkpoint = save_training_layout(small_model(qwen_folder), tmp_path, stage=2)
+    model = KiwiEdit.from_pretrained(checkpoint, dtype=torch.float32, base=tmp_path / "wan", qwen=tmp_path / "qwen")
+    assert small_edit(model, ref=False).shape == (6, 32, 64, 3)
+    with pytest.raises(ValueError, match="no ref queries"):
+        small_edit(model)
+
+
+def test_below_float32_released_weights_see_timesteps_rounded_to_bfloat16():
+    a, b = torch.tensor([997.0]), torch.tensor([996.0])  # one number in bfloat16
+    for rounds, dtype, same in ((True, torch.bfloat16, True), (False, torch.bfloat16, False), (True, torch.float32, False)):
+        dit = randomise(DiT(tiny_dit(bf16_timesteps=rounds))).to(dtype)
+        assert torch.equal(dit.embed_time(a)[0], dit.embed_time(b)[0]) == same
+
+
+def test_the_loss_of_a_batch_is_the_mean_of_its_items_whatever_the_lengths_of_their_contexts(qwen_folder):
+    model, clip = small_model(qwen_folder), moving_picture(5, 32, 64)
+    refs = [torch.randint(255, (*size, 3), dtype=torch.uint8) for size in ((40, 50), (60, 80), (40, 50))]
+    requests = [model.mllm.prepare(f"Use it, {i}.", clip, ref) for i, ref in enumerate(refs)]
+    latents, source, noise = torch.randn(3, 3, 48, 2, 2, 4)
+    rest = (latents, torch.tensor([900.0, 500.0, 100.0]), source, torch.randn(3, 48, 1, 2, 4), noise)
+    alone = [model(requests[i : i + 1], *(z[i : i + 1] for z in rest)) for i in range(3)]
+    for apart in (False, True):
+        assert close(model(requests, *rest, apart=apart), torch.stack(alone).mean(), 1e-5)
+
+
+def test_bfloat16_weights_leave_transformers_rotary_tables_in_float32(tmp_path, qwen_folder):
+    small_model(qwen_folder).save(tmp_path / "own")
+    (tmp_path / "own/.dit.1.tmp.safetensors").write_text("of a copy that was killed")
+    model = KiwiEdit.from_pretrained(tmp_path / "own", dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    buffers = dict(model.named_buffers())
+    assert buffers and all(b.dtype == torch.float32 and not b.is_meta for b in buffers.values())
+    assert small_edit(model).shape == (6, 32, 64, 3)
+
+
+WRONG_CONFIGS = {
+    "unknown key": lambda config: {**config, "dit": {**config["dit"], "width": 1}}, "a list": lambda config: [config],
+    "no fields": lambda config: {**config, "dit": [1]}, "a word": lambda config: {**config, "dit": {**config["dit"], "dim": "x"}},
+}  # fmt: skip
+
+
+def damage(folder, how):
+    dit = folder / "dit.safetensors"
+    if how == "truncated":
+        dit.write_bytes(dit.read_bytes()[:-100])
+    elif how == "absent":
+        dit.unlink()
+    elif how == "another size":
+        config = json.loads((folder / "config.json").read_text())
+        config["dit"]["ffn_dim"] += 16
+        (folder / "config.json").write_text(json.dumps(config))
+    elif how in WRONG_CONFIGS:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(WRONG_CONFIGS[how](config)))
+    elif how == "no tokenizer":
+        (folder / "mllm" / "tokenizer.json").unlink()
+
+
+@pytest.mark.parametrize("how, says", [
+    ("truncated", r"dit\.safetensors: cannot be read"), ("absent", r"missing: dit\."), ("another size", "of another size"),
+    ("unknown key", "unknown key width"), ("a list", r"config\.json: expected a JSON object"),
+    ("no fields", r"config\.json: expected the fields of DiTConfig"), ("a word", r"config\.json: DiTConfig: "), ("no tokenizer", r"tokenizer\.json is missing"),
+])  # fmt: skip
+def test_damaged_weights_are_refused_with_the_reason(tmp_path, qwen_folder, how, says):
+    small_model(qwen_folder).save(tmp_path / "own")
+    damage(tmp_path / "own", how)
+    with pytest.raises((ValueError, FileNotFoundError), match=says):
+        KiwiEdit.from_pretrained(tmp_path / "own", dtype=torch.float32)
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_a_pickle_that_is_more_than_tensors_is_not_executed(tmp_path, qwen_folder):
+    checkpoint = save_training_layout(small_model(qwen_folder), tmp_path)
+    torch.save({"conv1.weight": Bomb(tmp_path / "executed")}, tmp_path / "wan" / "Wan2.2_VAE.pth")
+    with pytest.raises(ValueError, match=r"Wan2\.2_VAE\.pth: cannot be read"):
+        KiwiEdit.from_pretrained(checkpoint, base=tmp_path / "wan", qwen=tmp_path / "qwen")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_all_of_wan_s_dits_round_timesteps_and_read_four_tokens_of_a_reference(tmp_path, qwen_folder):
+    model = small_model(qwen_folder)
+    configs = [read_weights(save_diffusers_layout(model, tmp_path / "diffusers"))[0]]
+    configs.append(read_weights(save_training_layout(model, tmp_path), tmp_path / "wan", tmp_path / "qwen")[0])
+    assert all(config.mllm.max_ref_tokens == 4 for config in configs)  # as many as the model saved has
+    assert all(config.dit.bf16_timesteps for config in [*configs, *(PRESETS[name] for name in ("wan22_5b", "wan21_14b", "wan21_1_3b"))])
+
+
+def test_weights_neither_lead_out_of_their_folder_nor_lack_a_shard_nor_replace_what_is_not_theirs(tmp_path, qwen_folder):
+    model, own = small_model(qwen_folder), tmp_path / "own"
+    model.save(own)
+    config = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps({**config, "mllm": {**config["mllm"], "folder": str(qwen_folder)}}))
+    with pytest.raises(ValueError, match="leads out"):
+        KiwiEdit.from_pretrained(own)
+    (own / "thesis.txt").write_text("my only copy")
+    with pytest.raises(ValueError, match="thesis.txt"):
+        model.save(own)
+    checkpoint = save_training_layout(model, tmp_path)
+    index = {"weight_map": {"head.modulation": "diffusion_pytorch_model-00003-of-00003.safetensors"}}
+    (tmp_path / "wan" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match="00003-of-00003.safetensors is missing"):
+        KiwiEdit.from_pretrained(checkpoint, base=tmp_path / "wan", qwen=tmp_path / "qwen")
+
+
+def test_whole_weights_refuse_a_base_that_they_would_not_read(tmp_path, qwen_folder):
+    small_model(qwen_folder).save(tmp_path / "own")
+    with pytest.raises(ValueError, match="own is whole: --base"):
+        KiwiEdit.from_pretrained(tmp_path / "own", base=tmp_path / "wna")
+
+
+def test_latents_stay_float32_between_the_steps_of_a_bfloat16_model():
+    x = denoiser().bfloat16().denoise(torch.randn(1, 16, 1, 4, 4), torch.randn(1, 3, 64), steps=3)
+    assert x.dtype == torch.float32 and not torch.equal(x, x.bfloat16().float())
+
+
+def test_a_clip_of_another_length_is_filled_with_its_last_frame(qwen_folder):
+    model, seen = small_model(qwen_folder).eval(), []
+    model.mllm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
+    video = moving_picture(6, 32, 64)
+    model.edit(video, "Replace the sky.", steps=1)
+    assert torch.equal(seen[0], torch.cat([video, video[-1:].expand(3, -1, -1, -1)]))
+
+
+def test_after_its_work_a_part_has_its_own_tensors_back():
+    layer = torch.nn.Linear(3, 3)
+    home = layer.weight.data_ptr()
+    with working_on(layer, "cpu"):
+        layer.weight.data = layer.weight.data.clone()  # as on another device
+    assert layer.weight.data_ptr() == home

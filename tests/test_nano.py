@@ -1,0 +1,415 @@
+"""Tests of nano.py, world.py"""
+
+import csv
+import itertools
+import json
+import re
+import sys
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+from conftest import close, moving_picture, randomise
+import curate
+import judge
+import nano
+import train
+import world
+from connectors import MLLMConfig, MLLMEncoder, inject_lora
+from data import read_clip, read_image
+from dit import DiTConfig
+from model import FlowMatch, KiwiConfig, KiwiEdit
+
+@pytest.fixture(scope="session")
+def library():
+    return world.load_library()
+
+
+def test_the_world_is_the_same_whoever_draws_it(tmp_path, nano_data):
+    nano.main(["data", str(tmp_path), "--clips", "16", "--frames", "5", "--workers", "2"])
+    files = sorted(path.relative_to(nano_data) for path in nano_data.rglob("*.*"))
+    assert len(files) == 4 * 4 + 4 * 3 + 8 * 3 + 5
+    for name in files:
+        assert (tmp_path / name).read_bytes() == (nano_data / name).read_bytes(), name
+
+
+def test_the_world_s_tables_are_those_of_the_real_data(nano_data):
+    for kind, count in {"image": 8, "video": 4, "ref_video": 4}.items():
+        rows = list(csv.DictReader((nano_data / f"{kind}.csv").open()))
+        columns = ["src_video", "tgt_video", "prompt"] + ["ref_image"] * (kind == "ref_video")
+        assert len(rows) == count and list(rows[0]) == columns
+        source, target = (read_clip(nano_data / rows[0][c]) for c in columns[:2])
+        assert source.frames.shape == target.frames.shape == (1 if kind == "image" else 5, 64, 64, 3)
+        assert source.still == (kind == "image") and rows[0]["prompt"]
+        if kind == "ref_video":
+            assert read_image(nano_data / rows[0]["ref_image"]).shape == (128, 128, 3)
+
+
+def test_outside_the_mask_nothing_changes_and_inside_something_does(library, nano_data):
+    for index in range(40):
+        edit = world.draw_edit(library, "train", 0, index, 5, 64)
+        source, target, region = world.draw_frames(edit, 64)
+        assert torch.equal(source[~region], target[~region]), edit.prompt
+        assert (source[region] != target[region]).float().mean() > 0.2, edit.prompt
+        if edit.task in ("add", "change", "remove", "subject", "subject_add"):
+            assert 0.01 < region.float().mean() < 0.5, edit.prompt
+    for row in map(json.loads, (nano_data / "truth.jsonl").read_text().splitlines()):
+        source, target = (nano.read_frames(nano_data / row[c]).int() for c in ("src_video", "tgt_video"))
+        region = nano.read_frames(nano_data / row["mask"])[0, ..., 0].unflatten(0, (-1, 64)) > 127
+        assert region.all() or (source - target)[~region].abs().float().mean() < 2, "the codec's share"
+
+
+def test_a_folder_has_tables_for_the_kinds_of_its_clips_alone(tmp_path):
+    small = ["--frames", "1", "--workers", "1", "--clips"]
+    nano.main(["data", str(tmp_path), *small, "4"])
+    assert len(list(tmp_path.glob("*.csv"))) == 3
+    nano.main(["data", str(tmp_path), *small, "1", "--tasks", "subject=1"])
+    assert [path.name for path in tmp_path.glob("*.csv")] == ["ref_video.csv"]
+    (tmp_path / "world.json").unlink()  # as where the table is a person's own
+    with pytest.raises(ValueError, match=r"has ref_video\.csv, truth\.jsonl that nano\.py did not write"):
+        nano.main(["data", str(tmp_path), *small, "1"])
+
+
+def test_a_world_that_is_half_drawn_over_another_has_no_tables(tmp_path, monkeypatch):
+    words, write = ["data", str(tmp_path), "--clips", "40", "--frames", "1", "--workers", "1"], nano.write_share
+    nano.main(words)
+
+    def interrupted(out, world, indices):
+        if indices[0]:
+            raise KeyboardInterrupt
+        return write(out, world, indices)
+
+    monkeypatch.setattr(nano, "write_share", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        nano.main([*words, "--seed", "1"])
+    assert [path.name for path in tmp_path.glob("*.*")] == ["world.json"]
+
+
+def test_a_world_of_chosen_tasks_has_no_others_and_in_their_shares(library):
+    tasks = Counter(world.draw_edit(library, "train", 0, i, 1, 64, {"change": 3, "add": 1, "subject": 1}).task for i in range(160))
+    assert set(tasks) == {"change", "add", "subject"} and tasks["change"] > 2 * tasks["add"]
+    assert {world.draw_edit(library, "train", 0, i, 1, 64, {"style": 1}).kind for i in range(8)} == {"image", "video"}
+    with pytest.raises(SystemExit):
+        nano.parse_arguments(["data", "x", "--tasks", "changes=2"])
+
+
+def test_what_is_tested_was_never_trained_on(library):
+    train, test = ([world.draw_edit(library, split, 0, i, 1, 64) for i in range(200)] for split in ("train", "test"))
+
+    def seen(edits):
+        things = {thing.sprite.name for e in edits for thing in e.source.things}
+        photos = {scene.photo.name for e in edits for scene in (e.source, e.target) if "plain" not in scene.photo.name}
+        return things | photos | {e.new.name for e in edits if e.new}
+
+    assert not seen(train) & seen(test) and len(seen(test)) > 20
+    assert not {e.prompt for e in train} & {e.prompt for e in test}
+    assert library.names("train") and not set(library.names("train")) & set(library.names("test"))
+
+
+def test_wordings_have_the_blanks_that_edits_fill_and_the_held_out_are_no_rearranged_ones():
+    common = set("the to in of is are be it and has for as you could please from a would like".split())
+    asked = {"style": "s", "background": "p", "change": "ab", "remove": "a", "add": "bw", "subject": "a", "subject_add": "w"}
+    allowed = {"subject": "b", "subject_add": "b"}
+
+    def telling(wording):
+        return set(re.findall(r"(?<!{)\b[a-z']+", wording.lower())) - common
+
+    assert world.WORDINGS.keys() == world.HELD_WORDINGS.keys() == {task for tasks in world.TASKS.values() for task in tasks}
+    for task, wordings in world.WORDINGS.items():
+        held = world.HELD_WORDINGS[task]
+        for wording in (*wordings, *held):
+            blanks = set(re.findall(r"{(\w+)}", wording)) - {"clip"}
+            assert set(asked.get(task, "")) <= blanks <= set(asked.get(task, "") + allowed.get(task, "")), wording
+        assert not [(a, b) for a in wordings for b in held if telling(b) <= telling(a)]
+        assert len(set(wordings)) == len(wordings) >= 64 and len(held) == 4
+
+
+def test_training_alone_sees_other_colours_and_heaps_of_leaves(library):
+    own = {id(photo) for photo in library.photos} | {id(look) for looks in library.sprites.values() for look in looks}
+    strange = {}
+    for split in ("train", "test"):
+        scenes = [world.draw_edit(library, split, 0, i, 1, 64).source for i in range(60)]
+        places, things = [s.photo for s in scenes], [thing.sprite for s in scenes for thing in s.things]
+        strange[split] = [sum(id(one) not in own for one in group) / len(group) for group in (places, things)]
+    assert strange["test"] == [0, 0] and 0.5 < strange["train"][0] < 0.9
+    assert strange["train"][1] == 0, "a coloured shape keeps the colour of its name"
+
+
+def test_other_colours_stay_under_the_same_alpha_and_leaves_are_seamless(library):
+    rng, sprite = np.random.default_rng(0), library.sprites["red star"][0]
+    other = world.recoloured(rng, sprite)
+    for old, new in zip(sprite.levels, other.levels):
+        assert torch.equal(old[3], new[3]) and (new[:3] <= new[3:]).all() and new.min() >= 0
+        assert (old[:3] - new[:3]).abs().max() > 0.1
+    for _ in range(5):
+        leaves = world.draw_leaves(rng, library.photos_of("train")[1]).image
+        inner = (leaves[:, 1:] - leaves[:, :-1]).abs().mean()
+        assert (leaves[:, 0] - leaves[:, -1]).abs().mean() < 3 * inner and 0 <= leaves.min() and leaves.max() <= 1
+
+
+def test_the_truth_follows_from_what_is_shown(library):
+    for i in range(120):
+        edit = world.draw_edit(library, "train", 2, i, 1 if i % 4 in (0, 3) else 5, 64)
+        if edit.kind == "image":
+            assert edit.source.camera.tolist() == [[0, 0, 1]], "a still does not show where its camera will go"
+        if edit.new:
+            thing = edit.target.things[edit.changed[1]]
+            assert thing.path[0, 3] == 0, "how askew the old thing stood cannot be told"
+            assert thing.flip is False or edit.ref is not None, "words do not say which side"
+
+
+def test_words_say_which_of_several_things_is_meant(library):
+    ahead = {"on the left": (-1, 0), "on the right": (1, 0), "at the top": (0, -1), "at the bottom": (0, 1)}
+    said = {"train": [], "test": []}
+    for split, index in itertools.product(said, range(120)):
+        edit = world.draw_edit(library, split, 3, index, 1 if index % 4 in (0, 3) else 5, 64)
+        things = edit.source.things
+        if edit.task in ("change", "remove", "subject") and len(things) > 1:
+            which = edit.changed[0]
+            name = things[which].sprite.name
+            side = next((side for side in (*ahead, "in the middle") if f"{name} {side}" in edit.prompt), None)
+            said[split].append(side is not None)
+            if side in ahead:
+                x, y = ahead[side]
+                places = [x * float(thing.path[0, 0]) + y * float(thing.path[0, 1]) for thing in things]
+                assert places.index(max(places)) == which, edit.prompt
+    assert all(said["test"]) and len(said["test"]) > 10, "nobody has heard the names of its things"
+    assert 0 < sum(said["train"]) < len(said["train"]), "names count too"
+
+
+def test_a_reference_shows_the_side_that_is_meant(library):
+    arrow = library.sprites["red arrow"][0]  # its head, the heavier half, is on the right
+    for seed in range(8):
+        for flip in (False, True):
+            thing = world.Thing(arrow, torch.tensor([[0.0, 0.0, 0.4, 0.0]]), flip)
+            shown = world.show_reference(np.random.default_rng(seed), thing, 64)
+            columns = ((shown - shown[:, :1, :1]).abs().amax(dim=0) > 0.1).sum(dim=0)
+            first, last = columns.nonzero()[[0, -1], 0]
+            left, right = columns[first : last + 1].chunk(2)
+            assert (right.sum() < left.sum()) == flip
+
+
+def test_a_perfect_edit_is_recognised_and_the_source_is_not(library):
+    for index in range(0, 40, 3):
+        edit = world.draw_edit(library, "test", 0, index, 5, 64)
+        source, target, region = world.draw_frames(edit, 64)
+        measures = nano.measure(target, target, region)
+        assert measures["psnr_in"] == 60 and measures["ssim_in"] == pytest.approx(1)
+        assert nano.region_psnr(source, target, region) < 40
+        if edit.new or edit.task == "remove":
+            assert all(nano.recognise(edit, library, "test", target, region, index).values())
+            assert not all(nano.recognise(edit, library, "test", source, region, index).values())
+
+
+def test_the_psnr_of_a_region_ignores_the_rest():
+    a, region = torch.zeros(2, 8, 8, 3, dtype=torch.uint8), torch.zeros(2, 8, 8, dtype=torch.bool)
+    region[:, :4] = True
+    b = a.clone()
+    b[:, :4], b[:, 4:] = 51, 255
+    assert nano.region_psnr(a, b, region) == pytest.approx(-20 * np.log10(51 / 255))
+    assert np.isnan(nano.region_psnr(a, b, region & False))
+
+
+def run_pretrain(part, data, out, *more):
+    nano.main(["pretrain", part, "--data", str(data), "--out", str(out), "--steps", "2", "--batch", "2", *more])
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory, nano_data):
+    folder = tmp_path_factory.mktemp("pretrained")
+    for part in ("vae", "mllm", "dit"):
+        run_pretrain(part, nano_data, folder)
+    return folder
+
+
+def run_ship(checkpoint, weights, test_data, out, *more, example=2):
+    words = [checkpoint, "--weights", weights, "--data", test_data, "--example", example, "--made-by", "a test"]
+    nano.main(["ship", *map(str, [*words, "--out", out, *more])])
+
+
+@pytest.fixture(scope="session")
+def test_clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nano_test")
+    nano.main(["data", str(folder), "--clips", "4", "--frames", "5", "--workers", "1", "--split", "test"])
+    return folder
+
+
+def test_pretraining_in_pieces_is_one_training(tmp_path, nano_data, pretrained):
+    with pytest.raises(SystemExit, match="75"):
+        run_pretrain("vae", nano_data, tmp_path, "--minutes", "0")
+    first = torch.load(tmp_path / "vae.pt", weights_only=True)
+    run_pretrain("vae", nano_data, tmp_path)
+    whole, pieces = (torch.load(folder / "vae.pt", weights_only=True) for folder in (pretrained, tmp_path))
+    assert first["step"] == 1 and pieces["step"] == 2 and pieces["seconds"] > first["seconds"] > 0
+    assert all(torch.equal(whole["masters"][name], pieces["masters"][name]) for name in whole["masters"])
+    model = KiwiEdit.from_pretrained(pretrained / "weights", dtype=torch.float32)
+    assert torch.equal(model.vae.encoder.conv1.weight, whole["masters"]["encoder.conv1.weight"])
+
+
+def test_a_checkpoint_ships_as_small_weights_that_edit(tmp_path, pretrained, test_clips):
+    model = KiwiEdit.from_pretrained(pretrained / "weights", dtype=torch.float32)
+    inject_lora(model.mllm.model.language_model, 4)
+    trained = {f"mllm.model.language_model.{k}": v + 0.1 for k, v in model.mllm.model.language_model.state_dict().items() if ".lora_" in k}
+    save_file({**trained, "dit.head.head.bias": model.dit.head.head.bias + 1}, tmp_path / "step.safetensors")
+    run_ship(tmp_path / "step.safetensors", pretrained / "weights", test_clips, tmp_path / "shipped")
+    assert sum(path.stat().st_size for path in (tmp_path / "shipped").rglob("*.*")) < 32e6
+    model, before = KiwiEdit.from_pretrained(tmp_path / "shipped", dtype=torch.float32), model.dit.head.head.bias
+    assert close(model.dit.head.head.bias, before + 1, 1e-2) and tuple(model.config.trained) == (5, 64, 64, 8)
+    tokenizer = model.mllm.tokenizer
+    text = "Replace the bicycle with the one shown, s'il vous plaît."
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    frames, ref = moving_picture(5, 64, 64), moving_picture(1, 50, 40)[0]
+    assert model.edit(frames, text, ref, steps=1).shape == frames.shape
+
+
+def test_what_ships_has_an_example_and_says_how_it_was_trained_and_is_the_same_each_time(
+    tmp_path, nano_data, pretrained, test_clips
+):
+    def train_from(weights, run):
+        words = ["--config", "nano", "--stage", "3", "--data", nano_data, "--weights", weights, "--workers", "0", "--out", run]
+        train.main([*map(str, words), "--set", "steps=1", "global_batch=2"])
+        return run / "step-000001/weights.safetensors"
+
+    checkpoint = train_from(pretrained / "weights", tmp_path / "run")
+    run_ship(checkpoint, pretrained / "weights", test_clips, tmp_path / "plain")
+    nano.main(["eval", *map(str, ["--weights", tmp_path / "plain", "--data", test_clips, "--out", tmp_path])])
+    for name in "ab":
+        run_ship(checkpoint, pretrained / "weights", test_clips, tmp_path / name, "--eval", str(tmp_path))
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
+    assert len(files) == 12
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
+    card, table = (tmp_path / "a/MODEL_CARD.md").read_text(), (tmp_path / "eval.md").read_text()
+    clips = "16 of `nano.py data --seed 0 --frames 5`"
+    for text in ("| pretrain vae | 0 | 2 |", "| train.py stage 3 | 0 | 1 | 2 |", clips, table.strip()):
+        assert text in card
+    row = json.loads((test_clips / "truth.jsonl").read_text().splitlines()[2])
+    assert (tmp_path / "a/example/prompt.txt").read_text().strip() == row["prompt"]
+    assert (tmp_path / "a/example/reference.png").read_bytes() == (test_clips / row["ref_image"]).read_bytes()
+    (tmp_path / "a/MODEL_CARD.md").write_text(card.replace(clips, f"{clips}, 3 of others"))
+    more = train_from(tmp_path / "a", tmp_path / "more")
+    with pytest.raises(ValueError, match="measured other weights"):
+        run_ship(more, tmp_path / "a", test_clips, tmp_path / "c", "--eval", str(tmp_path))
+    run_ship(more, tmp_path / "a", test_clips, tmp_path / "c")
+    rows = [line for line in card.splitlines() if line.startswith("| pretrain ")]
+    again = (tmp_path / "c/MODEL_CARD.md").read_text()
+    assert again.count(clips) == 1 == again.count("3 of others")
+    assert rows and all(row in again for row in rows) and again.count("| train.py stage 3 | 0 | 1 | 2 |") == 2
+    drawn = {"clips": 9, "seed": 1, "frames": 5, "tasks": {"change": 2, "add": 1}}
+    (tmp_path / "world.json").write_text(json.dumps(drawn))
+    (tmp_path / "run/config.json").write_text(json.dumps({"args": {"data": [str(tmp_path)], "weights": None}}))
+    assert nano.clips_seen(checkpoint, tmp_path) == "9 of `nano.py data --seed 1 --frames 5 --tasks change=2 add=1`"
+
+
+def test_a_card_tells_of_every_run_before_from_whatever_folder_it_is_written(tmp_path):
+    for run, began in (("1", {}), ("2", {"weights": "../1"})):
+        checkpoint = tmp_path / run / "step-000005"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "train.json").write_text(json.dumps({"counts": {"step": 5, "samples": 10, "seconds": 3}}))
+        args = {"seed": 0, "stage": int(run), "weights": began and "runs/1", "data": []}
+        (tmp_path / run / "config.json").write_text(json.dumps({"args": args, "began": began}))
+    rows = nano.phases_of(checkpoint / "weights.safetensors", tmp_path)
+    assert rows == ["| train.py stage 1 | 0 | 5 | 10 | 3 |", "| train.py stage 2 | 0 | 5 | 10 | 3 |"]
+
+
+def test_bench_writes_what_judge_reads_and_eval_wants_held_out_clips(tmp_path, nano_data):
+    nano.main(["bench", str(tmp_path), "--items", "2", "--frames", "5"])
+    items = judge.read_bench("refvie", tmp_path / "refvie_bench.yaml", tmp_path / "edits")
+    assert len(items) == 2 and all(item.source.is_file() and item.ref.is_file() for item in items)
+    with pytest.raises(ValueError, match="of the train split"):
+        nano.main(["eval", "--weights", "w", "--data", str(nano_data), "--out", str(tmp_path / "r")])
+
+
+def test_the_goals_are_differences_of_the_measures():
+    edit, copy = {"psnr_in": 20.0, "psnr_out": 30.0, "right": True}, {"psnr_in": 12.5, "psnr_out": 60.0, "right": False}
+    measures = {"edit": edit, "copy": copy, "ceiling": {"psnr_in": 25.0, "psnr_out": 32.0}}
+    without = {**measures, "edit": {**edit, "right": False}, "edit, no reference": {"psnr_in": 18.0}}
+    lines = nano.goals([{"task": "change", "measures": measures}, {"task": "subject", "measures": without}]).splitlines()
+    assert lines[2] == "| change | +7.5 dB (asked +6) | 2.0 dB (asked at most 3) | 100% (asked 60%) |  |"
+    assert lines[3] == "| subject | +7.5 dB | 2.0 dB (asked at most 3) | 0% (asked 70%) | +2.0 dB (asked more than 0) |"
+    told = {"task": "subject", "wording": "Swap the {a}."}
+    lines = nano.by_wording([{**told, "measures": measures}, {**told, "measures": without}]).splitlines()
+    assert lines[2:] == ["| subject | Swap the {a}. | 2 | +7.5 dB | 2.0 dB | 50% |"]
+
+
+def test_a_small_denoiser_learns_two_edits_by_heart(tmp_path, library):
+    """Both of the same picture: only the instruction tells them apart. Latents are the pixels of 4x4 cells."""
+    edit = next(e for e in (world.draw_edit(library, "train", 1, i, 1, 32) for i in range(200)) if "plain" in e.prompt)
+    source, changed, _ = world.draw_frames(edit, 32)
+    pictures = [x.permute(0, 3, 1, 2).float() / 127.5 - 1 for x in (source, changed, 255 - source)]  # (1, 3, 32, 32)
+    before, *targets = (F.pixel_unshuffle(x, 4)[:, :, None] for x in pictures)  # (1, 48, 1, 8, 8)
+    clean, before = torch.cat(targets), before.expand(2, -1, -1, -1, -1)
+
+    world.write_mllm_folder(tmp_path / "mllm", [edit.prompt])
+    dit = DiTConfig(128, 256, 4, 2, 48, 48, freq_dim=32, text_dim=8, patch_size=(1, 1, 1))
+    model = KiwiEdit(KiwiConfig(dit, None, MLLMConfig(str(tmp_path / "mllm"), 128, 4, 0, 0)))
+    torch.nn.init.normal_(model.mllm.connector[2].weight)
+    with torch.no_grad():
+        contexts = torch.cat([model.mllm(text, source) for text in (edit.prompt, "Show the negative.")])
+    optimiser = torch.optim.AdamW((p for name, p in model.named_parameters() if "mllm" not in name), 2e-3, (0.9, 0.98))
+    for step in range(600):
+        optimiser.param_groups[0]["lr"] = 2e-3 * (1 - step / 600)
+        t = FlowMatch().timesteps(1000)[torch.randint(1000, (8,))]
+        model.training_loss(clean.repeat(4, 1, 1, 1, 1), contexts.repeat(4, 1, 1), t, before.repeat(4, 1, 1, 1, 1)).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    result = model.denoise(torch.randn_like(clean), contexts, before, steps=10)
+    error, copied = ((x - clean).square().flatten(1).mean(dim=1) for x in (result, before))
+    assert (error < copied / 8).all(), (error, copied)
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["data", "x", "--size", "50"], "multiple of 32"), (["data", "x", "--frames", "8"], "4k + 1"),
+    (["data", "x", "--assets", "."], "nano.py assets"), (["pretrain", "vae", "--data", "x", "--out", "y"], "nano.py data"),
+    (["eval", "--weights", "w", "--data", "x", "--out", "y"], "nano.py data"),
+    (["ship", "c", "--weights", "w", "--data", "x", "--example", "1", "--made-by", "m", "--out", "y"], "train.py checkpoint"),
+])  # fmt: skip
+def test_what_nano_cannot_do_is_said_in_one_line(tmp_path, monkeypatch, arguments, says):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["nano.py", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        nano.run()
+    assert says in exit_.value.code and "\n" not in exit_.value.code
+
+
+def test_an_archive_that_is_not_the_checked_one_is_refused(tmp_path):
+    (tmp_path / "pmndrs-assets-1.7.0.tgz").write_bytes(b"other")
+    with pytest.raises(ValueError, match="not the archive"):
+        nano.fetch_package("@pmndrs/assets", tmp_path)
+    assert nano.plain_name({"name": "DOG FACE", "category": "Animals & Nature"}) == "dog"
+    assert nano.plain_name({"name": "Clock Face One Oclock", "category": "Travel & Places"}) is None
+
+
+def test_an_answer_s_word_is_read_off_before_the_model_sees_it(monkeypatch, qwen_folder):
+    encoder, seen = randomise(MLLMEncoder.from_config(qwen_folder, dit_dim=16, num_image_queries=3)), []
+    monkeypatch.setattr(F, "cross_entropy", lambda logits, wanted: seen.append((logits, wanted)) or logits.sum())
+    still = torch.zeros(1, 56, 56, 3, dtype=torch.uint8)
+    for answer in ("ab", "xb"):
+        nano.answer_loss(encoder, [(still, "Describe this.", None, answer)])
+    (a, wanted_a), (x, wanted_x) = seen
+    assert wanted_a[0] != wanted_x[0] and torch.equal(wanted_a[1:], wanted_x[1:])
+    assert close(a[0], x[0], 1e-5) and not close(a[1], x[1], 1e-3)
+
+
+def test_eval_asks_with_and_without_the_reference_and_copies_the_source(library, test_clips):
+    row = next(r for r in nano.read_truth(test_clips) if "ref_image" in r and r["task"].startswith("subject"))
+    asked, same = [], lambda x: x
+    answer = lambda source, prompt, ref=None, **more: asked.append(ref is not None) or source
+    model = SimpleNamespace(edit=answer, encode_frames=same, decode_frames=same)
+    edit = world.redraw_edit(library, nano.read_world(test_clips), row["index"])
+    measures, _ = nano.evaluate_case(model, library, edit, "test", test_clips, row)
+    assert asked == [True, False] and measures["copy"]["psnr_in"] < 30 < measures["ceiling"]["psnr_in"]
+
+
+def test_a_box_encloses_the_thing_as_it_is_drawn(library):
+    edits = [world.draw_edit(library, "train", 0, i, 5, 64, {"remove": 1}) for i in range(80)]
+    edits = [edit for edit in edits if len(edit.source.things) == 1]
+    for edit in edits:
+        x0, y0, x1, y1 = curate.box_of(world.render(edit.source, 64)[2][0][0, 0] > 0.5)
+        a, b, c, d = next(iter(world.boxes(edit.source).values()))
+        assert a - 0.05 < x0 and x1 < c + 0.05 and b - 0.05 < y0 and y1 < d + 0.05
+    assert len(edits) > 5

@@ -1,0 +1,175 @@
+"""Tests of sample.py"""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import HOUSE, SHARED, bad_media, demo, moving_picture, save_diffusers_layout, save_training_layout, small_model, write_clip
+import sample
+from data import pad_reference, read_clip, read_image, write_image, write_video
+from model import KiwiEdit, PRESETS, read_for
+
+def run_sample(*arguments, cwd=None):
+    command = [sys.executable, str(HOUSE / "sample.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=600)
+
+
+def test_help_answers_without_the_heavy_imports():
+    probe = "import sys, sample; sys.argv = ['sample.py', '--help']; heavy = {'torch', 'av', 'transformers', 'numpy'}\n"
+    probe += "try: sample.main()\nexcept SystemExit: assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=HOUSE)
+    assert done.returncode == 0 and "examples:" in done.stdout, done.stderr
+
+
+@demo
+@pytest.mark.parametrize("layout", ["own", "diffusers", "training"])
+def test_the_main_job_on_real_clips_gives_a_playable_edit(tmp_path, qwen_folder, layout):
+    model, shared = small_model(qwen_folder), SHARED / "demo"
+    if layout == "training":
+        checkpoint = save_training_layout(model, tmp_path)
+        weights = [checkpoint, "--base", tmp_path / "wan", "--qwen", tmp_path / "qwen"]
+    else:
+        weights = [tmp_path / layout]
+        model.save(weights[0]) if layout == "own" else save_diffusers_layout(model, weights[0])
+    if layout == "own":
+        request = [shared / "monkey.mp4", "Remove the monkey.", "--max-pixels", 360000]
+        frames, height, width, fps = 81, 448, 800, 20
+    else:
+        towel = "Replace the light blue and white striped towel hanging on the left side of the bathtub with stones."
+        request = [shared / "bathtub.mp4", towel, "--ref", shared / "stones.jpg", "--max-pixels", 100000, "--compare"]
+        frames, height, width, fps = 81, 224, 416, 16
+    done = run_sample(*request, "--weights", *weights, "--steps", 2, "-o", tmp_path / "out.mp4")
+    assert done.returncode == 0, done.stderr
+    clip = read_clip(tmp_path / "out.mp4")
+    assert clip.frames.shape == (frames, height, width, 3) and clip.fps == fps
+    if layout != "own":  # source, reference and edit
+        assert read_clip(tmp_path / "out_compare.mp4").frames.shape == (frames, height, 3 * width, 3)
+
+
+def test_a_still_picture_gives_a_picture(tmp_path, small_weights):
+    write_image(tmp_path / "in.jpg", moving_picture(1, 70, 102)[0])
+    done = run_sample(tmp_path / "in.jpg", "--weights", small_weights, "--steps", 1, "Make it night.", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert read_image(tmp_path / "in_edited.png").shape == (64, 96, 3)
+
+
+@pytest.fixture
+def knowing_weights(tmp_path, small_weights):
+    """Weights that were trained on one kind of clip, and know an example."""
+    folder = Path(shutil.copytree(small_weights, tmp_path / "knowing"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "trained": [5, 64, 64, 8], "steps": 1}))
+    (folder / "example").mkdir()
+    write_video(folder / "example/source.mp4", moving_picture(5, 64, 64), 8)
+    write_image(folder / "example/reference.png", moving_picture(1, 50, 70)[0])
+    (folder / "example/prompt.txt").write_text("Make it night.\n")
+    return str(folder)
+
+
+def enlarged(frame):
+    return frame.repeat_interleave(4, 0).repeat_interleave(4, 1)
+
+
+def test_alone_it_edits_the_example_of_its_weights(tmp_path, knowing_weights, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sample.main(["--weights", knowing_weights, "--device", "cpu"])
+    source, ref = read_clip("knowing/example/source.mp4").frames, read_image("knowing/example/reference.png")
+    edited = KiwiEdit.from_pretrained(knowing_weights, dtype=torch.float32).edit(source, "Make it night.", ref, steps=1)
+    assert read_clip("out.mp4").frames.shape == edited.shape == read_clip("out_compare.mp4").frames[:, ::4, ::12].shape
+    expected = torch.cat([source[2], pad_reference(ref, (64, 64)), edited[2]], dim=1)
+    assert torch.equal(read_image("out_compare.png"), enlarged(expected))
+    assert "Make it night." in capsys.readouterr().out
+
+
+def test_weights_that_know_one_kind_of_clip_edit_others_at_about_that_size_and_say_so(tmp_path, knowing_weights, capsys):
+    frames = moving_picture(20, 240, 300)
+    for clip, rate, note in ((frames, 16, True), (frames[:5, :64, :64], 16, True), (frames[:5, :64, :64], 8, False)):
+        write_video(tmp_path / "in.mp4", clip, rate)
+        words = ["x", "--weights", knowing_weights, "--steps", "1", "--device", "cpu", "-o", str(tmp_path / "out.mp4")]
+        sample.main([str(tmp_path / "in.mp4"), *words])
+        edited = read_clip(tmp_path / "out.mp4")
+        assert edited.frames.shape[1:] == (64, 64, 3) and edited.fps == 8
+        assert ("know 5 frames of 64x64 at 8 fps alone" in capsys.readouterr().out) == note
+
+
+@pytest.mark.skipif(not sample.DEFAULT_WEIGHTS.is_dir(), reason="needs weights/nano, which are not in this checkout")
+def test_the_bundled_weights_edit_their_example_in_a_minute(tmp_path):
+    start = time.time()
+    done = run_sample(cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert time.time() - start < 60
+    source, edited = read_clip(sample.DEFAULT_WEIGHTS / "example/source.mp4").frames, read_clip(tmp_path / "out.mp4").frames
+    assert source.shape == edited.shape and (source.int() - edited.int()).abs().float().mean() > 3
+    assert sum(path.stat().st_size for path in sample.DEFAULT_WEIGHTS.rglob("*") if path.is_file()) <= 32e6
+
+
+@pytest.mark.parametrize("case, says", [
+    ([], "has no example"), (["whole.mp4"], '"whole.mp4" is given'), (["--ref", "whole.jpg"], "has no example"),
+    (["whole.mp4", ""], "the instruction is empty"), (["", ""], "the instruction is empty"),
+    (["absent.mp4", "x"], "no such file"), (["half.mp4", "x"], "cannot be decoded"), (["sound.mp3", "x"], "no pictures"),
+    (["dot.png", "x"], "too few"), (["whole.jpg", " "], "instruction is empty"),
+    (["whole.jpg", "x", "--ref", "half.jpg"], "half.jpg"), (["whole.jpg", "x", "--device", "cuda"], "not available"),
+    (["whole.jpg", "x", "-o", "words.png/out.png"], "cannot be written"), (["whole.jpg", "x", "--offload"], "no GPU"),
+    (["whole.jpg", "x", "--weights", "nowhere"], "no such file or folder"), (["whole.mp4", "x", "-o", "out.avi"], ".mp4"),
+    (["whole.jpg", "x", "-o", "out.webp"], ".png"), (["whole.jpg", "x", "-o", "../" + "{}" + "/whole.jpg"], "would be replaced"),
+    (["whole.jpg", "x", "--ref", "its_compare.png", "-o", "its.png", "--compare"], "its_compare.png: would be replaced"),
+    (["drawing.svg", "x"], "no decoder"),
+    (["--ref", "whole.jpg", "whole.mp4", "make it red"], '"make it red"; a clip and an instruction are needed'), (["whole.jpg", "x", "--shift", "0"], "above 0"),
+    (["whole.jpg", "x", "--ref", "whole.jpg", "--ref-guidance", "-1"], "above 0"),
+    (["whole.jpg", "x", "--seed", str(2**64)], "--seed"), (["..", "x"], "..: a folder; give a clip"),
+    (["whole.jpg", "x", "--ref-guidance", "2"], "give --ref, or leave it out"),
+    (["whole.jpg", "x", "--weights", "words.png"], "words.png: cannot be read"),
+])  # fmt: skip
+def test_bad_input_is_one_clear_line_and_a_failure(tmp_path, small_weights, case, says, capsys, monkeypatch):
+    if "cuda" in case and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    bad_media(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    case = [word.format(tmp_path.name) for word in case]
+    weights = [] if "--weights" in case else ["--weights", str(small_weights)]
+    monkeypatch.setattr(sys, "argv", ["sample.py", *case, *weights, *([] if "--device" in case else ["--device", "cpu"])])
+    with pytest.raises(SystemExit) as exit_:
+        sample.run()
+    assert says in exit_.value.code and "\n" not in exit_.value.code
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_interrupted_run_leaves_no_file(tmp_path, small_weights):
+    write_clip(tmp_path / "in.mp4", moving_picture(9, 64, 64))
+    command = [sys.executable, str(HOUSE / "sample.py"), "in.mp4", "x", "--weights", str(small_weights), "--steps", "100000"]
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs are born deaf to it
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    text = ""
+    while "denoise" not in text:
+        text += process.stderr.read(1) or pytest.fail(text)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) != 0 and "interrupted" in process.stderr.read()
+    assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
+
+
+def test_seed_steps_shift_and_guidance_reach_the_denoising(monkeypatch, tmp_path, small_weights):
+    asked, first = [], ["--weights", str(small_weights), "--device", "cpu", "-o", str(tmp_path / "out.png")]
+    denoised = lambda self, noise, *rest: asked.append((noise[0, 0, 0, 0, 0].item(), *rest[3:5], rest[-1])) or noise
+    monkeypatch.setattr(KiwiEdit, "denoise", denoised)
+    write_image(tmp_path / "in.png", moving_picture(1, 64, 64)[0])
+    for flags in ((), ("--shift", "3"), ("--steps", "7"), ("--seed", "1"), ("--ref-guidance", "2", "--ref", str(tmp_path / "in.png"))):
+        sample.main([str(tmp_path / "in.png"), "Make it snow.", *first, *flags])
+    assert [(steps, flow.shift) for _, steps, flow, _ in asked] == [(50, 5.0), (50, 3.0), (7, 5.0), (50, 5.0), (50, 5.0)]
+    assert [guidance for *_, guidance in asked] == [1, 1, 1, 1, 2]
+    assert asked[0][0] == asked[1][0] != asked[3][0]
+
+
+def test_a_judge_s_edits_have_every_frame_of_the_file(tmp_path):
+    write_video(tmp_path / "in.mp4", moving_picture(9, 64, 64), 16)
+    config = replace(PRESETS["nano"], trained=(9, 64, 64, 8))
+    assert [read_for(config, tmp_path / "in.mp4", every_frame=every).fps for every in (False, True)] == [8, 16]
