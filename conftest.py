@@ -9,7 +9,9 @@ from fractions import Fraction
 from pathlib import Path
 
 if os.environ.get("KIWI_TEST_GPU") != "1":
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bounds are those of float32 on a CPU; the kernels' tests alone are for both
+    os.environ["CUDA_VISIBLE_DEVICES"] = (
+        ""  # bounds are those of float32 on a CPU; the kernels' tests alone are for both
+    )
 
 import av
 import numpy as np
@@ -25,8 +27,8 @@ import judges
 import kernels
 import nano
 from connectors import MLLMConfig
-from data import write_image
 from dit import DiTConfig
+from media import write_image
 from model import KiwiConfig, KiwiEdit
 from vae import VAEConfig
 
@@ -95,7 +97,9 @@ def randomise(module, scale=1.0):
 def triton_backend(monkeypatch):
     """The kernels; what one of them forgets to write is NaN."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # a patch embedding in ten bits would be the difference
+    monkeypatch.setattr(
+        torch.backends.cudnn, "allow_tf32", False
+    )  # a patch embedding in ten bits would be the difference
     kernels.set_backend("triton")
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
     yield
@@ -120,10 +124,21 @@ def write_qwen_folder(folder):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
-    names = ["endoftext", "im_start", "im_end", "object_ref_start", "vision_start", "vision_end", "image_pad", "video_pad"]
+    names = [
+        "endoftext",
+        "im_start",
+        "im_end",
+        "object_ref_start",
+        "vision_start",
+        "vision_end",
+        "image_pad",
+        "video_pad",
+    ]
     tokenizer.add_special_tokens([AddedToken(f"<|{name}|>") for name in names])
     tokenizer.save(str(folder / "tokenizer.json"))
-    vision = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=32, fullatt_block_indexes=[0])
+    vision = dict(
+        depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=32, fullatt_block_indexes=[0]
+    )
     config = dict(
         model_type="qwen2_5_vl", hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1,
         num_hidden_layers=2, vocab_size=tokenizer.get_vocab_size(), tie_word_embeddings=True, vision_config=vision,
@@ -263,6 +278,7 @@ TO_DIFFUSERS = [
 
 def save_diffusers_layout(model, folder):
     """The folder that the released converter writes."""
+
     def component(name, config, state, file="diffusion_pytorch_model"):
         (folder / name).mkdir(parents=True, exist_ok=True)
         if config:
@@ -283,7 +299,9 @@ def save_diffusers_layout(model, folder):
     component("transformer", transformer, {names[k]: v for k, v in model.dit.state_dict().items()})
     mean, std = model.config.vae.statistics
     component("vae", {"z_dim": 48, "latents_mean": mean, "latents_std": std}, model.vae.state_dict())
-    encoder = dict(dit_dim=m.dit_dim, max_object_token=m.max_ref_tokens, max_frames=16, max_pixels_per_frame=m.max_pixels)
+    encoder = dict(
+        dit_dim=m.dit_dim, max_object_token=m.max_ref_tokens, max_frames=16, max_pixels_per_frame=m.max_pixels
+    )
     own = {k: v for k, v in model.mllm.state_dict().items() if not k.startswith("model.")}
     component("mllm_encoder", encoder, own)
     component("mllm_encoder", None, published_qwen(model), "model-00001-of-00001")
@@ -333,7 +351,12 @@ def score(folder, fake, *more, judge_="openai:m", out="out"):
 
 def tiny_local_judge(folder, kind):
     """A folder with a random Qwen2.5-VL or Qwen3-VL of some 100,000 weights."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen3VLConfig,
+        Qwen3VLForConditionalGeneration,
+    )
 
     write_qwen_folder(folder)
     tokenizer = judges.json.loads((folder / "tokenizer.json").read_text())

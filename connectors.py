@@ -145,7 +145,9 @@ class MLLMEncoder(nn.Module):
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises nothing more particular, transformers many kinds
             reason = " ".join(str(error).split())
-            raise ValueError(f"{config.folder}: its config or tokenizer.json cannot be read ({reason}); fetch them again") from None
+            raise ValueError(
+                f"{config.folder}: its config or tokenizer.json cannot be read ({reason}); fetch them again"
+            ) from None
         self.tokenizer.encode_special_tokens = True  # what a user types is text, never a control token
         self.model = Qwen2_5_VLModel._from_config(qwen_config, attn_implementation="sdpa")
         hidden = qwen_config.text_config.hidden_size
@@ -385,7 +387,11 @@ def replace_modules(module, replace):
 def inject_lora(module, rank, targets=LLM_LORA_TARGETS):
     """Give every Linear of `module` whose name ends in one of `targets` ("q_proj", "ffn.0", ...) a LoRA. ValueError for a
     target that none has."""
-    found = {name: [t for t in targets if f".{name}".endswith(f".{t}")] for name, child in module.named_modules() if type(child) is nn.Linear}
+    found = {
+        name: [t for t in targets if f".{name}".endswith(f".{t}")]
+        for name, child in module.named_modules()
+        if type(child) is nn.Linear
+    }
     for target in targets:
         if not any(target in wanted for wanted in found.values()):
             raise ValueError(f"LoRA: {type(module).__name__} has no linear layer {target!r}")

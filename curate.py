@@ -95,26 +95,80 @@ def parse_arguments(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("pairs", nargs="*", metavar="PAIRS", help="tables (.csv .parquet .json .jsonl), folders of Ditto-1M or ReCo, or a ledger's stage")
+    add(
+        "pairs",
+        nargs="*",
+        metavar="PAIRS",
+        help="tables (.csv .parquet .json .jsonl), folders of Ditto-1M or ReCo, or a ledger's stage",
+    )
     add("--out", metavar="DIR", help="the ledger and the result; the same again resumes")
     add("--base-path", metavar="DIR", help="what paths in the tables start from (default: the table's folder)")
     add("--models", choices=("classical", "paper"), default="classical", help="default %(default)s")
     for flag, name in PAPER_MODELS.items():
-        add(f"--{flag}", metavar="MODEL", help=f"with --models paper: a folder or hub id, {SERVED.get(flag, '')}(default {name})")
+        add(
+            f"--{flag}",
+            metavar="MODEL",
+            help=f"with --models paper: a folder or hub id, {SERVED.get(flag, '')}(default {name})",
+        )
     add("--min-score", type=score, default=6.0, metavar="0..10", help="for instruction tuning (default %(default)s)")
     add("--min-ref-score", type=score, default=8.0, metavar="0..10", help="to get a reference (default %(default)s)")
-    add("--fps", type=above(0), default=1.0, help="frame pairs a second that --models paper scores (default %(default)s)")
+    add(
+        "--fps",
+        type=above(0),
+        default=1.0,
+        help="frame pairs a second that --models paper scores (default %(default)s)",
+    )
     add("--min-side", type=above(0, int), default=64, metavar="PIXELS", help="of a reference (default %(default)s)")
     add("--max-aspect", type=above(1), default=4.0, help="of a reference (default %(default)s)")
-    add("--duplicate", type=above(0), metavar="COSINE", help="above it a reference is one already kept (default: paper 0.99, classical 0.96)")
-    add("--guard", metavar="DIR", help="pictures and clips of a benchmark, e.g. RefVIE-Bench: whose reference or first frame resembles one is rejected")
+    add(
+        "--duplicate",
+        type=above(0),
+        metavar="COSINE",
+        help="above it a reference is one already kept (default: paper 0.99, classical 0.96)",
+    )
+    add(
+        "--guard",
+        metavar="DIR",
+        help="pictures and clips of a benchmark, e.g. RefVIE-Bench: whose reference or first frame resembles one is rejected",
+    )
     add("--rejects", metavar="FILE", help="rejects.json of page.html: these records leave the result")
-    add("--page", type=above(0, int), default=400, metavar="N", help="at most so many quadruplets on page.html (default %(default)s)")
-    add("--engine", choices=("local", "ray"), default="local", help="ray: more than one machine; pip install 'ray[data]' (default %(default)s)")
-    add("--shard-rows", type=above(0, int), default=256, metavar="N", help="records in a file of the ledger (default %(default)s)")
-    add("--workers", type=above(0, int), default=2, help="records at a time: threads of a stage; with ray also its actors (default %(default)s)")
-    add("--retry-failed", action="store_true", help="try again what failed: no network, no memory, a file that is there now")
-    add("--seed", type=int, default=0, help="of the synthesis of --models paper, with the record's number (default %(default)s)")
+    add(
+        "--page",
+        type=above(0, int),
+        default=400,
+        metavar="N",
+        help="at most so many quadruplets on page.html (default %(default)s)",
+    )
+    add(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="ray: more than one machine; pip install 'ray[data]' (default %(default)s)",
+    )
+    add(
+        "--shard-rows",
+        type=above(0, int),
+        default=256,
+        metavar="N",
+        help="records in a file of the ledger (default %(default)s)",
+    )
+    add(
+        "--workers",
+        type=above(0, int),
+        default=2,
+        help="records at a time: threads of a stage; with ray also its actors (default %(default)s)",
+    )
+    add(
+        "--retry-failed",
+        action="store_true",
+        help="try again what failed: no network, no memory, a file that is there now",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the synthesis of --models paper, with the record's number (default %(default)s)",
+    )
     add("--device", metavar="NAME", help="default: cuda if there is one")
     add("--measure", choices=("truth", "scale"), help="figures of the README: truth: PAIRS is what nano.py data wrote; "
         "scale: PAIRS is an empty folder to work in")  # fmt: skip
@@ -141,15 +195,39 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 from connectors import PIXEL_MEAN, PIXEL_STD
-from data import (
-    COLUMNS, FILES, MediaError, csv_lines, decode, frame_rate, has_columns, inside, measure, open_media, pad_reference, parquet_file, read_image, resize, row_group, whole_file,
-    write_image, write_text,
-)  # fmt: skip
+from data import COLUMNS, FILES, csv_lines, has_columns, inside, parquet_file, row_group
 from judges import (
-    MAX_WAIT, Barred, Local, Malformed, NoRedirect, OpenAICompatible, TryAgain, Unusable, has_secret, jpeg, jpeg_uri,
-    json_objects, key_of, sampled_frames, sound, spoken,
+    MAX_WAIT,
+    Barred,
+    Local,
+    Malformed,
+    NoRedirect,
+    OpenAICompatible,
+    TryAgain,
+    Unusable,
+    has_secret,
+    jpeg,
+    jpeg_uri,
+    json_objects,
+    key_of,
+    sampled_frames,
+    sound,
+    spoken,
 )  # fmt: skip
 from kernels import pick_device, rank_and_world
+from media import (
+    MediaError,
+    decode,
+    frame_rate,
+    measure,
+    open_media,
+    pad_reference,
+    read_image,
+    resize,
+    whole_file,
+    write_image,
+    write_text,
+)
 from metrics import as_float, lab, luma, otsu, read_reference
 from model import local_path, read_json
 from world import load_library, redraw_edit, render, to_uint8
@@ -268,7 +346,9 @@ def read_pairs(path, args):
     elif shards := sorted(path.glob("[0-9]*.jsonl")):
         yield from read_stage(path, shards, args)
     elif path.is_dir():
-        raise ValueError(f"{path}: neither Ditto-1M (training_metadata/), ReCo (*/*_data_configs.json) nor a ledger's stage; give a table")
+        raise ValueError(
+            f"{path}: neither Ditto-1M (training_metadata/), ReCo (*/*_data_configs.json) nor a ledger's stage; give a table"
+        )
     else:
         raise FileNotFoundError(f"{path}: no such file or folder")
 
@@ -278,9 +358,13 @@ def read_stage(path, shards, args):
     run = path.resolve().parent.parent
     told, made = (json.loads((path.parent / name).read_text()) for name in ("read.json", "settings.json"))
     if len(shards) < told["shards"]:
-        raise ValueError(f"{path}: that stage is not done, {len(shards)} of {told['shards']} shards; finish the run, or give an earlier stage")
+        raise ValueError(
+            f"{path}: that stage is not done, {len(shards)} of {told['shards']} shards; finish the run, or give an earlier stage"
+        )
     settings = settings_of(args)
-    other = [name for name in ("models", "embedder") if made.get(name) != settings.get(name)]  # their likeness is another's
+    other = [
+        name for name in ("models", "embedder") if made.get(name) != settings.get(name)
+    ]  # their likeness is another's
     if other and path.name in ("verify", "deduplicate"):
         its = f"--{other[0]} {made.get(other[0])}"
         raise ValueError(f"{path} holds features of {its}, whose likeness is another's: say {its}")
@@ -351,9 +435,16 @@ def reco_line(line, task, place):
     source = given("src_video", "src_video_path", "source", "source_path", "video")
     target = given("tar_video", "tar_video_path", "tgt_video", "target", "target_path") or source
     if not (prompt and source):
-        raise ValueError(f"{place}: expected an instruction and a source clip; it has {', '.join(fields) or repr(line)}")
+        raise ValueError(
+            f"{place}: expected an instruction and a source clip; it has {', '.join(fields) or repr(line)}"
+        )
     below = lambda name, folder: name if name.startswith(f"{task}/") else f"{task}/{folder}/{Path(name).name}"
-    return {"src_video": below(source, "src_videos"), "tgt_video": below(target, "tar_videos"), "prompt": prompt, "edit_type": task}
+    return {
+        "src_video": below(source, "src_videos"),
+        "tgt_video": below(target, "tar_videos"),
+        "prompt": prompt,
+        "edit_type": task,
+    }
 
 
 def records_of(args, bases):
@@ -375,7 +466,9 @@ def records_of(args, bases):
                 print(f"licence     {known}: {licence}")
             if base not in bases:
                 if unsound := [folder for folder in (base, args.out) if sound(folder) != folder]:
-                    raise ValueError(f"{sound(unsound[0])}: its name is no UTF-8 text, which no table can hold; rename the folder")
+                    raise ValueError(
+                        f"{sound(unsound[0])}: its name is no UTF-8 text, which no table can hold; rename the folder"
+                    )
                 bases.append(base)
             record = {"id": f"{number:07d}", "name": sound(str(fields.get("name") or fields.get("id") or number))}
             record |= {key: fields.get(column) for key, column in zip(PAIR, columns)} | {"base": bases.index(base)}
@@ -438,7 +531,9 @@ def start_of(record, base, place):
 
 def end_of(record, line, args):
     """What stays of a ledger's line that had ended: it failed, or a stage after the scores rejected it."""
-    if not (line["status"] == "failed" and not args.retry_failed or line["status"] == "rejected" and line["stage"] in PAID):
+    if not (
+        line["status"] == "failed" and not args.retry_failed or line["status"] == "rejected" and line["stage"] in PAID
+    ):
         return {}
     tuning = line["stage"] in PAID and record.get("edit_score", -1) >= args.min_score
     return {key: line[key] for key in ("status", "stage", "reason")} | {"tuning": tuning}
@@ -500,7 +595,9 @@ class Ledger:
     def reopen_failed(self, shard):
         """Make the failed records of a shard open again: in every stage its work, done or begun, becomes a journal
         without them."""
-        for stage in reversed(STAGES[1:]):  # so that, killed in between, no later stage still tells of what is open again
+        for stage in reversed(
+            STAGES[1:]
+        ):  # so that, killed in between, no later stage still tells of what is open again
             path = self.path(stage, shard)
             part = path.with_suffix(".part")
             rows = self.rows(stage, shard) if self.done(stage, shard) else []
@@ -511,7 +608,9 @@ class Ledger:
                 path.unlink(missing_ok=True)
         taken_over = lambda row: row["status"] == "failed" and row["stage"] != "read"  # from another run's ledger
         if any(map(taken_over, rows := self.rows("read", shard))):
-            self.write("read", shard, [row | {"status": "open", "tuning": False} if taken_over(row) else row for row in rows])
+            self.write(
+                "read", shard, [row | {"status": "open", "tuning": False} if taken_over(row) else row for row in rows]
+            )
 
     @property
     def told(self):
@@ -555,7 +654,9 @@ def only_run(ledger, rank):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"{ledger.out}: another curate.py is at work there; wait for it, or give another --out") from None
+            raise ValueError(
+                f"{ledger.out}: another curate.py is at work there; wait for it, or give another --out"
+            ) from None
         yield
 
 
@@ -655,7 +756,10 @@ class Stage:
                     if ends is not None:
                         raise
                     ends, done, busy = stop, set(), {future for future in busy if not future.cancel()}
-                    print(f"\nnote        the {len(busy)} records under way are finished; Ctrl-C once more leaves them", file=sys.stderr)
+                    print(
+                        f"\nnote        the {len(busy)} records under way are finished; Ctrl-C once more leaves them",
+                        file=sys.stderr,
+                    )
                 for future in done:
                     if future.exception() is None:
                         yield future.result()
@@ -718,7 +822,9 @@ class Score(Stage):
             why = {"remove": "a removal leaves nothing to show", "style": "a style is no object"}
             raise Rejected(f"no reference for this kind of edit: {why.get(kind, 'neither object nor background')}", row)
         if score < self.args.min_ref_score:
-            raise Rejected(f"score {score:g} is below {self.args.min_ref_score:g}, enough for instruction tuning only", row)
+            raise Rejected(
+                f"score {score:g} is below {self.args.min_ref_score:g}, enough for instruction tuning only", row
+            )
         return row
 
 
@@ -844,7 +950,9 @@ def look_at_pair(source, target):
     (a, _), (b, indices) = (look_at(path, shared) for path in (source, target))
     count = min(len(a), len(b))  # a file may hold fewer frames than it declares
     if abs(math.log(a.shape[1] / a.shape[2] * b.shape[2] / b.shape[1])) > 0.05:
-        raise MediaError(f"{target}: is {b.shape[2]}x{b.shape[1]} where its source is {a.shape[2]}x{a.shape[1]}, another aspect")
+        raise MediaError(
+            f"{target}: is {b.shape[2]}x{b.shape[1]} where its source is {a.shape[2]}x{a.shape[1]}, another aspect"
+        )
     return as_float(resize(a[:count], b.shape[1:3])), as_float(b[:count]), indices[:count]
 
 
@@ -917,7 +1025,12 @@ def box_of(mask):
     """[x1, y1, x2, y2] of a mask (H, W), shares of width and height."""
     rows, columns = mask.any(dim=1).nonzero()[:, 0], mask.any(dim=0).nonzero()[:, 0]
     height, width = mask.shape
-    return [columns[0].item() / width, rows[0].item() / height, (columns[-1].item() + 1) / width, (rows[-1].item() + 1) / height]
+    return [
+        columns[0].item() / width,
+        rows[0].item() / height,
+        (columns[-1].item() + 1) / width,
+        (rows[-1].item() + 1) / height,
+    ]
 
 
 def ramp(value, low, high):
@@ -945,14 +1058,18 @@ class Classical:
         changed = apart > split_value(apart)
         body = clean(changed, 0.25)
         usual = body.float().mean(dim=(1, 2)).median().item()
-        return [self.fit(row["kind"], source[t], target[t], apart[t], changed[t], body[t], usual) for t in range(len(apart))]
+        return [
+            self.fit(row["kind"], source[t], target[t], apart[t], changed[t], body[t], usual) for t in range(len(apart))
+        ]
 
     def fit(self, kind, source, target, apart, changed, body, usual):
         area = body.float().mean().item()
         strength = ramp(apart[body].mean().item() if body.any() else 0.0, 4, 16)
         left = apart[~body].square().mean().sqrt().item() if not body.all() else 99.0
         if kind == "style":
-            edges = [(luma(x[None])[..., 1:, 1:] - luma(x[None])[..., :-1, :-1]).abs().flatten() for x in (source, target)]
+            edges = [
+                (luma(x[None])[..., 1:, 1:] - luma(x[None])[..., :-1, :-1]).abs().flatten() for x in (source, target)
+            ]
             kept = torch.corrcoef(torch.stack(edges))[0, 1].nan_to_num().item()
             return 10 * math.sqrt(strength * ramp(area, 0.05, 0.6) * ramp(kept, 0.0, 0.3))
         if kind == "background":
@@ -1068,7 +1185,9 @@ def without_foreground(frames, foreground, key):
     for t in range(len(frames)):
         if t == key:
             continue
-        way, error = camera_way(small[t : t + 1], small[key : key + 1], (1 - grown[key : key + 1]) * (1 - grown[t : t + 1]))
+        way, error = camera_way(
+            small[t : t + 1], small[key : key + 1], (1 - grown[key : key + 1]) * (1 - grown[t : t + 1])
+        )
         if error > 0.05:
             continue
         grid = F.affine_grid(way[None], (1, 3, height, width), align_corners=False)[:, hole][:, None]  # (1, 1, N, 2)
@@ -1119,7 +1238,12 @@ def way_matrix(p, height, width):
     """Zoom, roll and shift as theta (2, 3) in affine_grid's coordinates, where both sides go from -1 to 1."""
     zoom, roll, right, down = p.tolist()
     unit = max(height, width)
-    return torch.tensor([[1 + zoom, -roll * height / width, right * unit / width], [roll * width / height, 1 + zoom, down * unit / height]])
+    return torch.tensor(
+        [
+            [1 + zoom, -roll * height / width, right * unit / width],
+            [roll * width / height, 1 + zoom, down * unit / height],
+        ]
+    )
 
 
 def from_surroundings(picture, known):
@@ -1131,7 +1255,9 @@ def from_surroundings(picture, known):
     coarse = F.avg_pool2d(picture * known, 2, ceil_mode=True, count_include_pad=False) / weight.clamp_min(1e-6)
     if min(coarse.shape[2:]) > 1 or weight.min() == 0 < weight.max() and max(coarse.shape[2:]) > 1:
         coarse = from_surroundings(coarse, weight > 0)
-    return picture * known + (1 - known) * F.interpolate(coarse, picture.shape[2:], mode="bilinear", align_corners=False)
+    return picture * known + (1 - known) * F.interpolate(
+        coarse, picture.shape[2:], mode="bilinear", align_corners=False
+    )
 
 
 def look_feature(image, size=16):
@@ -1140,7 +1266,9 @@ def look_feature(image, size=16):
     Shown is what lies within two standard deviations of its ink, so that a white margin, a resize or a JPEG's noise
     around the object move nothing.
     """
-    picture = F.interpolate(as_float(image[None]), (64, 64), mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
+    picture = F.interpolate(
+        as_float(image[None]), (64, 64), mode="bilinear", antialias=True, align_corners=False
+    ).clamp(0, 1)
     ink = (0.92 - picture.amin(dim=1)[0]).clamp_min(1e-12).sqrt()
     axis = (torch.arange(64) + 0.5) / 32 - 1
     spread = []
@@ -1232,7 +1360,9 @@ def read_box(text, size=(1000, 1000)):
     if re.search(r"\[\s*\]", text) and "bbox" not in text:
         raise Rejected("the grounder sees nothing of the kind")
     found = [(f.get("bbox_2d", f.get("bbox")), f.get("label")) for f in json_objects(text)]
-    found = [(box, label) for box, label in found if isinstance(box, list) and len(box) == 4 and all(map(is_number, box))]
+    found = [
+        (box, label) for box, label in found if isinstance(box, list) and len(box) == 4 and all(map(is_number, box))
+    ]
     if not found:  # half a JSON, or none
         four = r"\s*,\s*".join([f"({NUMBERS})"] * 4)
         for match in re.finditer(rf"bbox(?:_2d)?[\"']?\s*:\s*\[\s*{four}\s*\]", text):
@@ -1274,7 +1404,12 @@ def add_adapter(module, folder):
     ValueError where the adapter is of another kind or some of it finds no place.
     """
     config = json.loads((folder / "adapter_config.json").read_text())
-    if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora") or config.get("rank_pattern") or config.get("alpha_pattern"):
+    if (
+        config.get("peft_type", "LORA") != "LORA"
+        or config.get("use_dora")
+        or config.get("rank_pattern")
+        or config.get("alpha_pattern")
+    ):
         raise ValueError(f"{folder}: only plain LoRA adapters of one rank are read")
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -1282,15 +1417,21 @@ def add_adapter(module, folder):
     lower = {name for name in tensors if ".lora_A." in name}
     other = tensors.keys() - lower - {name.replace(".lora_A.", ".lora_B.") for name in lower}
     if other or len(tensors) != 2 * len(lower):
-        raise ValueError(f"{folder}: not pairs of lora_A and lora_B alone ({', '.join(sorted(other)[:3]) or 'a lora_B is missing'})")
+        raise ValueError(
+            f"{folder}: not pairs of lora_A and lora_B alone ({', '.join(sorted(other)[:3]) or 'a lora_B is missing'})"
+        )
     for name in lower:
         layer = name.split(".lora_A.")[0]
-        tail = re.search(r"(?:language_model\.|visual\.|model\.)?(?:layers|blocks|merger|deepstack_merger_list)\..*", layer)
+        tail = re.search(
+            r"(?:language_model\.|visual\.|model\.)?(?:layers|blocks|merger|deepstack_merger_list)\..*", layer
+        )
         places = [w for w in weights if tail and w.endswith(re.sub(r"^model\.", "", tail[0]))]
         if "visual" not in layer:  # names of transformers 4 leave out language_model.; both towers have layers
             places = [w for w in places if "visual" not in w]
         if len(places) != 1:
-            raise ValueError(f"{folder}: {layer} finds {'no place' if not places else 'several places'} in {type(module).__name__}")
+            raise ValueError(
+                f"{folder}: {layer} finds {'no place' if not places else 'several places'} in {type(module).__name__}"
+            )
         a, b = tensors[name].float(), tensors[name.replace(".lora_A.", ".lora_B.")].float()
         weight = weights[places[0]]
         with torch.no_grad():
@@ -1310,14 +1451,20 @@ def open_model(name, device):
     needs no #MODEL), or a folder or hub id, BASE+ADAPTER with a LoRA over it. ValueError where it cannot be had."""
     if name.startswith(("http://", "https://")):
         key, (address, _, model) = key_of("OPENAI_API_KEY"), name.partition("#")
-        request = urllib.request.Request(f"{address.rstrip('/')}/models", headers={"Authorization": f"Bearer {key}"} if key else {})
+        request = urllib.request.Request(
+            f"{address.rstrip('/')}/models", headers={"Authorization": f"Bearer {key}"} if key else {}
+        )
         try:
             with urllib.request.build_opener(NoRedirect).open(request, timeout=30) as answer:
                 served = [entry["id"] for entry in json.load(answer)["data"]]
         except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"{name}: no OpenAI-compatible server answers there ({error}); start it, or name a model") from None
+            raise ValueError(
+                f"{name}: no OpenAI-compatible server answers there ({error}); start it, or name a model"
+            ) from None
         if (model or len(served) != 1) and model not in served:
-            raise ValueError(f"{name}: serves {len(served)} models, {', '.join(served[:8])}...: say which, {address}#MODEL")
+            raise ValueError(
+                f"{name}: serves {len(served)} models, {', '.join(served[:8])}...: say which, {address}#MODEL"
+            )
         return OpenAICompatible(model or served[0], Settings(endpoint=address))
     base, _, adapter = name.partition("+")
     asked = Local(local_path(base), Settings(device=device), max_pixels=1280 * 720)
@@ -1338,7 +1485,9 @@ class Paper:
             self.scorer = open_model(self.args.scorer, self.device)
         elif stage == "ground":
             self.grounder = open_model(self.args.grounder, self.device)
-            if isinstance(self.grounder, OpenAICompatible) and re.search("qwen2[._]5.vl", self.grounder.model, re.IGNORECASE):
+            if isinstance(self.grounder, OpenAICompatible) and re.search(
+                "qwen2[._]5.vl", self.grounder.model, re.IGNORECASE
+            ):
                 raise ValueError(f"{self.args.grounder}: Qwen2.5-VL counts boxes in pixels of the size that its server shrinks to, "
                                  "which we cannot know: serve Qwen3-VL, or give the folder or hub id")  # fmt: skip
             self.segmenter = open_segmenter(self.args.segmenter, self.device)
@@ -1393,7 +1542,10 @@ class Paper:
         box, row["label"] = self.ask(self.grounder, prompt, {"frame": frame}, lambda said: read_box(said, tuple(size)))
         with self.lock:
             mask = segment(self.segmenter, frame, box)
-        within = mask[round(box[1] * len(mask)) : round(box[3] * len(mask)), round(box[0] * mask.shape[1]) : round(box[2] * mask.shape[1])]
+        within = mask[
+            round(box[1] * len(mask)) : round(box[3] * len(mask)),
+            round(box[0] * mask.shape[1]) : round(box[2] * mask.shape[1]),
+        ]
         if not mask.any() or within.sum() < 0.5 * mask.sum():
             raise Rejected("the mask does not lie in its box")
         return box, mask, 0
@@ -1411,13 +1563,21 @@ class Paper:
 
         with self.lock:
             # without a negative prompt the pipeline leaves guidance out in silence
-            made = self.editor(image=[Image.fromarray(frame.numpy())], prompt=prompt, negative_prompt=" ", true_cfg_scale=4.0, generator=generator)
+            made = self.editor(
+                image=[Image.fromarray(frame.numpy())],
+                prompt=prompt,
+                negative_prompt=" ",
+                true_cfg_scale=4.0,
+                generator=generator,
+            )
         image = torch.from_numpy(np.array(made.images[0].convert("RGB")))
         return trimmed(image) if row["kind"] == "subject" else image
 
     def verify(self, source_path, target_path, ref_path, row):
         images = {"edited": frame_at(target_path, row["key"]), "reference": read_image(ref_path)}
-        return self.ask(self.verifier, PROMPTS[f"verify_{row['kind']}"].format(prompt=row["prompt"]), images, read_verdict)
+        return self.ask(
+            self.verifier, PROMPTS[f"verify_{row['kind']}"].format(prompt=row["prompt"]), images, read_verdict
+        )
 
     def embed(self, images):
         with self.lock:
@@ -1488,7 +1648,9 @@ def tell_of_pictures(mllm):
     def told(module, arguments, keywords):
         if "mm_token_type_ids" in keywords or keywords.get("input_ids") is None:
             return None
-        return arguments, keywords | {"mm_token_type_ids": (keywords["input_ids"] == module.config.image_token_id).int()}
+        return arguments, keywords | {
+            "mm_token_type_ids": (keywords["input_ids"] == module.config.image_token_id).int()
+        }
 
     if "mm_token_type_ids" in inspect.signature(mllm.forward).parameters:  # older ones see it from the tokens
         mllm.register_forward_pre_hook(told, with_kwargs=True)
@@ -1569,7 +1731,9 @@ def deduplicate_all(args, ledger):
     if ledger.all_done("deduplicate"):
         return
     shards, resembled = range(ledger.told["shards"]), guard_of(args)
-    shutil.rmtree(ledger.folder / "deduplicate", ignore_errors=True)  # of before a retry: killed in between, it would pass for ours
+    shutil.rmtree(
+        ledger.folder / "deduplicate", ignore_errors=True
+    )  # of before a retry: killed in between, it would pass for ours
     ids, scores, features, guarded = [], [], [], {}
     for row in (row for shard in shards for row in ledger.rows("verify", shard) if row["status"] == "open"):
         if name := resembled(row):
@@ -1588,7 +1752,9 @@ def deduplicate_all(args, ledger):
         rows = ledger.rows("verify", shard)
         for row in rows:
             row.pop("feature", None), row.pop("source_feature", None)
-        ledger.write("deduplicate", shard, [decided(row, found, guarded) if row["status"] == "open" else row for row in rows])
+        ledger.write(
+            "deduplicate", shard, [decided(row, found, guarded) if row["status"] == "open" else row for row in rows]
+        )
 
 
 def decided(row, found, guarded):
@@ -1597,7 +1763,9 @@ def decided(row, found, guarded):
     row["passed"] = "deduplicate"
     row["cluster"], row["nearest"] = kept, cosine = found.get(row["id"], (None, None))
     if row["id"] in guarded:
-        return ended(row | {"tuning": False}, "deduplicate", "rejected", f"resembles {guarded[row['id']]} of the benchmark")
+        return ended(
+            row | {"tuning": False}, "deduplicate", "rejected", f"resembles {guarded[row['id']]} of the benchmark"
+        )
     if kept != row["id"]:
         return ended(row, "deduplicate", "rejected", f"the reference is that of {kept} again (cosine {cosine:.3f})")
     return row | {"status": "kept"}
@@ -1608,7 +1776,9 @@ def guard_of(args):
     if not args.guard:
         return lambda row: None
     files, models = benchmark_files(args.guard), load_models(args, "guard")
-    theirs = np.stack([models.embed([read_image(path)])[0].numpy() for path in tqdm(files, desc="guard", mininterval=1)])
+    theirs = np.stack(
+        [models.embed([read_image(path)])[0].numpy() for path in tqdm(files, desc="guard", mininterval=1)]
+    )
 
     def resembled(row):
         for own in ("source_feature", "feature"):
@@ -1628,7 +1798,10 @@ def benchmark_files(folder):
     if not files:
         raise ValueError(f"--guard {folder}: no pictures or clips there")
     other = sorted({path.suffix.lower() or path.name for path in found} - set(kinds))
-    print(f"guard       {len(files)} pictures and clips of {folder}" + (f"; not read: {', '.join(other)}" if other else ""))
+    print(
+        f"guard       {len(files)} pictures and clips of {folder}"
+        + (f"; not read: {', '.join(other)}" if other else "")
+    )
     return files
 
 
@@ -1654,14 +1827,20 @@ def write_results(args, ledger, bases):
                 continue
             reference = inside(out, row["ref_image"], row["id"])
             write("ref", [*pair, os.path.relpath(reference, common)])
-            write_parquet([row["id"], row["prompt"], *(os.path.relpath(clip, home) for clip in clips), reference.read_bytes()])
+            write_parquet(
+                [row["id"], row["prompt"], *(os.path.relpath(clip, home) for clip in clips), reference.read_bytes()]
+            )
             if len(sample) < args.page:
                 sample.append(row)
             elif (place := chosen.randrange(len(counts.kept))) < args.page:  # each of the kept is as likely
                 sample[place] = row
     write_page(args, ledger, bases, sorted(sample, key=lambda row: row["id"]), counts, told, rejects)
     text = counts.markdown() + ("\n" + pair_by_pair(told) if counts.total <= len(told) else "")
-    for name, content in (("funnel.md", text), ("funnel.svg", counts.svg()), ("statistics.json", json.dumps(counts.statistics(), indent=1))):
+    for name, content in (
+        ("funnel.md", text),
+        ("funnel.svg", counts.svg()),
+        ("statistics.json", json.dumps(counts.statistics(), indent=1)),
+    ):
         write_text(out / name, content)
     return text, counts, common
 
@@ -1693,7 +1872,9 @@ def training_tables(out):
     with ExitStack() as stack:
         writers = {}
         for kind, name in FILES.items():
-            file = stack.enter_context(stack.enter_context(whole_file(out / name)).open("w", newline="", encoding="utf-8"))
+            file = stack.enter_context(
+                stack.enter_context(whole_file(out / name)).open("w", newline="", encoding="utf-8")
+            )
             writers[kind] = csv.writer(file)
             writers[kind].writerow(COLUMNS[kind])
 
@@ -1774,8 +1955,16 @@ class Funnel:
     def markdown(self):
         lines = ["| stage | records that passed | of all |", "| --- | --- | --- |"]
         lines += [f"| {name} | {count} | {count / self.total:.1%} |" for name, count in self.steps()]
-        lines += ["", f"Good for instruction tuning: {self.tuning} of {self.total}.", "", "| left at | as | why | records |", "| --- | --- | --- | --- |"]
-        for (stage, status, reason), count in sorted(self.reasons.items(), key=lambda kv: (WAYS_OUT.index(kv[0][0]), -kv[1])):
+        lines += [
+            "",
+            f"Good for instruction tuning: {self.tuning} of {self.total}.",
+            "",
+            "| left at | as | why | records |",
+            "| --- | --- | --- | --- |",
+        ]
+        for (stage, status, reason), count in sorted(
+            self.reasons.items(), key=lambda kv: (WAYS_OUT.index(kv[0][0]), -kv[1])
+        ):
             lines.append(f"| {stage} | {status} | {reason.replace('|', '/')} | {count} |")
         return "\n".join(lines) + "\n"
 
@@ -1794,12 +1983,16 @@ class Funnel:
     def svg(self, width=640, bar=26):
         """The funnel as bars."""
         steps = self.steps()
-        parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {bar * len(steps) + 8}" font-family="sans-serif" font-size="13">']
+        parts = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {bar * len(steps) + 8}" font-family="sans-serif" font-size="13">'
+        ]
         for i, (name, count) in enumerate(steps):
             length = (width - 260) * count / max(self.total, 1)
             parts.append(f'<text x="100" y="{bar * i + 20}" text-anchor="end">{name}</text>')
             parts.append(f'<rect x="110" y="{bar * i + 6}" width="{length:.1f}" height="{bar - 8}" fill="#4477aa"/>')
-            parts.append(f'<text x="{118 + length:.1f}" y="{bar * i + 20}">{count} ({count / max(self.total, 1):.0%})</text>')
+            parts.append(
+                f'<text x="{118 + length:.1f}" y="{bar * i + 20}">{count} ({count / max(self.total, 1):.0%})</text>'
+            )
         return "".join(parts) + "</svg>"
 
 
@@ -1809,7 +2002,13 @@ def pair_by_pair(rows):
     for row in rows:
         kept = row["status"] == "kept"
         score = f"{row['edit_score']:.1f}" if "edit_score" in row else ""
-        cells = row["name"], row["kind"], score, "kept" if kept else row["stage"], row.get("verdict_reason", "") if kept else row["reason"]
+        cells = (
+            row["name"],
+            row["kind"],
+            score,
+            "kept" if kept else row["stage"],
+            row.get("verdict_reason", "") if kept else row["reason"],
+        )
         lines.append(f"| {' | '.join(' '.join(str(cell).replace('|', '/').split()) for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -1845,10 +2044,15 @@ def write_page(args, ledger, bases, rows, counts, told, rejects):
             reference = read_image(ledger.out / row["ref_image"])
         except MediaError as error:
             return f'<div class="card" data-id="{row["id"]}"><p>{html.escape(str(error))}</p></div>'
-        strip = [torch.cat(list(resize(x[torch.linspace(0, len(x) - 1, min(4, len(x))).long()], size_to(x, 300))), dim=1) for x in (source, target)]
+        strip = [
+            torch.cat(list(resize(x[torch.linspace(0, len(x) - 1, min(4, len(x))).long()], size_to(x, 300))), dim=1)
+            for x in (source, target)
+        ]
         width = min(s.shape[1] for s in strip)
         reference = resize(reference[None], size_to(reference[None], 480))[0]
-        why = f"{row['id']} {row['name']}: {row['kind']}, score {row['edit_score']:.1f}; {row.get('verdict_reason', '')}"
+        why = (
+            f"{row['id']} {row['name']}: {row['kind']}, score {row['edit_score']:.1f}; {row.get('verdict_reason', '')}"
+        )
         return (
             f'<div class="card" data-id="{row["id"]}"><h3>{html.escape(row["prompt"])}</h3><p>{html.escape(why)}</p><div class="row">'
             f'<div style="flex:3">source above, edit below<br><img src="{jpeg_uri(torch.cat([s[:, :width] for s in strip]))}"></div>'
@@ -1872,8 +2076,14 @@ def size_to(frames, longest):
 
 
 def markdown_to_html(table):
-    lines = [[html.escape(cell.strip()) for cell in line.strip("|").split("|")] for line in table.splitlines() if line.strip("|- ")]
-    return "<table>" + "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines) + "</table>"
+    lines = [
+        [html.escape(cell.strip()) for cell in line.strip("|").split("|")]
+        for line in table.splitlines()
+        if line.strip("|- ")
+    ]
+    return (
+        "<table>" + "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines) + "</table>"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ how good it is
@@ -1887,7 +2097,9 @@ def measure_on_truth(folder, most=400):
     """
     folder = Path(folder)
     if not (folder / "truth.jsonl").is_file():
-        raise FileNotFoundError(f"{folder}/truth.jsonl is missing: `python nano.py data {folder} --split test` writes it")
+        raise FileNotFoundError(
+            f"{folder}/truth.jsonl is missing: `python nano.py data {folder} --split test` writes it"
+        )
     world, models = json.loads((folder / "world.json").read_text()), Classical(None)
     library, cases, local, background, references = load_library(world["assets"]), Counter(), [], [], {}
     for row in tqdm(list(read_json_lines(folder / "truth.jsonl"))[:most], desc="truth", mininterval=1):
@@ -2119,11 +2331,17 @@ def main(argv=None):
         text, counts, common = write_results(args, ledger, bases)
     print(text)
     tables = [name for name in (*FILES.values(), "refvie.parquet") if (Path(args.out) / name).is_file()]
-    print(f"write       {args.out}/{''.join(f'{name}, ' for name in tables)}page.html, funnel.md, statistics.json: look at page.html")
+    print(
+        f"write       {args.out}/{''.join(f'{name}, ' for name in tables)}page.html, funnel.md, statistics.json: look at page.html"
+    )
     if sum(count for (_, status, _), count in counts.reasons.items() if status == "failed") == counts.total:
-        raise ValueError(f"not one of {counts.total} records could be worked on; the table above says why (--retry-failed tries them again)")
+        raise ValueError(
+            f"not one of {counts.total} records could be worked on; the table above says why (--retry-failed tries them again)"
+        )
     if counts.kept:
-        print(f"train       python train.py --stage 3 --ref-csv {shlex.quote(args.out)}/ref_video.csv --base-path {shlex.quote(common)} --data DIR")
+        print(
+            f"train       python train.py --stage 3 --ref-csv {shlex.quote(args.out)}/ref_video.csv --base-path {shlex.quote(common)} --data DIR"
+        )
     else:
         print("train       nothing: not one quadruplet was kept; the table above says why")
 

@@ -64,12 +64,24 @@ def parse_arguments(argv=None):
         add("--mode", choices=MODES, default="official", help="1 or 4 frames a second (default %(default)s)")
         add("--fps", type=rate, help="another frame rate than the mode's")
         add("--endpoint", metavar="URL", help="the judge's server, for openai: and other places than Google's")
-        add("--send", choices=("frames", "video"), default="frames", help="openai: a server may sample a video as it likes")
+        add(
+            "--send",
+            choices=("frames", "video"),
+            default="frames",
+            help="openai: a server may sample a video as it likes",
+        )
         add("--device", help="local: cuda, cpu, ... (default: cuda if there is one)")
         add("--max-tokens", type=positive, default=400, help="local: the longest answer (default %(default)s)")
         add("--concurrency", type=positive, default=4, help="questions under way at once (default %(default)s)")
-        add("--retries", type=natural, default=4, help="after a failure, a server's malformed answers included (default %(default)s)")
-        add("--wait", type=float, default=2.0, help="seconds before the first retry, then doubled (default %(default)s)")
+        add(
+            "--retries",
+            type=natural,
+            default=4,
+            help="after a failure, a server's malformed answers included (default %(default)s)",
+        )
+        add(
+            "--wait", type=float, default=2.0, help="seconds before the first retry, then doubled (default %(default)s)"
+        )
         add("--deadline", type=rate, default=180.0, help="seconds for one answer (default %(default)s)")
         add("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="dollars a million tokens, for the cost")
         add("--dry-run", action="store_true", help="stop after the cost estimate")
@@ -81,7 +93,13 @@ def parse_arguments(argv=None):
     add("--edits", type=Path, required=True, metavar="DIR", help="the edited videos, under the release's names")
     judging(add)
     add("--repeats", type=positive, default=1, help="answers an item (default %(default)s)")
-    add("--controls", type=natural, default=4, metavar="N", help="items that also get known-answer questions (default %(default)s)")
+    add(
+        "--controls",
+        type=natural,
+        default=4,
+        metavar="N",
+        help="items that also get known-answer questions (default %(default)s)",
+    )
     add("--human", type=Path, metavar="CSV", help="columns item and people's scores: rank correlations with ours")
     add("--name", help="the system's name in the tables (default: the folder of the edits)")
 
@@ -94,7 +112,12 @@ def parse_arguments(argv=None):
     add = command("run", "make the edits with Kiwi-Edit, under torchrun on several GPUs")
     bench(add)
     add("--edits", type=Path, required=True, metavar="DIR", help="where they go, under the release's names")
-    add("--weights", default=str(Path(__file__).parent / "weights" / "nano"), metavar="PATH|HUB_ID", help="as for sample.py (default: weights/nano)")
+    add(
+        "--weights",
+        default=str(Path(__file__).parent / "weights" / "nano"),
+        metavar="PATH|HUB_ID",
+        help="as for sample.py (default: weights/nano)",
+    )
     add("--base", metavar="PATH|HUB_ID", help="under a .safetensors or a run of train.py (default: what the run began with, "
         "else Wan-AI/Wan2.2-TI2V-5B)")  # fmt: skip
     add("--qwen", metavar="PATH|HUB_ID", help="likewise (default: the run's, else Qwen/Qwen2.5-VL-3B-Instruct)")
@@ -151,18 +174,39 @@ import torch
 import yaml  # comes with transformers
 from tqdm import tqdm
 
-from data import (
-    MediaError, csv_lines, faithful_codec, frame_rate, inside, open_media, read_image, shown_frames, writable, write_image, write_text,
-    write_video,
-)  # fmt: skip
+from data import csv_lines, inside
 from judges import (
-    MAX_WAIT, Barred, Gemini, JudgeError, Local, Malformed, OpenAICompatible, TryAgain, Unusable, data_uri, enforce, has_secret,
-    read_answer, read_reason, read_winner,
+    MAX_WAIT,
+    Barred,
+    Gemini,
+    JudgeError,
+    Local,
+    Malformed,
+    OpenAICompatible,
+    TryAgain,
+    Unusable,
+    data_uri,
+    enforce,
+    has_secret,
+    read_answer,
+    read_reason,
+    read_winner,
 )  # fmt: skip
 from kernels import pick_device, rank_and_world
+from media import (
+    MediaError,
+    faithful_codec,
+    frame_rate,
+    open_media,
+    read_image,
+    shown_frames,
+    writable,
+    write_image,
+    write_text,
+    write_video,
+)
 from metrics import METRICS, measure_files, write_shuffled
 from model import KiwiEdit, is_out_of_memory, local_path, read_for, read_json, read_weights
-
 
 # What is asked: criteria with our own rubric texts, which carry the paper's.
 
@@ -408,7 +452,9 @@ def wrong_references(items, item):
     if item.ref is None:
         return []
     at = items.index(item)
-    others = [other for other in items[at + 1 :] + items[:at] if other.ref and other.ref != item.ref and other.ref.is_file()]
+    others = [
+        other for other in items[at + 1 :] + items[:at] if other.ref and other.ref != item.ref and other.ref.is_file()
+    ]
     return [other.ref for other in sorted(others, key=lambda other: other.task != item.task)][:5]
 
 
@@ -761,7 +807,9 @@ def question(args, item, shown, control="", repeat=0):
     media = [("Reference image", shown.ref)] if shown.ref else []
     media += [(f"Original {kind}", shown.source), (f"Edited {kind}", shown.edit)]
     text = rubric(args.bench, item)
-    key = question_key(f"{args.judge} {args.fps:g} {args.send}", text, [path for _, path in media], f"{control} {repeat}")
+    key = question_key(
+        f"{args.judge} {args.fps:g} {args.send}", text, [path for _, path in media], f"{control} {repeat}"
+    )
     return Question(item.key, control, repeat, text, media, list(task_of(args.bench, item.task)[1]), key)
 
 
@@ -791,9 +839,15 @@ def metric_controls(rows):
     refs = [m for m in done if m["reference_gain"] is not None]
     wrong = [(m["reference_gain"], m["control_wrong_gains"]) for m in refs if m["control_wrong_gains"]]
     tests = {
-        "edit_strength is above that of the source, re-encoded": [m["edit_strength"] > m["control_copy_strength"] for m in done],
-        "reference_gain is above that of the source, re-encoded": [m["reference_gain"] > m["control_copy_gain"] for m in refs],
-        "reference_gain is higher for the true reference than for the next one of its task": [g > w[0] for g, w in wrong],
+        "edit_strength is above that of the source, re-encoded": [
+            m["edit_strength"] > m["control_copy_strength"] for m in done
+        ],
+        "reference_gain is above that of the source, re-encoded": [
+            m["reference_gain"] > m["control_copy_gain"] for m in refs
+        ],
+        "reference_gain is higher for the true reference than for the next one of its task": [
+            g > w[0] for g, w in wrong
+        ],
         "the same, all pairs with up to 5 other references": [g > x for g, w in wrong for x in w],
         "shuffled frames flicker more": [m["control_shuffled_flicker"] > m["flicker"] for m in moving],
     }
@@ -923,7 +977,10 @@ def sections(rows, controls, args, cost, human):
         means = "Means are over what there is" if args.allow_missing else "No mean is given over failures"
         text = f"{len(lost)} of {len(rows)} items lack a result. {means}."
         parts.append(("Missing", text, [["item", "task", "why"], *lost]))
-    table = [["metric", "better", "what it is", "what it cannot see"], *([name, *told] for name, told in METRICS.items())]
+    table = [
+        ["metric", "better", "what it is", "what it cannot see"],
+        *([name, *told] for name, told in METRICS.items()),
+    ]
     return [*parts, ("What the metrics are", "", table)]
 
 
@@ -956,7 +1013,9 @@ def csv_text(rows):
     names = criteria_in(rows)
     buffer = io.StringIO()
     writer = csv.writer(buffer)
-    writer.writerow(["item", "task", "edit", *names, "answers", "spread", "hierarchy_broken", *METRICS, "error", "instruction"])
+    writer.writerow(
+        ["item", "task", "edit", *names, "answers", "spread", "hierarchy_broken", *METRICS, "error", "instruction"]
+    )
     number = lambda value: "" if value is None else f"{value:.4f}"
     for row in rows:
         scores = [number(row.score(name)) for name in names]
@@ -985,13 +1044,18 @@ def html_text(title, rows, parts, args):
         body.append(f"<h2>{html.escape(name)}</h2><p>{html.escape(words)}</p>{html_table(table)}")
     body.append("<h2>Items</h2><p>Above: source, below: edit, right: reference. The clip shows source and edit.</p>")
     body += [html_item(row) for row in rows]
-    return f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>' + "\n".join(body)
+    return (
+        f'<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+        + "\n".join(body)
+    )
 
 
 def html_item(row):
     """An item's part of the page, its pictures as data URIs."""
     item = row.item
-    parts = [f'<div class="item"><h3>{html.escape(item.key)} {html.escape(item.task)}</h3><p>{html.escape(item.instruction)}</p>']
+    parts = [
+        f'<div class="item"><h3>{html.escape(item.key)} {html.escape(item.task)}</h3><p>{html.escape(item.instruction)}</p>'
+    ]
     if row.error:
         return parts[0] + f'<p class="bad">{html.escape(row.error)}</p></div>'
     parts.append(f'<img alt="filmstrip" src="{data_uri(row.media.with_suffix(".jpg"))}">')
@@ -999,7 +1063,9 @@ def html_item(row):
         parts.append(f'<video controls loop muted preload="none" src="{data_uri(clip)}"></video>')
     if row.answers:
         names = list(row.answers[0])
-        parts.append(html_table([[*names, "reasons"], [*(f"{row.score(n):.2f}" for n in names), " / ".join(row.reasons)]]))
+        parts.append(
+            html_table([[*names, "reasons"], [*(f"{row.score(n):.2f}" for n in names), " / ".join(row.reasons)]])
+        )
     for failure in row.failures:
         parts.append(f'<p class="bad">no score: {html.escape(failure)}</p>')
     known = {n: v for n, v in row.metrics.items() if isinstance(v, float) and not n.startswith("control")}
@@ -1023,7 +1089,9 @@ def read_human(path, items):
                 human.setdefault(column, {}).setdefault(item, []).append(score)
     known = {item.key for item in items}
     if not any(known & scores.keys() for scores in human.values()):
-        raise JudgeError(f"{path}: none of its items is one of the benchmark's, which are {', '.join(sorted(known)[:5])}, ...")
+        raise JudgeError(
+            f"{path}: none of its items is one of the benchmark's, which are {', '.join(sorted(known)[:5])}, ..."
+        )
     return human
 
 
@@ -1101,7 +1169,9 @@ def same_run(args, items):
     asked["files"] = fingerprint(sorted({file for file, _ in files.places.values()}))
     if path.is_file():
         made = read_json(path)
-        if other := [f"{name} {made.get(name)}, not {value}" for name, value in asked.items() if made.get(name) != value]:
+        if other := [
+            f"{name} {made.get(name)}, not {value}" for name, value in asked.items() if made.get(name) != value
+        ]:
             raise JudgeError(f"{path}: edits are there of {'; '.join(other)}; give another --edits, or delete them")
         return
     if there := next((item.edit for item in items if item.edit.is_file()), None):
@@ -1132,7 +1202,11 @@ def run(args):
     mine = [item for item in items[rank::world] if not item.edit.is_file()]
     print(f"[{rank}/{world}] {len(mine)} of {len(items[rank::world])} edits to make, {args.weights} on {device}")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model = KiwiEdit.from_pretrained(args.weights, device, dtype, args.base, args.qwen, args.ref_pad_first) if mine else None
+    model = (
+        KiwiEdit.from_pretrained(args.weights, device, dtype, args.base, args.qwen, args.ref_pad_first)
+        if mine
+        else None
+    )
     failed = 0
     for item in mine:
         try:
@@ -1208,7 +1282,9 @@ def paired_metrics(pairs, lost, allow_missing):
 def both_orders(args, a, b):
     """The same pair asked twice, with A first and with B first."""
     what = "the reference image and the original" if a.ref else "the original"
-    text = PAIR_RUBRIC.format(kind="picture" if args.bench == "imgedit" else "video", what=what, instruction=a.instruction)
+    text = PAIR_RUBRIC.format(
+        kind="picture" if args.bench == "imgedit" else "video", what=what, instruction=a.instruction
+    )
     given = [("Reference image", a.ref)] if a.ref else []
     for order, (first, second) in (("AB", (a, b)), ("BA", (b, a))):
         media = [*given, ("Original", a.source), ("Edit 1", first.edit), ("Edit 2", second.edit)]
@@ -1228,7 +1304,14 @@ def preferences(questions, ledger, lost, allow_missing):
     swayed = sum(set(v) == {"A", "B"} for v in votes.values())
     table = [
         ["A wins", "B wins", "undecided", "of these: followed the position", "pairs", "share of A"],
-        [share.count(1), share.count(0), share.count(0.5), swayed, len(share), mean_of([share], len(lost), allow_missing)],
+        [
+            share.count(1),
+            share.count(0),
+            share.count(0.5),
+            swayed,
+            len(share),
+            mean_of([share], len(lost), allow_missing),
+        ],
     ]
     return "Preferences", "Each pair was shown in both orders; a win needs both.", table
 
@@ -1280,7 +1363,11 @@ def read_released(path):
 def released_names(task, scores, text):
     """The first criterion first: from the answer's own lines, or in stored order where it cannot be read."""
     # of OpenVE the release's wording of a criterion begins so, in the order in which it stores them
-    names = list(REFERENCE_TASKS[task][1]) if task in REFERENCE_TASKS else ["instruction_compliance", "visual_quality", "consistency"]
+    names = (
+        list(REFERENCE_TASKS[task][1])
+        if task in REFERENCE_TASKS
+        else ["instruction_compliance", "visual_quality", "consistency"]
+    )
     try:
         return read_answer(text, names)
     except Malformed:

@@ -27,8 +27,8 @@ import torch
 from tokenizers import Tokenizer
 
 from connectors import PIXEL_MEAN, PIXEL_STD, patchify
-from data import decode, frame_rate, open_media, read_image, resize, write_image
 from kernels import pick_device
+from media import decode, frame_rate, open_media, read_image, resize, write_image
 
 GEMINI = "https://generativelanguage.googleapis.com/v1beta"
 INLINE_LIMIT = 20_000_000  # bytes of a Gemini request with inline data
@@ -115,8 +115,12 @@ def post(url, headers, body, deadline, secret=None, trusted=False):
         reason = f"HTTP {error.code}: {hide(error_text(error, end))[:300]}"
         if error.code == 404:
             raise Barred(f"the judge has no such model or address ({reason}); check --judge and --endpoint") from None
-        if error.code in (401, 402) or (error.code == 403 and not trusted) or "API key not valid" in reason:  # the latter is Gemini's, with a 400
-            raise Barred(f"the judge refuses the key ({reason}); check the environment variable, and what is left to pay with") from None
+        if (
+            error.code in (401, 402) or (error.code == 403 and not trusted) or "API key not valid" in reason
+        ):  # the latter is Gemini's, with a 400
+            raise Barred(
+                f"the judge refuses the key ({reason}); check the environment variable, and what is left to pay with"
+            ) from None
         if error.code in (408, 409, 425, 429) or error.code >= 500:
             after = error.headers.get("Retry-After", "")
             busy = error.code in (429, 503)
@@ -189,7 +193,9 @@ class Server:
         except (AttributeError, TypeError, KeyError, IndexError):
             raise Malformed(f"the server's answer has another shape: {json.dumps(answer)[:200]}") from None
         if said.tokens_in is not None and said.tokens_in <= len(text) / 3:  # some proxies drop videos in silence
-            raise Unusable(f"{said.tokens_in} prompt tokens are no more than the text: the server dropped the videos; see --send")
+            raise Unusable(
+                f"{said.tokens_in} prompt tokens are no more than the text: the server dropped the videos; see --send"
+            )
         return said
 
 
@@ -202,7 +208,10 @@ class Gemini(Server):
         self.key = key_of("GEMINI_API_KEY")
         if not self.key and not args.dry_run:
             raise JudgeError("GEMINI_API_KEY is not set: export the key, or choose another --judge")
-        if not self.url.startswith("https://") and urllib.parse.urlsplit(self.url).hostname not in ("127.0.0.1", "localhost"):
+        if not self.url.startswith("https://") and urllib.parse.urlsplit(self.url).hostname not in (
+            "127.0.0.1",
+            "localhost",
+        ):
             raise JudgeError(f"--endpoint {args.endpoint}: the key goes over https only")
 
     def ask(self, text, media, fps):
@@ -225,7 +234,9 @@ class Gemini(Server):
     def reply(self, answer):
         usage = answer.get("usageMetadata") or {}
         candidate = (answer.get("candidates") or [{}])[0]
-        said = "".join(p.get("text", "") for p in (candidate.get("content") or {}).get("parts", []) if not p.get("thought"))
+        said = "".join(
+            p.get("text", "") for p in (candidate.get("content") or {}).get("parts", []) if not p.get("thought")
+        )
         if not said:
             blocked = (answer.get("promptFeedback") or {}).get("blockReason") or candidate.get("finishReason")
             raise Malformed(f"refused to answer ({blocked or 'no text'})")
@@ -330,7 +341,9 @@ class Local:
 
         ids, positions, pixels = self.prepare(text, media, fps)
         place = lambda x: x.to(self.device)
-        named = "cache" if "cache" in inspect.signature(self.mllm.forward).parameters else "past_key_values"  # of an older transformers
+        named = (
+            "cache" if "cache" in inspect.signature(self.mllm.forward).parameters else "past_key_values"
+        )  # of an older transformers
         kept = {named: DynamicCache()}
         with torch.no_grad():
             out = self.mllm(
@@ -465,8 +478,12 @@ def read_answer(text, names):
             return {name: read_score(flat[name]) for name in names}
     scores = {}
     for name in names:
-        pattern = rf"{name.replace('_', '[ _]')}[^\n:=]{{0,60}}[:=][\s*_\"']*{NUMBER}(?![\d.]*\d|\s*(?:/|-|–|to|or)\s*\d)"
-        pattern += r"(?(2)|(?![ \t]+(?!stars?\b|points?\b|of 5\b)[a-z]))"  # "2 of the hats" is no score, "4/5 good" is one
+        pattern = (
+            rf"{name.replace('_', '[ _]')}[^\n:=]{{0,60}}[:=][\s*_\"']*{NUMBER}(?![\d.]*\d|\s*(?:/|-|–|to|or)\s*\d)"
+        )
+        pattern += (
+            r"(?(2)|(?![ \t]+(?!stars?\b|points?\b|of 5\b)[a-z]))"  # "2 of the hats" is no score, "4/5 good" is one
+        )
         given = {m.group(0)[m.start(1) - m.start() :] for m in re.finditer(pattern, text, re.IGNORECASE)}
         values = {read_score(value) for value in given}
         if len(values) != 1:

@@ -18,9 +18,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from data import (
-    SMALL_VIDEO_CODEC, MediaError, faithful_codec, fit_frames, pad_reference, read_clip, read_image, resize, write_image, write_video,
-)  # fmt: skip
+from media import (
+    SMALL_VIDEO_CODEC,
+    MediaError,
+    faithful_codec,
+    fit_frames,
+    pad_reference,
+    read_clip,
+    read_image,
+    resize,
+    write_image,
+    write_video,
+)
 
 BLOCK = 8  # pixels a side at the working size: smaller shifts than this are mostly averaged away
 CHANGED = (6 / 255, 20 / 255)  # the threshold between kept and changed lies in between: invisible, and plain to see
@@ -44,7 +53,11 @@ METRICS = {  # name: (better when, formula and range, what it cannot see)
         "PSNR over the pixels of the other blocks, dB, at most 60",
         "damage above the threshold, which counts as edit: read it together with edited_area",
     ),
-    "preserved_ssim": ("higher", "SSIM of the luma in 8x8 windows, mean over the same blocks; at most 1", "the same; colour"),
+    "preserved_ssim": (
+        "higher",
+        "SSIM of the luma in 8x8 windows, mean over the same blocks; at most 1",
+        "the same; colour",
+    ),
     "flicker": (
         "lower",
         "mean |y(t-1) - 2 y(t) + y(t+1)| of the luma y, levels 0..255",

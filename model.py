@@ -27,15 +27,20 @@ from safetensors.torch import save_file
 from torch import nn
 
 from connectors import LoRALinear, MLLMConfig, MLLMEncoder, merge_lora, replace_modules
-from data import MAX_PIXELS, nearest_size, pad_reference, read_clip, whole_folder
 from dit import DiT, DiTConfig
 from kernels import pick_device
+from media import MAX_PIXELS, nearest_size, pad_reference, read_clip, whole_folder
 from vae import VAE, VAEConfig
 
 SOURCE_CONDITIONS = ("add_scaled", "add_learned", "add_unscaled", "add_shared_patch_embed", "channel_concat")
 NO_EMBEDDER = ("add_shared_patch_embed", "channel_concat")  # of these the ones that need none of their own
 WAN_BASE = "Wan-AI/Wan2.2-TI2V-5B"
-HUB_BASES = {"wan22_5b": WAN_BASE, "wan21_14b": "Wan-AI/Wan2.1-T2V-14B", "wan21_1_3b": "Wan-AI/Wan2.1-T2V-1.3B", "nano": WAN_BASE}
+HUB_BASES = {
+    "wan22_5b": WAN_BASE,
+    "wan21_14b": "Wan-AI/Wan2.1-T2V-14B",
+    "wan21_1_3b": "Wan-AI/Wan2.1-T2V-1.3B",
+    "nano": WAN_BASE,
+}
 QWEN_BASE = "Qwen/Qwen2.5-VL-3B-Instruct"
 
 
@@ -252,12 +257,16 @@ class KiwiEdit(nn.Module):
         if balance and source is None:
             raise ValueError("balance: which places are kept is told by the source; there is none")
         places = balance_weights(latents, source) if balance else 1
-        noisy, source, ref = (z if z is None else z.to(self.dtype) for z in ((1 - s) * latents + s * noise, source, ref))
+        noisy, source, ref = (
+            z if z is None else z.to(self.dtype) for z in ((1 - s) * latents + s * noise, source, ref)
+        )
         prediction = self.velocity(noisy, t, context, source, ref)
         error = places * (prediction.float() - (noise - latents).float()).square()
         return (weight * error.flatten(1).mean(dim=1)).mean()
 
-    def forward(self, requests, latents, t, source=None, ref=None, noise=None, flow=FlowMatch(), balance=False, apart=False):
+    def forward(
+        self, requests, latents, t, source=None, ref=None, noise=None, flow=FlowMatch(), balance=False, apart=False
+    ):
         """The training loss of a batch: `training_loss` on what the MLLM makes of the requests (`MLLMEncoder.prepare`).
 
         Contexts with references differ in length and are not padded: equal ones go together. apart: one by one, where
@@ -278,7 +287,16 @@ class KiwiEdit(nn.Module):
 
     @torch.no_grad()
     def denoise(
-        self, noise, context, source=None, ref=None, steps=50, flow=FlowMatch(), on_step=None, unshown=None, guidance=1.0
+        self,
+        noise,
+        context,
+        source=None,
+        ref=None,
+        steps=50,
+        flow=FlowMatch(),
+        on_step=None,
+        unshown=None,
+        guidance=1.0,
     ):
         """Euler steps from noise (B, C, T, H, W), float32, to latents. One forward a step: Kiwi-Edit has no
         classifier-free guidance. The latents stay float32 between the steps (the release keeps them in bfloat16).
@@ -309,7 +327,7 @@ class KiwiEdit(nn.Module):
     ):  # fmt: skip
         """Edit a clip.
 
-        video: uint8 (T, H, W, 3), torch or numpy, H and W multiples of 32 (`data.read_clip` makes them so); a T other
+        video: uint8 (T, H, W, 3), torch or numpy, H and W multiples of 32 (`media.read_clip` makes them so); a T other
         than 4k + 1 is filled by repeating the last frame and cut again. instruction: text. ref: uint8 (H, W, 3) of
         any size, or a list of such. steps: of denoising, `config.steps` if not given. flow: their schedule. tile: latent pixels a side for
         the VAE on small cards. offload_to: a device to which each part is brought only while it works.
@@ -320,13 +338,17 @@ class KiwiEdit(nn.Module):
         """
         tell = progress or (lambda phase, done, total: None)
         video = torch.as_tensor(video).cpu()
-        refs = [] if ref is None else [torch.as_tensor(r).cpu() for r in (ref if isinstance(ref, (list, tuple)) else [ref])]
+        refs = (
+            []
+            if ref is None
+            else [torch.as_tensor(r).cpu() for r in (ref if isinstance(ref, (list, tuple)) else [ref])]
+        )
         unit = self.config.pixel_grid
         if video.ndim != 4 or video.dtype != torch.uint8 or video.shape[-1] != 3 or not len(video):
             raise ValueError(f"video: expected uint8 (T, H, W, 3), got {video.dtype} {tuple(video.shape)}")
         count, height, width = video.shape[:3]
         if height % unit or width % unit or not height * width:
-            raise ValueError(f"frames of {width}x{height}: both must be multiples of {unit}; see data.fit_frames")
+            raise ValueError(f"frames of {width}x{height}: both must be multiples of {unit}; see media.fit_frames")
         guidance = self.config.ref_guidance if ref_guidance is None else ref_guidance
         if not 0 < guidance < math.inf:
             raise ValueError(f"ref_guidance: {guidance}, expected a number above 0")
@@ -425,7 +447,11 @@ class KiwiEdit(nn.Module):
 
 
 def is_out_of_memory(error):
-    return isinstance(error, torch.OutOfMemoryError) or "unable to find an engine" in str(error) or "out of memory" in str(error)
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or "unable to find an engine" in str(error)
+        or "out of memory" in str(error)
+    )
 
 
 @contextmanager
@@ -666,11 +692,13 @@ def only_weights(folder, also=()):
         known = ("config.json", "mllm", *also)
         other = sorted(p.name for p in folder.iterdir() if p.name not in known and p.suffix != ".safetensors")
         if other:
-            raise ValueError(f"{folder}: holds {', '.join(other)} beside weights of ours and would be replaced: give another name")
+            raise ValueError(
+                f"{folder}: holds {', '.join(other)} beside weights of ours and would be replaced: give another name"
+            )
 
 
 def read_for(config, path, frames=None, max_pixels=None, every_frame=False):
-    """A clip file as weights of this config edit it: `data.read_clip`, and of one kind of clip for weights that know no
+    """A clip file as weights of this config edit it: `media.read_clip`, and of one kind of clip for weights that know no
     other. every_frame: at the file's own frame rate, so that frame i of the edit is frame i of the file."""
     if config.trained is None:
         return read_clip(path, frames or 81, max_pixels or MAX_PIXELS)
@@ -712,10 +740,14 @@ def read_json(path):
 
 def tensor_files(folder, *patterns):
     """The weight files of a folder that match the patterns. FileNotFoundError if there are none."""
-    found = sorted(p for pattern in patterns for p in folder.glob(pattern) if not p.name.startswith("."))  # half written
+    found = sorted(
+        p for pattern in patterns for p in folder.glob(pattern) if not p.name.startswith(".")
+    )  # half written
     if not found:
         raise FileNotFoundError(f"{folder}: has no {' or '.join(patterns)}; the weights folder is not complete")
-    wanted = {name for index in folder.glob("*.safetensors.index.json") for name in read_json(index)["weight_map"].values()}
+    wanted = {
+        name for index in folder.glob("*.safetensors.index.json") for name in read_json(index)["weight_map"].values()
+    }
     absent = sorted(name for name in wanted if not (folder / name).is_file())
     if absent:
         raise FileNotFoundError(f"{folder}: {', '.join(absent)} is missing; the weights folder is not complete")
@@ -795,7 +827,9 @@ def read_beginning(run, qwen=None):
         return read_weights(began["weights"], began["base"], qwen or began["qwen"], base)
     except FileNotFoundError as error:
         begun = began["weights"] or began["base"] or base
-        raise FileNotFoundError(f"{run} began with {begun}, which is not here ({error}); --base, or --qwen, says where it is") from None
+        raise FileNotFoundError(
+            f"{run} began with {begun}, which is not here ({error}); --base, or --qwen, says where it is"
+        ) from None
 
 
 def valid_checkpoints(run):
@@ -878,7 +912,9 @@ def read_diffusers_folder(folder):
     """Config and files of linyq/kiwi-edit-5b-*-diffusers."""
     files = TensorFiles()
     files_of = {"transformer": "dit.", "vae": "vae.", "source_embedder": "source_embedder.", "mllm_encoder": "mllm."}
-    if any((folder / "ref_embedder").glob("*.safetensors")):  # instruct-only weights come without, if maybe with its config
+    if any(
+        (folder / "ref_embedder").glob("*.safetensors")
+    ):  # instruct-only weights come without, if maybe with its config
         files_of["ref_embedder"] = "ref_embedder."
     configs = {name: read_config(folder / name / "config.json") for name in files_of}
     for name, prefix in files_of.items():

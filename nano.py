@@ -43,7 +43,9 @@ EXAMPLES = """examples:
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
-        description="A small world to learn editing in.", epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        description="A small world to learn editing in.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     add = commands.add_parser("assets", help="fetch emoji and panoramas with npm (100 MB)").add_argument
@@ -67,18 +69,39 @@ def parse_arguments(argv=None):
     add("part", choices=("vae", "mllm", "dit"), help="in this order")
     add("--data", required=True, metavar="DIR", help="what `nano.py data` wrote")
     add("--out", required=True, metavar="DIR", help="states to resume from, and weights/ for `train.py --weights`")
-    add("--minutes", type=float, default=9, help="stop after so long with exit code 75; the next call goes on (default %(default)s)")
+    add(
+        "--minutes",
+        type=float,
+        default=9,
+        help="stop after so long with exit code 75; the next call goes on (default %(default)s)",
+    )
     add("--steps", type=positive, help="of the whole training (default: 4000, 1000, 800)")
     add("--batch", type=positive, help="default: 16 stills or 8 clips, 16, 64")
     add("--seed", type=int, default=0, help="default %(default)s")
 
     add = commands.add_parser("ship", help="make a training checkpoint a folder of weights of its own").add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="a run of train.py, of which the last is taken, or a checkpoint's weights.safetensors")
+    add(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="a run of train.py, of which the last is taken, or a checkpoint's weights.safetensors",
+    )
     add("--weights", required=True, metavar="DIR", help="what `pretrain` wrote, from which training started")
     add("--data", required=True, metavar="DIR", help="held-out clips, of the size that training saw")
-    add("--example", required=True, type=int, metavar="INDEX", help="the one that bare `python sample.py` edits (truth.jsonl)")
+    add(
+        "--example",
+        required=True,
+        type=int,
+        metavar="INDEX",
+        help="the one that bare `python sample.py` edits (truth.jsonl)",
+    )
     add("--steps", type=positive, default=2, help="denoising steps that the weights ask for (default %(default)s)")
-    add("--ref-guidance", type=float, default=1.0, metavar="G", help="how far they ask for references to be followed (default %(default)s: as trained)")
+    add(
+        "--ref-guidance",
+        type=float,
+        default=1.0,
+        metavar="G",
+        help="how far they ask for references to be followed (default %(default)s: as trained)",
+    )
     add("--made-by", required=True, metavar="TEXT", help='the machine, for the model card, e.g. "one H100"')
     add("--eval", metavar="DIR", help="what `eval` wrote, for the model card")
     add("--out", required=True, metavar="DIR", help="e.g. weights/nano")
@@ -92,7 +115,9 @@ def parse_arguments(argv=None):
     add("--steps", type=positive, help="denoising steps (default: what the weights ask for)")
     add("--ref-guidance", type=float, metavar="G", help="how far references are followed (default: likewise)")
 
-    add = commands.add_parser("recipe", help="print the whole curriculum as bash: bash -c \"$(python nano.py recipe cpu)\"").add_argument
+    add = commands.add_parser(
+        "recipe", help='print the whole curriculum as bash: bash -c "$(python nano.py recipe cpu)"'
+    ).add_argument
     add("machine", choices=("h100", "cpu"), help="the sizes: for one H100, or two CPU cores and 100 minutes")
     return parser.parse_args(argv)
 
@@ -133,15 +158,36 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from connectors import REFERENCE_HINT, SYSTEM_PROMPT, MLLMEncoder, num_tokens
-from data import (
-    EXACT_VIDEO_CODEC, pad_reference, read_clip, read_image, whole_file, whole_folder, write_image, write_text, write_video,
-)  # fmt: skip
 from kernels import pick_device
+from media import (
+    EXACT_VIDEO_CODEC,
+    pad_reference,
+    read_clip,
+    read_image,
+    whole_file,
+    whole_folder,
+    write_image,
+    write_text,
+    write_video,
+)
 from model import PRESETS, FlowMatch, KiwiEdit, began_with, find_checkpoint, only_weights
 from vae import VAE, chunks
 from world import (
-    MIXTURE, SPRITE, TASKS, boxes, describe, draw_edit, draw_frames, load_library, nameable, pick, read_index, redraw_edit,
-    render, to_uint8, write_mllm_folder,
+    MIXTURE,
+    SPRITE,
+    TASKS,
+    boxes,
+    describe,
+    draw_edit,
+    draw_frames,
+    load_library,
+    nameable,
+    pick,
+    read_index,
+    redraw_edit,
+    render,
+    to_uint8,
+    write_mllm_folder,
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------ assets
@@ -221,7 +267,9 @@ def panorama_image(data):
     """An EXR panorama with linear light -> uint8 (3, H, W) as a camera would expose it."""
     light = decode_picture(data, "exr_pipe", "gbrpf32le").nan_to_num()
     bright = F.max_pool2d(light[None], 9, 1, 4)[0]
-    light = torch.where((light.amin(dim=0) <= 0) & (bright.amin(dim=0) > 0.5), bright, light)  # lamps beyond half precision
+    light = torch.where(
+        (light.amin(dim=0) <= 0) & (bright.amin(dim=0) > 0.5), bright, light
+    )  # lamps beyond half precision
     light = light * 0.35 / (light + 1e-4).log().mean().exp()
     return ((light * (1 + light / 9) / (1 + light)).clamp(0, 1) ** (1 / 2.2) * 255).round().byte()
 
@@ -245,7 +293,12 @@ def fetch_assets(args):
     sprites, index = [], []
     for look, archive, find, form in (
         ("fluent", fluent, lambda e: drawn.get(e["unified"].lower()), "webp_pipe"),
-        ("noto", noto, lambda e: e["has_img_google"] and noto.getmember(f"package/img/google/64/{e['image']}"), "png_pipe"),
+        (
+            "noto",
+            noto,
+            lambda e: e["has_img_google"] and noto.getmember(f"package/img/google/64/{e['image']}"),
+            "png_pipe",
+        ),
     ):
         for entry in tqdm(sorted(entries, key=lambda e: e["sort_order"]), desc=look):
             name, member = plain_name(entry), find(entry)
@@ -258,10 +311,15 @@ def fetch_assets(args):
         photos.append(panorama_image(base64.b64decode(re.search(r"base64,([A-Za-z0-9+/=]+)", text)[1])))
     with whole_file(folder / "assets.safetensors") as path:
         save_file({"sprites": torch.stack(sprites), "photos": torch.stack(photos)}, path)
-    write_text(folder / "LICENSES.txt", "".join(f"{name} {version}: {licence}\n" for name, (version, licence, _) in PACKAGES.items()))
+    write_text(
+        folder / "LICENSES.txt",
+        "".join(f"{name} {version}: {licence}\n" for name, (version, licence, _) in PACKAGES.items()),
+    )
     told = {"sprites": index, "photos": [{"name": n} for n in PLACES_SHOWN.values()]}
     write_text(folder / "index.json", json.dumps(told, indent=0))  # last: its presence says that the folder is whole
-    print(f"write       {folder}: {len(sprites)} sprites of {len({e['name'] for e in index})} names, {len(photos)} panoramas")
+    print(
+        f"write       {folder}: {len(sprites)} sprites of {len({e['name'] for e in index})} names, {len(photos)} panoramas"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ data
@@ -275,7 +333,9 @@ def write_example(out, library, world, index):
     stem, ending = f"{edit.kind}/{index:06d}", "png" if still else "mp4"
     names = {"src_video": f"{stem}_src.{ending}", "tgt_video": f"{stem}_tgt.{ending}"}
     for name, clip in zip(names.values(), (source, target)):
-        write_image(out / name, clip[0]) if still else write_video(out / name, clip, world["fps"], None, EXACT_VIDEO_CODEC)
+        write_image(out / name, clip[0]) if still else write_video(
+            out / name, clip, world["fps"], None, EXACT_VIDEO_CODEC
+        )
     if edit.ref is not None:
         names["ref_image"] = f"{stem}_ref.png"
         write_image(out / names["ref_image"], to_uint8(edit.ref[None])[0])
@@ -314,7 +374,9 @@ def make_data(args):
     tables = {kind: out / f"{kind}.csv" for kind in TASKS}
     others = [path.name for path in (*tables.values(), out / "truth.jsonl") if path.exists()]
     if others and not (out / "world.json").exists():
-        raise ValueError(f"{out}: has {', '.join(others)} that nano.py did not write, and would replace: give another folder")
+        raise ValueError(
+            f"{out}: has {', '.join(others)} that nano.py did not write, and would replace: give another folder"
+        )
     if args.assets is not None:
         read_index(args.assets)  # before workers start
     for kind in TASKS:
@@ -323,7 +385,10 @@ def make_data(args):
         "assets": args.assets, "split": args.split, "seed": args.seed, "clips": args.clips, "frames": args.frames,
         "size": args.size, "fps": args.fps, "tasks": args.tasks and dict(args.tasks),
     }  # fmt: skip
-    for path in (*tables.values(), out / "truth.jsonl"):  # until all clips are drawn there are none: those that are there
+    for path in (
+        *tables.values(),
+        out / "truth.jsonl",
+    ):  # until all clips are drawn there are none: those that are there
         path.unlink(missing_ok=True)  # would tell of pictures that this world has replaced
     shares, rows = [range(i, min(i + 32, args.clips)) for i in range(0, args.clips, 32)], []
     with tqdm(total=args.clips, desc="draw", unit="clip", mininterval=5) as bar:
@@ -335,7 +400,9 @@ def make_data(args):
     for kind, path in tables.items():
         write_table(path, [row for row in rows if row["kind"] == kind])
     write_text(out / "truth.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    print(f"write       {len(rows)} clips, {out}/{''.join(f'{p.name}, ' for p in tables.values() if p.exists())}truth.jsonl")
+    print(
+        f"write       {len(rows)} clips, {out}/{''.join(f'{p.name}, ' for p in tables.values() if p.exists())}truth.jsonl"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ pretraining
@@ -393,9 +460,13 @@ class Trainer:
         if list(state["masters"]) != list(self.names):
             raise ValueError(f"{self.path}: is of another model; give another --out or delete it")
         if state["seed"] != self.seed:
-            raise ValueError(f"{self.path}: was begun with --seed {state['seed']}; go on with that, or give another --out")
+            raise ValueError(
+                f"{self.path}: was begun with --seed {state['seed']}; go on with that, or give another --out"
+            )
         if state["steps"] != self.steps:
-            print(f"note        {self.path}: was begun as {state['steps']} steps, now {self.steps}: another learning rate from here on")
+            print(
+                f"note        {self.path}: was begun as {state['steps']} steps, now {self.steps}: another learning rate from here on"
+            )
         self.step, self.seconds = state["step"], state["seconds"]
         for optimiser, saved in zip(self.optimisers, state["optimisers"]):
             optimiser.load_state_dict(saved)
@@ -436,7 +507,9 @@ class Trainer:
         for p, master in zip(self.parameters, self.masters):
             p.data = master.view_as(p).clone()
         figures = ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
-        print(f"{self.name:<11} step {self.step} of {self.steps}, {time.time() - begin:.0f} s, {skipped} skipped, {figures}")
+        print(
+            f"{self.name:<11} step {self.step} of {self.steps}, {time.time() - begin:.0f} s, {skipped} skipped, {figures}"
+        )
         return self.step == self.steps
 
     def save(self, seconds):
@@ -459,7 +532,9 @@ def load_trained(name, module, folder):
     path = Path(folder) / f"{name}.pt"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run `python nano.py pretrain {name}` first")
-    _, unexpected = module.load_state_dict(torch.load(path, weights_only=True, map_location="cpu")["masters"], strict=False)
+    _, unexpected = module.load_state_dict(
+        torch.load(path, weights_only=True, map_location="cpu")["masters"], strict=False
+    )
     if unexpected:
         raise ValueError(f"{path}: is of another model ({unexpected[0]}, ...)")
     return module.eval().requires_grad_(False)
@@ -763,7 +838,9 @@ def evaluate_case(model, library, edit, split, folder, row):
     results = {"edit": model.edit(source, row["prompt"], ref, seed=row["index"]), "copy": source}
     if ref is not None:
         results["edit, no reference"] = model.edit(source, row["prompt"], seed=row["index"])
-    results["ceiling"] = model.decode_frames(model.encode_frames(target))  # what no edit in the VAE's latents can exceed
+    results["ceiling"] = model.decode_frames(
+        model.encode_frames(target)
+    )  # what no edit in the VAE's latents can exceed
     measures = {
         method: measure(result, target, region) | recognise(edit, library, split, result, region, row["index"])
         for method, result in results.items()
@@ -826,7 +903,10 @@ def goals(cases):
 
 def by_wording(cases):
     """How well each sentence is understood, as a Markdown table; none of them was in training."""
-    lines = ["| task | wording | cases | edit - copy, inside | ceiling - edit, outside | right object |", "| --- " * 6 + "|"]
+    lines = [
+        "| task | wording | cases | edit - copy, inside | ceiling - edit, outside | right object |",
+        "| --- " * 6 + "|",
+    ]
     for task, wording in sorted({(case["task"], case["wording"]) for case in cases}):
         of = [case["measures"] for case in cases if (case["task"], case["wording"]) == (task, wording)]
         lines.append(f"| {task} | {wording} | {len(of)} | {' | '.join(gained(of))} |")
@@ -860,11 +940,17 @@ def evaluate(args):
         pictures.setdefault(task, []).append(picture)
     table = f"{summary(cases)}\n{goals(cases)}\n{by_wording(cases)}"
     settings = {"digest": digest_of(model)} | {name: getattr(model.config, name) for name in ("steps", "ref_guidance")}
-    write_text(out / "eval.json", json.dumps({"weights": args.weights, "world": world, **settings, "cases": cases}, indent=0))
+    write_text(
+        out / "eval.json", json.dumps({"weights": args.weights, "world": world, **settings, "cases": cases}, indent=0)
+    )
     write_text(out / "eval.md", table)
-    sheet = [torch.cat([*shown[:4], *[torch.zeros_like(shown[0])] * (4 - len(shown))], dim=1) for shown in pictures.values()]
+    sheet = [
+        torch.cat([*shown[:4], *[torch.zeros_like(shown[0])] * (4 - len(shown))], dim=1) for shown in pictures.values()
+    ]
     write_image(out / "sheet.png", torch.cat(sheet).repeat_interleave(2, 0).repeat_interleave(2, 1))
-    print(f"{table}write       {out}/eval.md, eval.json, sheet.png (source | reference | edit | truth, four cases a task)")
+    print(
+        f"{table}write       {out}/eval.md, eval.json, sheet.png (source | reference | edit | truth, four cases a task)"
+    )
 
 
 # ------------------------------------------------------------------------------------------------ shipping
@@ -977,7 +1063,9 @@ def ship(args):
         checkpoint = found / "weights.safetensors"
         print(f"ship        {checkpoint}")
     if not checkpoint.is_file():
-        raise FileNotFoundError(f"{checkpoint}: no such file; give a run of train.py, or the weights.safetensors of a train.py checkpoint")
+        raise FileNotFoundError(
+            f"{checkpoint}: no such file; give a run of train.py, or the weights.safetensors of a train.py checkpoint"
+        )
     only_weights(out, also=("example", "MODEL_CARD.md"))
     row, world = find_example(data, args.example), read_world(data)
     phases, seen = phases_of(checkpoint, Path(args.weights)), clips_seen(checkpoint, Path(args.weights))
@@ -1015,8 +1103,12 @@ def digest_of(model):
 def read_evaluation(folder, model):
     """What `eval` found, as text. ValueError where that was another model, or this one asked for other edits."""
     made = json.loads((Path(folder) / "eval.json").read_text())
-    if made.get("digest") != digest_of(model) or any(made[name] != getattr(model.config, name) for name in ("steps", "ref_guidance")):
-        raise ValueError(f"--eval {folder}: measured other weights ({made['weights']}), steps or guidance; measure these by `nano.py eval`")
+    if made.get("digest") != digest_of(model) or any(
+        made[name] != getattr(model.config, name) for name in ("steps", "ref_guidance")
+    ):
+        raise ValueError(
+            f"--eval {folder}: measured other weights ({made['weights']}), steps or guidance; measure these by `nano.py eval`"
+        )
     return (Path(folder) / "eval.md").read_text()
 
 
@@ -1057,7 +1149,11 @@ def checkpoints_before(folder):
 def clips_seen(checkpoint, weights):
     """How the clips of a training were drawn, the last ones first, as far as that is recorded; of weights that were
     shipped themselves what their card says."""
-    told = [how_drawn(Path(data) / "world.json") for _, begun in checkpoints_before(checkpoint.parent) for data in begun["data"]]
+    told = [
+        how_drawn(Path(data) / "world.json")
+        for _, begun in checkpoints_before(checkpoint.parent)
+        for data in begun["data"]
+    ]
     if (card := weights / "MODEL_CARD.md").is_file():
         for seen in re.findall(r"Clips of the three stages: (.*?)\. Batches", card.read_text(), re.DOTALL):
             told += seen.split(", ")

@@ -53,7 +53,12 @@ def parse_arguments(argv=None):
     add("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one)")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, on a CPU float32")
     add("--offload", action="store_true", help="keep on the GPU only the part at work")
-    add("--tile", type=positive, metavar="N", help="VAE: work on N x N latent pixels at once; the same result, less memory")
+    add(
+        "--tile",
+        type=positive,
+        metavar="N",
+        help="VAE: work on N x N latent pixels at once; the same result, less memory",
+    )
     add("--compare", action="store_true", help="also write source, references and edit side by side: <out>_compare")
     return parser.parse_intermixed_args(argv)  # in.mp4 --steps 4 "replace the car" too
 
@@ -71,8 +76,8 @@ def main(argv=None):
     weights_exist(args.weights)
     import torch
 
-    from data import read_image
     from kernels import pick_device
+    from media import read_image
 
     device = pick_device(args.device)
     if args.offload and device.type == "cpu":
@@ -88,10 +93,14 @@ def main(argv=None):
 
     print(f"load        {args.weights} on {device}, {dtype}")
     home = "cpu" if args.offload else device
-    model = KiwiEdit.from_pretrained(args.weights, home, getattr(torch, dtype), args.base, args.qwen, args.ref_pad_first)
+    model = KiwiEdit.from_pretrained(
+        args.weights, home, getattr(torch, dtype), args.base, args.qwen, args.ref_pad_first
+    )
     embedder = getattr(model, "source_embedder", None)
     if embedder is not None and not any(parameter.any() for parameter in embedder.parameters()):
-        print("note        these weights were not trained to look at the clip itself (stage 1?): little of it will stay")
+        print(
+            "note        these weights were not trained to look at the clip itself (stage 1?): little of it will stay"
+        )
     with Progress() as progress:
         edited = model.edit(
             clip.frames, args.instruction, refs or None, args.steps, args.seed, FlowMatch(args.shift), args.tile,
@@ -110,7 +119,7 @@ def with_example(args):
     if args.input is not None or lost:
         told = f'no such file: "{lost}"' if lost else f'only "{args.input}" is given'
         raise ValueError(
-            f'{told}; a clip and an instruction are needed, and --ref, which takes all that follows it, behind them, e.g. '
+            f"{told}; a clip and an instruction are needed, and --ref, which takes all that follows it, behind them, e.g. "
             'in.mp4 "replace the car" --ref car.png; without any the bundled example is edited'
         )
     weights_exist(args.weights)
@@ -132,14 +141,16 @@ def check_values(args):
     if args.ref_guidance is not None and not 0 < args.ref_guidance < float("inf"):
         raise ValueError(f"--ref-guidance {args.ref_guidance}: a number above 0, the release's is 1")
     if args.ref_guidance is not None and not args.ref:
-        raise ValueError("--ref-guidance is how far references are followed, and there is none: give --ref, or leave it out")
+        raise ValueError(
+            "--ref-guidance is how far references are followed, and there is none: give --ref, or leave it out"
+        )
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed}: from 0 to 2**63 - 1")
 
 
 def places(args):
     """Where the edit and its comparison are written. MediaError where they cannot be, or would replace what is read."""
-    from data import IMAGE_CODECS, MediaError, is_picture, open_media, writable
+    from media import IMAGE_CODECS, MediaError, is_picture, open_media, writable
 
     with open_media(args.input) as (container, stream):
         still = is_picture(container) and stream.frames <= 1
@@ -159,7 +170,7 @@ def places(args):
 
 def read_source(args):
     """The clip at the size for which the weights are made, and a line about it."""
-    from data import measure
+    from media import measure
 
     total = measure(args.input)[0]  # a file that cannot be read is told of before weights are fetched
     from model import read_for, read_weights
@@ -214,7 +225,7 @@ def compare(out, clip, refs, edited):
     """Source, references and edit side by side, small ones in larger pixels; of a clip also its middle frame, .png."""
     import torch
 
-    from data import pad_reference, write_image
+    from media import pad_reference, write_image
 
     shown = [pad_reference(ref, clip.frames.shape[1:3]).expand_as(edited) for ref in refs]
     frames = torch.cat([clip.frames, *shown, edited], dim=2)
@@ -227,7 +238,7 @@ def compare(out, clip, refs, edited):
 
 
 def write(out, frames, clip):
-    from data import write_image, write_video
+    from media import write_image, write_video
 
     if clip.still:
         write_image(out, frames[0])

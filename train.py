@@ -158,7 +158,14 @@ def parse_arguments(argv=None):
         help="sizes, where the weights do not tell (default %(default)s)")  # fmt: skip
     add("--stage", type=int, choices=(1, 2, 3), help="1 align, 2 edit, 3 edit with references")
     add("--preset", choices=list(STAGES), default="paper", help="whose numbers (default %(default)s)")
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="steps=100 lr=1e-4 model.source=add_unscaled ...")
+    add(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="steps=100 lr=1e-4 model.source=add_unscaled ...",
+    )
     add("--data", nargs="+", default=["data"], metavar="DIR",
         help="have image.csv, video.csv, ref_video.csv (or .parquet); several are trained as one (default: data)")  # fmt: skip
     add("--image-csv", metavar="FILE", help="this instead of DIR/image.csv")
@@ -171,27 +178,55 @@ def parse_arguments(argv=None):
     add("--base", metavar="PATH|HUB_ID", help="Wan's weights (default: those of --config on the hub)")
     add("--qwen", metavar="PATH|HUB_ID", help="Qwen2.5-VL's (default: Qwen/Qwen2.5-VL-3B-Instruct)")
     add("--init", choices=("weights", "random"), default="weights", help="random: no weights at all")
-    add("--resume", metavar="auto|PATH", help="continue from the run's last checkpoint if there is one, or from this one")
-    add("--seed", type=int, default=0, help="order of the data, noise and what is not in the weights (default %(default)s)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of computing; the trained weights are float32 (default: by device)")
+    add(
+        "--resume",
+        metavar="auto|PATH",
+        help="continue from the run's last checkpoint if there is one, or from this one",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="order of the data, noise and what is not in the weights (default %(default)s)",
+    )
+    add(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of computing; the trained weights are float32 (default: by device)",
+    )
     add("--parallel", choices=("ddp", "fsdp"), help="how ranks share the work (default: fsdp on GPUs, ddp on CPUs)")
     add("--sp", type=int, default=1, metavar="N", help="ranks that share a sequence (Ulysses; default %(default)s)")
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute blocks in the backward")
     add("--cache", metavar="DIR", help="take latents from here, where `python data.py cache` wrote them")
     add("--write-cache", metavar="DIR", help="write them there, and train nothing (what `python data.py cache` calls)")
     add("--workers", type=int, default=2, help="processes a rank that decode (default %(default)s)")
-    add("--max-bad", type=float, default=5.0, metavar="PERCENT", help="stop if more samples are broken (default %(default)s)")
+    add(
+        "--max-bad",
+        type=float,
+        default=5.0,
+        metavar="PERCENT",
+        help="stop if more samples are broken (default %(default)s)",
+    )
     add("--save-every", type=int, default=500, metavar="STEPS", help="default %(default)s")
     add("--save-minutes", type=float, default=30.0, metavar="M", help="save after so long too (default %(default)g)")
     add("--keep", type=int, default=3, metavar="K", help="checkpoints that stay (default %(default)s)")
-    add("--sample-every", type=int, default=0, metavar="STEPS", help="edit the first row of each table (default: never)")
+    add(
+        "--sample-every", type=int, default=0, metavar="STEPS", help="edit the first row of each table (default: never)"
+    )
     add("--sample-steps", type=int, default=20, metavar="STEPS", help="denoising steps of that (default %(default)s)")
     add("--dry-run", action="store_true", help="print the stage, sizes, memory and first batches; train nothing")
     add("--export", metavar="RUN", help="write a run's last checkpoint, or a file of one such as ema.safetensors, as a "
         "whole model to --out, LoRA merged; nothing else")  # fmt: skip
     add("--plot", metavar="RUN", help="draw the losses of a run to RUN/loss.svg, nothing else")
     args = parser.parse_args(argv)
-    for flag, least in (("save_every", 1), ("keep", 1), ("sample_every", 0), ("sample_steps", 1), ("workers", 0), ("max_bad", 0)):
+    for flag, least in (
+        ("save_every", 1),
+        ("keep", 1),
+        ("sample_every", 0),
+        ("sample_steps", 1),
+        ("workers", 0),
+        ("max_bad", 0),
+    ):
         if not getattr(args, flag) >= least:
             parser.error(f"--{flag.replace('_', '-')} {getattr(args, flag)}: at least {least}")
     if args.export and args.out is None:
@@ -200,7 +235,9 @@ def parse_arguments(argv=None):
         parser.error("--stage is needed")
     if args.out is None and args.stage:
         args.out, before = f"runs/{args.stage}", Path(f"runs/{args.stage - 1}")
-        if args.weights is None and args.init == "weights" and any(before.glob("step-*")):  # not of one that never began
+        if (
+            args.weights is None and args.init == "weights" and any(before.glob("step-*"))
+        ):  # not of one that never began
             args.weights = str(before)
     return args
 
@@ -221,21 +258,54 @@ from tqdm import tqdm
 
 from connectors import inject_lora, merge_lora
 from data import (
-    SHARD, CachedPairs, Curriculum, MediaError, Mixture, Pairs, fill_buckets, find_tables, fingerprint,
-    measure_rows, pad_reference, read_pair, read_table, shard_path, whole_file, write_image, write_text, write_video,
-)  # fmt: skip
+    SHARD,
+    CachedPairs,
+    Curriculum,
+    Mixture,
+    Pairs,
+    fill_buckets,
+    find_tables,
+    fingerprint,
+    measure_rows,
+    read_pair,
+    read_table,
+    shard_path,
+)
 from kernels import attention, rank_and_world
+from media import MediaError, pad_reference, whole_file, write_image, write_text, write_video
 from model import (
-    HUB_BASES, PRESETS, QWEN_BASE, FlowMatch, KiwiEdit, TensorFiles, as_trained, began_with, find_checkpoint,
-    leave_out_source, listed, load_weights, local_path, meta_parameters, move_buffers, only_weights, read_json, read_weights,
-    released_name, set_parameter, step_of, valid_checkpoints, widened,
+    HUB_BASES,
+    PRESETS,
+    QWEN_BASE,
+    FlowMatch,
+    KiwiEdit,
+    TensorFiles,
+    as_trained,
+    began_with,
+    find_checkpoint,
+    leave_out_source,
+    listed,
+    load_weights,
+    local_path,
+    meta_parameters,
+    move_buffers,
+    only_weights,
+    read_json,
+    read_weights,
+    released_name,
+    set_parameter,
+    step_of,
+    valid_checkpoints,
+    widened,
 )  # fmt: skip
 from world import write_mllm_folder
 
 
 def main(argv=None):
     args = parse_arguments(argv)
-    with suppress(ValueError, OSError):  # workers hand over every tensor of a batch as an open file; macOS refuses "all"
+    with suppress(
+        ValueError, OSError
+    ):  # workers hand over every tensor of a batch as an open file; macOS refuses "all"
         resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     if args.plot:
         return plot(Path(args.plot))
@@ -245,7 +315,9 @@ def main(argv=None):
     ranks = Ranks(args)
     try:
         if stage.batches % ranks.dp:
-            raise ValueError(f"global_batch / batch is {stage.batches}, not a multiple of {ranks.dp} data-parallel ranks")
+            raise ValueError(
+                f"global_batch / batch is {stage.batches}, not a multiple of {ranks.dp} data-parallel ranks"
+            )
         checkpoint = open_run(args, ranks)
         curriculum, tables = open_data(args, stage, ranks)  # first: a slip here should not cost the loading of 5B
         model = load_model(args, stage, ranks, checkpoint)
@@ -325,7 +397,9 @@ class Ranks:
         self.parallel = args.parallel or ("fsdp" if has_gpu else "ddp")
         self.dtype = getattr(torch, args.dtype or ("bfloat16" if has_gpu else "float32"))
         if self.dtype != torch.float32 and self.parallel == "ddp":
-            raise ValueError("--dtype bfloat16 keeps float32 master weights by FSDP2: take --parallel fsdp, also on one GPU")
+            raise ValueError(
+                "--dtype bfloat16 keeps float32 master weights by FSDP2: take --parallel fsdp, also on one GPU"
+            )
         alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         on_gpu = has_gpu and not args.dry_run  # which tells of what will run there
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu")
@@ -506,10 +580,14 @@ def read_start(args, ranks):
             args.weights = str(NANO)
         else:  # so that the smallest model trains with nothing at hand
             args.init = "random"
-            ranks.first and print("start: random weights, for there is no --weights and no weights/nano", file=sys.stderr)
+            ranks.first and print(
+                "start: random weights, for there is no --weights and no weights/nano", file=sys.stderr
+            )
     if args.init == "random":
         if args.weights or args.base:
-            raise ValueError(f"--init random begins with no weights: leave out {'--weights' if args.weights else '--base'}")
+            raise ValueError(
+                f"--init random begins with no weights: leave out {'--weights' if args.weights else '--base'}"
+            )
         return read_random(args, ranks, out)
     return read_weights(args.weights, args.base, args.qwen, HUB_BASES[args.config])
 
@@ -631,8 +709,12 @@ def export(run, folder, base=None, qwen=None):
     if checkpoint is None:
         raise FileNotFoundError(f"--export {run}: not the folder of a run or of a checkpoint")
     begun = began_with(checkpoint.parent)
-    if Path(folder).resolve() in [Path(start).resolve() for start in (base, begun["weights"], begun["base"], begun["qwen"]) if start]:
-        raise ValueError(f"--out {folder}: {run} lies over these weights and needs them as they are; give another folder")
+    if Path(folder).resolve() in [
+        Path(start).resolve() for start in (base, begun["weights"], begun["base"], begun["qwen"]) if start
+    ]:
+        raise ValueError(
+            f"--out {folder}: {run} lies over these weights and needs them as they are; give another folder"
+        )
     model = start_model(*read_weights(run if run.is_file() else checkpoint, base, qwen), "cpu")
     merge_lora(model)
     model.save(folder)
@@ -697,7 +779,9 @@ def write_cache(args, stage, ranks, model, curriculum, tables):
         for (kind, shape), numbers in rows_of_shapes(curriculum).items()
         for k, rows in groupby(numbers, lambda number: number // SHARD)
     ]
-    for kind, shape, k, rows in tqdm(shards[ranks.rank :: ranks.world], desc="cache", unit="file", disable=not ranks.first):
+    for kind, shape, k, rows in tqdm(
+        shards[ranks.rank :: ranks.world], desc="cache", unit="file", disable=not ranks.first
+    ):
         path, tensors = shard_path(folder, kind, shape, k), {}
         if path.is_file():
             continue
@@ -708,8 +792,12 @@ def write_cache(args, stage, ranks, model, curriculum, tables):
             except MediaError as error:
                 report_bad(args, ranks, 0, [(row.target, str(error))])
                 continue
-            parts = zip(("target", "source", "ref"), encode(model, stage, target, source, ref, random.Random(number).random()))
-            tensors |= {f"{number}.{name}": latents.cpu().contiguous() for name, latents in parts if latents is not None}
+            parts = zip(
+                ("target", "source", "ref"), encode(model, stage, target, source, ref, random.Random(number).random())
+            )
+            tensors |= {
+                f"{number}.{name}": latents.cpu().contiguous() for name, latents in parts if latents is not None
+            }
             for name, frames in model.mllm.resize(source, ref)[1].items():
                 tensors[f"{number}.mllm.{name}"] = frames.contiguous()
         with whole_file(path) as temporary:
@@ -737,7 +825,9 @@ def begin_cache(folder, wanted, ranks):
     told = next((p for p in (path, folder / "cache.json") if p.is_file()), None)
     held = read_json(told) if told else {}
     if other := sorted(name for name, value in wanted.items() if held.get(name, value) != value):
-        raise ValueError(f"{folder}: was begun with other rows, weights or settings ({', '.join(other)}); give another --out, or delete it")
+        raise ValueError(
+            f"{folder}: was begun with other rows, weights or settings ({', '.join(other)}); give another --out, or delete it"
+        )
     dist.barrier()  # all have looked
     if ranks.first:
         write_text(path, json.dumps(held | wanted))
@@ -749,7 +839,12 @@ def cached_buckets(model, stage, curriculum, tables):
     tensors are found) and of what made latents and pictures of them, ...}."""
     c = model.config
     vae = [(name, p.detach().flatten()[:16].bfloat16().tolist()) for name, p in model.vae.named_parameters()]
-    made = [json.dumps(asdict(c.vae)), vae, c.mllm.max_pixels, c.mllm.max_frames]  # JSON: a list or a tuple, as it was read
+    made = [
+        json.dumps(asdict(c.vae)),
+        vae,
+        c.mllm.max_pixels,
+        c.mllm.max_frames,
+    ]  # JSON: a list or a tuple, as it was read
     return {
         shard_path("", kind, shape, 0).name.rsplit("-", 1)[0]: fingerprint(
             [tables[kind][i] for i in rows], [rows, *made] + [c.mllm.max_ref_tokens, stage.ref_shrink] * (kind == "ref")
@@ -805,10 +900,14 @@ def make_optimizers(stage, trained):
     matrices = {name: p for name, p in trained.items() if stage.optimizer == "muon" and is_matrix(name, p)}
     for name, p in matrices.items():
         if len(p) < (ranks := p.device_mesh.size() if hasattr(p, "device_mesh") else 1):
-            raise ValueError(f"--set optimizer=muon: {name} has {len(p)} rows for {ranks} ranks; take a larger lora_rank, or adamw")
+            raise ValueError(
+                f"--set optimizer=muon: {name} has {len(p)} rows for {ranks} ranks; take a larger lora_rank, or adamw"
+            )
     chosen, optimizers = set(matrices.values()), []
     if matrices:
-        muon = torch.optim.Muon(list(matrices.values()), stage.lr, weight_decay=stage.weight_decay, adjust_lr_fn="match_rms_adamw")
+        muon = torch.optim.Muon(
+            list(matrices.values()), stage.lr, weight_decay=stage.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
         optimizers.append(muon)
     if rest := [p for p in trained.values() if p not in chosen]:
         adamw = torch.optim.AdamW(rest, lr=stage.lr, betas=(0.9, stage.beta2), weight_decay=stage.weight_decay)
@@ -827,7 +926,9 @@ class Trainer:
     def __init__(self, args, stage, ranks, model, curriculum, tables):
         self.args, self.stage, self.ranks, self.model = args, stage, ranks, model
         self.curriculum, self.tables = curriculum, tables
-        self.counts = Counter({"step": 0, "updates": 0, "samples": 0, "tokens": 0, "bad": 0, "skipped": 0, "seconds": 0.0})
+        self.counts = Counter(
+            {"step": 0, "updates": 0, "samples": 0, "tokens": 0, "bad": 0, "skipped": 0, "seconds": 0.0}
+        )
         self.module = parallelise(model, args, ranks)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.updated = {name: of_one_rank(p, ranks) for name, p in self.trained.items()}
@@ -846,7 +947,9 @@ class Trainer:
             self.loop()
         finally:  # of an error too
             self.saver.thread.shutdown()  # it needs the process groups
-            if hasattr(self.batches, "_shutdown_workers"):  # they ignore SIGTERM: the interpreter would wait for them for ever
+            if hasattr(
+                self.batches, "_shutdown_workers"
+            ):  # they ignore SIGTERM: the interpreter would wait for them for ever
                 self.batches._shutdown_workers()
             for name, handler in before.items():
                 signal.signal(name, handler)
@@ -862,7 +965,9 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats(self.ranks.device)  # `memory_gib` is of the steps, not of the loading
         with (
             closing(Log(out, self.ranks.first)) as log,
-            tqdm(total=stage.steps, initial=counts["step"], desc=f"stage {self.args.stage}", disable=not self.ranks.first) as bar,
+            tqdm(
+                total=stage.steps, initial=counts["step"], desc=f"stage {self.args.stage}", disable=not self.ranks.first
+            ) as bar,
         ):
             while counts["step"] < stage.steps:
                 line = self.step()
@@ -870,7 +975,9 @@ class Trainer:
                     break
                 self.saver.check()
                 log.write(line)
-                bar.set_postfix(loss=f"{line['loss']:.4f}", lr=f"{line['lr']:.1e}", samples_s=f"{line['samples_s']:.2f}")
+                bar.set_postfix(
+                    loss=f"{line['loss']:.4f}", lr=f"{line['lr']:.1e}", samples_s=f"{line['samples_s']:.2f}"
+                )
                 bar.update()
                 step, late = counts["step"], self.ranks.any(time.monotonic() - saved > 60 * self.args.save_minutes)
                 if (step % self.args.save_every == 0 or late) and step < stage.steps:
@@ -887,7 +994,9 @@ class Trainer:
 
     def ask_to_stop(self, number, frame):
         if self.ranks.first and not self.stop:
-            print(f"{signal.Signals(number).name}: the step under way is finished and saved", file=sys.stderr, flush=True)
+            print(
+                f"{signal.Signals(number).name}: the step under way is finished and saved", file=sys.stderr, flush=True
+            )
         self.stop = signal.Signals(number).name
 
     def loader(self):
@@ -970,7 +1079,9 @@ class Trainer:
             self.counts["updates"] += 1
             self.trouble = 0
             if self.ema:
-                torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.trained.values()], 1 - self.stage.ema)
+                torch._foreach_lerp_(
+                    list(self.ema.values()), [p.detach() for p in self.trained.values()], 1 - self.stage.ema
+                )
         else:
             self.skip(norm, suspects, last)
         self.module.zero_grad()
@@ -986,7 +1097,9 @@ class Trainer:
         samples = ", ".join(suspects[:4]) or f"none has a loss that is not finite; the last was {last}"
         message = f"step {self.counts['step'] + 1} skipped: its gradient is {norm}; samples: {samples}"
         if self.trouble == 5:
-            raise ValueError(f"5 steps in a row were skipped, the loss has diverged: lower lr, or look at the data. {message}")
+            raise ValueError(
+                f"5 steps in a row were skipped, the loss has diverged: lower lr, or look at the data. {message}"
+            )
         if self.ranks.first:
             print(f"warning: {message}", file=sys.stderr)
 
@@ -1021,9 +1134,13 @@ class Trainer:
         if checkpoint.resolve() == self.saver.path(self.counts["step"]).resolve():
             self.saver.steps.add(self.counts["step"])
         if (old := saved["stage"].get("optimizer", "adamw")) != self.stage.optimizer:
-            raise ValueError(f"{checkpoint} was trained by {old}: add --set optimizer={old}, or begin anew with --weights")
+            raise ValueError(
+                f"{checkpoint} was trained by {old}: add --set optimizer={old}, or begin anew with --weights"
+            )
         if sorted(saved["stage"]["trains"]) != sorted(self.stage.trains):
-            raise ValueError(f"{checkpoint} is of a stage that trains other parts: a next stage begins with --weights {checkpoint.parent}")
+            raise ValueError(
+                f"{checkpoint} is of a stage that trains other parts: a next stage begins with --weights {checkpoint.parent}"
+            )
         if self.ema and not saved["stage"].get("ema"):
             raise ValueError(f"{checkpoint} has no averaged weights: leave out --set ema, or begin anew with --weights")
         changed = self.changed_since(saved, read_json(checkpoint.parent / "config.json")["args"])
@@ -1034,7 +1151,9 @@ class Trainer:
             dcp.load(state, checkpoint_id=checkpoint / "state")
         except (CheckpointException, RuntimeError, AssertionError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            raise ValueError(f"{checkpoint}/state: cannot be read ({reason}); resume from an older checkpoint, or begin anew with --weights") from None
+            raise ValueError(
+                f"{checkpoint}/state: cannot be read ({reason}); resume from an older checkpoint, or begin anew with --weights"
+            ) from None
         for optimizer in self.optimizers:
             for moments in optimizer.state.values():
                 moments["step"].fill_(self.counts["updates"])
@@ -1042,10 +1161,14 @@ class Trainer:
     def changed_since(self, saved, begun):
         """What is not as a checkpoint's train.json and the arguments of its run have it, in words."""
         now = json.loads(json.dumps(asdict(self.stage)))  # lists for tuples
-        then = {field.name: field.default for field in fields(self.stage)} | saved["stage"]  # an older one lacks what is new
+        then = {field.name: field.default for field in fields(self.stage)} | saved[
+            "stage"
+        ]  # an older one lacks what is new
         changed = [f"{key} {then[key]} -> {now[key]}" for key in now if now[key] != then[key]]
         asked, of_run = vars(self.args), ("config", "init", "weights", "base", "qwen", "seed", "data", "base_path")
-        changed += [f"--{key} {begun[key]} -> {asked[key]}" for key in of_run if key in begun and begun[key] != asked[key]]
+        changed += [
+            f"--{key} {begun[key]} -> {asked[key]}" for key in of_run if key in begun and begun[key] != asked[key]
+        ]
         held = saved.get("tables", self.begun_with)
         anew = [kind for kind, rows in self.begun_with.items() if held.get(kind) != rows]
         return changed + [f"the {kind} rows, whose order begins anew" for kind in anew]
@@ -1064,13 +1187,17 @@ class Trainer:
             if self.ranks.any(pair is None):  # one rank alone would leave the others waiting
                 continue
             target, source, ref = pair
-            sharded = hasattr(self.model, "unshard")  # its parts, called one by one, need what lies outside of the blocks
+            sharded = hasattr(
+                self.model, "unshard"
+            )  # its parts, called one by one, need what lies outside of the blocks
             sharded and self.model.unshard()
             edited = self.model.edit(source, row.prompt, ref, self.args.sample_steps, flow=FlowMatch(self.stage.shift))
             sharded and self.model.reshard()
             if self.ranks.first:
                 picture = torch.cat([source, edited, target], dim=2)
-                path = Path(self.args.out) / "samples" / f"step-{step:06d}-{kind}{'.png' if kind == 'image' else '.mp4'}"
+                path = (
+                    Path(self.args.out) / "samples" / f"step-{step:06d}-{kind}{'.png' if kind == 'image' else '.mp4'}"
+                )
                 path.parent.mkdir(exist_ok=True)
                 write_image(path, picture[0]) if kind == "image" else write_video(path, picture, 15)
         self.model.train()
@@ -1199,14 +1326,20 @@ def open_run(args, ranks):
     if args.resume is None and found:
         raise ValueError(f"{out} has checkpoints already; give --resume auto to continue, or another --out")
     own = find_checkpoint(Path(args.weights)) if args.weights and Path(args.weights).exists() else None
-    if own and own.parent.resolve() == out.resolve():  # it would be noted as what the run began with, and lead in a circle
-        raise ValueError(f"--weights {args.weights}: is --out itself; give what this run began with (--weights in {out}/config.json)")
+    if (
+        own and own.parent.resolve() == out.resolve()
+    ):  # it would be noted as what the run began with, and lead in a circle
+        raise ValueError(
+            f"--weights {args.weights}: is --out itself; give what this run began with (--weights in {out}/config.json)"
+        )
     if args.resume in (None, "auto"):
         return found
     checkpoint = find_checkpoint(Path(args.resume))
     if checkpoint is None:
         raise FileNotFoundError(f"--resume {args.resume}: not a checkpoint folder; give auto or RUN/step-NNNNNN")
-    if found and step_of(found) > read_json(checkpoint / "train.json")["counts"]["step"]:  # they would be taken for this run's last
+    if (
+        found and step_of(found) > read_json(checkpoint / "train.json")["counts"]["step"]
+    ):  # they would be taken for this run's last
         raise ValueError(f"{out} has later checkpoints than {checkpoint}: move them away, or give another --out")
     return checkpoint
 
@@ -1286,10 +1419,14 @@ def describe(args, stage, ranks, model, curriculum):
     """--dry-run: the stage, the sizes, the memory a rank will need, the shapes of the first batches."""
     print(f"stage {args.stage} ({args.preset}): " + ", ".join(f"{k} {v}" for k, v in asdict(stage).items()))
     for name, part in model.named_children():
-        trained, frozen = (numbers(p for p in part.parameters() if p.requires_grad == wanted) / 1e6 for wanted in (True, False))
+        trained, frozen = (
+            numbers(p for p in part.parameters() if p.requires_grad == wanted) / 1e6 for wanted in (True, False)
+        )
         print(f"  {name:<15} {trained:10.1f} M trained {frozen:10.1f} M frozen")
     dp = ranks.dp
-    print(f"one update: {stage.global_batch} samples = {stage.batches // dp} forwards of {stage.batch} on {dp} data-parallel ranks")
+    print(
+        f"one update: {stage.global_batch} samples = {stage.batches // dp} forwards of {stage.batch} on {dp} data-parallel ranks"
+    )
     shapes = Counter(curriculum[n][1:3] for n in range(min(stage.batches, 4096)))
     for (kind, (frames, height, width)), count in sorted(shapes.items()):
         print(f"  {count:>6} {kind:<6} {frames} frames of {width}x{height}")
@@ -1311,11 +1448,15 @@ def memory_estimate(model, stage, ranks, shape, checkpointing):
     trained, vae = numbers(parameters.values()), numbers(model.vae.parameters())
     frozen = numbers(model.parameters()) - trained - vae
     average = trained * (stage.ema > 0)
-    moments = sum(len(MOMENTS[type(o)]) * numbers(o.param_groups[0]["params"]) for o in make_optimizers(stage, parameters))
+    moments = sum(
+        len(MOMENTS[type(o)]) * numbers(o.param_groups[0]["params"]) for o in make_optimizers(stage, parameters)
+    )
     blocks = [numbers(block.parameters()) for block in (*model.dit.blocks, *model.mllm.model.language_model.layers)]
     gathered = size * (trained + frozen - sum(blocks) + sum(sorted(blocks)[-2:])) if sharded else 0
     activations = activation_numbers(model, stage, ranks, shape, checkpointing) * size
-    if sharded and stage.optimizer == "adamw":  # when they are gone it takes, on a GPU, a float32 copy of all that it updates
+    if (
+        sharded and stage.optimizer == "adamw"
+    ):  # when they are gone it takes, on a GPU, a float32 copy of all that it updates
         activations = max(activations, 4 * trained / share - gathered)
     return {
         "weights": 4 * trained / share + size * (frozen / share + vae), "gathered": gathered,
@@ -1391,10 +1532,14 @@ def run():
         main()
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: {error}")
-    except KeyboardInterrupt:  # before the first step or while a cache is written: the trainer itself saves and ends well
+    except (
+        KeyboardInterrupt
+    ):  # before the first step or while a cache is written: the trainer itself saves and ends well
         sys.exit("\ntrain.py: interrupted; a cache that is written goes on where it stopped")
     except torch.OutOfMemoryError:
-        sys.exit("train.py: out of GPU memory; --dry-run says what a rank needs: take more GPUs, fewer --set pixels= or frames=, or a smaller --config")
+        sys.exit(
+            "train.py: out of GPU memory; --dry-run says what a rank needs: take more GPUs, fewer --set pixels= or frames=, or a smaller --config"
+        )
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise

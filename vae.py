@@ -76,9 +76,13 @@ class VAEConfig:
             raise ValueError(f'VAEConfig.version: {self.version!r}, expected "2.2" or "2.1"')
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise ValueError("VAEConfig.temporal_downsample: expected one entry less than dim_mult has")
-        folds = [4 * (1 + time) for time in self.temporal_downsample] + [1]  # voxels that a level lays into its channels
+        folds = [4 * (1 + time) for time in self.temporal_downsample] + [
+            1
+        ]  # voxels that a level lays into its channels
         if self.version == "2.2" and any(a * fold % b for a, b, fold in zip((1, *self.dim_mult), self.dim_mult, folds)):
-            raise ValueError(f"VAEConfig.dim_mult: {self.dim_mult}, the shortcut around a level cannot be averaged down to its width")
+            raise ValueError(
+                f"VAEConfig.dim_mult: {self.dim_mult}, the shortcut around a level cannot be averaged down to its width"
+            )
         if {len(self.mean), len(self.std)} not in ({0}, {self.z_dim}):
             raise ValueError(f"VAEConfig.mean, VAEConfig.std: expected {self.z_dim} numbers each, or none")
 
@@ -270,7 +274,9 @@ class DownLevel(nn.Module):
     def __init__(self, in_dim, out_dim, num_res_blocks, time, space):
         super().__init__()
         self.out_dim, self.time, self.space = out_dim, 1 + time, 1 + space
-        self.downsamples = nn.ModuleList(ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(num_res_blocks))
+        self.downsamples = nn.ModuleList(
+            ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(num_res_blocks)
+        )
         if space:
             self.downsamples.append(Downsample(out_dim, time))
 
@@ -287,7 +293,9 @@ class UpLevel(nn.Module):
     def __init__(self, in_dim, out_dim, num_res_blocks, time, space):
         super().__init__()
         self.out_dim, self.time, self.space = out_dim, 1 + time, space
-        self.upsamples = nn.ModuleList(ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(num_res_blocks + 1))
+        self.upsamples = nn.ModuleList(
+            ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(num_res_blocks + 1)
+        )
         if space:
             self.upsamples.append(Upsample(out_dim, out_dim, time))
 
@@ -470,7 +478,10 @@ class VAE(nn.Module):
             raise ValueError(f"frames of {tuple(video.shape[3:])}: the VAE takes multiples of {c.space_stride}")
         weight = self.conv1.weight
         height, width = video.shape[3] // c.space_stride, video.shape[4] // c.space_stride
-        windows, spans = tile_windows(height, width, tile, self.halo(2 * c.num_res_blocks)), chunks(latent_frames, chunk)
+        windows, spans = (
+            tile_windows(height, width, tile, self.halo(2 * c.num_res_blocks)),
+            chunks(latent_frames, chunk),
+        )
         tiles = []
         for core, window in windows:
             state, features = {}, []

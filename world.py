@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from data import whole_file, write_text
+from media import whole_file, write_text
 
 LOCAL = ("change", "remove", "add")  # the hard ones: twice as many of each
 TASKS = {
@@ -119,7 +119,9 @@ def shape_distances(x, y):
         "hexagon": polygon(6),
         "star": radius * (points.cos() + 0.75 * points.abs().sin() * -1 + 0.75 * math.sin(math.pi / 5)) - 0.62,
         "ring": (radius - 0.6).abs() - 0.22,
-        "cross": torch.minimum(torch.maximum(x.abs() - 0.25, y.abs() - 0.8), torch.maximum(y.abs() - 0.25, x.abs() - 0.8)),
+        "cross": torch.minimum(
+            torch.maximum(x.abs() - 0.25, y.abs() - 0.8), torch.maximum(y.abs() - 0.25, x.abs() - 0.8)
+        ),
         "heart": ((heart_x**2 + heart_y**2 - 1) ** 3 - heart_x**2 * heart_y**3) * 0.4,
         "moon": torch.maximum(radius - 0.8, 0.62 - ((x - 0.38) ** 2 + (y + 0.1) ** 2).sqrt()),
         "arrow": torch.minimum(
@@ -159,7 +161,9 @@ def draw_textures(count=48, size=256):
         field_ = torch.fft.irfft2(spectrum / (frequency + 4 / size**2) ** (steep / 2), s=(size, size))
         a, b = (field_ / field_.std(dim=(1, 2), keepdim=True)).mul(1.2).sigmoid()[:, None]
         image = colours[0].view(3, 1, 1) * a + colours[1].view(3, 1, 1) * (1 - a)
-        photos.append(Photo(f"texture {i}", (image * (0.4 + 0.6 * b) + colours[2].view(3, 1, 1) * 0.4 * (1 - b)).clamp(0, 1)))
+        photos.append(
+            Photo(f"texture {i}", (image * (0.4 + 0.6 * b) + colours[2].view(3, 1, 1) * 0.4 * (1 - b)).clamp(0, 1))
+        )
     return photos
 
 
@@ -175,7 +179,8 @@ def draw_pattern(kind, first, second, size=128):
         "plain": torch.zeros_like(x),
         "stripes": wave(4 * x),
         "checkerboard": (wave(2 * x) - wave(2 * y)).abs(),
-        "dots": (((4 * x % 1 - 0.5) ** 2 + (4 * y % 1 - 0.5) ** 2).sqrt().sub(0.3).mul(-soft / 2)).clamp(-0.5, 0.5) + 0.5,
+        "dots": (((4 * x % 1 - 0.5) ** 2 + (4 * y % 1 - 0.5) ** 2).sqrt().sub(0.3).mul(-soft / 2)).clamp(-0.5, 0.5)
+        + 0.5,
         "gradient": (1 - (2 * math.pi * y).cos()) / 2,
     }[kind]
     a, b = (torch.tensor(COLOURS[c]).view(3, 1, 1) for c in (first, second))
@@ -221,7 +226,9 @@ def draw_leaves(rng, skins, size=128):
         u, v = cos * dx + sin * dy, flatness * (cos * dy - sin * dx)
         distance = torch.hypot(u, v) if rng.random() < 0.5 else torch.maximum(u.abs(), v.abs())
         alpha = ((radius - distance) * size + 0.5).clamp(0, 1)
-        body = palette[int(tone * 5)] + float(rng.normal(0, 0.06)) + 0.15 * v / radius + float(rng.uniform(0, 1)) * grain
+        body = (
+            palette[int(tone * 5)] + float(rng.normal(0, 0.06)) + 0.15 * v / radius + float(rng.uniform(0, 1)) * grain
+        )
         image = image + alpha * (body - image)
     return Photo("texture of leaves", image.clamp(0, 1))
 
@@ -240,7 +247,9 @@ def recoloured(rng, thing):
 
     def turned(image):  # premultiplied, if there is alpha: linear all the same
         colours = torch.einsum("ij,jhw->ihw", matrix, image[:3])
-        return torch.cat([torch.minimum(colours.relu(), image[3:]), image[3:]]) if len(image) > 3 else colours.clamp(0, 1)
+        return (
+            torch.cat([torch.minimum(colours.relu(), image[3:]), image[3:]]) if len(image) > 3 else colours.clamp(0, 1)
+        )
 
     if isinstance(thing, Photo):
         return replace(thing, image=turned(thing.image))
@@ -325,7 +334,12 @@ def draw_camera(rng, frames):
 def draw_view(rng, photo, split):
     if photo.panorama:  # training looks up and down too: fifteen panoramas have few views straight ahead
         pitch, extent = ((-30, 25), (50, 95)) if split == "train" else ((-8, 6), (65, 85))
-        return float(rng.uniform(-180, 180)), float(rng.uniform(*pitch)), float(rng.uniform(*extent)), bool(rng.integers(2))
+        return (
+            float(rng.uniform(-180, 180)),
+            float(rng.uniform(*pitch)),
+            float(rng.uniform(*extent)),
+            bool(rng.integers(2)),
+        )
     return float(rng.random()), float(rng.random()), float(rng.uniform(0.5, 0.8)), bool(rng.integers(2))
 
 
@@ -761,7 +775,10 @@ def tasks_of(shares):
     """{kind: its tasks, each as often as it is to be drawn}."""
     if shares is None:
         return TASKS
-    return {kind: [task for task in dict.fromkeys(tasks) for _ in range(shares.get(task, 0))] for kind, tasks in TASKS.items()}
+    return {
+        kind: [task for task in dict.fromkeys(tasks) for _ in range(shares.get(task, 0))]
+        for kind, tasks in TASKS.items()
+    }
 
 
 def draw_photo(rng, library, split, but=""):
@@ -805,9 +822,15 @@ def nameable_sprite(rng, library, split, without):
 def show_reference(rng, thing, size):
     """A picture (3, size, size) of a thing in another pose: turned, of another size, on white or a pale tone. Not
     mirrored: that would leave open which side is meant."""
-    path = torch.tensor([[*rng.uniform(-0.06, 0.06, 2), rng.uniform(0.6, 0.9), rng.uniform(-0.4, 0.4)]], dtype=torch.float32)
+    path = torch.tensor(
+        [[*rng.uniform(-0.06, 0.06, 2), rng.uniform(0.6, 0.9), rng.uniform(-0.4, 0.4)]], dtype=torch.float32
+    )
     layer = render_thing(replace(thing, path=path), torch.tensor([[0.0, 0.0, 1.0]]), size)[0]
-    paper = torch.ones(3, 1, 1) if rng.random() < 0.6 else torch.tensor(rng.uniform(0.6, 1, 3), dtype=torch.float32).view(3, 1, 1)
+    paper = (
+        torch.ones(3, 1, 1)
+        if rng.random() < 0.6
+        else torch.tensor(rng.uniform(0.6, 1, 3), dtype=torch.float32).view(3, 1, 1)
+    )
     return paper * (1 - layer[3:]) + layer[:3]
 
 
@@ -885,7 +908,12 @@ def stands_out(things, which):
     """Where one of some things is, as seen from the others on the first frame: "on the left" of all, ..., or between."""
     places = torch.stack([thing.path[0, :2] for thing in things])
     ahead = places[which] - torch.cat([places[:which], places[which + 1 :]])
-    sides = {"on the left": -ahead[:, 0], "on the right": ahead[:, 0], "at the top": -ahead[:, 1], "at the bottom": ahead[:, 1]}
+    sides = {
+        "on the left": -ahead[:, 0],
+        "on the right": ahead[:, 0],
+        "at the top": -ahead[:, 1],
+        "at the bottom": ahead[:, 1],
+    }
     side, lead = max(((side, float(by.min())) for side, by in sides.items()), key=lambda found: found[1])
     return side if lead > 0.05 else "in the middle"
 
@@ -983,7 +1011,9 @@ def write_mllm_folder(folder, texts):
     tokenizer.decoder = decoders.ByteLevel()
     special = [AddedToken(f"<|{name}|>", special=True) for name in SPECIAL_TOKENS]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     folder.mkdir(parents=True, exist_ok=True)
     names = {

@@ -17,7 +17,15 @@ import os
 
 import torch
 
-from kernels.attention import SLICE, attention_cudnn, attention_ref, attention_sdpa, attention_slices, attention_triton, left_out
+from kernels.attention import (
+    SLICE,
+    attention_cudnn,
+    attention_ref,
+    attention_sdpa,
+    attention_slices,
+    attention_triton,
+    left_out,
+)
 from kernels.norm import (
     channel_norm_silu_plain,
     channel_norm_silu_triton,
@@ -32,10 +40,26 @@ from kernels.norm import (
 )
 
 __version__ = "0.0"
-__all__ = ["attention", "channel_norm_silu", "gate_residual", "gate_residual_norm", "layer_norm_modulate", "pick_device", "rank_and_world", "rms_norm_rope", "set_backend"]
+__all__ = [
+    "attention",
+    "channel_norm_silu",
+    "gate_residual",
+    "gate_residual_norm",
+    "layer_norm_modulate",
+    "pick_device",
+    "rank_and_world",
+    "rms_norm_rope",
+    "set_backend",
+]
 
 BACKENDS = ("auto", "ref", "sdpa", "cudnn", "slices", "triton")
-ATTENTION = {"ref": attention_ref, "sdpa": attention_sdpa, "cudnn": attention_cudnn, "slices": attention_slices, "triton": attention_triton}
+ATTENTION = {
+    "ref": attention_ref,
+    "sdpa": attention_sdpa,
+    "cudnn": attention_cudnn,
+    "slices": attention_slices,
+    "triton": attention_triton,
+}
 backend = "auto"
 fastest = {}  # (device, dtype, heads, head_dim, whether it trains) -> name of an attention, measured
 
@@ -112,7 +136,12 @@ def choose(x, measured=False):
         return backend
     if x.is_cpu and x.dtype == torch.bfloat16 and measured and torch.is_grad_enabled():
         return "slices" if x.shape[1] ** 2 * x.shape[2] <= 8 * SLICE else "sdpa"
-    if not x.is_cuda or x.dtype == torch.float64 or torch.cuda.get_device_capability(x.device) < (8, 0) or not has_triton():
+    if (
+        not x.is_cuda
+        or x.dtype == torch.float64
+        or torch.cuda.get_device_capability(x.device) < (8, 0)
+        or not has_triton()
+    ):
         return "sdpa"
     return fastest_attention(x.device, x.dtype, *x.shape[-2:]) if measured else "triton"
 
@@ -122,7 +151,9 @@ def fastest_attention(device, dtype, heads, head_dim):
     once before compiling. As many heads as the caller has, for our kernels are compiled for their number."""
     key = (device, dtype, heads, head_dim, torch.is_grad_enabled())
     if key not in fastest:
-        if head_dim < 16 or head_dim & (head_dim - 1) or dtype == torch.float32:  # of which tensor cores do none exactly
+        if (
+            head_dim < 16 or head_dim & (head_dim - 1) or dtype == torch.float32
+        ):  # of which tensor cores do none exactly
             return "sdpa"
         if torch.compiler.is_compiling():
             return "triton"

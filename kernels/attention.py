@@ -30,7 +30,9 @@ triton = tl = None  # imported by `compiled` at the first launch: nobody on a CP
 
 def attention_ref(q, k, v):
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
-    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v), v)
+    return torch.einsum(
+        "bhqk,bkhd->bqhd", scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v), v
+    )
 
 
 def attention_slices(q, k, v):
@@ -253,7 +255,9 @@ def usable(configs, arguments, DIM, **_):
         return [triton.Config({name: small[name] for name in configs[-1].kwargs}, num_warps=8, num_stages=1)]
     major, _ = torch.cuda.get_device_capability(arguments["q"].device)
     return [
-        c for c in reversed(configs) if (major >= 9 or not c.kwargs["TMA"]) and (major == 9 and DIM >= 64 or not c.kwargs.get("SPECIALISE"))
+        c
+        for c in reversed(configs)
+        if (major >= 9 or not c.kwargs["TMA"]) and (major == 9 and DIM >= 64 or not c.kwargs.get("SPECIALISE"))
     ]
 
 
@@ -276,7 +280,9 @@ def compiled(name):
     if triton.knobs.runtime.interpret:  # nothing to time
         configs = configs[:1]
     prune = {"early_config_prune": usable}
-    return triton.autotune(configs, ["size_class", "DIM"], prune_configs_by=prune, do_bench=time_or_skip)(globals()[name])
+    return triton.autotune(configs, ["size_class", "DIM"], prune_configs_by=prune, do_bench=time_or_skip)(
+        globals()[name]
+    )
 
 
 def time_or_skip(run, quantiles):
@@ -360,7 +366,9 @@ def attention_triton(q, k, v):
     if d < 16 or d & (d - 1):
         raise ValueError(f"attention in Triton: head_dim {d} is not a power of two of at least 16; take 'sdpa'")
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"attention in Triton: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; expected one, of 16 or 32 bits")
+        raise ValueError(
+            f"attention in Triton: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; expected one, of 16 or 32 bits"
+        )
     if k.shape != v.shape or q.shape[::2] != k.shape[::2] or d != k.shape[-1] or not k.shape[1]:
         raise ValueError(f"attention: shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} do not fit")
     return attention_op(q, k, v)[0]

@@ -56,7 +56,10 @@ GRIDS = {"480p": (21, 30, 52), "720p": (21, 44, 80)}  # latents of 81 frames, 83
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
-        prog="python -m kernels.bench", description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m kernels.bench",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("what", nargs="+", choices=list(SECTIONS), help="what to measure, one or more")
@@ -144,7 +147,9 @@ def once(function, flush):
         return time.perf_counter() - start
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     flush.zero_()
-    torch.cuda._sleep(2_000_000)  # about a millisecond, in which the CPU gets ahead: its time to launch is not the kernel's
+    torch.cuda._sleep(
+        2_000_000
+    )  # about a millisecond, in which the CPU gets ahead: its time to launch is not the kernel's
     start.record()
     function()
     stop.record()
@@ -209,8 +214,16 @@ def attention(args):
                       "efficient": backend(SDPBackend.EFFICIENT_ATTENTION)}  # fmt: skip
         peak = ceilings(args.repeat)[0]
     else:
-        device, shapes = "cpu", [(1, *shape, torch.float32) for shape in ((1024, 1024, 12, 128), (1024, 512, 12, 128), (1024, 1024, 12, 64))]
-        shapes += [(32, *shape, 8, 32, torch.bfloat16) for shape in ((64, 64), (256, 256), (256, 96))]  # a batch of nano's
+        device, shapes = (
+            "cpu",
+            [
+                (1, *shape, torch.float32)
+                for shape in ((1024, 1024, 12, 128), (1024, 512, 12, 128), (1024, 1024, 12, 64))
+            ],
+        )
+        shapes += [
+            (32, *shape, 8, 32, torch.bfloat16) for shape in ((64, 64), (256, 256), (256, 96))
+        ]  # a batch of nano's
         candidates = {name: ATTENTION[name] for name in ("slices", "sdpa", "ref")}
         peak = None
     ours = next(iter(candidates))
@@ -223,13 +236,21 @@ def attention(args):
             for name, function in candidates.items():
                 runs[name] = attention_run(function, direction, (q, k, v), grad)
             seconds = in_turns(runs, args.repeat)
-            row = {"B, Lq x Lk, heads x dim": f"{B}, {Lq} x {Lk}, {heads} x {dim}", "dtype": str(dtype)[6:], "direction": direction}
+            row = {
+                "B, Lq x Lk, heads x dim": f"{B}, {Lq} x {Lk}, {heads} x {dim}",
+                "dtype": str(dtype)[6:],
+                "direction": direction,
+            }
             row |= {f"{name} TFLOP/s": factor * flops / s / 1e12 for name, s in seconds.items()}
             if peak:
                 best = min((s for name, s in seconds.items() if name != ours and not math.isnan(s)), default=math.nan)
                 row |= {"best other / ours": best / seconds[ours]}
                 row |= {"of matmul": factor * flops / seconds[ours] / 1e12 / peak}
-            yield row | {f"{ours} to sdpa": relative_difference(runs[ours], attention_run(ATTENTION["sdpa"], direction, (q, k, v), grad))}
+            yield row | {
+                f"{ours} to sdpa": relative_difference(
+                    runs[ours], attention_run(ATTENTION["sdpa"], direction, (q, k, v), grad)
+                )
+            }
 
 
 def relative_difference(ours, theirs):
@@ -275,11 +296,17 @@ def check(args):
         end = time.monotonic() + (90 if on_gpu() else 600)
         for (name, config, dim), process, answer in zip(cases[i:], running, answers):
             process.join(max(0, end - time.monotonic()))
-            found = {"relative difference": math.nan, "same bits again": False, "failed": "" if process.exitcode == 0 else "ended"}
+            found = {
+                "relative difference": math.nan,
+                "same bits again": False,
+                "failed": "" if process.exitcode == 0 else "ended",
+            }
             if process.is_alive():
                 process.kill()
                 found["failed"] = "hung"
-            yield {"kernel": name, "configuration": str(config), "head_dim": dim} | (found if answer.empty() else answer.get())
+            yield {"kernel": name, "configuration": str(config), "head_dim": dim} | (
+                found if answer.empty() else answer.get()
+            )
 
 
 def check_one(name, config, dim, answer):
@@ -290,7 +317,10 @@ def check_one(name, config, dim, answer):
     place, lengths = ("cuda", (8190, 1600)) if on_gpu() else ("cpu", (130, 70))
     dtype = torch.bfloat16 if on_gpu() else torch.float32  # the interpreter's arithmetic of 16 bits is its own
     try:
-        q, k, v = (torch.randn(1, n, 2, dim, device=place, dtype=dtype, requires_grad=True) for n in (lengths[0], *lengths[1:] * 2))
+        q, k, v = (
+            torch.randn(1, n, 2, dim, device=place, dtype=dtype, requires_grad=True)
+            for n in (lengths[0], *lengths[1:] * 2)
+        )
         grad = torch.randn_like(q)
         exact = [x.detach().float().requires_grad_() for x in (q, k, v)]
         kernels.usable = lambda configs, arguments, **_: configs
@@ -300,16 +330,30 @@ def check_one(name, config, dim, answer):
             results.append((out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))))
         ours, again, theirs = results
         same = all(torch.equal(a, b) for a, b in zip(ours, again))
-        answer.put({"relative difference": relative_difference(lambda: ours, lambda: theirs), "same bits again": same, "failed": ""})
+        answer.put(
+            {
+                "relative difference": relative_difference(lambda: ours, lambda: theirs),
+                "same bits again": same,
+                "failed": "",
+            }
+        )
     except Exception as error:
-        answer.put({"relative difference": math.nan, "same bits again": False, "failed": f"{type(error).__name__}: {str(error).strip()[:120]}"})
+        answer.put(
+            {
+                "relative difference": math.nan,
+                "same bits again": False,
+                "failed": f"{type(error).__name__}: {str(error).strip()[:120]}",
+            }
+        )
 
 
 def norm(args):
     if on_gpu():
         peak = ceilings(args.repeat)[1]
         yield from norm_rows(args.repeat, (21, 22, 40), 24, torch.bfloat16, peak)
-        yield channel_norm_row(args.repeat, (1, 256, 4, 352, 640), torch.bfloat16, peak)  # the 5B's decoder, before its shuffle
+        yield channel_norm_row(
+            args.repeat, (1, 256, 4, 352, 640), torch.bfloat16, peak
+        )  # the 5B's decoder, before its shuffle
         return
     for heads in (12, 24):
         for dtype in (torch.float32, torch.bfloat16):
@@ -361,7 +405,9 @@ def channel_norm_row(repeat, shape, dtype, peak):
     ours, usual = kernels.channel_norm_silu, importlib.import_module("kernels.norm").channel_norm_silu_plain
     runs = {"ours": norm_run(ours, "forward", inputs), "usual": norm_run(usual, "forward", inputs)}
     seconds = in_turns(runs, max(repeat, 15))
-    return kernel_row("channel_norm_silu", f"{math.prod(shape[2:])} x {shape[1]}", dtype, "forward", runs, seconds, 2 * x.nbytes, peak)
+    return kernel_row(
+        "channel_norm_silu", f"{math.prod(shape[2:])} x {shape[1]}", dtype, "forward", runs, seconds, 2 * x.nbytes, peak
+    )
 
 
 def kernel_row(name, size, dtype, direction, runs, seconds, count, peak):
@@ -370,7 +416,11 @@ def kernel_row(name, size, dtype, direction, runs, seconds, count, peak):
     row = {"kernel": name, "L x D": size, "dtype": str(dtype)[6:], "direction": direction,
            "ours ms": seconds["ours"] * 1000, "usual ms": seconds["usual"] * 1000,
            "ours / usual": seconds["ours"] / seconds["usual"], "GB/s": bandwidth}  # fmt: skip
-    return row | ({"of copy": bandwidth / peak} if peak else {}) | {"relative difference": relative_difference(*runs.values())}
+    return (
+        row
+        | ({"of copy": bandwidth / peak} if peak else {})
+        | {"relative difference": relative_difference(*runs.values())}
+    )
 
 
 def norm_run(function, direction, inputs):
@@ -504,7 +554,12 @@ def dit(args):
     from model import PRESETS
 
     if on_gpu():
-        grids = {"720p": GRIDS["720p"], "720p + reference": (22, 44, 80), "480p": GRIDS["480p"], "480p + reference": (22, 30, 52)}
+        grids = {
+            "720p": GRIDS["720p"],
+            "720p + reference": (22, 44, 80),
+            "480p": GRIDS["480p"],
+            "480p + reference": (22, 30, 52),
+        }
         cases = [(name, DiTConfig(), grid, torch.bfloat16) for name, grid in grids.items()]
     else:
         small, large = replace(PRESETS["wan21_1_3b"].dit, num_layers=3), replace(DiTConfig(), num_layers=1)
@@ -537,7 +592,9 @@ def dit_row(args, name, config, grid, dtype, compiled=False):
         "ours, context kept": lambda: ours(x, t, kept),
     }
     if on_gpu():
-        our_compiled, their_compiled = (compiled and model and torch.compile(model, dynamic=False) for model in (ours, theirs))
+        our_compiled, their_compiled = (
+            compiled and model and torch.compile(model, dynamic=False) for model in (ours, theirs)
+        )
         runs["ours, compiled"] = our_compiled and (lambda: our_compiled(x, t, kept))
         runs["diffusers, compiled"] = their_compiled and (lambda: their_compiled(x, t, text, return_dict=False)[0])
     with torch.no_grad():
@@ -569,8 +626,14 @@ def vae_rows(args, config, size, dtype):
     with torch.no_grad():
         latents = ours.encode(video)
         z = ours.denormalise(latents)  # diffusers leaves the normalisation to its pipelines
-        encode = {"ours": lambda: ours.encode(video), "diffusers": theirs and (lambda: ours.normalise(theirs.encode(video).latent_dist.mean))}
-        decode = {"ours": lambda: ours.decode(latents), "diffusers": theirs and (lambda: theirs.decode(z, return_dict=False)[0])}
+        encode = {
+            "ours": lambda: ours.encode(video),
+            "diffusers": theirs and (lambda: ours.normalise(theirs.encode(video).latent_dist.mean)),
+        }
+        decode = {
+            "ours": lambda: ours.decode(latents),
+            "diffusers": theirs and (lambda: theirs.decode(z, return_dict=False)[0]),
+        }
         for direction, runs in (("encode", encode), ("decode", decode)):
             seconds = in_turns(runs, args.repeat if not on_gpu() else 1)
             row = {"VAE": config.version, "frames": "x".join(map(str, size)), "dtype": str(dtype)[6:],
@@ -637,7 +700,12 @@ def edit(args):
         for phase, run in phases.items():
             seconds |= in_turns({phase: run}, 1)
             yield {"model": name, "frames": "x".join(map(str, size)), "phase": phase, "s": seconds[phase]}
-    yield {"model": name, "frames": "x".join(map(str, size)), "phase": f"all, {args.steps} steps", "s": sum(seconds.values())}
+    yield {
+        "model": name,
+        "frames": "x".join(map(str, size)),
+        "phase": f"all, {args.steps} steps",
+        "s": sum(seconds.values()),
+    }
 
 
 def memory(args):
@@ -720,7 +788,7 @@ def train(args):
 def train_run(folder, name, size, settings, repeat):
     """metrics.jsonl of `repeat` steps and two more, on a smooth random clip of `size`, as a list of dicts. Then the run
     is killed: its last checkpoint would be some 30 GB that nobody reads."""
-    from data import write_video
+    from media import write_video
     from world import write_mllm_folder
 
     write_mllm_folder(folder / "qwen", ["Invert the colours."])

@@ -233,7 +233,12 @@ def nothing(x):
 
 @torch.library.custom_op("nanokiwi::rms_norm_rope", mutates_args=())
 def rms_norm_rope_op(
-    x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None, num_heads: int, eps: float
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    num_heads: int,
+    eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> out (B, L, H, d), rstd (B, L) float32."""
     B, L, D = x.shape

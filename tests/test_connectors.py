@@ -10,6 +10,7 @@ from conftest import GOLDEN, close, golden, randomise, recorded
 from connectors import MLLMEncoder, fit_pixels, inject_lora, merge_lora, sample_frames, video_frame_sizes
 from model import load_weights, our_name
 
+
 def golden_mllm():
     e = recorded("mllm.json")["encoder"]
     encoder = MLLMEncoder.from_config(
@@ -29,7 +30,7 @@ def golden_request(name, case, data):
     f = case["frames_formula"]
     axes = [torch.arange(n) for n in (f["n"], f["height"], f["width"], 3)]
     t, y, x, c = torch.meshgrid(*axes, indexing="ij")
-    return (((((x // 4) * 3 + t * 11) ^ ((y // 4) * 2 + c * 37)) & 255)).to(torch.uint8), ref
+    return ((((x // 4) * 3 + t * 11) ^ ((y // 4) * 2 + c * 37)) & 255).to(torch.uint8), ref
 
 
 @golden
@@ -94,7 +95,9 @@ def test_one_frame_or_two_references_work_where_the_release_crashes(qwen_folder)
 
 
 def test_requests_read_together_give_what_each_gives_alone(qwen_folder):
-    encoder = MLLMEncoder.from_config(qwen_folder, dit_dim=16, num_image_queries=3, num_video_queries=4, num_ref_queries=5)
+    encoder = MLLMEncoder.from_config(
+        qwen_folder, dit_dim=16, num_image_queries=3, num_video_queries=4, num_ref_queries=5
+    )
     encoder = randomise(encoder)
     still, clip = (torch.randint(255, (frames, 60, 80, 3), dtype=torch.uint8) for frames in (1, 5))
     asked = [("Remove it.", still), ("Use this in place of the old car.", still, clip[0]), ("Make it snow.", clip)]

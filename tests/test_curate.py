@@ -19,22 +19,42 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from conftest import BLUE, GREEN, HOUSE, RED, SHARED, close, demo, moving_picture, randomise, smooth_clip, tiny_local_judge, write_clip
 import curate
 import data
 import judge
 import judges
+import media
 import world
-from data import MediaError, read_image, read_table, write_image, write_video
+from conftest import (
+    BLUE,
+    GREEN,
+    HOUSE,
+    RED,
+    SHARED,
+    close,
+    demo,
+    moving_picture,
+    randomise,
+    smooth_clip,
+    tiny_local_judge,
+    write_clip,
+)
+from data import read_table
+from media import MediaError, read_image, write_image, write_video
+
 
 def curated(data, out, *more, tables=("ref_video.csv", "video.csv", "image.csv")):
     """Curate the small world's pairs, shards of 5 -> the records of the last stage."""
-    curate.main([*map(str, [*(data / name for name in tables), "--out", out, "--min-side", 8, "--shard-rows", 5, *more])])
+    curate.main(
+        [*map(str, [*(data / name for name in tables), "--out", out, "--min-side", 8, "--shard-rows", 5, *more])]
+    )
     return records_in(out)
 
 
 def records_in(out, stage="deduplicate"):
-    return [row for path in sorted((Path(out) / "ledger" / stage).glob("*.jsonl")) for row in curate.read_json_lines(path)]
+    return [
+        row for path in sorted((Path(out) / "ledger" / stage).glob("*.jsonl")) for row in curate.read_json_lines(path)
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +74,9 @@ def test_pairs_become_quadruplets_that_training_reads(quadruplets, nano_data):
     assert [Path(row.ref) for row in table] == [quadruplets / row["ref_image"] for row in kept]
     assert all(data.read_reference(row.ref).shape[0] >= 8 and not data.check_row(row)[1] for row in table)
     page = (quadruplets / "page.html").read_text()
-    assert page.count('class="card"') == len(kept) and not re.search(r'(src|href)="(?!data:)', page) and "%(" not in page
+    assert (
+        page.count('class="card"') == len(kept) and not re.search(r'(src|href)="(?!data:)', page) and "%(" not in page
+    )
     assert f"| deduplicate | {len(kept)} |" in (quadruplets / "funnel.md").read_text()
 
 
@@ -68,9 +90,17 @@ def test_refvie_s_parquet_holds_the_references(quadruplets, nano_data):
 
 def test_classical_models_find_what_was_edited(nano_data):
     things, pixels, psnr, (precision, recall) = (
-        [float(x) for x in re.findall(r"[\d.]+", line.split("|")[-2])] for line in curate.measure_on_truth(nano_data).splitlines()[2:]
+        [float(x) for x in re.findall(r"[\d.]+", line.split("|")[-2])]
+        for line in curate.measure_on_truth(nano_data).splitlines()[2:]
     )
-    assert things[0] > 0.7 and things[1] > 0.8 and pixels[0] > 0.6 and pixels[1] > 0.65 and psnr[0] > 20 and precision == recall == 1
+    assert (
+        things[0] > 0.7
+        and things[1] > 0.8
+        and pixels[0] > 0.6
+        and pixels[1] > 0.65
+        and psnr[0] > 20
+        and precision == recall == 1
+    )
 
 
 def test_a_ledger_read_again_takes_other_thresholds_and_asks_no_model(tmp_path, quadruplets, monkeypatch):
@@ -81,14 +111,18 @@ def test_a_ledger_read_again_takes_other_thresholds_and_asks_no_model(tmp_path, 
     kept = [row for row in rows if row["status"] == "kept"]
     assert 0 < len(kept) == scores.count(scores[-1])
     small = curated(quadruplets, tmp_path / "large", "--min-side", 2000, tables=["ledger/verify"])
-    assert any("a side below 2000" in row.get("reason", "") for row in small) and not any(row["status"] == "kept" for row in small)
+    assert any("a side below 2000" in row.get("reason", "") for row in small) and not any(
+        row["status"] == "kept" for row in small
+    )
     with pytest.raises(ValueError, match="features of --models classical"):
         curated(quadruplets, tmp_path / "mixed", "--models", "paper", tables=["ledger/verify"])
     assert all((tmp_path / "strict" / row["ref_image"]).is_file() for row in kept)
     again = curated(quadruplets, tmp_path / "strict", "--min-ref-score", scores[-1], tables=["ledger/verify"])
     assert again == rows
     with pytest.raises(ValueError, match="was made with min_score 6.0, not 7.0: give another --out"):
-        curated(quadruplets, tmp_path / "strict", "--min-ref-score", scores[-1], "--min-score", 7, tables=["ledger/verify"])
+        curated(
+            quadruplets, tmp_path / "strict", "--min-ref-score", scores[-1], "--min-score", 7, tables=["ledger/verify"]
+        )
 
 
 def test_what_failed_in_another_run_is_not_asked_again_when_its_ledger_is_read(tmp_path, quadruplets, monkeypatch):
@@ -107,13 +141,17 @@ def test_what_failed_in_another_run_is_not_asked_again_when_its_ledger_is_read(t
 
 def test_bad_pairs_cost_only_themselves_and_can_be_tried_again(tmp_path, nano_data, quadruplets, capsys):
     for file in ("ref_video.csv", "ref_video"):
-        (tmp_path / file).symlink_to(nano_data / file) if file == "ref_video" else shutil.copy(nano_data / file, tmp_path)
+        (tmp_path / file).symlink_to(nano_data / file) if file == "ref_video" else shutil.copy(
+            nano_data / file, tmp_path
+        )
     shutil.copytree(nano_data / "ref_video", tmp_path / "clips")
     lines = (tmp_path / "ref_video.csv").read_text().replace("ref_video/", "clips/").splitlines()
     broken = sorted((tmp_path / "clips").glob("*_tgt.mp4"))[0]
     content = broken.read_bytes()
     broken.write_bytes(content[:200])
-    (tmp_path / "p.csv").write_text("\n".join([*lines, "clips/none.mp4,clips/none.mp4,Add a hat.,x", "../a.mp4,b.mp4,Add a hat.,x", "a,b,,x"]))
+    (tmp_path / "p.csv").write_text(
+        "\n".join([*lines, "clips/none.mp4,clips/none.mp4,Add a hat.,x", "../a.mp4,b.mp4,Add a hat.,x", "a,b,,x"])
+    )
     rows = curated(tmp_path, tmp_path / "out", tables=["p.csv"])
     reasons = [row["reason"] for row in rows if row["status"] == "failed"]
     assert len(reasons) == 4 and len([row for row in rows if row["status"] == "kept"]) >= 1
@@ -127,9 +165,28 @@ def test_bad_pairs_cost_only_themselves_and_can_be_tried_again(tmp_path, nano_da
 
 
 def test_odd_lines_of_a_table_cost_only_themselves_and_odd_fields_nothing(tmp_path, nano_data, quadruplets):
-    good = {key: line[key] for line in [next(csv.DictReader((nano_data / "ref_video.csv").open()))] for key in data.COLUMNS["video"]}
-    odd = {"edit_type": 7, "frames": "9", "edit_score": "high", "mask": "/etc/passwd", "ref_image": b"".hex(), "verdict": "yes"}
-    made = {"edit_score": 9.5, "box": [0, 0, 1, 1], "key": 0, "mask": "masks/x.png", "ref_image": "/etc/passwd", "verdict": True, "feature": "AAAA"}
+    good = {
+        key: line[key]
+        for line in [next(csv.DictReader((nano_data / "ref_video.csv").open()))]
+        for key in data.COLUMNS["video"]
+    }
+    odd = {
+        "edit_type": 7,
+        "frames": "9",
+        "edit_score": "high",
+        "mask": "/etc/passwd",
+        "ref_image": b"".hex(),
+        "verdict": "yes",
+    }
+    made = {
+        "edit_score": 9.5,
+        "box": [0, 0, 1, 1],
+        "key": 0,
+        "mask": "masks/x.png",
+        "ref_image": "/etc/passwd",
+        "verdict": True,
+        "feature": "AAAA",
+    }
     lines = [json.dumps(good | odd), "{half", "[]", json.dumps(good | {"prompt": ["x"]}), json.dumps(good | made),
              json.dumps(good | {"edit_score": 10**400}), json.dumps(good | {"prompt": "half \ud83d"})]  # fmt: skip
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
@@ -175,7 +232,9 @@ def test_a_full_disk_stops_the_run_and_fails_no_record(tmp_path, nano_data, monk
     assert not any(row["status"] == "failed" for row in curated(nano_data, tmp_path / "out"))
 
 
-def test_a_ledger_is_an_input_only_where_its_stage_is_whole_and_what_failed_stays_so(tmp_path, nano_data, quadruplets, monkeypatch):
+def test_a_ledger_is_an_input_only_where_its_stage_is_whole_and_what_failed_stays_so(
+    tmp_path, nano_data, quadruplets, monkeypatch
+):
     theirs = Path(shutil.copytree(quadruplets, tmp_path / "theirs"))
     shard = theirs / "ledger/verify/00000.jsonl"
     rows = list(curate.read_json_lines(shard))
@@ -185,7 +244,9 @@ def test_a_ledger_is_an_input_only_where_its_stage_is_whole_and_what_failed_stay
     before = records_in(theirs, "verify")
     kept = curated(theirs / "ledger", tmp_path / "again", tables=["verify"])
     assert (kept[number]["status"], kept[number]["reason"]) == ("failed", "no answer") and len(kept) == len(before)
-    assert curated(theirs / "ledger", tmp_path / "asked", "--retry-failed", tables=["verify"])[number]["status"] == "kept"
+    assert (
+        curated(theirs / "ledger", tmp_path / "asked", "--retry-failed", tables=["verify"])[number]["status"] == "kept"
+    )
     last = sorted(shard.parent.iterdir())[-1]
     last.unlink()
     with pytest.raises(ValueError, match="that stage is not done"):
@@ -194,7 +255,10 @@ def test_a_ledger_is_an_input_only_where_its_stage_is_whole_and_what_failed_stay
         curated(nano_data, theirs, "--min-ref-score", 9)
 
 
-@pytest.mark.parametrize("line, says", [("a.mp4,b.mp4,Replace it, then leave", "line 3: more fields"), ('a.mp4,b.mp4,"Add a hat', "a quote not closed")])
+@pytest.mark.parametrize(
+    "line, says",
+    [("a.mp4,b.mp4,Replace it, then leave", "line 3: more fields"), ('a.mp4,b.mp4,"Add a hat', "a quote not closed")],
+)
 def test_a_table_that_csv_would_misread_is_refused(tmp_path, line, says):
     (tmp_path / "p.csv").write_text(f"src_video,tgt_video,prompt\na.mp4,b.mp4,Add a hat.\n{line}\n")
     with pytest.raises(ValueError, match=says):
@@ -245,8 +309,12 @@ def test_a_key_with_a_line_s_end_is_that_key_and_never_told(monkeypatch):
 @pytest.mark.parametrize("gone_on", [True, False])
 def test_a_shard_that_fails_as_a_whole_stops_the_run_and_is_tried_again_when_it_is_mended(tmp_path, nano_data, gone_on):
     pair = next(csv.DictReader((nano_data / "ref_video.csv").open()))
-    (tmp_path / "p.csv").write_text("src_video,tgt_video,prompt\n" + "refs/a.mp4,refs/b.mp4,Add a hat.\n" * 20)  # not --out's refs
-    with pytest.raises(ValueError, match="all 20 records of a shard failed in `score`.*mend that and add --retry-failed"):
+    (tmp_path / "p.csv").write_text(
+        "src_video,tgt_video,prompt\n" + "refs/a.mp4,refs/b.mp4,Add a hat.\n" * 20
+    )  # not --out's refs
+    with pytest.raises(
+        ValueError, match="all 20 records of a shard failed in `score`.*mend that and add --retry-failed"
+    ):
         curated(tmp_path, tmp_path / "out", "--shard-rows", 20, tables=["p.csv"])
     if gone_on:
         with pytest.raises(ValueError, match="not one of 20 records could be worked on"):
@@ -263,7 +331,9 @@ def test_a_shard_half_done_is_finished_without_asking_again(tmp_path, nano_data,
     out = Path(shutil.copytree(quadruplets, tmp_path / "out"))
     whole = out / "ledger/verify/00000.jsonl"
     done = [line for line in whole.read_text().splitlines(True) if json.loads(line).get("passed") == "verify"]
-    whole.with_suffix(".part").write_text("".join(done) + "\0\0\n" + '{"id": "00000')  # what died left zeros, and half a line
+    whole.with_suffix(".part").write_text(
+        "".join(done) + "\0\0\n" + '{"id": "00000'
+    )  # what died left zeros, and half a line
     whole.unlink(), shutil.rmtree(out / "ledger/deduplicate")
     for work in ("setup", "score", "ground", "synthesize", "verify", "embed"):
         monkeypatch.setattr(curate.Classical, work, None)
@@ -282,13 +352,19 @@ def test_a_middling_edit_is_for_instruction_tuning_alone_and_a_poor_one_for_noth
     good = {key: pair[key] for key in data.COLUMNS["video"]}
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(good | {"edit_score": s}) for s in (5.9, 6.0, 7.9)))
     rows = curated(tmp_path, tmp_path / "out", "--base-path", nano_data, tables=["p.jsonl"])
-    assert [(row["status"], row["tuning"]) for row in rows] == [("rejected", False), ("rejected", True), ("rejected", True)]
+    assert [(row["status"], row["tuning"]) for row in rows] == [
+        ("rejected", False),
+        ("rejected", True),
+        ("rejected", True),
+    ]
     assert len(list(csv.DictReader((tmp_path / "out/video.csv").open()))) == 2
 
 
 def test_a_score_that_a_table_brings_does_not_make_up_for_a_missing_source(tmp_path, nano_data):
     target = next(csv.DictReader((nano_data / "video.csv").open()))["tgt_video"]
-    (tmp_path / "p.csv").write_text(f"src_video,tgt_video,prompt,edit_score\nnone.mp4,{target},Add a hat.,7\n{target},{target},Add a hat.,7\n")
+    (tmp_path / "p.csv").write_text(
+        f"src_video,tgt_video,prompt,edit_score\nnone.mp4,{target},Add a hat.,7\n{target},{target},Add a hat.,7\n"
+    )
     gone, there = curated(tmp_path, tmp_path / "out", "--base-path", nano_data, tables=["p.csv"])
     assert "none.mp4: no such file" in gone["reason"] and "enough for instruction tuning only" in there["reason"]
     assert len((tmp_path / "out" / "video.csv").read_text().splitlines()) == 2
@@ -297,7 +373,7 @@ def test_a_score_that_a_table_brings_does_not_make_up_for_a_missing_source(tmp_p
 def test_frames_to_be_scored_correspond_whatever_rate_the_files_claim(tmp_path):
     frames = moving_picture(65, 32, 32)
     for name, fps, count in (("source", 30, 65), ("edit", 15, 61)):  # cut to 4k + 1, as the release does
-        write_video(tmp_path / f"{name}.mp4", frames[:count], fps, None, data.EXACT_VIDEO_CODEC)
+        write_video(tmp_path / f"{name}.mp4", frames[:count], fps, None, media.EXACT_VIDEO_CODEC)
     source, edit, indices = curate.look_at_pair(tmp_path / "source.mp4", tmp_path / "edit.mp4")
     assert (source - edit).abs().mean() < 0.005 and indices[-1] == 60
     asked = []
@@ -325,7 +401,14 @@ def test_an_edit_s_kind_is_its_type_where_that_is_known_else_what_its_words_say(
 
 
 def test_the_kind_of_an_edit_is_told_from_nearly_all_of_the_world_s_wordings():
-    fill = {"a": "red car on the left", "b": "a lamp", "w": "at the top", "s": "night", "p": "blue stripes", "clip": "video"}
+    fill = {
+        "a": "red car on the left",
+        "b": "a lamp",
+        "w": "at the top",
+        "s": "night",
+        "p": "blue stripes",
+        "clip": "video",
+    }
     for table, least in ((world.WORDINGS, 0.95), (world.HELD_WORDINGS, 1)):
         told = [curate.kind_of(None, w.format(**fill)) == curate.TYPES[task] for task, ws in table.items() for w in ws]
         assert sum(told) >= least * len(told)
@@ -333,8 +416,13 @@ def test_the_kind_of_an_edit_is_told_from_nearly_all_of_the_world_s_wordings():
 
 def same_result(out, expected):
     """Two runs left the same ledger and pictures, and nothing half done."""
-    names = [sorted(str(p.relative_to(f)) for p in f.rglob("*") if p.suffix in (".jsonl", ".png", ".part")) for f in (out, expected)]
-    return names[0] == names[1] and all((out / name).read_bytes() == (expected / name).read_bytes() for name in names[0])
+    names = [
+        sorted(str(p.relative_to(f)) for p in f.rglob("*") if p.suffix in (".jsonl", ".png", ".part"))
+        for f in (out, expected)
+    ]
+    return names[0] == names[1] and all(
+        (out / name).read_bytes() == (expected / name).read_bytes() for name in names[0]
+    )
 
 
 def start_curate(data, out, *more, **environment):
@@ -448,7 +536,9 @@ def test_a_scorer_s_answer_that_cannot_be_read_is_no_score(answer, scores):
 def test_a_verifier_s_answer_is_read_or_refused():
     assert curate.read_verdict('Well. {"reason": "same cup", "match": true}') == (True, "same cup")
     assert curate.read_verdict('{"match": "No", "reason": "blue"}') == (False, "blue")
-    assert curate.read_verdict('{"match": true, "reason": "half \\ud83d"}')[1].encode()  # or no table could be written any more
+    assert curate.read_verdict('{"match": true, "reason": "half \\ud83d"}')[
+        1
+    ].encode()  # or no table could be written any more
     for answer in ('{"match": "perhaps"}', "", '"match": true or "match": false'):
         pytest.raises(curate.Malformed, curate.read_verdict, answer)
 
@@ -464,14 +554,18 @@ def tiny_paper_models(folder, kind, said):
     asked.ask = lambda prompt, media, fps: replace(mumble(prompt, media, fps), text=said(prompt, media))
     models.scorer = models.grounder = models.verifier = asked
     small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
-    backbone = dict(small, image_size=112, patch_size=14, window_size=4, global_attn_indexes=[0], pretrain_image_size=112)
+    backbone = dict(
+        small, image_size=112, patch_size=14, window_size=4, global_attn_indexes=[0], pretrain_image_size=112
+    )
     sizes = [[32, 32], [16, 16], [8, 8]]
     config = Sam3TrackerConfig(
         vision_config=dict(backbone_config=dict(backbone, model_type="sam3_vit_model"), fpn_hidden_size=32, backbone_feature_sizes=sizes),
         prompt_encoder_config=dict(hidden_size=32, image_size=112), mask_decoder_config=dict(hidden_size=32, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=32),
     )  # fmt: skip
     models.segmenter = Sam3TrackerModel(config).eval()
-    models.embedder = CLIPModel(CLIPConfig(text_config=small, vision_config=dict(small, image_size=32, patch_size=8), projection_dim=24)).eval()
+    models.embedder = CLIPModel(
+        CLIPConfig(text_config=small, vision_config=dict(small, image_size=32, patch_size=8), projection_dim=24)
+    ).eval()
     return models
 
 
@@ -512,8 +606,12 @@ def test_the_paper_s_models_go_through_all_stages(tmp_path, nano_data, kind, mon
     rows = curated(nano_data, tmp_path / "out", "--models", "paper", tables=["ref_video.csv"])
     live = [row for row in rows if row["status"] != "rejected" or row["stage"] == "deduplicate"]
     assert len(live) == len([row for row in rows if row["kind"] in curate.KINDS]) >= 2
-    assert all(row["edit_score"] == 8.0 and row["label"] == "a red car" and row["verdict_reason"] == "same" for row in live)
-    assert {asked[1:3] for asked in models.editor.asked} == {(" ", 4.0)} and len({seed for *_, seed in models.editor.asked}) == len(live)
+    assert all(
+        row["edit_score"] == 8.0 and row["label"] == "a red car" and row["verdict_reason"] == "same" for row in live
+    )
+    assert {asked[1:3] for asked in models.editor.asked} == {(" ", 4.0)} and len(
+        {seed for *_, seed in models.editor.asked}
+    ) == len(live)
     assert all("a red car" in prompt for prompt, *_ in models.editor.asked)
 
 
@@ -537,13 +635,24 @@ def test_a_released_adapter_is_merged_as_its_file_says(tmp_path, style):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
     curate.add_adapter(asked.mllm, tmp_path)
     assert close(weight - before, 2 * b @ a)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_rslora": True}))
+    (tmp_path / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_rslora": True})
+    )
     curate.add_adapter(asked.mllm, tmp_path)
     assert close(weight - before, 6 * b @ a)  # 8 / sqrt(4) more
-    save_file({"base_model.model.elsewhere.layers.9.q.lora_A.weight": a, "base_model.model.elsewhere.layers.9.q.lora_B.weight": b}, tmp_path / "adapter_model.safetensors")
+    save_file(
+        {
+            "base_model.model.elsewhere.layers.9.q.lora_A.weight": a,
+            "base_model.model.elsewhere.layers.9.q.lora_B.weight": b,
+        },
+        tmp_path / "adapter_model.safetensors",
+    )
     with pytest.raises(ValueError, match="finds no place"):
         curate.add_adapter(asked.mllm, tmp_path)
-    save_file({f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b, f"{name}.bias": torch.zeros(3)}, tmp_path / "adapter_model.safetensors")
+    save_file(
+        {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b, f"{name}.bias": torch.zeros(3)},
+        tmp_path / "adapter_model.safetensors",
+    )
     with pytest.raises(ValueError, match="not pairs of lora_A and lora_B alone"):
         curate.add_adapter(asked.mllm, tmp_path)
 
@@ -553,7 +662,9 @@ def test_the_published_sets_are_read_in_their_own_formats(tmp_path, capsys):
     line = {"source_path": "s/a.mp4", "edited_path": "e/a.mp4", "instruction": "Replace the background with snow."}
     (tmp_path / "ditto" / "training_metadata" / "x.json").write_text(json.dumps([line]))
     (tmp_path / "reco" / "remove").mkdir(parents=True)
-    (tmp_path / "reco" / "remove" / "remove_data_configs.json").write_text(json.dumps([{"src_video": "1.mp4", "instruction": "Remove it."}]))
+    (tmp_path / "reco" / "remove" / "remove_data_configs.json").write_text(
+        json.dumps([{"src_video": "1.mp4", "instruction": "Remove it."}])
+    )
     (tmp_path / "openve.csv").write_text("original_video,video,prompt\no/1.mp4,v/1.mp4,Add a hat.\n")
     inputs = [str(tmp_path / name) for name in ("ditto", "reco", "openve.csv")]
     rows = list(curate.records_of(curate.parse_arguments([*inputs, "--out", "x"]), []))
@@ -584,7 +695,10 @@ def test_a_reference_is_cut_out_of_a_real_edit_and_a_wrong_one_is_noticed(tmp_pa
 
 def test_of_two_alike_the_better_is_kept(tmp_path):
     feature, ledger = curate.pack(torch.tensor([1.0, 0.0])), curate.Ledger(tmp_path)
-    rows = [{"id": name, "status": "open", "edit_score": score, "feature": feature} for name, score in (("a", 8.0), ("b", 9.0))]
+    rows = [
+        {"id": name, "status": "open", "edit_score": score, "feature": feature}
+        for name, score in (("a", 8.0), ("b", 9.0))
+    ]
     ledger.write("verify", 0, rows)
     (ledger.folder / "read.json").write_text(json.dumps({"records": 2, "shards": 1}))
     curate.deduplicate_all(SimpleNamespace(guard=None, duplicate=0.9), ledger)
@@ -592,8 +706,17 @@ def test_of_two_alike_the_better_is_kept(tmp_path):
 
 
 def test_a_deduplication_that_is_killed_after_a_retry_is_done_anew_as_a_whole(tmp_path, monkeypatch):
-    ledger, again = curate.Ledger(tmp_path), lambda: curate.deduplicate_all(SimpleNamespace(guard=None, duplicate=0.9), ledger)
-    row = {"status": "open", "edit_score": 9.0, "feature": curate.pack(torch.tensor([1.0, 0.0])), "stage": "verify", "reason": "no memory"}
+    ledger, again = (
+        curate.Ledger(tmp_path),
+        lambda: curate.deduplicate_all(SimpleNamespace(guard=None, duplicate=0.9), ledger),
+    )
+    row = {
+        "status": "open",
+        "edit_score": 9.0,
+        "feature": curate.pack(torch.tensor([1.0, 0.0])),
+        "stage": "verify",
+        "reason": "no memory",
+    }
     ledger.write("verify", 0, [row | {"id": "a", "status": "failed"}]), ledger.write("verify", 1, [row | {"id": "b"}])
     (ledger.folder / "read.json").write_text(json.dumps({"records": 2, "shards": 2}))
     again()
@@ -636,7 +759,11 @@ def test_limits_are_of_the_longer_side_to_the_shorter_of_the_mask_and_of_the_sam
 
 
 def test_the_funnel_counts_one_reason_as_one_whatever_file_or_line_it_speaks_of_and_the_page_shows_every_record():
-    funnel, file, line = curate.Funnel(), "/my clips/{}.mp4: no such file", "pairs.csv, line 3: {}.mp4 is outside of /base; give paths"
+    funnel, file, line = (
+        curate.Funnel(),
+        "/my clips/{}.mp4: no such file",
+        "pairs.csv, line 3: {}.mp4 is outside of /base; give paths",
+    )
     for reason in (file, line, "pairs.csv, line 4: prompt is empty, or no text"):
         for name in ("seaside", "a---b"):
             funnel.add({"status": "failed", "stage": "read", "reason": reason.format(name)})
@@ -649,7 +776,11 @@ def test_the_funnel_counts_one_reason_as_one_whatever_file_or_line_it_speaks_of_
 
 def test_styles_and_removals_are_for_tuning_alone(tmp_path):
     stage = curate.Score(SimpleNamespace(min_score=6.0, min_ref_score=8.0), [])
-    for kind, score, says in (("style", 9.0, "a style is no object"), ("remove", 9.0, "leaves nothing"), ("subject", 7.0, "tuning only")):
+    for kind, score, says in (
+        ("style", 9.0, "a style is no object"),
+        ("remove", 9.0, "leaves nothing"),
+        ("subject", 7.0, "tuning only"),
+    ):
         with pytest.raises(curate.Rejected, match=says) as error:
             stage.judged({"edit_score": score, "kind": kind})
         assert error.value.found["tuning"]
@@ -717,7 +848,10 @@ def test_a_server_of_several_models_is_told_which(monkeypatch):
 
 
 def test_a_server_s_answer_that_cannot_be_read_is_asked_for_again_and_a_local_one_is_not(tmp_path):
-    models, said = curate.Paper(curate.parse_arguments(["x", "--out", "x", "--device", "cpu"])), iter(["hm", '{"score": [20, 20]}', "hm"])
+    models, said = (
+        curate.Paper(curate.parse_arguments(["x", "--out", "x", "--device", "cpu"])),
+        iter(["hm", '{"score": [20, 20]}', "hm"]),
+    )
     server = object.__new__(judges.OpenAICompatible)
     server.ask = lambda *_: judges.Answer(next(said))
     assert models.ask(server, "How good?", {"edited": smooth_clip(RED)[0]}, curate.read_scores) == [20, 20]
@@ -729,7 +863,10 @@ def test_what_a_grounder_or_a_verifier_thinks_aloud_is_not_its_answer(tmp_path):
     models = curate.Paper(curate.parse_arguments(["x", "--out", "x", "--device", "cpu"]))
     asked = lambda said, read: models.ask(SimpleNamespace(ask=lambda *_: judges.Answer(said)), "What is it?", {}, read)
     thought = '<think>{"bbox_2d": [0, 0, 900, 900], "label": "room"}? {"match": false}? Else [].</think>'
-    assert asked(f'{thought}[{{"bbox_2d": [100, 100, 300, 300], "label": "hat"}}]', curate.read_box) == ([0.1, 0.1, 0.3, 0.3], "hat")
+    assert asked(f'{thought}[{{"bbox_2d": [100, 100, 300, 300], "label": "hat"}}]', curate.read_box) == (
+        [0.1, 0.1, 0.3, 0.3],
+        "hat",
+    )
     assert asked(f"{thought}**match**: true", curate.read_verdict) == (True, "")
 
 
@@ -762,7 +899,9 @@ def test_models_that_cannot_be_loaded_are_loaded_once(monkeypatch):
     assert tries == ["score"]
 
 
-def test_a_shard_that_lost_records_is_not_taken_for_whole_and_features_of_another_embedder_are_not_compared(tmp_path, nano_data, quadruplets):
+def test_a_shard_that_lost_records_is_not_taken_for_whole_and_features_of_another_embedder_are_not_compared(
+    tmp_path, nano_data, quadruplets
+):
     out = Path(shutil.copytree(quadruplets, tmp_path / "out"))
     shard = out / "ledger/synthesize/00000.jsonl"
     shard.write_text("".join(shard.read_text().splitlines(True)[:-1]))
@@ -774,7 +913,9 @@ def test_a_shard_that_lost_records_is_not_taken_for_whole_and_features_of_anothe
     shutil.copytree(quadruplets, tmp_path / "paper")
     (tmp_path / "paper/ledger/settings.json").write_text(json.dumps(told))
     with pytest.raises(ValueError, match="features of --embedder A"):
-        curated(tmp_path / "paper/ledger", tmp_path / "again", "--models", "paper", "--embedder", "B", tables=["verify"])
+        curated(
+            tmp_path / "paper/ledger", tmp_path / "again", "--models", "paper", "--embedder", "B", tables=["verify"]
+        )
 
 
 def test_features_that_an_earlier_stage_has_of_another_embedder_are_made_anew(tmp_path, quadruplets):
@@ -782,7 +923,9 @@ def test_features_that_an_earlier_stage_has_of_another_embedder_are_made_anew(tm
     settings = json.loads((theirs / "settings.json").read_text()) | {"models": "paper", "embedder": "A"}
     (theirs / "settings.json").write_text(json.dumps(settings))
     for shard in (theirs / "synthesize").iterdir():  # as a run leaves them that began from another ledger's features
-        curate.write_json_lines(shard, [row | {"feature": curate.pack(torch.ones(4))} for row in curate.read_json_lines(shard)])
+        curate.write_json_lines(
+            shard, [row | {"feature": curate.pack(torch.ones(4))} for row in curate.read_json_lines(shard)]
+        )
     rows = curated(theirs, tmp_path / "again", tables=["synthesize"])
     features = [[row.get("feature") for row in records_in(out, "verify")] for out in (tmp_path / "again", quadruplets)]
     assert features[0] == features[1] and any(features[0]) and any(row["status"] == "kept" for row in rows)
@@ -797,10 +940,17 @@ def test_clips_of_other_moments_are_not_scored_by_the_paper_s_models_either(tmp_
 
 
 def test_the_editor_s_language_model_is_told_which_tokens_are_a_picture_s(tmp_path):
-    mllm = randomise(judges.Local(tiny_local_judge(tmp_path / "mllm", "qwen2_5_vl"), curate.Settings(device="cpu")).mllm)
+    mllm = randomise(
+        judges.Local(tiny_local_judge(tmp_path / "mllm", "qwen2_5_vl"), curate.Settings(device="cpu")).mllm
+    )
     picture = mllm.config.image_token_id
     ids = torch.tensor([[5, 6, *[picture] * 4, 7]])
-    words = dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.randn(16, 1176), image_grid_thw=torch.tensor([[1, 4, 4]]))
+    words = dict(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=torch.randn(16, 1176),
+        image_grid_thw=torch.tensor([[1, 4, 4]]),
+    )
     plain, right = mllm(**words).logits, mllm(**words, mm_token_type_ids=(ids == picture).int()).logits
     curate.tell_of_pictures(mllm)
     assert torch.equal(mllm(**words).logits, right) and not close(plain, right, 1e-3)

@@ -12,9 +12,25 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import bad_media, golden, moving_picture, recorded, write_clip, write_table
 import data
-from data import Curriculum, MediaError, Mixture, Pairs, bucket, fit_frames, measure, measure_rows, nearest_size, pad_reference, read_clip, read_image, read_table, usable_frames, whole_file, working_size, write_image, write_video
+import media
+from conftest import bad_media, golden, moving_picture, recorded, write_clip, write_table
+from data import Curriculum, Mixture, Pairs, bucket, measure_rows, read_table
+from media import (
+    MediaError,
+    fit_frames,
+    measure,
+    nearest_size,
+    pad_reference,
+    read_clip,
+    read_image,
+    usable_frames,
+    whole_file,
+    working_size,
+    write_image,
+    write_video,
+)
+
 
 @golden
 def test_working_sizes_crops_and_reference_boxes_match_the_release():
@@ -36,7 +52,13 @@ def test_working_sizes_crops_and_reference_boxes_match_the_release():
 
 
 def test_a_small_size_keeps_the_picture_s_aspect_and_uses_the_pixels():
-    sizes = {(704, 1280): (48, 80), (1280, 720): (80, 48), (480, 640): (48, 64), (1000, 1000): (64, 64), (64, 64): (64, 64)}
+    sizes = {
+        (704, 1280): (48, 80),
+        (1280, 720): (80, 48),
+        (480, 640): (48, 64),
+        (1000, 1000): (64, 64),
+        (64, 64): (64, 64),
+    }
     for (height, width), expected in sizes.items():
         h, w = nearest_size(height, width, 64 * 64, 16)
         assert (h, w) == expected and 0.75 <= h * w / 64**2 <= 1
@@ -96,7 +118,10 @@ def test_rotation_alpha_and_stills_are_read_as_a_person_sees_them(tmp_path):
     (tmp_path / "phone.mp4").write_bytes(data)
     assert torch.equal(read_image(tmp_path / "phone.mp4"), upright.rot90(-1))
     wide = write_clip(tmp_path / "wide.mp4", moving_picture(1, 64, 96), pixels=Fraction(4, 3))
-    assert measure_rows([SimpleNamespace(source=wide, target=wide, ref=None)], still=False) == [(1, 64, 128)] and read_image(wide).shape[1] == 128
+    assert (
+        measure_rows([SimpleNamespace(source=wide, target=wide, ref=None)], still=False) == [(1, 64, 128)]
+        and read_image(wide).shape[1] == 128
+    )
     codec = av.CodecContext.create("png", "w")
     codec.width, codec.height, codec.pix_fmt, codec.time_base = 40, 40, "rgba", Fraction(1, 25)
     frame = av.VideoFrame.from_ndarray(np.full((40, 40, 4), (200, 100, 0, 51), dtype=np.uint8), format="rgba")
@@ -108,7 +133,13 @@ def test_rotation_alpha_and_stills_are_read_as_a_person_sees_them(tmp_path):
 def test_what_metadata_mirror_is_mirrored(tmp_path):
     write_image(tmp_path / "plain.jpg", moving_picture(1, 64, 96)[0])
     plain, jpeg = read_image(tmp_path / "plain.jpg"), (tmp_path / "plain.jpg").read_bytes()
-    ways = {2: plain.flip(1), 4: plain.flip(0), 5: plain.transpose(0, 1), 6: plain.rot90(-1), 7: plain.transpose(0, 1).flip(0, 1)}
+    ways = {
+        2: plain.flip(1),
+        4: plain.flip(0),
+        5: plain.transpose(0, 1),
+        6: plain.rot90(-1),
+        7: plain.transpose(0, 1).flip(0, 1),
+    }
     for orientation, seen in ways.items():
         exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01" + struct.pack(">HHIHHI", 0x0112, 3, 1, orientation, 0, 0)
         (tmp_path / "exif.jpg").write_bytes(jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:])
@@ -158,7 +189,17 @@ def test_of_two_to_four_frames_all_are_kept_for_one_alone_would_be_a_picture(tmp
 
 def test_every_bad_file_is_one_media_error_that_names_it(tmp_path):
     bad_media(tmp_path)
-    for name in ("half.mp4", "flipped.mp4", "empty.mp4", "words.png", "dot.png", "half.jpg", "sound.mp3", "absent.mp4", "drawing.svg"):
+    for name in (
+        "half.mp4",
+        "flipped.mp4",
+        "empty.mp4",
+        "words.png",
+        "dot.png",
+        "half.jpg",
+        "sound.mp3",
+        "absent.mp4",
+        "drawing.svg",
+    ):
         with pytest.raises(MediaError, match=re.escape(name)) as error:
             read_clip(tmp_path / name)
         assert "\n" not in str(error.value)
@@ -178,7 +219,10 @@ def test_a_file_is_whole_or_absent(tmp_path):
 
 
 def test_a_mixture_gives_each_row_once_an_epoch_in_the_ratio_asked_for_and_has_no_state():
-    buckets = {"image": {(1, 64, 64): list(range(10)), (1, 64, 96): [10, 11, 12]}, "video": {(9, 64, 64): list(range(5))}}
+    buckets = {
+        "image": {(1, 64, 64): list(range(10)), (1, 64, 96): [10, 11, 12]},
+        "video": {(9, 64, 64): list(range(5))},
+    }
     mixture = Mixture(buckets, {"image": 2, "video": 1, "ref": 0}, 2, seed=3)
     batches = [mixture[n] for n in range(300)]
     assert [kind for kind, *_ in batches[:6]] == ["image", "video", "image"] * 2
@@ -203,7 +247,9 @@ def test_the_order_of_a_million_rows_is_made_once_an_epoch_and_not_for_every_bat
 def test_a_broken_sample_is_replaced_by_the_next_of_its_shape_and_reported(tmp_path):
     for name in ("a.mp4", "b.mp4", "c.mp4"):
         write_clip(tmp_path / name, moving_picture(9, 64, 64))
-    rows = read_table(write_table(tmp_path / "video.csv", [[n, n, "Mirror it."] for n in ("a.mp4", "b.mp4", "c.mp4")]), "video")
+    rows = read_table(
+        write_table(tmp_path / "video.csv", [[n, n, "Mirror it."] for n in ("a.mp4", "b.mp4", "c.mp4")]), "video"
+    )
     assert measure_rows(rows, still=False) == [(9, 64, 64)] * 3
     mixture = Mixture({"video": {(9, 64, 64): [0, 1, 2]}}, {"video": 1}, 3, seed=0)
     (tmp_path / "b.mp4").write_bytes((tmp_path / "b.mp4").read_bytes()[:900])
@@ -251,7 +297,10 @@ def test_sound_that_mp4_cannot_hold_becomes_aac_to_its_last_sample(tmp_path, rat
 
 
 def test_a_table_has_references_where_a_column_says_so(tmp_path):
-    for columns, kind in (("src_video,tgt_video,prompt,ref_image", "ref"), ("src_video,tgt_video,prompt,ref_image_note", "video")):
+    for columns, kind in (
+        ("src_video,tgt_video,prompt,ref_image", "ref"),
+        ("src_video,tgt_video,prompt,ref_image_note", "video"),
+    ):
         (tmp_path / "t.csv").write_text(columns + "\n")
         assert data.kind_of(tmp_path / "t.csv") == kind
 
@@ -295,7 +344,12 @@ def test_check_names_what_is_wrong_with_a_table(tmp_path, capsys):
         data.main(["check", str(write_table(tmp_path / "video.csv", pairs))])
     said = capsys.readouterr()
     said = said.out + said.err
-    for words in ("b.mp4: has 7 frames, its source 9", "crops will not match", "c.mp4: cannot be decoded", "3 rows, 2 with faults"):
+    for words in (
+        "b.mp4: has 7 frames, its source 9",
+        "crops will not match",
+        "c.mp4: cannot be decoded",
+        "3 rows, 2 with faults",
+    ):
         assert words in said
 
 
@@ -308,9 +362,9 @@ def test_a_pair_is_as_long_as_its_shorter_file_and_two_lost_frames_are_forgiven(
     long, short = (write_clip(tmp_path / f"{count}.mp4", moving_picture(count, 64, 64)) for count in (13, 9))
     rows = [SimpleNamespace(source=a, target=b, ref=None) for a, b in ((long, short), (short, long))]
     assert measure_rows(rows, still=False) == [(9, 64, 64)] * 2
-    assert len(data.read_frames(short, 11, (64, 64))) == 11
+    assert len(media.read_frames(short, 11, (64, 64))) == 11
     with pytest.raises(MediaError, match="ends after 9 of 12"):
-        data.read_frames(short, 12, (64, 64))
+        media.read_frames(short, 12, (64, 64))
 
 
 def test_sound_that_mp4_can_hold_is_copied_and_ends_with_the_pictures(tmp_path):

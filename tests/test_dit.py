@@ -9,6 +9,7 @@ from kernels.bench import built, diffusers_dit, peak_of_live_tensors
 from model import KiwiConfig, KiwiEdit, load_weights
 from vae import VAE
 
+
 @golden
 @pytest.mark.parametrize("moment", ["t1", "t37"])
 def test_velocity_matches_the_release_for_every_condition(moment):

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from conftest import HOUSE
 import curate
 import judge
 import nano
 import sample
 import train
+from conftest import HOUSE
 from kernels.bench import table
 
 FLOORS = {
-    "kernels": 0, "dit": 1, "vae": 1, "connectors": 1, "data": 1, "model": 2, "world": 2, "metrics": 2, "judges": 2,
-    "sample": 3, "train": 3, "judge": 3, "curate": 3, "nano": 3, "conftest": 4,
+    "kernels": 0, "dit": 1, "vae": 1, "connectors": 1, "media": 1, "data": 2, "load": 2, "world": 2, "metrics": 2,
+    "judges": 2, "model": 3, "sample": 4, "train": 4, "judge": 4, "curate": 4, "nano": 4, "conftest": 5,
 }  # fmt: skip
 
 
@@ -37,7 +37,9 @@ def test_a_file_imports_only_from_floors_below_its_own(path):
 def readme_commands(program):
     text = re.sub(r"\\\n\s*", "", (HOUSE / "README.md").read_text())
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if re.match(rf"(python|torchrun .*) {program}", line)]
+    return [
+        line for block in blocks for line in block.splitlines() if re.match(rf"(python|torchrun .*) {program}", line)
+    ]
 
 
 COMMANDS = (sample, train, judge, curate, nano)
@@ -71,7 +73,9 @@ def test_the_readme_s_figures_are_those_of_the_committed_benchmark():
 def test_the_recipes_are_bash_whose_commands_parse(tmp_path, capsys, machine):
     nano.main(["recipe", machine])
     tell = 'python() { printf "%q " "$@"; echo; }; timeout() { shift; "$@"; }; torchrun() { shift 2; python "$@"; }\n'
-    done = subprocess.run(["bash", "-c", tell + capsys.readouterr().out], capture_output=True, text=True, check=True, cwd=tmp_path)
+    done = subprocess.run(
+        ["bash", "-c", tell + capsys.readouterr().out], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
     lines = [shlex.split(line) for line in done.stdout.splitlines()]
     assert lines.pop() == ["0", "minutes"] and len(lines) == 14
     for program, *words in lines:

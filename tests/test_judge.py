@@ -19,13 +19,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from conftest import BLUE, GREEN, HOUSE, RED, SHARED, demo, score, smooth_clip, tiny_local_judge
 import curate
 import judge
 import judges
 import metrics
-from data import read_clip, write_image, write_video
+from conftest import BLUE, GREEN, HOUSE, RED, SHARED, demo, score, smooth_clip, tiny_local_judge
+from media import read_clip, write_image, write_video
 from model import KiwiEdit
+
 
 def as_clip(colour, **more):
     return metrics.as_float(smooth_clip(colour, **more))
@@ -68,7 +69,10 @@ def test_damage_to_what_should_stay_lowers_the_preserved_psnr_as_its_formula_say
 def test_correlations_and_intervals_are_right_on_numbers_done_by_hand():
     assert judge.spearman([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8)
     assert judge.kendall([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(4 / 6)
-    assert judge.kendall([1, 1, 2], [1, 2, 3]) == pytest.approx(2 / 6**0.5) and judge.spearman([1, 1, 1], [1, 2, 3]) is None
+    assert (
+        judge.kendall([1, 1, 2], [1, 2, 3]) == pytest.approx(2 / 6**0.5)
+        and judge.spearman([1, 1, 1], [1, 2, 3]) is None
+    )
     values = np.random.default_rng(1).normal(3, 1, 400)
     mean = judge.mean_of([list(values)])
     assert mean.high - mean.low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
@@ -127,7 +131,12 @@ def write_refvie(folder, count=3):
         write_video(folder / f"{i}_src.mp4", smooth_clip(BLUE, 8 + i), 4)
         write_image(folder / f"{i}.png", smooth_clip((220 - 40 * i, 30 + 50 * i, 30))[0])
         write_video(folder / "edits" / f"{i}_{instruction[:10]}_{i}_src.mp4", smooth_clip(RED, 8 + i), 4)
-        lines += [f"- src_video: {i}_src.mp4", f'  instruction: "{instruction}"', f"  ref_img: {i}.png", f"  edit_type: {task}"]
+        lines += [
+            f"- src_video: {i}_src.mp4",
+            f'  instruction: "{instruction}"',
+            f"  ref_img: {i}.png",
+            f"  edit_type: {task}",
+        ]
     (folder / "bench.yaml").write_text("\n".join(lines))
     return folder
 
@@ -171,13 +180,20 @@ class FakeJudge:
         code, extra = 200, {}
         if isinstance(said, str):
             tokens = len(request["text"])
-            shape = {"choices": [{"message": {"content": said}}], "usage": {"prompt_tokens": tokens, "completion_tokens": 9}}
+            shape = {
+                "choices": [{"message": {"content": said}}],
+                "usage": {"prompt_tokens": tokens, "completion_tokens": 9},
+            }
             if request["gemini"]:
                 usage = {"promptTokenCount": tokens, "candidatesTokenCount": 9}
                 shape = {"candidates": [{"content": {"parts": [{"text": said}]}}], "usageMetadata": usage}
             data = json.dumps(shape).encode()
         elif said[0] == "status":
-            code, extra, data = said[1], said[2], b"API key not valid. " * (said[1] == 400) + str(request["headers"]).encode()
+            code, extra, data = (
+                said[1],
+                said[2],
+                b"API key not valid. " * (said[1] == 400) + str(request["headers"]).encode(),
+            )
         elif said[0] == "raw":
             data = said[1]
         elif said[0] == "dribble":
@@ -227,7 +243,9 @@ def lines_of(folder, out="out"):
 
 
 @pytest.mark.parametrize("judge_, key", [("gemini-x", "GEMINI_API_KEY"), ("openai:m", "OPENAI_API_KEY")])
-def test_a_judge_gets_the_media_at_an_explicit_rate_and_the_key_stays_out_of_every_file(refvie, monkeypatch, judge_, key):
+def test_a_judge_gets_the_media_at_an_explicit_rate_and_the_key_stays_out_of_every_file(
+    refvie, monkeypatch, judge_, key
+):
     monkeypatch.setenv(key, "secret-key-123")
     busy_once = lambda request, nth: ("status", 429, {"Retry-After": "0"}) if nth == 0 else good_answer(request)
     with FakeJudge(busy_once) as fake:
@@ -237,7 +255,9 @@ def test_a_judge_gets_the_media_at_an_explicit_rate_and_the_key_stays_out_of_eve
     if judge_ == "gemini-x":
         videos = [p for p in request["parts"] if "videoMetadata" in p]
         assert len(videos) == 2 and all(p["videoMetadata"] == {"fps": 4.0} for p in videos)
-        assert base64.b64decode(videos[1]["inlineData"]["data"]) in [p.read_bytes() for p in (refvie / "edits").iterdir()]
+        assert base64.b64decode(videos[1]["inlineData"]["data"]) in [
+            p.read_bytes() for p in (refvie / "edits").iterdir()
+        ]
     else:
         pictures = [p for p in request["parts"] if p["type"] == "image_url"]
         count = 8 + int(re.search(r"number (.)", request["item"])[1])  # frames of the clips, which have 4 a second too
@@ -261,7 +281,9 @@ TROUBLES = {
     "drop": lambda n: ("drop",) if n < 2 else None,
     "hang": lambda n: ("hang",) if n < 1 else None,
     "half an answer": lambda n: ("raw", b'{"choices": [{"mess') if n < 1 else None,
-    "out of range": lambda n: '{"identity_consistency": 9, "temporal_consistency": 1, "physical_integration": 1}' if n < 1 else None,
+    "out of range": lambda n: (
+        '{"identity_consistency": 9, "temporal_consistency": 1, "physical_integration": 1}' if n < 1 else None
+    ),
     "refusal": lambda n: "I cannot help with that.",
     "another shape": lambda n: ("raw", b'{"choices": "none"}') if n < 1 else None,
     "bad request": lambda n: ("status", 413, {}),
@@ -297,12 +319,18 @@ def test_every_trouble_ends_in_the_right_score_or_in_a_report_and_nothing_is_los
 @pytest.mark.parametrize("how", ["hang", "dribble"])
 def test_a_server_that_hangs_or_dribbles_meets_the_deadline(how):
     began = time.monotonic()
-    with FakeJudge(lambda request, nth: (how,)) as fake, pytest.raises(judges.TryAgain, match=r"no answer within 0\.3 s"):
+    with (
+        FakeJudge(lambda request, nth: (how,)) as fake,
+        pytest.raises(judges.TryAgain, match=r"no answer within 0\.3 s"),
+    ):
         judges.post(fake.url + "/chat/completions", {}, {"messages": [{"content": "x"}, {"content": []}]}, 0.3)
     assert time.monotonic() - began < 3, "the dribble lasts 4 s"
 
 
-@pytest.mark.parametrize("code, says", [(401, "refuses the key"), (402, "left to pay with"), (400, "refuses the key"), (404, "no such model")])
+@pytest.mark.parametrize(
+    "code, says",
+    [(401, "refuses the key"), (402, "left to pay with"), (400, "refuses the key"), (404, "no such model")],
+)
 def test_a_refused_key_or_model_stops_the_run_at_once(refvie, monkeypatch, code, says):
     monkeypatch.setenv("OPENAI_API_KEY", "wrong-key-9")
     with FakeJudge(lambda request, nth: ("status", code, {})) as fake:
@@ -371,7 +399,9 @@ def test_the_key_is_not_carried_to_where_a_server_redirects(refvie, monkeypatch)
 def test_a_judge_that_was_not_shown_the_videos_is_found_out(refvie):
     with FakeJudge() as fake:
         fake.understand = (lambda old: lambda *a: {**old(*a), "text": ""})(fake.understand)
-        fake.say = lambda request, nth: '{"identity_consistency": 4, "temporal_consistency": 3, "physical_integration": 2}'
+        fake.say = lambda request, nth: (
+            '{"identity_consistency": 4, "temporal_consistency": 3, "physical_integration": 2}'
+        )
         with pytest.raises(SystemExit):
             score(refvie, fake, "--controls", 0, "--retries", 0)
     assert all("dropped the videos" in line["error"] for line in lines_of(refvie))
@@ -391,7 +421,9 @@ def test_after_kill_9_a_rerun_pays_for_no_item_twice(refvie):
         process = subprocess.Popen([sys.executable, str(HOUSE / "judge.py"), *arguments, "--out", "out"], cwd=refvie,
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
         path, until = refvie / "out" / "answers.jsonl", time.time() + 60
-        while time.time() < until and (not path.exists() or path.read_text().count('"scores"') < 3 or len(fake.requests) < 4):
+        while time.time() < until and (
+            not path.exists() or path.read_text().count('"scores"') < 3 or len(fake.requests) < 4
+        ):
             time.sleep(0.05)
         process.kill()
         process.wait()
@@ -424,7 +456,9 @@ def test_answers_that_are_no_plain_text_and_a_character_cut_in_two_are_paid_once
         path = refvie / "out" / "answers.jsonl"
         path.write_bytes(path.read_bytes() + '{"event": "é'.encode()[:-1])
         score(refvie, fake, "--controls", 0)
-        assert len(fake.requests) == 3 and "\u2028" in json.loads(path.read_text(errors="replace").split("\n")[-3])["raw"]
+        assert (
+            len(fake.requests) == 3 and "\u2028" in json.loads(path.read_text(errors="replace").split("\n")[-3])["raw"]
+        )
 
 
 def test_an_answer_missing_among_repeats_is_missing_and_no_mean_is_given(refvie):
@@ -457,20 +491,26 @@ def test_human_scores_are_read_before_the_judge_is_paid(refvie, text, says):
 
 def seeing(refvie):
     """A judge with eyes: it knows the copy, the wrong reference and shuffled frames by their bytes."""
+
     def say(request, nth):
         number = re.search(r"number (.)", request["item"])[1]
         media = [base64.b64decode(p["inlineData"]["data"]) for p in request["parts"] if "inlineData" in p]
         ref, source, edit = media
         if edit == source or ref != (refvie / f"{number}.png").read_bytes():
             return good_answer(request, (1, 1, 1))
-        return good_answer(request, (5, 5, 5) if edit in [p.read_bytes() for p in (refvie / "edits").iterdir()] else (5, 1, 1))
+        return good_answer(
+            request, (5, 5, 5) if edit in [p.read_bytes() for p in (refvie / "edits").iterdir()] else (5, 1, 1)
+        )
 
     return say
 
 
 def test_known_answers_hold_for_a_judge_with_eyes_and_not_for_a_blind_one(refvie, monkeypatch):
     monkeypatch.setenv("GEMINI_API_KEY", "k")
-    for out, say, held in (("seeing", seeing(refvie), 2), ("blind", lambda request, nth: good_answer(request, (5, 5, 5)), 0)):
+    for out, say, held in (
+        ("seeing", seeing(refvie), 2),
+        ("blind", lambda request, nth: good_answer(request, (5, 5, 5)), 0),
+    ):
         with FakeJudge(say) as fake:
             score(refvie, fake, "--controls", 2, judge_="gemini-x", out=out)
         text = (refvie / out / "refvie.md").read_text()
@@ -484,7 +524,9 @@ def test_known_answers_hold_for_a_judge_with_eyes_and_not_for_a_blind_one(refvie
 
 def test_repeats_give_a_spread_and_human_scores_a_correlation(refvie):
     (refvie / "people.csv").write_text("item,quality\n0,1\n1,3\n2,5\n")
-    say = lambda request, nth: good_answer(request, [int(re.search(r"number (.)", request["item"])[1]) + 1 + nth % 2] * 3)
+    say = lambda request, nth: good_answer(
+        request, [int(re.search(r"number (.)", request["item"])[1]) + 1 + nth % 2] * 3
+    )
     with FakeJudge(say) as fake:
         score(refvie, fake, "--repeats", 2, "--controls", 0, "--human", refvie / "people.csv")
     text = (refvie / "out" / "refvie.md").read_text()
@@ -525,7 +567,13 @@ def test_a_missing_and_a_broken_edit_are_counted_and_shown(refvie, capsys):
     with pytest.raises(SystemExit, match="2 of 3 items lack a result"):
         judge.main(arguments)
     text = (refvie / "out" / "refvie.md").read_text()
-    assert "p%40ss" not in text and "s3cret" not in text and "missing: " in text and "unreadable: " in text and "| background | 1 of 1 |" in text
+    assert (
+        "p%40ss" not in text
+        and "s3cret" not in text
+        and "missing: " in text
+        and "unreadable: " in text
+        and "| background | 1 of 1 |" in text
+    )
     assert "| subject | 0 of 2 | - (2 missing)" in text
     page = (refvie / "out" / "refvie.html").read_text()
     assert "data:image/jpeg;base64," in page and not re.search(r'(src|href)="(?!data:)', page)
@@ -544,7 +592,9 @@ def test_a_folder_of_edits_that_is_not_there_replaces_no_report(refvie, tmp_path
 def test_averages_of_the_released_score_files_are_theirs_and_ours_are_equal_where_the_rule_was_kept(tmp_path, capsys):
     answer = "Brief reasoning: fine.\nInstruction Compliance: {}\nVisual Quality & Stability: {}\nConsistency & Detail Fidelity: {}"
     rows = [("global_style", (4, 3, 2)), ("global_style", (5, 5, 5)), ("local_add", (2, 2, 1))]
-    line = lambda task, s: json.dumps({"scores": list(s), "prompt": "p", "edited_type": task, "result": answer.format(*s)})
+    line = lambda task, s: json.dumps(
+        {"scores": list(s), "prompt": "p", "edited_type": task, "result": answer.format(*s)}
+    )
     path = tmp_path / "openve_g_score.jsonl"
     path.write_text("\n".join(line(*row) for row in rows))
     judge.main(["averages", str(path)])
@@ -583,7 +633,9 @@ def test_benchmarks_are_read_in_their_own_formats_and_lead_nowhere_else(tmp_path
         judge.read_bench("refvie", tmp_path / "i.json", "edits")
 
 
-def test_run_makes_the_edits_under_the_released_names_each_once_and_in_shards(refvie, small_weights, monkeypatch, capsys):
+def test_run_makes_the_edits_under_the_released_names_each_once_and_in_shards(
+    refvie, small_weights, monkeypatch, capsys
+):
     arguments = ["run", "--bench", "refvie", str(refvie / "bench.yaml"), "--weights", str(small_weights), "--edits",
                  str(refvie / "new"), "--steps", "1", "--device", "cpu"]  # fmt: skip
     for rank in ("0", "1"):
@@ -599,7 +651,16 @@ def test_run_makes_the_edits_under_the_released_names_each_once_and_in_shards(re
     rows = "original_video,prompt,edited_type\n" + "".join(f"{made[0]},Add a hat{end},local_add\n" for end in ".!")
     (refvie / "new" / "twice.csv").write_text(rows.replace(f"{made[0].parent}/", ""))
     monkeypatch.delenv("RANK")  # and WORLD_SIZE alone is not torchrun's
-    twice = ["run", "--bench", "openve", str(refvie / "new/twice.csv"), *arguments[4:6], "--edits", str(refvie / "twice"), *arguments[8:]]
+    twice = [
+        "run",
+        "--bench",
+        "openve",
+        str(refvie / "new/twice.csv"),
+        *arguments[4:6],
+        "--edits",
+        str(refvie / "twice"),
+        *arguments[8:],
+    ]
     judge.main(twice)
     judge.main(["run", *twice[1:]])
     said = capsys.readouterr()
@@ -612,7 +673,9 @@ def test_run_makes_the_edits_under_the_released_names_each_once_and_in_shards(re
     with pytest.raises(SystemExit, match="edits are there of ref_guidance 1.0, not 1.5; give another --edits"):
         judge.main([*arguments, "--ref-guidance", "1.5"])
     other = Path(shutil.copytree(small_weights, refvie / "weights"))
-    on_other = [word.replace(str(small_weights), str(other)) for word in [*arguments, "--edits", str(refvie / "others")]]
+    on_other = [
+        word.replace(str(small_weights), str(other)) for word in [*arguments, "--edits", str(refvie / "others")]
+    ]
     judge.main(on_other)
     dit = load_file(other / "dit.safetensors")
     save_file({name: tensor + 1 for name, tensor in dit.items()}, other / "dit.safetensors")
@@ -628,7 +691,16 @@ def test_run_makes_the_edits_under_the_released_names_each_once_and_in_shards(re
 @demo
 def test_metrics_rank_real_edits_above_the_copy_and_a_wrong_reference(tmp_path):
     path = SHARED / "demo" / "refvie_bench.yaml"
-    args = ["score", "--bench", "refvie", str(path), "--edits", str(SHARED / "demo" / "edits" / "refvie"), "--out", str(tmp_path)]
+    args = [
+        "score",
+        "--bench",
+        "refvie",
+        str(path),
+        "--edits",
+        str(SHARED / "demo" / "edits" / "refvie"),
+        "--out",
+        str(tmp_path),
+    ]
     judge.main(args)
     text = (tmp_path / "refvie.md").read_text()
     held = {what: int(n) for what, n in re.findall(r"\| (reference_gain[^|]*) \| (\d) \| 6 \|", text)}
@@ -648,25 +720,42 @@ def test_a_local_judge_numbers_and_generates_as_transformers_does(tmp_path, kind
     write_image(tmp_path / "ref.png", smooth_clip(RED)[0])
     write_video(tmp_path / "v.mp4", smooth_clip(BLUE), 4)
     folder = tiny_local_judge(tmp_path / "judge", kind)
-    ours = judges.Local(folder, judge.parse_arguments(["score", "x", "--bench", "refvie", "--edits", "x", "--max-tokens", "8", "--device", "cpu"]))
+    ours = judges.Local(
+        folder,
+        judge.parse_arguments(
+            ["score", "x", "--bench", "refvie", "--edits", "x", "--max-tokens", "8", "--device", "cpu"]
+        ),
+    )
     media = [("Reference image", tmp_path / "ref.png"), ("Edited video", tmp_path / "v.mp4")]
     ids, positions, pixels = ours.prepare("Judge it.", media, 4.0)
     frames = judges.sampled_frames(tmp_path / "v.mp4", 4.0)[0]
-    seen = pixels["pixel_values_videos"].reshape(4, 2, 2, 2, 2, 3, 2, ours.patch, ours.patch).permute(0, 6, 1, 3, 7, 2, 4, 8, 5)
+    seen = (
+        pixels["pixel_values_videos"]
+        .reshape(4, 2, 2, 2, 2, 3, 2, ours.patch, ours.patch)
+        .permute(0, 6, 1, 3, 7, 2, 4, 8, 5)
+    )
     seen = seen.reshape(8, 4 * ours.patch, 4 * ours.patch, 3) * torch.tensor(ours.std) + torch.tensor(ours.mean)
-    assert (seen * 255 - F.interpolate(frames.permute(0, 3, 1, 2).float(), seen.shape[1:3]).permute(0, 2, 3, 1)).abs().mean() < 6
+    assert (
+        seen * 255 - F.interpolate(frames.permute(0, 3, 1, 2).float(), seen.shape[1:3]).permute(0, 2, 3, 1)
+    ).abs().mean() < 6
     kinds = torch.zeros_like(ids)
     kinds[ids == ours.token("<|image_pad|>")], kinds[ids == ours.token("<|video_pad|>")] = 1, 2
-    if kind == "qwen3_vl":  # transformers numbers what follows a Qwen2.5-VL video otherwise than it was trained (FACTS.md)
+    if (
+        kind == "qwen3_vl"
+    ):  # transformers numbers what follows a Qwen2.5-VL video otherwise than it was trained (FACTS.md)
         theirs = ours.mllm.model.get_rope_index(ids, kinds, pixels["image_grid_thw"], pixels["video_grid_thw"])[0]
         assert torch.equal(positions, theirs)
-        expected = ours.mllm.generate(ids, mm_token_type_ids=kinds, **pixels, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
+        expected = ours.mllm.generate(ids, mm_token_type_ids=kinds, **pixels, max_new_tokens=8, do_sample=False)[
+            0, ids.shape[1] :
+        ]
         expected = [t for t in expected.tolist() if t not in ours.ends]
         assert ours.ask("Judge it.", media, 4.0).text == ours.tokenizer.decode(expected)
     else:
         grid = pixels["video_grid_thw"][0].tolist()
         video = positions[0, 0][kinds[0] == 2]
-        assert video.unique().diff().tolist() == [1] * (grid[0] - 1)  # 2 positions a second, 4 frames a second, 2 a step
+        assert video.unique().diff().tolist() == [1] * (
+            grid[0] - 1
+        )  # 2 positions a second, 4 frames a second, 2 a step
         assert ours.ask("Judge it.", media, 4.0).tokens_in == ids.shape[1]
 
 
@@ -681,7 +770,9 @@ def test_an_item_s_average_is_over_its_criteria_and_the_overall_over_the_tasks()
 
 
 def test_compared_metrics_are_the_first_less_the_second_and_columns_are_those_published():
-    pairs = [tuple(judge.Row(None, metrics=dict.fromkeys(metrics.METRICS) | {"flicker": value}) for value in (3.0, 1.0))]
+    pairs = [
+        tuple(judge.Row(None, metrics=dict.fromkeys(metrics.METRICS) | {"flicker": value}) for value in (3.0, 1.0))
+    ]
     assert [str(cell) for cell in judge.paired_metrics(pairs, 0, True)[2][1][2:]] == ["2.00", "1", "1"]
     by_task = dict.fromkeys(("local_add", "global_style"))
     assert judge.published_cells("openve", by_task, (1, 2, 3, 4, 5, 3)) == ["5.00", "1.00", "-"]
@@ -695,7 +786,11 @@ def test_a_wrong_reference_is_another_one_of_the_same_task_first():
 
 def test_run_edits_the_benchmark_with_the_seed_and_guidance_asked_for(refvie, small_weights, monkeypatch):
     asked = []
-    monkeypatch.setattr(KiwiEdit, "edit", lambda self, frames, *rest, **more: asked.append((len(frames), more["seed"], more["ref_guidance"])) or frames)
+    monkeypatch.setattr(
+        KiwiEdit,
+        "edit",
+        lambda self, frames, *rest, **more: asked.append((len(frames), more["seed"], more["ref_guidance"])) or frames,
+    )
     words = ["run", "--bench", "refvie", refvie / "bench.yaml", "--weights", small_weights, "--edits", refvie / "new"]
     judge.main([str(word) for word in (*words, "--seed", 7, "--ref-guidance", 2, "--limit", 1, "--device", "cpu")])
     assert asked == [(5, 7, 2)]
@@ -711,7 +806,10 @@ def test_edit_strength_is_in_levels_and_the_area_a_share():
 
 def test_what_gemini_only_thinks_is_no_answer():
     parts = [{"text": "perhaps 5", "thought": True}, {"text": "4"}]
-    reply = {"candidates": [{"content": {"parts": parts}}], "usageMetadata": {"promptTokenCount": 900, "candidatesTokenCount": 9}}
+    reply = {
+        "candidates": [{"content": {"parts": parts}}],
+        "usageMetadata": {"promptTokenCount": 900, "candidatesTokenCount": 9},
+    }
     assert judges.Gemini.reply(None, reply).text == "4"
 
 
@@ -720,7 +818,9 @@ def test_what_a_judge_thinks_aloud_is_not_its_answer_and_a_winner_is_one():
     thought = "Let me see. " * 2000
     for text in (draft + thought + final, f"<think>{draft}</think>\nQuality: 1\nConsistency: 1"):
         assert judges.read_answer(text, ("quality", "consistency")) == {"quality": 1, "consistency": 1}
-    assert judges.read_winner("**Winner:** 2 (sharper)") == {"winner": "2"} and judges.read_winner('{"winner": "tie"}') == {"winner": "tie"}
+    assert judges.read_winner("**Winner:** 2 (sharper)") == {"winner": "2"} and judges.read_winner(
+        '{"winner": "tie"}'
+    ) == {"winner": "tie"}
     assert judges.read_winner(f"Winner: 1. {thought} Winner: 2") == {"winner": "2"}
     assert judges.read_reason('<think>{"reasoning": "none"}</think>{"reasoning": "a hat"}') == "a hat"
     for text in ('{"winner": "1 or 2"}', '{"winner": "1/2"}', "winner: 1 and 2 are equal"):

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import close, randomise, tiny_dit
 import kernels
+from conftest import close, randomise, tiny_dit
 from dit import DiT, rope_3d
 from kernels.bench import norm_rows
 
@@ -40,7 +40,11 @@ def test_attention_is_measured_inside_a_checkpoint_without_a_trace(capsys):
     def block(x):  # in the forward, as the first block of a training on a GPU does; it is known when that is recomputed
         if not measured:
             with kernels.left_out("a candidate"):
-                measured.append(kernels.run_alone(kernels.ATTENTION["ref"], [torch.randn(1, 4, 2, 8) for _ in range(3)], trains=True))
+                measured.append(
+                    kernels.run_alone(
+                        kernels.ATTENTION["ref"], [torch.randn(1, 4, 2, 8) for _ in range(3)], trains=True
+                    )
+                )
         return x.sin().cos()
 
     measured, x = [], torch.randn(5, requires_grad=True)
@@ -58,7 +62,10 @@ def agrees_with_float64(function, *inputs):
         outputs = function(*leaves)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         # a GPU counts in the dtype asked for: half precision ends at 65,504
-        weights = [torch.linspace(-1, 1, o.numel(), device=DEVICE, dtype=torch.float64).view_as(o).sin().to(o.dtype) for o in outputs]
+        weights = [
+            torch.linspace(-1, 1, o.numel(), device=DEVICE, dtype=torch.float64).view_as(o).sin().to(o.dtype)
+            for o in outputs
+        ]
         results.append([*outputs, *torch.autograd.grad(outputs, leaves, weights)])
     tol = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}[inputs[0].dtype]
     return all(actual.dtype != torch.float64 and close(actual, exact, tol) for actual, exact in zip(*results))
@@ -69,7 +76,9 @@ def test_attention_matches_float64_at_lengths_with_tails(triton_backend, one_kin
     if DEVICE == "cuda" and dtype == torch.float32 and one_kind_of_load != "pointers":
         pytest.skip("on a GPU float32 is loaded by pointers alone")
     lengths = [(37, 53, 2, 64), (33, 64, 1, 128)] + [(300, 515, 2, 128)] * (DEVICE == "cuda")
-    lengths += [(5, 7, 3, 16)] * (DEVICE == "cpu" or one_kind_of_load != "specialised")  # that is for heads of 64 and more
+    lengths += [(5, 7, 3, 16)] * (
+        DEVICE == "cpu" or one_kind_of_load != "specialised"
+    )  # that is for heads of 64 and more
     for queries, keys, heads, dim in lengths:
         q, k, v = (torch.randn(2, n, heads, dim).to(dtype) for n in (queries, keys, keys))
         assert agrees_with_float64(kernels.attention, q, k, v)
@@ -123,7 +132,10 @@ def test_the_fused_norms_read_no_memory_that_is_not_theirs(triton_backend):
     x, weight = torch.randn(2, 5, 24, device=DEVICE), torch.randn(24, device=DEVICE)
     turn = torch.randn(3, 5, device=DEVICE).T  # one row a position, columns apart
     kernels.set_backend("ref")
-    wanted = kernels.rms_norm_rope(x, weight, (turn, turn), 4, 1e-6), kernels.gate_residual(x, x[:1], weight[None, None])
+    wanted = (
+        kernels.rms_norm_rope(x, weight, (turn, turn), 4, 1e-6),
+        kernels.gate_residual(x, x[:1], weight[None, None]),
+    )
     kernels.set_backend("triton")
     assert close(kernels.rms_norm_rope(x, weight, (turn, turn), 4, 1e-6), wanted[0], 1e-5)
     assert close(kernels.gate_residual(x, x[:1], weight[None, None]), wanted[1], 1e-5)
@@ -133,15 +145,27 @@ def test_the_fused_norms_read_no_memory_that_is_not_theirs(triton_backend):
 
 
 def test_a_residual_without_a_gate_keeps_no_update_for_its_backward(triton_backend):
-    x, y, m, kept = torch.randn(1, 5, 24, device=DEVICE), torch.randn(1, 5, 24, device=DEVICE), torch.randn(1, 1, 24, device=DEVICE), []
+    x, y, m, kept = (
+        torch.randn(1, 5, 24, device=DEVICE),
+        torch.randn(1, 5, 24, device=DEVICE),
+        torch.randn(1, 1, 24, device=DEVICE),
+        [],
+    )
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
         kernels.gate_residual_norm(x, y.requires_grad_(), None, m, m, 1e-6)[1].sum().backward()
     assert kept and y.data_ptr() not in kept and y.grad is not None
 
 
 def test_the_plain_norms_take_float64_and_any_layout_of_their_input():
-    x, m, rope = torch.randn(1, 24, 5).transpose(1, 2), torch.randn(1, 1, 24), rope_3d((5, 1, 1), 6, torch.device("cpu"))
-    for run in (lambda x: kernels.layer_norm_modulate(x, m, m, 1e-6), lambda x: kernels.rms_norm_rope(x, m[0, 0], rope, 4, 1e-6)):
+    x, m, rope = (
+        torch.randn(1, 24, 5).transpose(1, 2),
+        torch.randn(1, 1, 24),
+        rope_3d((5, 1, 1), 6, torch.device("cpu")),
+    )
+    for run in (
+        lambda x: kernels.layer_norm_modulate(x, m, m, 1e-6),
+        lambda x: kernels.rms_norm_rope(x, m[0, 0], rope, 4, 1e-6),
+    ):
         assert close(run(x), run(x.double().contiguous()).float(), 1e-5)
 
 
@@ -169,7 +193,9 @@ def test_a_backend_that_cannot_run_is_refused_and_auto_takes_what_can(monkeypatc
         kernels.set_backend("cuda")
     assert kernels.choose(q, measured=True) == kernels.choose(q.bfloat16()) == "sdpa"
     assert kernels.choose(q.bfloat16(), measured=True) == "slices"
-    assert kernels.choose(torch.empty(1, 4096, 2, 16, dtype=torch.bfloat16), measured=True) == "sdpa", "scores that fill the memory"
+    assert kernels.choose(torch.empty(1, 4096, 2, 16, dtype=torch.bfloat16), measured=True) == "sdpa", (
+        "scores that fill the memory"
+    )
     kernels.set_backend("triton")
     with pytest.raises(RuntimeError, match="needs a GPU"):
         kernels.attention(q, q, q)
@@ -184,5 +210,8 @@ def test_the_benchmark_s_two_sides_answer_the_same_question():
 
 def test_keys_behind_the_last_weigh_nothing_however_low_the_others_score(triton_backend, one_kind_of_load):
     axis = F.normalize(torch.ones(64), dim=0)
-    q, k = 8 * axis + 0.1 * torch.randn(1, 37, 1, 64), -8 * axis + 0.1 * torch.randn(1, 53, 1, 64)  # each score about -8
+    q, k = (
+        8 * axis + 0.1 * torch.randn(1, 37, 1, 64),
+        -8 * axis + 0.1 * torch.randn(1, 53, 1, 64),
+    )  # each score about -8
     assert agrees_with_float64(kernels.attention, 2 * q, 2 * k, torch.randn(1, 53, 1, 64))

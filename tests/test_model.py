@@ -8,12 +8,28 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import GOLDEN, close, golden, golden_dit_config, golden_vae_config, manifest, moving_picture, randomise, recorded, save_diffusers_layout, save_training_layout, small_edit, small_model, tiny_dit
 import train
+from conftest import (
+    GOLDEN,
+    close,
+    golden,
+    golden_dit_config,
+    golden_vae_config,
+    manifest,
+    moving_picture,
+    randomise,
+    recorded,
+    save_diffusers_layout,
+    save_training_layout,
+    small_edit,
+    small_model,
+    tiny_dit,
+)
 from connectors import MLLMConfig
 from dit import DiT
-from model import FlowMatch, KiwiConfig, KiwiEdit, PRESETS, balance_weights, load_weights, read_weights, working_on
+from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit, balance_weights, load_weights, read_weights, working_on
 from vae import VAE
+
 
 @golden
 def test_the_schedules_match_the_release():
@@ -25,7 +41,10 @@ def test_the_schedules_match_the_release():
                 assert sigmas[:-1].tolist() == r["sigmas"] and sigmas[-1] == 0
     training, sampled = schedules["training"], schedules["training"]["sampled"]
     assert FlowMatch().timesteps(1000).tolist() == training["timesteps"]
-    for suffix, names in (("", ("timestep", "sigma", "weight")), ("bf16", ("timestep_bf16", "sigma_from_bf16", "weight_from_bf16"))):
+    for suffix, names in (
+        ("", ("timestep", "sigma", "weight")),
+        ("bf16", ("timestep_bf16", "sigma_from_bf16", "weight_from_bf16")),
+    ):
         t, sigma, weight = (torch.tensor([r[name] for r in sampled]) for name in names)
         ours = FlowMatch().training_sigmas(t)
         assert torch.allclose(ours[0], sigma, atol=1e-6) and torch.allclose(ours[1], weight, atol=1e-5), suffix
@@ -116,7 +135,9 @@ def test_a_batch_with_sources_and_two_references_equals_its_items():
         assert close(model.velocity(x[one], t[one], context[one], source[one], ref[one]), both[one], 1e-5)
 
 
-@pytest.mark.parametrize("how", ["add_scaled", "add_learned", "add_unscaled", "add_shared_patch_embed", "channel_concat"])
+@pytest.mark.parametrize(
+    "how", ["add_scaled", "add_learned", "add_unscaled", "add_shared_patch_embed", "channel_concat"]
+)
 def test_every_source_condition_of_the_paper_sees_the_source(how):
     model = denoiser(source=how)
     x, source, context = torch.randn(1, 16, 1, 4, 4), torch.randn(1, 16, 1, 4, 4), torch.randn(1, 3, 64)
@@ -127,7 +148,9 @@ def test_every_source_condition_of_the_paper_sees_the_source(how):
         scaled = KiwiEdit(KiwiConfig(tiny_dit()))
         scaled.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("source_scale")})
         ours = model.velocity(x, torch.tensor([300.0]), context, source)
-        assert close(ours, scaled.velocity(x, torch.tensor([300.0]), context, source), 1e-6) and not close(ours, with_source)
+        assert close(ours, scaled.velocity(x, torch.tensor([300.0]), context, source), 1e-6) and not close(
+            ours, with_source
+        )
         return
     t = torch.tensor([300.0])
     added = model.inject(x, t, source) - model.inject(x, t, None)
@@ -186,7 +209,9 @@ def test_the_released_checkpoints_of_every_stage_and_layout_are_taken_in_full(re
     folder = {"transformer": "dit", "mllm_encoder": "mllm"}
     with torch.device("meta"):
         model = KiwiEdit(replace(preset, vae=None))
-    weights = {re.sub(r"^(\w+)/", lambda m: folder.get(m[1], m[1]) + ".", k): v for k, v in manifest("diffusers_5b").items()}
+    weights = {
+        re.sub(r"^(\w+)/", lambda m: folder.get(m[1], m[1]) + ".", k): v for k, v in manifest("diffusers_5b").items()
+    }
     weights |= {f"mllm.{k}": v for k, v in manifest("qwen2.5_vl_3b_instruct").items()}
     assert load_weights(model, {k: v for k, v in weights.items() if not k.startswith("vae.")}) == []
 
@@ -255,7 +280,9 @@ def test_guidance_goes_from_the_edit_without_the_references_to_that_with_them_an
 
 def test_an_edit_is_guided_as_its_weights_ask_unless_told_otherwise(qwen_folder):
     model, calls = small_model(qwen_folder).eval(), []
-    model.velocity = lambda *given: calls.append(len(given) > 4 and given[4] is not None) or KiwiEdit.velocity(model, *given)
+    model.velocity = lambda *given: (
+        calls.append(len(given) > 4 and given[4] is not None) or KiwiEdit.velocity(model, *given)
+    )
     small_edit(model), small_edit(model, ref=False)
     assert calls == [True, True, False, False]
     model.config = replace(model.config, ref_guidance=1.5)
@@ -271,7 +298,9 @@ def test_an_edit_is_guided_as_its_weights_ask_unless_told_otherwise(qwen_folder)
     assert len(calls) == 11
 
 
-@pytest.mark.parametrize("full", [torch.OutOfMemoryError(), RuntimeError("GET was unable to find an engine to execute this computation")])
+@pytest.mark.parametrize(
+    "full", [torch.OutOfMemoryError(), RuntimeError("GET was unable to find an engine to execute this computation")]
+)
 def test_an_edit_whose_decoding_does_not_fit_the_card_is_decoded_in_tiles(qwen_folder, capsys, full):
     model = small_model(qwen_folder).eval()
     source = moving_picture(1, 32, 704)  # 44 latent pixels wide
@@ -298,7 +327,11 @@ def test_weights_of_an_earlier_stage_edit_but_refuse_a_reference(tmp_path, qwen_
 
 def test_below_float32_released_weights_see_timesteps_rounded_to_bfloat16():
     a, b = torch.tensor([997.0]), torch.tensor([996.0])  # one number in bfloat16
-    for rounds, dtype, same in ((True, torch.bfloat16, True), (False, torch.bfloat16, False), (True, torch.float32, False)):
+    for rounds, dtype, same in (
+        (True, torch.bfloat16, True),
+        (False, torch.bfloat16, False),
+        (True, torch.float32, False),
+    ):
         dit = randomise(DiT(tiny_dit(bf16_timesteps=rounds))).to(dtype)
         assert torch.equal(dit.embed_time(a)[0], dit.embed_time(b)[0]) == same
 
@@ -380,10 +413,15 @@ def test_all_of_wan_s_dits_round_timesteps_and_read_four_tokens_of_a_reference(t
     configs = [read_weights(save_diffusers_layout(model, tmp_path / "diffusers"))[0]]
     configs.append(read_weights(save_training_layout(model, tmp_path), tmp_path / "wan", tmp_path / "qwen")[0])
     assert all(config.mllm.max_ref_tokens == 4 for config in configs)  # as many as the model saved has
-    assert all(config.dit.bf16_timesteps for config in [*configs, *(PRESETS[name] for name in ("wan22_5b", "wan21_14b", "wan21_1_3b"))])
+    assert all(
+        config.dit.bf16_timesteps
+        for config in [*configs, *(PRESETS[name] for name in ("wan22_5b", "wan21_14b", "wan21_1_3b"))]
+    )
 
 
-def test_weights_neither_lead_out_of_their_folder_nor_lack_a_shard_nor_replace_what_is_not_theirs(tmp_path, qwen_folder):
+def test_weights_neither_lead_out_of_their_folder_nor_lack_a_shard_nor_replace_what_is_not_theirs(
+    tmp_path, qwen_folder
+):
     model, own = small_model(qwen_folder), tmp_path / "own"
     model.save(own)
     config = json.loads((own / "config.json").read_text())

@@ -14,16 +14,17 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from conftest import close, moving_picture, randomise
 import curate
 import judge
 import nano
 import train
 import world
+from conftest import close, moving_picture, randomise
 from connectors import MLLMConfig, MLLMEncoder, inject_lora
-from data import read_clip, read_image
 from dit import DiTConfig
+from media import read_clip, read_image
 from model import FlowMatch, KiwiConfig, KiwiEdit
+
 
 @pytest.fixture(scope="session")
 def library():
@@ -91,7 +92,9 @@ def test_a_world_that_is_half_drawn_over_another_has_no_tables(tmp_path, monkeyp
 
 
 def test_a_world_of_chosen_tasks_has_no_others_and_in_their_shares(library):
-    tasks = Counter(world.draw_edit(library, "train", 0, i, 1, 64, {"change": 3, "add": 1, "subject": 1}).task for i in range(160))
+    tasks = Counter(
+        world.draw_edit(library, "train", 0, i, 1, 64, {"change": 3, "add": 1, "subject": 1}).task for i in range(160)
+    )
     assert set(tasks) == {"change", "add", "subject"} and tasks["change"] > 2 * tasks["add"]
     assert {world.draw_edit(library, "train", 0, i, 1, 64, {"style": 1}).kind for i in range(8)} == {"image", "video"}
     with pytest.raises(SystemExit):
@@ -113,13 +116,25 @@ def test_what_is_tested_was_never_trained_on(library):
 
 def test_wordings_have_the_blanks_that_edits_fill_and_the_held_out_are_no_rearranged_ones():
     common = set("the to in of is are be it and has for as you could please from a would like".split())
-    asked = {"style": "s", "background": "p", "change": "ab", "remove": "a", "add": "bw", "subject": "a", "subject_add": "w"}
+    asked = {
+        "style": "s",
+        "background": "p",
+        "change": "ab",
+        "remove": "a",
+        "add": "bw",
+        "subject": "a",
+        "subject_add": "w",
+    }
     allowed = {"subject": "b", "subject_add": "b"}
 
     def telling(wording):
         return set(re.findall(r"(?<!{)\b[a-z']+", wording.lower())) - common
 
-    assert world.WORDINGS.keys() == world.HELD_WORDINGS.keys() == {task for tasks in world.TASKS.values() for task in tasks}
+    assert (
+        world.WORDINGS.keys()
+        == world.HELD_WORDINGS.keys()
+        == {task for tasks in world.TASKS.values() for task in tasks}
+    )
     for task, wordings in world.WORDINGS.items():
         held = world.HELD_WORDINGS[task]
         for wording in (*wordings, *held):
@@ -254,7 +269,11 @@ def test_pretraining_in_pieces_is_one_training(tmp_path, nano_data, pretrained):
 def test_a_checkpoint_ships_as_small_weights_that_edit(tmp_path, pretrained, test_clips):
     model = KiwiEdit.from_pretrained(pretrained / "weights", dtype=torch.float32)
     inject_lora(model.mllm.model.language_model, 4)
-    trained = {f"mllm.model.language_model.{k}": v + 0.1 for k, v in model.mllm.model.language_model.state_dict().items() if ".lora_" in k}
+    trained = {
+        f"mllm.model.language_model.{k}": v + 0.1
+        for k, v in model.mllm.model.language_model.state_dict().items()
+        if ".lora_" in k
+    }
     save_file({**trained, "dit.head.head.bias": model.dit.head.head.bias + 1}, tmp_path / "step.safetensors")
     run_ship(tmp_path / "step.safetensors", pretrained / "weights", test_clips, tmp_path / "shipped")
     assert sum(path.stat().st_size for path in (tmp_path / "shipped").rglob("*.*")) < 32e6
@@ -271,7 +290,20 @@ def test_what_ships_has_an_example_and_says_how_it_was_trained_and_is_the_same_e
     tmp_path, nano_data, pretrained, test_clips
 ):
     def train_from(weights, run):
-        words = ["--config", "nano", "--stage", "3", "--data", nano_data, "--weights", weights, "--workers", "0", "--out", run]
+        words = [
+            "--config",
+            "nano",
+            "--stage",
+            "3",
+            "--data",
+            nano_data,
+            "--weights",
+            weights,
+            "--workers",
+            "0",
+            "--out",
+            run,
+        ]
         train.main([*map(str, words), "--set", "steps=1", "global_batch=2"])
         return run / "step-000001/weights.safetensors"
 
@@ -328,7 +360,9 @@ def test_the_goals_are_differences_of_the_measures():
     edit, copy = {"psnr_in": 20.0, "psnr_out": 30.0, "right": True}, {"psnr_in": 12.5, "psnr_out": 60.0, "right": False}
     measures = {"edit": edit, "copy": copy, "ceiling": {"psnr_in": 25.0, "psnr_out": 32.0}}
     without = {**measures, "edit": {**edit, "right": False}, "edit, no reference": {"psnr_in": 18.0}}
-    lines = nano.goals([{"task": "change", "measures": measures}, {"task": "subject", "measures": without}]).splitlines()
+    lines = nano.goals(
+        [{"task": "change", "measures": measures}, {"task": "subject", "measures": without}]
+    ).splitlines()
     assert lines[2] == "| change | +7.5 dB (asked +6) | 2.0 dB (asked at most 3) | 100% (asked 60%) |  |"
     assert lines[3] == "| subject | +7.5 dB | 2.0 dB (asked at most 3) | 0% (asked 70%) | +2.0 dB (asked more than 0) |"
     told = {"task": "subject", "wording": "Swap the {a}."}
@@ -354,7 +388,9 @@ def test_a_small_denoiser_learns_two_edits_by_heart(tmp_path, library):
     for step in range(600):
         optimiser.param_groups[0]["lr"] = 2e-3 * (1 - step / 600)
         t = FlowMatch().timesteps(1000)[torch.randint(1000, (8,))]
-        model.training_loss(clean.repeat(4, 1, 1, 1, 1), contexts.repeat(4, 1, 1), t, before.repeat(4, 1, 1, 1, 1)).backward()
+        model.training_loss(
+            clean.repeat(4, 1, 1, 1, 1), contexts.repeat(4, 1, 1), t, before.repeat(4, 1, 1, 1, 1)
+        ).backward()
         optimiser.step()
         optimiser.zero_grad()
     result = model.denoise(torch.randn_like(clean), contexts, before, steps=10)

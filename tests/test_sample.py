@@ -12,10 +12,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import HOUSE, SHARED, bad_media, demo, moving_picture, save_diffusers_layout, save_training_layout, small_model, write_clip
 import sample
-from data import pad_reference, read_clip, read_image, write_image, write_video
-from model import KiwiEdit, PRESETS, read_for
+from conftest import (
+    HOUSE,
+    SHARED,
+    bad_media,
+    demo,
+    moving_picture,
+    save_diffusers_layout,
+    save_training_layout,
+    small_model,
+    write_clip,
+)
+from media import pad_reference, read_clip, read_image, write_image, write_video
+from model import PRESETS, KiwiEdit, read_for
+
 
 def run_sample(*arguments, cwd=None):
     command = [sys.executable, str(HOUSE / "sample.py"), *map(str, arguments)]
@@ -89,7 +100,9 @@ def test_alone_it_edits_the_example_of_its_weights(tmp_path, knowing_weights, mo
     assert "Make it night." in capsys.readouterr().out
 
 
-def test_weights_that_know_one_kind_of_clip_edit_others_at_about_that_size_and_say_so(tmp_path, knowing_weights, capsys):
+def test_weights_that_know_one_kind_of_clip_edit_others_at_about_that_size_and_say_so(
+    tmp_path, knowing_weights, capsys
+):
     frames = moving_picture(20, 240, 300)
     for clip, rate, note in ((frames, 16, True), (frames[:5, :64, :64], 16, True), (frames[:5, :64, :64], 8, False)):
         write_video(tmp_path / "in.mp4", clip, rate)
@@ -106,7 +119,10 @@ def test_the_bundled_weights_edit_their_example_in_a_minute(tmp_path):
     done = run_sample(cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert time.time() - start < 60
-    source, edited = read_clip(sample.DEFAULT_WEIGHTS / "example/source.mp4").frames, read_clip(tmp_path / "out.mp4").frames
+    source, edited = (
+        read_clip(sample.DEFAULT_WEIGHTS / "example/source.mp4").frames,
+        read_clip(tmp_path / "out.mp4").frames,
+    )
     assert source.shape == edited.shape and (source.int() - edited.int()).abs().float().mean() > 3
     assert sum(path.stat().st_size for path in sample.DEFAULT_WEIGHTS.rglob("*") if path.is_file()) <= 32e6
 
@@ -136,7 +152,9 @@ def test_bad_input_is_one_clear_line_and_a_failure(tmp_path, small_weights, case
     monkeypatch.chdir(tmp_path)
     case = [word.format(tmp_path.name) for word in case]
     weights = [] if "--weights" in case else ["--weights", str(small_weights)]
-    monkeypatch.setattr(sys, "argv", ["sample.py", *case, *weights, *([] if "--device" in case else ["--device", "cpu"])])
+    monkeypatch.setattr(
+        sys, "argv", ["sample.py", *case, *weights, *([] if "--device" in case else ["--device", "cpu"])]
+    )
     with pytest.raises(SystemExit) as exit_:
         sample.run()
     assert says in exit_.value.code and "\n" not in exit_.value.code
@@ -145,7 +163,16 @@ def test_bad_input_is_one_clear_line_and_a_failure(tmp_path, small_weights, case
 
 def test_an_interrupted_run_leaves_no_file(tmp_path, small_weights):
     write_clip(tmp_path / "in.mp4", moving_picture(9, 64, 64))
-    command = [sys.executable, str(HOUSE / "sample.py"), "in.mp4", "x", "--weights", str(small_weights), "--steps", "100000"]
+    command = [
+        sys.executable,
+        str(HOUSE / "sample.py"),
+        "in.mp4",
+        "x",
+        "--weights",
+        str(small_weights),
+        "--steps",
+        "100000",
+    ]
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs are born deaf to it
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     text = ""
@@ -162,9 +189,21 @@ def test_seed_steps_shift_and_guidance_reach_the_denoising(monkeypatch, tmp_path
     denoised = lambda self, noise, *rest: asked.append((noise[0, 0, 0, 0, 0].item(), *rest[3:5], rest[-1])) or noise
     monkeypatch.setattr(KiwiEdit, "denoise", denoised)
     write_image(tmp_path / "in.png", moving_picture(1, 64, 64)[0])
-    for flags in ((), ("--shift", "3"), ("--steps", "7"), ("--seed", "1"), ("--ref-guidance", "2", "--ref", str(tmp_path / "in.png"))):
+    for flags in (
+        (),
+        ("--shift", "3"),
+        ("--steps", "7"),
+        ("--seed", "1"),
+        ("--ref-guidance", "2", "--ref", str(tmp_path / "in.png")),
+    ):
         sample.main([str(tmp_path / "in.png"), "Make it snow.", *first, *flags])
-    assert [(steps, flow.shift) for _, steps, flow, _ in asked] == [(50, 5.0), (50, 3.0), (7, 5.0), (50, 5.0), (50, 5.0)]
+    assert [(steps, flow.shift) for _, steps, flow, _ in asked] == [
+        (50, 5.0),
+        (50, 3.0),
+        (7, 5.0),
+        (50, 5.0),
+        (50, 5.0),
+    ]
     assert [guidance for *_, guidance in asked] == [1, 1, 1, 1, 2]
     assert asked[0][0] == asked[1][0] != asked[3][0]
 

@@ -21,13 +21,28 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import HOUSE, close, golden, manifest, moving_picture, randomise, save_training_layout, small_edit, small_model, tiny_dit, write_table
 import data
+import media
 import train
+from conftest import (
+    HOUSE,
+    close,
+    golden,
+    manifest,
+    moving_picture,
+    randomise,
+    save_training_layout,
+    small_edit,
+    small_model,
+    tiny_dit,
+    write_table,
+)
 from connectors import MLLMConfig
-from data import Curriculum, Mixture, Pairs, read_clip, write_image, write_video
+from data import Curriculum, Mixture, Pairs
+from media import read_clip, write_image, write_video
 from model import FlowMatch, KiwiConfig, KiwiEdit, our_name, released_name, valid_checkpoints
 from vae import VAEConfig
+
 
 @pytest.fixture(scope="session")
 def lesson(tmp_path_factory, qwen_folder):
@@ -81,7 +96,9 @@ def part_of(name):
 @pytest.mark.parametrize("preset", ["paper", "released"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_step_changes_exactly_the_parameters_that_the_stage_trains(tmp_path, lesson, preset, stage):
-    args = train.parse_arguments(lessons(lesson, tmp_path, "--preset", preset, stage=stage, settings=["global_batch=6"]))
+    args = train.parse_arguments(
+        lessons(lesson, tmp_path, "--preset", preset, stage=stage, settings=["global_batch=6"])
+    )
     chosen = train.choose_stage(args)
     ranks = train.Ranks(args)
     try:
@@ -127,12 +144,16 @@ def on_two_ranks(tmp_path, runs, first=""):
                                      f"train.dist.init_process_group('gloo')\nfor words in {runs!r}:\n    train.main(words)\n"
                                      "train.dist.destroy_process_group()\n")  # fmt: skip
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "all.py")]
-    done = subprocess.run(torchrun, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600)
+    done = subprocess.run(
+        torchrun, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600
+    )
     print(done.stderr[-3000:])
     return done
 
 
-def test_ddp_fsdp_and_sequence_parallelism_give_the_losses_of_one_process_and_resume_on_another_number(tmp_path, lesson):
+def test_ddp_fsdp_and_sequence_parallelism_give_the_losses_of_one_process_and_resume_on_another_number(
+    tmp_path, lesson
+):
     short, long = ["steps=3", "pixels=4096,6144"], ["steps=20", "pixels=4096,6144", "ema=0.9"]
     muon = [*short, "optimizer=muon"]
     odd = ["steps=3", "pixels=3072", "image=0"]  # a token a frame, three or four in a sequence: not for two to share
@@ -147,7 +168,9 @@ def test_ddp_fsdp_and_sequence_parallelism_give_the_losses_of_one_process_and_re
     train.main(lessons(lesson, tmp_path / "whole", settings=odd))
     assert same_course(tmp_path / "odd", tmp_path / "whole")
     assert len(losses(tmp_path / "fsdp")) == 20
-    assert same_course(tmp_path / "matrices", tmp_path / "muon") and losses(tmp_path / "muon") != losses(tmp_path / "short")
+    assert same_course(tmp_path / "matrices", tmp_path / "muon") and losses(tmp_path / "muon") != losses(
+        tmp_path / "short"
+    )
     assert same_course(tmp_path / "ddp", tmp_path / "one") and same_course(tmp_path / "fsdp", tmp_path / "one")
     assert same_course(tmp_path / "sp", tmp_path / "short") and same_course(tmp_path / "half", tmp_path / "short", 3e-2)
     shutil.rmtree(tmp_path / "fsdp" / "step-000020")
@@ -160,7 +183,11 @@ def test_ddp_fsdp_and_sequence_parallelism_give_the_losses_of_one_process_and_re
 
 def test_sharded_ranks_do_not_wait_for_ever_where_one_kind_of_data_trains_what_another_has_not(tmp_path, lesson):
     kinds = ["steps=2", "batch=2"]  # a batch a rank, of which one is an image, the other a clip
-    runs = [(1, [*kinds, "video=1"]), (3, [*kinds, "trains=ref_embedder", "video=0"]), (3, [*kinds, "model.source=add_learned", "optimizer=muon"])]
+    runs = [
+        (1, [*kinds, "video=1"]),
+        (3, [*kinds, "trains=ref_embedder", "video=0"]),
+        (3, [*kinds, "model.source=add_learned", "optimizer=muon"]),
+    ]
     words = [[lessons(lesson, tmp_path / f"{name}{i}", *flags, stage=stage, settings=settings) for i, (stage, settings) in enumerate(runs)]
              for name, flags in (("one", []), ("two", ["--parallel", "fsdp"]))]  # fmt: skip
     for run in words[0]:
@@ -169,7 +196,9 @@ def test_sharded_ranks_do_not_wait_for_ever_where_one_kind_of_data_trains_what_a
     assert all(same_course(tmp_path / f"two{i}", tmp_path / f"one{i}", 1e-4) for i in range(len(runs)))
 
 
-def test_a_sample_that_one_rank_cannot_read_is_left_out_by_all_and_a_dry_run_of_two_ranks_says_it_once(tmp_path, lesson):
+def test_a_sample_that_one_rank_cannot_read_is_left_out_by_all_and_a_dry_run_of_two_ranks_says_it_once(
+    tmp_path, lesson
+):
     lost = """
 def read_pair(row, shape, read=train.read_pair):
     if train.dist.get_rank() and row.target.endswith(".png"):
@@ -177,9 +206,20 @@ def read_pair(row, shape, read=train.read_pair):
     return read(row, shape)
 train.read_pair = read_pair"""
     more = (["--dry-run"], ["--sample-every", "1", "--sample-steps", "1"])
-    done = on_two_ranks(tmp_path, [lessons(lesson, tmp_path / "run", "--parallel", "fsdp", *flags, settings=["steps=1"]) for flags in more], lost)
-    assert done.returncode == 0 and "no sample of image: is not here" in done.stderr and done.stdout.count("one update: ") == 1
-    assert sorted(path.name for path in (tmp_path / "run/samples").iterdir()) == ["step-000001-ref.mp4", "step-000001-video.mp4"]
+    done = on_two_ranks(
+        tmp_path,
+        [lessons(lesson, tmp_path / "run", "--parallel", "fsdp", *flags, settings=["steps=1"]) for flags in more],
+        lost,
+    )
+    assert (
+        done.returncode == 0
+        and "no sample of image: is not here" in done.stderr
+        and done.stdout.count("one update: ") == 1
+    )
+    assert sorted(path.name for path in (tmp_path / "run/samples").iterdir()) == [
+        "step-000001-ref.mp4",
+        "step-000001-video.mp4",
+    ]
 
 
 def test_a_signal_to_one_of_two_ranks_stops_both_after_the_same_step(tmp_path, lesson):
@@ -188,7 +228,9 @@ def test_a_signal_to_one_of_two_ranks_stops_both_after_the_same_step(tmp_path, l
         port = str(probe.getsockname()[1])
     both = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     command, run = [sys.executable, str(HOUSE / "train.py"), *lessons(lesson, tmp_path / "run")], tmp_path / "run"
-    ranks = [subprocess.Popen(command, env=both | {"RANK": r, "LOCAL_RANK": r}, stderr=subprocess.DEVNULL) for r in "01"]
+    ranks = [
+        subprocess.Popen(command, env=both | {"RANK": r, "LOCAL_RANK": r}, stderr=subprocess.DEVNULL) for r in "01"
+    ]
     try:
         while not (run / "metrics.jsonl").exists() or len(losses_so_far(run)) < 2:
             time.sleep(0.02)
@@ -208,7 +250,9 @@ def test_a_run_killed_at_any_point_goes_on_to_the_same_weights_bit_for_bit(tmp_p
     while True:
         flags = ["--resume", "auto", "--save-every", "1", "--workers", kills % 3]
         command = [sys.executable, str(HOUSE / "train.py"), *lessons(lesson, out, *flags, settings=settings)]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
         before = len(losses(out)) if (out / "metrics.jsonl").exists() else 0
         while process.poll() is None and not ((out / "metrics.jsonl").exists() and len(losses_so_far(out)) > before):
             time.sleep(0.01)
@@ -233,7 +277,9 @@ def losses_so_far(out):
 
 def test_a_signal_saves_the_last_whole_step_and_exits_with_success(tmp_path, lesson):
     command = [sys.executable, str(HOUSE / "train.py"), *lessons(lesson, tmp_path / "run", "--workers", "1")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True
+    )
     while not (tmp_path / "run" / "metrics.jsonl").exists() or len(losses_so_far(tmp_path / "run")) < 2:
         time.sleep(0.02)
         assert process.poll() is None
@@ -258,12 +304,19 @@ def test_each_stage_starts_from_the_one_before_and_its_checkpoint_edits(tmp_path
 
 @pytest.mark.parametrize("how", ["add_learned", "add_unscaled", "add_shared_patch_embed", "channel_concat"])
 def test_every_ablation_of_the_source_trains_from_the_same_weights(tmp_path, lesson, how):
-    train.main(lessons(lesson, tmp_path / "run", stage=2, settings=["steps=1", f"model.source={how}", "mllm.context=queries"]))
+    train.main(
+        lessons(lesson, tmp_path / "run", stage=2, settings=["steps=1", f"model.source={how}", "mllm.context=queries"])
+    )
     trained = load_file(tmp_path / "run" / "step-000001" / "weights.safetensors")
     train.main(["--export", str(tmp_path / "run"), "--out", str(tmp_path / "model")])
     with pytest.raises(ValueError, match="is there and not weights of ours"):
         train.main(["--export", str(tmp_path / "run"), "--out", str(tmp_path / "run")])
-    assert small_edit(KiwiEdit.from_pretrained(tmp_path / "model", dtype=torch.float32), ref=False).shape == (6, 32, 64, 3)
+    assert small_edit(KiwiEdit.from_pretrained(tmp_path / "model", dtype=torch.float32), ref=False).shape == (
+        6,
+        32,
+        64,
+        3,
+    )
     with pytest.raises(ValueError, match="needs them as they are"):
         train.main(["--export", str(tmp_path / "run"), "--out", str(lesson / "weights")])
     if how == "channel_concat":  # the weights' own half, and a half that started from zero
@@ -277,9 +330,13 @@ def test_every_ablation_of_the_source_trains_from_the_same_weights(tmp_path, les
     for path in (saved, saved.parent, tmp_path / "run"):
         same = KiwiEdit.from_pretrained(path, dtype=torch.float32)
         assert same.config == over.config
-        assert all(torch.equal(a, b) for a, b in zip(same.parameters(), over.parameters())), "it lies over what it began with"
+        assert all(torch.equal(a, b) for a, b in zip(same.parameters(), over.parameters())), (
+            "it lies over what it began with"
+        )
     config = json.loads((tmp_path / "next" / "config.json").read_text())["model"]
-    assert (config["source"], config["mllm"]["context"]) == (how, "queries"), "the next stage goes on with the same model"
+    assert (config["source"], config["mllm"]["context"]) == (how, "queries"), (
+        "the next stage goes on with the same model"
+    )
 
 
 @pytest.mark.parametrize("how", ["add_learned", "channel_concat"])
@@ -327,24 +384,40 @@ def test_training_from_a_cache_gives_the_same_losses_and_opens_no_file(tmp_path,
     train.main(lessons(lesson, tmp_path / "run", "--cache", tmp_path / "cache", settings=settings))
     assert losses(tmp_path / "run") == losses(tmp_path / "plain")
     for stage in (1, 2):
-        train.main(lessons(lesson, tmp_path / f"part{stage}", "--cache", tmp_path / "cache", stage=stage, settings=["steps=1"]))
+        train.main(
+            lessons(lesson, tmp_path / f"part{stage}", "--cache", tmp_path / "cache", stage=stage, settings=["steps=1"])
+        )
     assert losses(tmp_path / "part1") == losses(tmp_path / "plain1")
     for other in ("frames=5", "mllm.max_frames=2", "ref_shrink=0.5"):
         with pytest.raises(ValueError, match="written for other tables, pixels, frames, weights or settings"):
-            train.main(lessons(lesson, tmp_path / "other", "--cache", tmp_path / "cache", settings=["steps=1", "ref_shrink=1", other]))
+            train.main(
+                lessons(
+                    lesson,
+                    tmp_path / "other",
+                    "--cache",
+                    tmp_path / "cache",
+                    settings=["steps=1", "ref_shrink=1", other],
+                )
+            )
     monkeypatch.undo()
     with pytest.raises(ValueError, match="begun with other rows"):
-        train.main(lessons(lesson, tmp_path / "cache", "--write-cache", tmp_path / "cache", settings=["ref_shrink=0.5"]))
+        train.main(
+            lessons(lesson, tmp_path / "cache", "--write-cache", tmp_path / "cache", settings=["ref_shrink=0.5"])
+        )
 
 
 def test_a_cache_is_refused_where_a_row_before_its_rows_is_gone(tmp_path, lesson):
     mine = Path(shutil.copytree(lesson, tmp_path / "mine", ignore=shutil.ignore_patterns("weights")))
     header, *rows = (mine / "image.csv").read_text().splitlines()
     (mine / "broken.png").write_text("none")
-    (mine / "image.csv").write_text("\n".join([header, rows[1], "broken.png,broken.png,Which is in no cache.", rows[2], rows[4]]))
+    (mine / "image.csv").write_text(
+        "\n".join([header, rows[1], "broken.png,broken.png,Which is in no cache.", rows[2], rows[4]])
+    )
     words = lessons(lesson, tmp_path / "c", "--data", mine, "--max-bad", 50, settings=["steps=1", "video=0", "ref=0"])
     train.main([*words, "--write-cache", str(tmp_path / "c")])
-    (mine / "image.csv").write_text("\n".join([header, rows[1], rows[2], rows[4]]))  # the last would get the second's latents
+    (mine / "image.csv").write_text(
+        "\n".join([header, rows[1], rows[2], rows[4]])
+    )  # the last would get the second's latents
     with pytest.raises(ValueError, match="was written for other tables"):
         train.main([*words, "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "c")])
 
@@ -361,7 +434,9 @@ def test_several_folders_are_trained_as_one(tmp_path, lesson):
     assert losses(tmp_path / "two") == losses(tmp_path / "one")
     (tmp_path / "b" / "image.csv").unlink()
     with pytest.raises(FileNotFoundError, match="b: has no image.csv"):
-        train.main(lessons(lesson, tmp_path / "none", "--data", tmp_path / "b", "--base-path", lesson, settings=["steps=2"]))
+        train.main(
+            lessons(lesson, tmp_path / "none", "--data", tmp_path / "b", "--base-path", lesson, settings=["steps=2"])
+        )
 
 
 def test_broken_samples_are_logged_and_too_many_stop_the_run(tmp_path, lesson):
@@ -410,7 +485,9 @@ def test_every_number_of_a_stage_changes_what_is_learned(tmp_path, lesson):
 def test_a_stage_says_that_the_lora_of_its_weights_keeps_its_rank(tmp_path, lesson, capsys):
     for stage, weights, settings in ((1, lesson / "weights", []), (2, tmp_path / "1", ["lora_rank=4"])):
         assert "LoRA" not in capsys.readouterr().err
-        train.main(lessons(lesson, tmp_path / str(stage), "--weights", weights, stage=stage, settings=["steps=1", *settings]))
+        train.main(
+            lessons(lesson, tmp_path / str(stage), "--weights", weights, stage=stage, settings=["steps=1", *settings])
+        )
     assert "have LoRA of rank 2, which goes on: lora_rank=4" in capsys.readouterr().err
 
 
@@ -443,7 +520,9 @@ def test_averaged_weights_are_what_their_decay_says(tmp_path, lesson):
 
 def test_another_run_goes_on_from_a_checkpoint_given_by_its_path(tmp_path, lesson):
     KiwiEdit.from_pretrained(lesson / "weights").save(tmp_path / "half")  # bfloat16, from which float32 goes on
-    train.main(lessons(lesson, tmp_path / "a", "--weights", tmp_path / "half", "--save-every", "1", settings=["steps=2"]))
+    train.main(
+        lessons(lesson, tmp_path / "a", "--weights", tmp_path / "half", "--save-every", "1", settings=["steps=2"])
+    )
     resume = ["--weights", tmp_path / "half", "--resume", tmp_path / "a/step-000001"]
     train.main(lessons(lesson, tmp_path / "b", *resume, settings=["steps=2"]))
     assert losses(tmp_path / "b") == losses(tmp_path / "a")[1:]
@@ -455,7 +534,9 @@ def test_a_run_is_never_what_it_began_with_itself(tmp_path, lesson):
     train.main(lessons(lesson, tmp_path / "run", "--save-every", "1", settings=["steps=1"]))
     for own in ("run", "run/step-000001", "run/step-000001/weights.safetensors"):
         with pytest.raises(ValueError, match="is --out itself; give what this run began with"):
-            train.main(lessons(lesson, tmp_path / "run", "--weights", tmp_path / own, "--resume", "auto", settings=["steps=2"]))
+            train.main(
+                lessons(lesson, tmp_path / "run", "--weights", tmp_path / own, "--resume", "auto", settings=["steps=2"])
+            )
     assert small_edit(KiwiEdit.from_pretrained(tmp_path / "run", dtype=torch.float32)).shape == (6, 32, 64, 3)
 
 
@@ -471,20 +552,24 @@ def test_checkpoints_are_in_the_order_of_their_steps_and_a_renamed_one_stays(tmp
 
 
 def test_a_shape_of_two_phases_has_the_rows_of_both_in_a_cache():
-    small, large = (Mixture({"image": {(1, 64, 64): numbers}}, {"image": 1}, 2, seed=0) for numbers in ([0, 2, 130], [2]))
+    small, large = (
+        Mixture({"image": {(1, 64, 64): numbers}}, {"image": 1}, 2, seed=0) for numbers in ([0, 2, 130], [2])
+    )
     assert train.rows_of_shapes(Curriculum([(0, large), (6, small)])) == {("image", (1, 64, 64)): [0, 2, 130]}
 
 
 def test_a_row_of_a_cache_is_its_own(tmp_path):
-    save_file({"1.target": torch.ones(1), "10.target": torch.zeros(1)}, data.shard_path(tmp_path, "image", (1, 64, 64), 0))
+    save_file(
+        {"1.target": torch.ones(1), "10.target": torch.zeros(1)}, data.shard_path(tmp_path, "image", (1, 64, 64), 0)
+    )
     assert data.read_shard(tmp_path, "image", (1, 64, 64), 0, 1)["target"] == 1
 
 
 def test_a_folder_is_whole_or_as_it_was(tmp_path, monkeypatch):
     for word in ("old", "new"):
-        with data.whole_folder(tmp_path / "w") as temporary:
+        with media.whole_folder(tmp_path / "w") as temporary:
             (temporary / "x").write_text(word)
-    with pytest.raises(KeyboardInterrupt), data.whole_folder(tmp_path / "w"):
+    with pytest.raises(KeyboardInterrupt), media.whole_folder(tmp_path / "w"):
         raise KeyboardInterrupt
     assert (tmp_path / "w/x").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["w"]
     moved, rename = [], os.replace
@@ -496,7 +581,7 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path, monkeypatch):
         rename(a, b)
 
     monkeypatch.setattr(os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt), data.whole_folder(tmp_path / "w"):
+    with pytest.raises(KeyboardInterrupt), media.whole_folder(tmp_path / "w"):
         pass
     assert (tmp_path / "w/x").read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["w"]
 
@@ -521,7 +606,9 @@ def test_after_an_error_no_worker_waits_and_the_last_checkpoint_is_whole(tmp_pat
     assert [path.name for path in valid_checkpoints(tmp_path)] == ["step-000001"] and not list(tmp_path.glob(".step-*"))
 
 
-def test_a_checkpoint_of_another_stage_or_that_is_damaged_is_not_resumed_from_and_other_rows_are_told_of(tmp_path, lesson, capsys):
+def test_a_checkpoint_of_another_stage_or_that_is_damaged_is_not_resumed_from_and_other_rows_are_told_of(
+    tmp_path, lesson, capsys
+):
     mine = Path(shutil.copytree(lesson, tmp_path / "mine", ignore=shutil.ignore_patterns("weights")))
     train.main(lessons(lesson, tmp_path / "run", "--data", mine, stage=1, settings=["steps=1"]))
     table = mine / "image.csv"
@@ -574,7 +661,7 @@ def test_a_limit_of_pixels_is_a_number_or_none():
 ])  # fmt: skip
 def test_a_bad_request_to_train_is_one_clear_line(tmp_path, lesson, monkeypatch, words, says):
     plain = lessons(lesson, tmp_path / "run", settings=words[1:] if words[0] == "--set" else [])
-    plain[plain.index("--set"):plain.index("--set")] = [] if words[0] == "--set" else words
+    plain[plain.index("--set") : plain.index("--set")] = [] if words[0] == "--set" else words
     monkeypatch.setattr(sys, "argv", ["train.py", *plain])
     with pytest.raises(SystemExit) as exit_:
         train.run()
@@ -590,11 +677,15 @@ def test_a_setting_that_had_no_value_takes_a_number_or_several():
         train.with_settings(MLLMConfig("x", max_pixels=None), ["max_pixels=many"])
 
 
-@pytest.mark.parametrize("flag, least", [("--max-bad", 0), ("--workers", 0), ("--sample-steps", 1), ("--sample-every", 0), ("--keep", 1)])
+@pytest.mark.parametrize(
+    "flag, least", [("--max-bad", 0), ("--workers", 0), ("--sample-steps", 1), ("--sample-every", 0), ("--keep", 1)]
+)
 def test_a_number_too_small_is_refused_before_anything_is_read(capsys, flag, least):
     with pytest.raises(SystemExit):
         train.parse_arguments(["--stage", "1", flag, str(least - 1)])
-    assert f"{flag} {least - 1}" in capsys.readouterr().err and train.parse_arguments(["--stage", "1", flag, str(least)])
+    assert f"{flag} {least - 1}" in capsys.readouterr().err and train.parse_arguments(
+        ["--stage", "1", flag, str(least)]
+    )
 
 
 @pytest.mark.parametrize("error, says", [
@@ -645,17 +736,29 @@ def test_a_dry_run_writes_nothing_and_a_plot_shows_the_losses(tmp_path, lesson, 
 
 def test_the_help_of_the_other_commands_answers_without_torch():
     for name in ("train.py", "data.py", "curate.py", "judge.py", "nano.py"):
-        probe = f"import runpy, sys; sys.argv = [{name!r}, '--help']\ntry: runpy.run_path({name!r}, run_name='__main__')\n"
+        probe = (
+            f"import runpy, sys; sys.argv = [{name!r}, '--help']\ntry: runpy.run_path({name!r}, run_name='__main__')\n"
+        )
         probe += "except SystemExit: assert not {'torch', 'av', 'transformers', 'numpy'} & sys.modules.keys()"
         done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=HOUSE)
         assert done.returncode == 0 and "examples:" in done.stdout, done.stderr
 
 
 def test_the_paper_s_numbers_are_the_defaults():
-    told = {1: ({"image": 1, "video": 0, "ref": 0}, 30_000), 2: ({"image": 1, "video": 1, "ref": 0}, 10_000), 3: ({"image": 2, "video": 1, "ref": 1}, 10_000)}
+    told = {
+        1: ({"image": 1, "video": 0, "ref": 0}, 30_000),
+        2: ({"image": 1, "video": 1, "ref": 0}, 10_000),
+        3: ({"image": 2, "video": 1, "ref": 1}, 10_000),
+    }
     for number, stage in train.STAGES["paper"].items():  # FACTS.md, "Training"
         assert (stage.ratio, stage.steps) == told[number] and stage.source == (number > 1)
-        assert (stage.global_batch, stage.lr, stage.optimizer, stage.lora_rank, stage.shift) == (128, 2e-5, "adamw", 64, 5.0)
+        assert (stage.global_batch, stage.lr, stage.optimizer, stage.lora_rank, stage.shift) == (
+            128,
+            2e-5,
+            "adamw",
+            64,
+            5.0,
+        )
     assert [stage.lr for stage in train.STAGES["released"].values()] == [1e-5, 1e-5, 5e-6]
 
 
@@ -696,16 +799,26 @@ def test_phases_begin_and_samples_are_numbered_by_batches_and_items(tmp_path, le
 def test_a_batch_of_two_is_estimated_to_need_twice_the_activations_of_one(tmp_path, lesson):
     with trainer_of(lesson, tmp_path) as trainer:
         stages = [replace(trainer.stage, batch=size) for size in (1, 2)]
-        one, two = (train.activation_numbers(trainer.model, stage, trainer.ranks, (9, 64, 64), True) for stage in stages)
+        one, two = (
+            train.activation_numbers(trainer.model, stage, trainer.ranks, (9, 64, 64), True) for stage in stages
+        )
     assert two == 2 * one
 
 
 def test_muon_takes_matrices_of_the_blocks_and_adamw_the_rest():
-    shapes = {"dit.blocks.0.ffn.0.weight": (4, 3), "mllm.ref_queries": (4, 3), "dit.blocks.0.modulation": (1, 6, 3), "source_scale.weight": (1, 3)}
+    shapes = {
+        "dit.blocks.0.ffn.0.weight": (4, 3),
+        "mllm.ref_queries": (4, 3),
+        "dit.blocks.0.modulation": (1, 6, 3),
+        "source_scale.weight": (1, 3),
+    }
     trained = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
     stage = replace(train.STAGES["paper"][3], optimizer="muon")
     muon, adamw = train.make_optimizers(stage, trained)
-    assert [len(o.param_groups[0]["params"]) for o in (muon, adamw)] == [1, 3] and adamw.defaults["betas"] == (0.9, 0.999)
+    assert [len(o.param_groups[0]["params"]) for o in (muon, adamw)] == [1, 3] and adamw.defaults["betas"] == (
+        0.9,
+        0.999,
+    )
     trained["dit.blocks.0.ffn.0.weight"].device_mesh = SimpleNamespace(size=lambda: 8)
     with pytest.raises(ValueError, match="has 4 rows for 8 ranks"):
         train.make_optimizers(stage, trained)

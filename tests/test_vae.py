@@ -8,6 +8,7 @@ from kernels.bench import diffusers_vae, diffusers_vae_name
 from model import load_weights
 from vae import VAE
 
+
 @golden
 @pytest.mark.parametrize("version", ["2.2", "2.1"])
 @pytest.mark.parametrize("chunk", [1, 3])
@@ -81,7 +82,9 @@ def test_the_memory_of_streaming_does_not_grow_with_the_frames():
             for start in (0, *range(1, frames, 4)):
                 vae.encoder.down(torch.rand(1, 3, 4 if start else 1, 32, 32), state)
         sizes[frames] = sum(t.untyped_storage().nbytes() for t in state.values() if isinstance(t, torch.Tensor))
-        assert sizes[frames] == sum(t.nbytes for t in state.values() if isinstance(t, torch.Tensor)), "a view keeps its chunk alive"
+        assert sizes[frames] == sum(t.nbytes for t in state.values() if isinstance(t, torch.Tensor)), (
+            "a view keeps its chunk alive"
+        )
     assert sizes[41] == sizes[9] == sizes[5]
 
 
