@@ -1,12 +1,15 @@
-"""Tables of editing pairs, their mixture, and the batches that training asks for.
+"""Tables of editing pairs, their mixture, the batches that training asks for, and their cache.
 
-image.csv, video.csv, ref_video.csv -> rows -> buckets of one shape -> batches in an order fixed by the seed
-`python data.py check`: read every file before a long run; `python data.py cache`: encode them once for all training
+    image.csv, video.csv, ref_video.csv -> Row -> Shapes (frames, height, width of every file, measured once)
+      -> buckets of one shape -> Mixture: batches in an order that is a function of the seed -> Pairs | CachedPairs
+
+`python data.py check`: read every file before a long run; `python data.py cache`: encode rows once for all training.
 """
 
 import argparse
 import csv
 import hashlib
+import json
 import math
 import os
 import random
@@ -19,9 +22,10 @@ from pathlib import Path
 
 EXAMPLES = """examples:
   python data.py check data/nano/image.csv data/nano/ref_video.csv      # before a long run
-  python data.py cache --stage 2 --config nano --data data/nano --weights weights/nano --out cache/2
-  python train.py --stage 2 --config nano --data data/nano --weights weights/nano --cache cache/2 --out runs/2
+  python data.py cache --preset lora --config nano --data data/nano --weights weights/nano --out cache/nano
+  python train.py --preset lora --config nano --data data/nano --weights weights/nano --cache cache/nano --out runs/mine
 """
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: busy-waiting threads slow small steps tenfold
 
 
 def parse_arguments(argv=None):
@@ -33,37 +37,42 @@ def parse_arguments(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="read every file of the tables and report what is wrong")
     check.add_argument("tables", nargs="+", metavar="TABLE", help="image.csv, video.csv, ref_video.csv or parquet")
-    check.add_argument(
-        "--base-path", metavar="DIR", help="what the paths in the tables start from (default: its folder)"
-    )
-    cache = commands.add_parser("cache", help="write VAE latents; other arguments are those of train.py")
+    check.add_argument("--base-path", metavar="DIR", help="where the paths in the tables start (default: its folder)")
+    cache = commands.add_parser("cache", help="encode rows; the other arguments are those of train.py")
     cache.add_argument("--out", required=True, metavar="DIR", help="the cache")
     return parser.parse_known_args(argv)
 
 
 if __name__ == "__main__":
-    parse_arguments()  # --help answers before torch is there
+    parse_arguments()  # --help answers before torch is imported
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from media import (
     GRID,
     MediaError,
+    decode,
     decoded_shape,
-    measure,
+    frame_rate,
+    is_picture,
+    nearest_size,
+    open_media,
     read_frames,
     read_image,
+    shown_frames,
     usable_frames,
+    whole_file,
     working_size,
+    write_text,
 )
 
 FILES = {"image": "image.csv", "video": "video.csv", "ref": "ref_video.csv"}
 PAIR = ("src_video", "tgt_video", "prompt")
 COLUMNS = {"image": PAIR, "video": PAIR, "ref": (*PAIR, "ref_image")}
 ASPECTS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1, 4 / 3, 3 / 2, 16 / 9, 2)  # height / width
-SHARD = 64  # rows of a table whose samples of one shape are a file of a cache
 
 
 @dataclass(frozen=True)
@@ -75,25 +84,28 @@ class Row:
     prompt: str
     ref: str | tuple | None = None  # a file, or (parquet file, row group, row)
 
+    @property
+    def files(self):
+        ref = self.ref[0] if isinstance(self.ref, tuple) else self.ref
+        return [self.source, self.target, *([ref] if ref else [])]
+
+
+# Tables
+
 
 def find_tables(folders, kind):
-    """The tables, .csv or .parquet, that folders have for a kind of data: at least one. RefVIE as it is published has many,
-    chunk_*.parquet. FileNotFoundError."""
+    """The .csv or .parquet tables of a kind of data in these folders; RefVIE is published as chunk_*.parquet.
+    FileNotFoundError."""
     found = []
     for folder in map(Path, folders):
         if not folder.is_dir():
-            raise FileNotFoundError(
-                f"--data {folder}: no such folder; give one with {', '.join(FILES.values())}, or those the stage needs"
-            )
+            raise FileNotFoundError(f"--data {folder}: no such folder; give one with {', '.join(FILES.values())}")
         paths = [(folder / FILES[kind]).with_suffix(suffix) for suffix in (".csv", ".parquet")]
-        found += [path for path in paths if path.is_file()][:1] or sorted(folder.glob("chunk_*.parquet")) * (
-            kind == "ref"
-        )
+        chunks = sorted(folder.glob("chunk_*.parquet")) if kind == "ref" else []
+        found += [path for path in paths if path.is_file()][:1] or chunks
     if not found:
         names = ", ".join(map(str, folders))
-        raise FileNotFoundError(
-            f"{names}: has no {FILES[kind]}, which this stage needs; give its place with --{kind}-csv"
-        )
+        raise FileNotFoundError(f"{names}: has no {FILES[kind]}, which this stage needs; or give it by --{kind}-csv")
     return found
 
 
@@ -103,33 +115,37 @@ def read_table(path, kind, base=None):
     ValueError for a missing column, an empty table or field, or a path that leaves the base folder.
     """
     path = Path(path)
-    base = Path(base or path.parent).resolve()
+    base = os.path.realpath(base or path.parent)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; `python nano.py data DIR` makes a small data set")
+        raise FileNotFoundError(f"{path}: no such file; `python -m nano data DIR` makes a small data set")
     if path.suffix == ".parquet":
         lines = read_parquet(path, kind)
     else:
         lines = ((place, [line[name] for name in COLUMNS[kind]]) for place, line in csv_lines(path, COLUMNS[kind]))
     rows = []
     for where, (source, target, prompt, *ref) in lines:
-        texts = [source, target, prompt, *(r for r in ref if not isinstance(r, tuple))]
-        if not all(isinstance(text, str) and text.strip() for text in texts):
-            raise ValueError(f"{where}: an empty field, or no text, among {', '.join(COLUMNS[kind])}")
-        source, target = (str(inside(base, name, where)) for name in (source, target))
-        ref = [str(inside(base, r, where)) if isinstance(r, str) else r for r in ref]
-        rows.append(Row(source, target, prompt.strip(), *ref))
+        for text in (source, target, prompt, *ref):
+            if not isinstance(text, tuple) and not (isinstance(text, str) and text.strip()):
+                raise ValueError(f"{where}: an empty field, or no text, among {', '.join(COLUMNS[kind])}")
+        ref = [below(base, r, where) if isinstance(r, str) else r for r in ref]
+        rows.append(Row(below(base, source, where), below(base, target, where), prompt.strip(), *ref))
     if not rows:
         raise ValueError(f"{path}: has no rows")
     return rows
 
 
 def inside(base, name, where):
-    """base / name, if that is below base; ValueError if not. The words of the path count, not where links lead: in the
-    hub's cache every file is a link to outside of its folder."""
+    """base / name as a path below base; ValueError if it leads out. The words count, not where links lead: in the hub's
+    cache every file is a link to outside of its folder."""
+    return Path(below(os.path.abspath(base), name, where))
+
+
+def below(base, name, where):
+    """`inside` for an absolute base, on texts: ten times as fast for tables of a million rows."""
     path = os.path.normpath(os.path.join(base, name))
-    if Path(os.path.abspath(base)) not in Path(os.path.abspath(path)).parents:
+    if not path.startswith(base.rstrip(os.sep) + os.sep):
         raise ValueError(f"{where}: {name} is outside of {base}; give paths below it (train.py: --base-path)")
-    return Path(path)
+    return path
 
 
 def csv_lines(path, columns=()):
@@ -156,7 +172,7 @@ def has_columns(path, columns, found):
 
 
 def read_parquet(path, kind):
-    """Yield (place, fields) of every row; of RefVIE's reference, its picture's bytes, only where they are."""
+    """Yield (place, fields) of every row; for RefVIE's reference the place of its bytes."""
     file = parquet_file(path)
     has_columns(path, [*PAIR, *["ref_image_bytes"] * (kind == "ref")], file.schema_arrow.names)
     for group in range(file.num_row_groups):
@@ -186,8 +202,8 @@ def row_group(path, file, group, columns):
 
 @lru_cache(maxsize=2)
 def reference_bytes(path, group):
-    """The reference pictures of a row group; the last two stay, for `check` reads in order. Training shuffles, and reads
-    a group for nearly every picture: ref_video.csv with its files is quicker there."""
+    """The reference pictures of a row group. `check` reads in order; training shuffles and reads a group for nearly every
+    picture, so ref_video.csv with its files, or a cache, is quicker there."""
     return row_group(path, parquet_file(path), group, ["ref_image_bytes"]).column(0)
 
 
@@ -202,39 +218,104 @@ def read_reference(ref):
     return read_image(f"{path}, row {row} of group {group}", content)
 
 
-def measure_row(row, still):
-    """(frames, height, width) that a row gives: the shorter of its two files, the target's size; or, text, why it has none."""
-    try:
-        (a, *_), (b, height, width) = measure(row.source), measure(row.target)
-        if isinstance(row.ref, str):  # pictures inside of parquet are read when they are needed
-            measure(row.ref)
-    except MediaError as error:
-        return str(error)
-    if min(height, width) < GRID:
-        return f"{row.target}: is {width}x{height}, each side needs at least {GRID} pixels"
-    return (1 if still else min(a, b)), height, width
+# Shapes
 
 
-def measure_rows(rows, still):
-    """Of every row what `measure_row` finds."""
-    with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(lambda row: measure_row(row, still), rows))
+class Shapes:
+    """What every file looks like, measured once: shapes.jsonl of a run or cache, lines [path, size, time, shape or fault].
+
+    A file whose size or time changed is measured again; nothing else is opened.
+    """
+
+    def __init__(self, *folders):
+        self.known = {}
+        for folder in filter(None, folders):
+            path = Path(folder) / "shapes.jsonl"
+            lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+            self.known |= {path: rest for path, *rest in map(json.loads, lines)}
+
+    def measure(self, rows, ranks):
+        """Make every file of `rows` known on all ranks, each of which measures its part."""
+        paths = sorted({path for row in rows for path in row.files})
+        mine = paths[ranks.rank :: ranks.world]
+        with ThreadPoolExecutor(8) as pool:
+            bar = tqdm(pool.map(self.entry, mine), "read headers", len(mine), disable=not ranks.first, leave=False)
+            self.known |= {
+                path: entry for part in ranks.gathered([dict(zip(mine, bar))]) for path, entry in part.items()
+            }
+
+    def entry(self, path):
+        stamp = self.stamp(path)
+        known = self.known.get(path)
+        if known and known[:2] == stamp:
+            return known
+        try:
+            return [*stamp, list(look(path)) if not path.endswith(".parquet") else None]
+        except MediaError as error:
+            return [*stamp, str(error)]
+
+    @staticmethod
+    def stamp(path):
+        try:
+            found = os.stat(path)
+            return [found.st_size, found.st_mtime_ns]
+        except OSError:
+            return [-1, -1]
+
+    def save(self, folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        lines = (json.dumps([path, *entry]) + "\n" for path, entry in self.known.items())
+        write_text(Path(folder) / "shapes.jsonl", "".join(lines))
+
+    def of_row(self, row, kind):
+        """(frames, height, width) that a row gives: the shorter of its files, the target's size; or why it has none."""
+        found = [self.known[path][2] for path in row.files]
+        if fault := next((shape for shape in found if isinstance(shape, str)), None):
+            return fault
+        (a, _, _, source_rate), (b, height, width, rate) = found[:2]
+        if min(height, width) < GRID:
+            return f"{row.target}: is {width}x{height}, each side needs at least {GRID} pixels"
+        if kind == "image":
+            return 1, height, width
+        if 1 < min(a, b) < 5:
+            return f"{row.target}: has {min(a, b)} frames; a clip needs at least 5, a picture belongs into {FILES['image']}"
+        if source_rate and rate and abs(source_rate / rate - 1) > 0.05:
+            return f"{row.target}: has {rate:g} frames a second, its source {source_rate:g}: frames would not match"
+        return min(a, b), height, width
+
+
+def look(path):
+    """(frames, height, width, frames a second) of a picture or clip, upright, from its header and first frame."""
+    with open_media(path) as (container, stream):
+        frames = decode(path, container, stream)
+        _, rgb = next(frames)
+        if is_picture(container):
+            return 1, *rgb.shape[:2], 0
+        count = shown_frames(container, stream) or 1 + sum(1 for _ in frames)
+        return count, *rgb.shape[:2], float(frame_rate(stream))
 
 
 def bucket(shape, max_frames, max_pixels):
     """The shape (T, h, w) at which a clip (frames, height, width) is trained.
 
-    A clip above max_pixels takes the nearest of a few aspects, so that batches fill.
+    A clip above max_pixels takes the nearest of a few aspects, so that batches fill, in the largest size of it.
     """
     frames, height, width = shape
     if height * width > max_pixels:
         aspect = min(ASPECTS, key=lambda a: abs(math.log(a * width / height)))
-        height, width = int(math.sqrt(max_pixels * aspect)), int(math.sqrt(max_pixels / aspect))
+        return usable_frames(frames, max_frames), *largest_size(aspect, max_pixels)
     return usable_frames(frames, max_frames), *working_size(height, width, max_pixels)
 
 
+@lru_cache(maxsize=64)
+def largest_size(aspect, max_pixels):
+    """(h, w) on the grid near an aspect: 832x480 for 16:9 of 409,600 pixels, where rounding down gives 832x448."""
+    side = math.sqrt(4 * max_pixels)
+    return nearest_size(int(side * aspect**0.5), int(side / aspect**0.5), max_pixels, GRID)
+
+
 def fill_buckets(shapes, max_frames, max_pixels):
-    """Measured shapes (a text: left out) -> {shape of training: [row numbers]}."""
+    """Shapes of rows (a text: left out) -> {shape of training: [row numbers]}."""
     buckets = {}
     for number, shape in enumerate(shapes):
         if not isinstance(shape, str):
@@ -246,6 +327,9 @@ def read_pair(row, shape):
     """Frames uint8 (T, h, w, 3) of a row's target and source at `shape` (T, h, w), and its reference or None. MediaError."""
     target, source = (read_frames(path, shape[0], shape[1:]) for path in (row.target, row.source))
     return target, source, read_reference(row.ref) if row.ref else None
+
+
+# The order of the data
 
 
 class Mixture:
@@ -328,9 +412,9 @@ class Pairs(torch.utils.data.Dataset):
 
     tables: {kind: [Row]}; curriculum: their order; resize: `MLLMEncoder.resize`, done here, in the worker.
     `self[n]` -> a dict of lists, an entry a sample: numbers (counted over the whole run), prompts, paths, pictures
-    (frames uint8 (T, h, w, 3) of target and source, the reference uint8 (H, W, 3) or None), visuals (what `resize`
+    (frames uint8 (T, h, w, 3) of target and source, the reference uint8 (H, W, 3) or None), seen (what `resize`
     returned); besides kind, shape and bad, a list of (path, reason). A row that cannot be read is replaced by the
-    next one of its bucket; where none can, the dict has nothing but `fatal`.
+    next one of its bucket; if none can, the dict has nothing but `fatal`.
     """
 
     def __init__(self, tables, curriculum, resize):
@@ -338,12 +422,12 @@ class Pairs(torch.utils.data.Dataset):
 
     def __getitem__(self, n):
         mixture, kind, shape, numbers = self.curriculum[n]
-        batch = {"kind": kind, "shape": shape, "bad": [], "prompts": [], "paths": [], "pictures": [], "visuals": []}
+        batch = {"kind": kind, "shape": shape, "bad": [], "prompts": [], "paths": [], "pictures": [], "seen": []}
         batch["numbers"] = list(range(n * len(numbers), (n + 1) * len(numbers)))
         try:
             for number in numbers:
                 self.add(batch, mixture.buckets[kind][shape], number)
-        except (ValueError, OSError) as error:  # in a worker: what it raised would come with its traceback
+        except (ValueError, OSError) as error:  # a worker's exception would come with its traceback
             return {"fatal": str(error)}
         return batch
 
@@ -353,30 +437,26 @@ class Pairs(torch.utils.data.Dataset):
         for candidate in from_row(bucket, number):
             row = self.tables[batch["kind"]][candidate]
             try:
-                pictures, visuals = self.read(row, batch["kind"], batch["shape"], candidate)
+                pictures, seen = self.read(row, batch["shape"])
             except MediaError as error:
                 reason = str(error)
                 batch["bad"].append((row.target, reason))
                 continue
-            for name, value in {
-                "prompts": row.prompt,
-                "paths": row.target,
-                "pictures": pictures,
-                "visuals": visuals,
-            }.items():
+            new = {"prompts": row.prompt, "paths": row.target, "pictures": pictures, "seen": seen}
+            for name, value in new.items():
                 batch[name].append(value)
             return
         raise MediaError(
             f"none of the {len(bucket)} samples of {batch['kind']} {batch['shape']} can be read; the last: {reason}"
         )
 
-    def read(self, row, kind, shape, number):
+    def read(self, row, shape):
         target, source, ref = read_pair(row, shape)
         return (target, source, ref), self.resize(source, ref)
 
 
 def from_row(bucket, number):
-    """A row's number and then those after it in its bucket, round to the one before: where it is, is seldom asked for."""
+    """A row's number and then those after it in its bucket, round to the one before. (`index` runs for broken rows only.)"""
     yield number
     start = bucket.index(number)
     yield from bucket[start + 1 :] + bucket[:start]
@@ -384,38 +464,91 @@ def from_row(bucket, number):
 
 def fingerprint(rows, more=None):
     """Rows, in their order, and what else is to be the same, as a short text."""
-    return hashlib.sha256(repr([[(r.source, r.target, r.prompt, r.ref) for r in rows], more]).encode()).hexdigest()[:16]
+    return digest([[(r.source, r.target, r.prompt, r.ref) for r in rows], more])[:16]
 
 
-def shard_path(folder, kind, shape, number):
-    return Path(folder) / f"{kind}-{'x'.join(map(str, shape))}-{number:05d}.safetensors"
+def digest(value):
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:32]
 
 
-def read_shard(folder, kind, shape, shard, row):
-    """The tensors of one row, without the row's number in their names. ValueError where the file is damaged."""
-    path = shard_path(folder, kind, shape, shard)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {k.split(".", 1)[1]: file.get_tensor(k) for k in file.keys() if k.startswith(f"{row}.")}  # noqa: SIM118
-    except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); write it again with data.py cache") from None
+# The cache
+
+
+class Cache:
+    """Rows encoded once, in a folder, found by what they are made of: a file of tensors for each row, shape and part.
+
+    parts: {"latents": ..., and "context" (of a frozen MLLM) or "seen" (the vision tower's tokens, where it trains): ...},
+    the values name what makes them: weights and settings. The name of a file is the hash of its part's value, of path,
+    size and time of the row's files, of the shape and, for a context, of the prompt. So a row more or a word mended
+    costs one file, and a file that changed is encoded anew.
+    """
+
+    def __init__(self, folder, shapes, parts):
+        self.folder, self.shapes, self.parts = Path(folder), shapes, parts
+
+    def path(self, part, row, shape):
+        files = [(path, *self.shapes.known[path][:2]) for path in row.files]
+        words = row.prompt if part == "context" else None
+        reference = row.ref[1:] if isinstance(row.ref, tuple) else None
+        name = digest([part, self.parts[part], files, reference, list(shape), words])
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    def absent(self, row, shape):
+        """The parts of a row that are neither here nor known to be unreadable."""
+        paths = {part: self.path(part, row, shape) for part in self.parts}
+        return [part for part, path in paths.items() if not (path.is_file() or path.with_suffix(".txt").is_file())]
+
+    def write(self, part, row, shape, tensors):
+        """tensors: {name: tensor}, or a text, the fault of the row."""
+        path = self.path(part, row, shape)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(tensors, str):
+            return write_text(path.with_suffix(".txt"), tensors)
+        with whole_file(path) as temporary:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+
+    def read(self, part, row, shape):
+        path = self.path(part, row, shape)
+        if path.with_suffix(".txt").is_file():
+            raise MediaError(path.with_suffix(".txt").read_text())
+        try:
+            return load_file(path)
+        except (SafetensorError, FileNotFoundError) as error:
+            raise ValueError(
+                f"{path}: {row.target} cannot be read from the cache ({error}); run data.py cache"
+            ) from None
+
+    def check(self, wanted):
+        """ValueError unless every (row, shape) is here."""
+        absent = [row for row, shape in wanted if self.absent(row, shape)]
+        if absent:
+            raise ValueError(f"{self.folder}: {len(absent)} of {len(wanted)} rows are new, changed, or encoded by other weights "
+                             f"or settings (the first: {absent[0].target}); run data.py cache again, it adds what is absent")  # fmt: skip
 
 
 class CachedPairs(Pairs):
-    """The same from what `python data.py cache` wrote; pictures are latents (C, T, h, w) then."""
+    """The same from a `Cache`: pictures are latents (C, T, h, w); seen is a context (L, D), or the mode and
+    {name: (tokens of the vision tower (n, hidden), grid)}."""
 
-    def __init__(self, tables, curriculum, folder):
+    def __init__(self, tables, curriculum, cache):
         super().__init__(tables, curriculum, None)
-        self.folder = Path(folder)
+        self.cache = cache
 
-    def read(self, row, kind, shape, number):
-        tensors = read_shard(self.folder, kind, shape, number // SHARD, number)
-        if not tensors:
-            raise MediaError(f"{row.target}: could not be read when the cache was written")
-        seen = {name.removeprefix("mllm."): value for name, value in tensors.items() if name.startswith("mllm.")}
-        visuals = {"source": seen.pop("source"), **seen}  # the request has them in this order
-        mode = "ref" if row.ref else "image" if shape[0] == 1 else "video"
-        return tuple(tensors.get(name) for name in ("target", "source", "ref")), (mode, visuals)
+    def read(self, row, shape):
+        return read_cached(self.cache, row, shape)
+
+
+def read_cached(cache, row, shape):
+    latents = cache.read("latents", row, shape)
+    pictures = tuple(latents.get(name) for name in ("target", "source", "ref"))
+    if "context" in cache.parts:
+        return pictures, cache.read("context", row, shape)["context"]
+    found = cache.read("seen", row, shape)
+    seen = {n: (found[n], tuple(found[f"{n}.grid"].tolist())) for n in ("source", "ref0") if n in found}
+    return pictures, ("ref" if row.ref else "image" if shape[0] == 1 else "video", seen)
+
+
+# Commands
 
 
 def main(argv=None):

@@ -267,12 +267,13 @@ class KiwiEdit(nn.Module):
     def forward(
         self, requests, latents, t, source=None, ref=None, noise=None, flow=FlowMatch(), balance=False, apart=False
     ):
-        """The training loss of a batch: `training_loss` on what the MLLM makes of the requests (`MLLMEncoder.prepare`).
+        """The training loss of a batch: `training_loss` on what the MLLM makes of the requests (`MLLMEncoder.prepare`), or
+        on contexts (1, L, D) that were made before.
 
         Contexts with references differ in length and are not padded: equal ones go together. apart: one by one, where
         several ranks train with references, for sharded ranks must call the blocks equally often.
         """
-        contexts = self.mllm.encode(requests)
+        contexts = requests if isinstance(requests[0], torch.Tensor) else self.mllm.encode(requests)
         groups = {}
         for i, context in enumerate(contexts):
             groups.setdefault(i if apart else context.shape[1], []).append(i)

@@ -101,14 +101,15 @@ def test_a_step_changes_exactly_the_parameters_that_the_stage_trains(tmp_path, l
         lessons(lesson, tmp_path, "--preset", preset, stage=stage, settings=["global_batch=6"])
     )
     chosen = train.choose_stage(args)
-    ranks = train.Ranks(args.parallel, args.dtype, args.sp, args.dry_run)
+    ranks = train.Ranks(args.parallel, args.dtype, args.sp)
     try:
-        model = train.load_model(args, chosen, ranks, None)
+        data_ = train.open_data(args, chosen, ranks)
+        model, cache = train.load_model(args, chosen, ranks, None, data_)
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:  # zero at first, and then A would have no gradient
                 torch.nn.init.normal_(parameter)
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        trainer = train.Trainer(args, chosen, ranks, model, *train.open_data(args, chosen, ranks))
+        trainer = train.Trainer(args, chosen, ranks, model, data_, cache)
         trainer.batches = iter(trainer.loader())
         assert trainer.step()["skipped"] == 0
     finally:
@@ -127,7 +128,7 @@ def test_what_a_stage_saves_has_exactly_the_released_names_and_shapes(tmp_path, 
     args = train.parse_arguments(["--config", name, "--stage", str(stage), "--preset", "released", "--init", "random",
                                   "--qwen", str(real_qwen_folder), "--out", str(tmp_path), "--dry-run"])  # fmt: skip
     chosen = train.choose_stage(args)
-    ranks = train.Ranks(args.parallel, args.dtype, args.sp, args.dry_run)
+    ranks = train.Ranks(args.parallel, args.dtype, args.sp)
     try:
         with torch.device("meta"):
             model = train.load_model(args, chosen, ranks, None)
@@ -773,10 +774,11 @@ def test_timesteps_are_drawn_over_the_whole_schedule_and_rounded_where_weights_s
 @contextmanager
 def trainer_of(lesson, out, *settings):
     args = train.parse_arguments(lessons(lesson, out, settings=settings))
-    stage, ranks = train.choose_stage(args), train.Ranks(args.parallel, args.dtype, args.sp, args.dry_run)
+    stage, ranks = train.choose_stage(args), train.Ranks(args.parallel, args.dtype, args.sp)
     try:
-        model = train.load_model(args, stage, ranks, None)
-        yield train.Trainer(args, stage, ranks, model, *train.open_data(args, stage, ranks))
+        rows = train.open_data(args, stage, ranks)
+        model, cache = train.load_model(args, stage, ranks, None, rows)
+        yield train.Trainer(args, stage, ranks, model, rows, cache)
     finally:
         ranks.leave()
 
