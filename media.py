@@ -518,11 +518,10 @@ def read_sound(source, sound, start, duration, rate, layout) -> np.ndarray:
             if at >= out.shape[1]:
                 break
             now = (frame.format.name, frame.layout.name, frame.sample_rate)
-            if (
-                now != kind or abs(at - place) > 0.012 * rate
-            ):  # at first, after a gap, or its kind changes within the file
+            jumps = abs(at - place) > 0.012 * rate
+            if jumps or now != kind:  # at first, after a gap, and where its kind changes within the file
                 put(resampler.resample(None) if resampler else [])
-                place = at if abs(at - place) > 0.012 * rate else place
+                place = at if jumps else place
                 kind, resampler = now, av.AudioResampler(format="fltp", layout=layout, rate=rate)
             put(resampler.resample(frame))
         put(resampler.resample(None) if resampler else [])
