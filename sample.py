@@ -79,8 +79,8 @@ def main(argv=None):
     weights_exist(args.weights)
     import torch
 
-    from kernels import pick_device
     from media import read_image
+    from parallel import pick_device
 
     device = pick_device(args.device)
     if args.offload and device.type == "cpu":
