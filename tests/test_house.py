@@ -19,10 +19,15 @@ import train
 from conftest import HOUSE
 from kernels.bench import table
 
-FLOORS = {
-    "kernels": 0, "parallel": 1, "dit": 1, "vae": 1, "connectors": 1, "media": 1, "data": 2, "load": 2, "world": 2, "metrics": 2,
-    "judges": 2, "model": 3, "sample": 4, "train": 4, "judge": 4, "curate": 4, "nano": 4, "conftest": 5,
-}  # fmt: skip
+HOUSE_FLOORS = (
+    "kernels report",
+    "parallel dit vae connectors media",
+    "data load world metrics vlm judges",
+    "model",
+    "sample train judge curate nano",
+    "conftest",
+)
+FLOORS = {name: floor for floor, names in enumerate(HOUSE_FLOORS) for name in names.split()}
 
 
 @pytest.mark.parametrize("path", sorted(HOUSE.glob("*.py")), ids=lambda path: path.name)
