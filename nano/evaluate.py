@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from kernels import pick_device
 from media import pad_reference, write_image, write_text
 from model import KiwiEdit
 from nano.data import read_frames, read_mask, read_truth, read_world
 from nano.world import draw_frames, load_library, nameable, pick, redraw_edit, render, to_uint8
+from parallel import pick_device
 
 CANDIDATES = 20  # the right sprite among so many: chance is 5 %
 ASKED = {  # set before all training: dB gained on a copy inside the edited region, share of right objects

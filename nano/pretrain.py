@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from connectors import REFERENCE_HINT, SYSTEM_PROMPT, MLLMEncoder, num_tokens
-from kernels import pick_device
 from media import whole_file, write_text
 from model import PRESETS, FlowMatch, KiwiEdit
 from nano.data import read_many, read_truth
 from nano.world import pick
+from parallel import pick_device
 from vae import VAE, chunks
 
 

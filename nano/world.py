@@ -452,7 +452,8 @@ STYLES = {
 PLACES = {
     "on the left": (-0.26, 0.08), "on the right": (0.26, 0.08), "in the middle": (0.0, 0.05),
     "at the top": (0.0, -0.25), "at the bottom": (0.0, 0.27), "in the top left corner": (-0.27, -0.26),
-    "in the top right corner": (0.27, -0.26), "in the bottom left corner": (-0.27, 0.27), "in the bottom right corner": (0.27, 0.27),
+    "in the top right corner": (0.27, -0.26), "in the bottom left corner": (-0.27, 0.27),
+    "in the bottom right corner": (0.27, 0.27),
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import kernels
 from conftest import close, randomise, tiny_dit
 from dit import DiT, rope_3d
 from kernels.bench import norm_rows
+from kernels.linear import QuantLinear, quantise_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -215,3 +216,40 @@ def test_keys_behind_the_last_weigh_nothing_however_low_the_others_score(triton_
         -8 * axis + 0.1 * torch.randn(1, 53, 1, 64),
     )  # each score about -8
     assert agrees_with_float64(kernels.attention, 2 * q, 2 * k, torch.randn(1, 53, 1, 64))
+
+
+@pytest.mark.parametrize("kind, error", [("fp8", 2**-4), ("int8", 2**-7)])
+def test_a_quantised_row_keeps_its_zeros_and_its_largest_value(kind, error):
+    weight = torch.randn(6, 40) * torch.logspace(-20, 20, 6)[:, None]
+    weight[2] = 0
+    stored, scale = quantise_rows(weight, kind)
+    back, largest = stored.float() * scale, weight.abs().amax(1, keepdim=True)
+    assert stored.itemsize == 1 and scale.shape == (6, 1) and scale.dtype == torch.float32
+    assert ((back - weight).abs() <= error * largest).all() and close(back.abs().amax(1, keepdim=True), largest, 1e-6)
+    with pytest.raises(ValueError, match="'int4', expected one of fp8, int8"):
+        quantise_rows(weight, "int4")
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_quantised_linear_is_a_linear_of_its_dequantised_weight_and_keeps_no_copy_of_it(kind, dtype):
+    linear = torch.nn.Linear(24, 10)
+    ours = QuantLinear.from_linear(linear, kind).to(dtype)
+    assert ours.stored.itemsize == 1 and ours.scale.dtype == torch.float32 and ours.bias.dtype == dtype
+    linear.weight.data = ours.weight
+    linear.to(dtype)
+    x, grad, kept = torch.randn(2, 5, 24, dtype=dtype, requires_grad=True), torch.randn(2, 5, 10, dtype=dtype), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = ours(x)
+    assert close(y, linear(x)) and all(t.itemsize == 1 or t.numel() == 10 for t in kept)
+    for mine, theirs in zip(*(torch.autograd.grad(f(x), (x, f.bias), grad) for f in (ours, linear))):
+        assert close(mine, theirs)
+
+
+def test_a_quantised_linear_reloads_moves_without_storage_and_takes_one_scale_for_all_rows():
+    ours = QuantLinear.from_linear(torch.nn.Linear(8, 4, bias=False), "fp8")
+    with torch.device("meta"):
+        again = QuantLinear.from_linear(torch.nn.Linear(8, 4, bias=False), "fp8")
+    again.to(torch.bfloat16).to_empty(device="cpu").load_state_dict(ours.state_dict())
+    assert torch.equal(again(torch.eye(8)), ours(torch.eye(8))) and set(ours.state_dict()) == {"stored", "scale"}
+    assert torch.equal(QuantLinear(ours.stored, torch.tensor(2.0)).weight, 2 * ours.stored.float())
