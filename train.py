@@ -12,7 +12,6 @@ cannot resume, takes one sample at a time and replaces broken ones in silence.
 """
 
 import argparse
-import atexit
 import json
 import math
 import os
@@ -21,7 +20,6 @@ import resource
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from ast import literal_eval
 from collections import Counter
@@ -38,7 +36,7 @@ EXAMPLES = """examples:
 where training starts (--weights): a run of this program (its last checkpoint), a checkpoint folder of one, a folder
   that nanoKiwi saved, the released diffusers layout, or a released training checkpoint (.safetensors) over --base and
   --qwen. Without it: --base and --qwen alone (nano: weights/nano, or random if it is not there), or, with --init
-  random, nothing but --qwen's config and tokenizer.
+  random, nothing but --qwen's config and tokenizer (nano: those of weights/nano/mllm).
 several processes (torchrun): data parallel by --parallel, and --sp N of them share each sequence.
 a run is watched by metrics.jsonl, TensorBoard if installed, and `python train.py --plot RUN` (an SVG).
 """
@@ -47,6 +45,7 @@ EDIT = (*ALIGN, "mllm.video_queries", "dit", "source_embedder", "source_scale")
 REFER = (*EDIT, "mllm.ref_queries", "mllm.ref_connector", "ref_embedder")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 NANO = Path(__file__).parent / "weights" / "nano"
+NANO_MLLM = NANO / "mllm"  # sizes and tokenizer of a small Qwen2.5-VL
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16
 
 
@@ -291,7 +290,6 @@ from model import (
     widened,
 )  # fmt: skip
 from parallel import Ranks, parallelise
-from world import write_mllm_folder
 
 
 def main(argv=None):
@@ -437,17 +435,9 @@ def read_start(args, ranks):
 
 
 def read_random(args, ranks, out):
-    """Random weights, made once in the run's folder. --qwen gives the language model's sizes and tokenizer; nano without
-    it gets a small one whose words are bytes."""
+    """Random weights, made once in the run's folder. --qwen gives the language model's sizes and tokenizer."""
     if args.qwen is None and args.config == "nano":
-        folder = out / "qwen"
-        if args.dry_run:  # it leaves nothing behind
-            folder = Path(tempfile.mkdtemp())
-            atexit.register(shutil.rmtree, folder)
-        if (ranks.first or args.dry_run) and not (folder / "config.json").exists():
-            write_mllm_folder(folder, [])
-        ranks.barrier()
-        args.qwen = str(folder)
+        args.qwen = str(NANO_MLLM)
     preset = PRESETS[args.config]
     config = replace(preset, mllm=replace(preset.mllm, folder=str(local_path(args.qwen or QWEN_BASE))))
     if args.dry_run:

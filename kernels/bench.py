@@ -789,16 +789,14 @@ def train_run(folder, name, size, settings, repeat):
     """metrics.jsonl of `repeat` steps and two more, on a smooth random clip of `size`, as a list of dicts. Then the run
     is killed: its last checkpoint would be some 30 GB that nobody reads."""
     from media import write_video
-    from world import write_mllm_folder
 
-    write_mllm_folder(folder / "qwen", ["Invert the colours."])
     clip = F.interpolate(torch.rand(1, 3, 5, 8, 8), size, mode="trilinear")[0].mul(255).byte().permute(1, 2, 3, 0)
     write_video(folder / "source.mp4", clip.numpy(), 16)
     write_video(folder / "target.mp4", (255 - clip).numpy(), 16)
     (folder / "video.csv").write_text("src_video,tgt_video,prompt\nsource.mp4,target.mp4,Invert the colours.\n")
     settings = [*settings, "steps=100000", "global_batch=1", "image=0", f"pixels={size[1] * size[2]}"]
     command = [sys.executable, HOUSE / "train.py", "--config", name, "--stage", 2, "--init", "random", "--qwen",
-               folder / "qwen", "--data", folder, "--out", folder / "run", "--save-every", 100000, "--set", *settings]  # fmt: skip
+               HOUSE / "weights" / "nano" / "mllm", "--data", folder, "--out", folder / "run", "--save-every", 100000, "--set", *settings]  # fmt: skip
     process, metrics, lines = subprocess.Popen([str(word) for word in command]), folder / "run" / "metrics.jsonl", []
     try:
         while len(lines) < repeat + 2:
