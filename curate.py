@@ -214,7 +214,6 @@ from judges import (
     sound,
     spoken,
 )  # fmt: skip
-from kernels import pick_device, rank_and_world
 from media import (
     MediaError,
     decode,
@@ -230,6 +229,7 @@ from media import (
 )
 from metrics import as_float, lab, luma, otsu, read_reference
 from model import local_path, read_json
+from parallel import pick_device, rank_and_world
 from world import load_library, redraw_edit, render, to_uint8
 
 STAGES = ("read", "score", "ground", "synthesize", "verify", "deduplicate")

@@ -192,7 +192,6 @@ from judges import (
     read_reason,
     read_winner,
 )  # fmt: skip
-from kernels import pick_device, rank_and_world
 from media import (
     MediaError,
     faithful_codec,
@@ -207,6 +206,7 @@ from media import (
 )
 from metrics import METRICS, measure_files, write_shuffled
 from model import KiwiEdit, is_out_of_memory, local_path, read_for, read_json, read_weights
+from parallel import pick_device, rank_and_world
 
 # What is asked: criteria with our own rubric texts, which carry the paper's.
 

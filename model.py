@@ -28,8 +28,8 @@ from torch import nn
 
 from connectors import LoRALinear, MLLMConfig, MLLMEncoder, merge_lora, replace_modules
 from dit import DiT, DiTConfig
-from kernels import pick_device
 from media import MAX_PIXELS, nearest_size, pad_reference, read_clip, whole_folder
+from parallel import pick_device
 from vae import VAE, VAEConfig
 
 SOURCE_CONDITIONS = ("add_scaled", "add_learned", "add_unscaled", "add_shared_patch_embed", "channel_concat")

@@ -158,7 +158,6 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from connectors import REFERENCE_HINT, SYSTEM_PROMPT, MLLMEncoder, num_tokens
-from kernels import pick_device
 from media import (
     EXACT_VIDEO_CODEC,
     pad_reference,
@@ -171,6 +170,7 @@ from media import (
     write_video,
 )
 from model import PRESETS, FlowMatch, KiwiEdit, began_with, find_checkpoint, only_weights
+from parallel import pick_device
 from vae import VAE, chunks
 from world import (
     MIXTURE,

@@ -28,8 +28,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -246,14 +244,9 @@ if __name__ == "__main__":
     parse_arguments()  # --help and slips of the pen answer before torch is there
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
 from connectors import inject_lora, merge_lora
@@ -271,7 +264,6 @@ from data import (
     read_table,
     shard_path,
 )
-from kernels import attention, rank_and_world
 from media import MediaError, pad_reference, whole_file, write_image, write_text, write_video
 from model import (
     HUB_BASES,
@@ -298,6 +290,7 @@ from model import (
     valid_checkpoints,
     widened,
 )  # fmt: skip
+from parallel import Ranks, parallelise
 from world import write_mllm_folder
 
 
@@ -312,7 +305,7 @@ def main(argv=None):
     if args.export:
         return export(Path(args.export), Path(args.out), args.base, args.qwen)
     stage = choose_stage(args)
-    ranks = Ranks(args)
+    ranks = Ranks(args.parallel, args.dtype, args.sp, args.dry_run)
     try:
         if stage.batches % ranks.dp:
             raise ValueError(
@@ -381,155 +374,6 @@ def with_model_settings(config, settings):
         else:
             raise ValueError(f"--set {part}.{values[0]}: no such part; there are model, dit, vae, mllm")
     return config
-
-
-# Processes
-
-
-class Ranks:
-    """The processes that torchrun started, or one alone. Ranks that share a sequence (sp) are neighbours."""
-
-    def __init__(self, args):
-        launched, has_gpu = "RANK" in os.environ, torch.cuda.is_available()
-        world = dist.get_world_size() if dist.is_initialized() else rank_and_world()[1]
-        if args.sp < 1 or world % args.sp:  # what can be refused is refused before a group is open
-            raise ValueError(f"--sp {args.sp} does not divide the {world} processes")
-        self.parallel = args.parallel or ("fsdp" if has_gpu else "ddp")
-        self.dtype = getattr(torch, args.dtype or ("bfloat16" if has_gpu else "float32"))
-        if self.dtype != torch.float32 and self.parallel == "ddp":
-            raise ValueError(
-                "--dtype bfloat16 keeps float32 master weights by FSDP2: take --parallel fsdp, also on one GPU"
-            )
-        alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        on_gpu = has_gpu and not args.dry_run  # which tells of what will run there
-        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu")
-        if on_gpu:
-            torch.cuda.set_device(self.device)
-        self.ours = not dist.is_initialized()  # who calls `main` several times may keep one group for all
-        if self.ours:
-            # on GPUs long enough for what ranks wait for, a shard of a cache, 60 GB of a checkpoint: NCCL gives up after 10 minutes
-            patience = {"timeout": timedelta(hours=2)} if on_gpu else {}
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **patience, **alone)
-        self.rank, self.world, self.sp = dist.get_rank(), world, args.sp
-        self.first = self.rank == 0
-        self.dp, self.data_rank = self.world // self.sp, self.rank // self.sp
-        self.mesh = init_device_mesh(self.device.type, (self.world,))
-        pairs = init_device_mesh(self.device.type, (self.dp, self.sp), mesh_dim_names=("data", "sequence"))
-        self.sequence = pairs["sequence"].get_group()
-        self.background = dist.new_group(backend="gloo")  # for the thread that writes checkpoints
-
-    def total(self, values):
-        """Sums over all ranks of a few numbers."""
-        values = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(values)
-        return values.tolist()
-
-    def any(self, flag):
-        return self.total([float(flag)])[0] > 0
-
-    def from_first(self, value):
-        """The first rank's Python value, on all."""
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def gathered(self, values):
-        """Lists of all ranks, joined."""
-        boxes = [None] * self.world
-        dist.all_gather_object(boxes, values)
-        return [value for box in boxes for value in box]
-
-    def leave(self):
-        if self.ours:
-            dist.destroy_process_group()
-
-
-class Ulysses:
-    """Sequence parallelism over heads: between the blocks each rank has its share of the tokens, and in
-    self-attention all tokens of its share of the heads (DeepSpeed-Ulysses, arXiv 2309.14509).
-
-    It hangs on the DiT by hooks: tokens are split before the first block and joined after the last. The context is
-    whole on every rank, so cross-attention needs no exchange. Every rank computes the same loss from the joined
-    tokens; the join's backward adds the ranks' gradients, so that their mean over all ranks is the true one.
-    """
-
-    def __init__(self, dit, group):
-        self.group, self.size, self.rank = group, group.size(), group.rank()
-        for block in dit.blocks:
-            block.self_attn.attend = self.attend
-            block.register_forward_pre_hook(self.enter)
-        dit.blocks[0].register_forward_pre_hook(self.split)  # after `enter`, which needs the whole length
-        dit.blocks[-1].register_forward_hook(self.join)
-
-    def enter(self, block, arguments):
-        """Give the block the rotary table of this rank's tokens."""
-        x, time_mod, context, (cos, sin) = arguments
-        self.counts = [len(cos) // self.size + (rank < len(cos) % self.size) for rank in range(self.size)]
-        mine = slice(sum(self.counts[: self.rank]), sum(self.counts[: self.rank + 1]))
-        return x, time_mod, context, (cos[mine], sin[mine])
-
-    def split(self, block, arguments):
-        x, *rest = arguments
-        return x.split(self.counts, dim=1)[self.rank], *rest
-
-    def join(self, block, arguments, x):
-        """(B, N of this rank, D) -> (B, N, D)."""
-        return Join.apply(x, self)
-
-    def attend(self, q, k, v):
-        """q, k, v (B, N of this rank, H, d) -> (B, N of this rank, H, d)."""
-        return self.to_tokens(attention(*(self.to_heads(x) for x in (q, k, v))))
-
-    def to_heads(self, x):
-        """(B, n, H, d), our tokens -> (B, N, H / ranks, d), our heads."""
-        b, _, h, d = x.shape
-        parts = [part.reshape(-1) for part in x.split(h // self.size, dim=2)]
-        received = self.exchange(parts, [b * count * (h // self.size) * d for count in self.counts])
-        return torch.cat([part.view(b, -1, h // self.size, d) for part in received], dim=1)
-
-    def to_tokens(self, x):
-        """The way back: (B, N, H / ranks, d) -> (B, n, H, d)."""
-        b, _, h, d = x.shape
-        parts = [part.reshape(-1) for part in x.split(self.counts, dim=1)]
-        received = self.exchange(parts, [b * self.counts[self.rank] * h * d] * self.size)
-        return torch.cat([part.view(b, -1, h, d) for part in received], dim=2)
-
-    def exchange(self, parts, sizes):
-        """Send part i to rank i; what the ranks sent to us, of `sizes` numbers each."""
-        return Exchange.apply(torch.cat(parts), [len(part) for part in parts], sizes, self.group).split(sizes)
-
-
-class Exchange(torch.autograd.Function):
-    """all_to_all of flat tensors; its backward is the same the other way round."""
-
-    @staticmethod
-    def forward(ctx, x, sent, received, group):
-        ctx.way_back = (received, sent, group)
-        out = x.new_empty(sum(received))
-        dist.all_to_all_single(out, x, received, sent, group)
-        return out
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return Exchange.apply(gradient.contiguous(), *ctx.way_back), None, None, None
-
-
-class Join(torch.autograd.Function):
-    """The tokens of all ranks, (B, n, D) -> (B, N, D). Backward: our part of the sum of all ranks' gradients, which are
-    the same, for each computes the loss."""
-
-    @staticmethod
-    def forward(ctx, x, ulysses):
-        ctx.ulysses, counts = ulysses, ulysses.counts
-        x = torch.nn.functional.pad(x, (0, 0, 0, max(counts) - x.shape[1]))
-        pieces = [torch.empty_like(x) for _ in counts]
-        dist.all_gather(pieces, x.contiguous(), ulysses.group)
-        return torch.cat([piece[:, :count] for piece, count in zip(pieces, counts)], dim=1)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        u = ctx.ulysses
-        return u.size * gradient.split(u.counts, dim=1)[u.rank], None
 
 
 # The model
@@ -602,7 +446,7 @@ def read_random(args, ranks, out):
             atexit.register(shutil.rmtree, folder)
         if (ranks.first or args.dry_run) and not (folder / "config.json").exists():
             write_mllm_folder(folder, [])
-        dist.barrier()
+        ranks.barrier()
         args.qwen = str(folder)
     preset = PRESETS[args.config]
     config = replace(preset, mllm=replace(preset.mllm, folder=str(local_path(args.qwen or QWEN_BASE))))
@@ -611,7 +455,7 @@ def read_random(args, ranks, out):
     if not (out / "init").exists() and ranks.first:
         torch.manual_seed(args.seed)
         KiwiEdit(with_model_settings(config, args.set)).save(out / "init")
-    dist.barrier()
+    ranks.barrier()
     return read_weights(out / "init")
 
 
@@ -672,33 +516,6 @@ def belongs(name, stage):
 
 def is_part(name, part):
     return name == part or name.startswith(part + ".")
-
-
-def parallelise(model, args, ranks):
-    """Activation checkpointing, sequence parallelism and DDP or FSDP2 -> the module to call."""
-    trained = [*model.dit.blocks, *model.mllm.model.language_model.layers]
-    if ranks.sp > 1:
-        Ulysses(model.dit, ranks.sequence)
-    if args.checkpointing:
-        for block in trained:
-            block.forward = partial(recomputed, block.forward, use_reentrant=False)
-    if ranks.parallel == "ddp":
-        return DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks.world > 1 else model
-    policy = MixedPrecisionPolicy(param_dtype=ranks.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in trained:
-        fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
-    for first in (model.dit.blocks[0], model.mllm.model.language_model.layers[0]):
-        first.register_forward_pre_hook(reached_by_the_backward, prepend=True)  # before FSDP's own
-    # The vision tower is called once a picture, which would not be as often on every rank: the root gathers it. The VAE
-    # is called by itself and before the rest: it stays whole.
-    return fully_shard(model, mesh=ranks.mesh, mp_policy=policy, ignored_params=set(model.vae.parameters()))
-
-
-def reached_by_the_backward(block, arguments):
-    """Where a kind of data has trained parts before the blocks and another has none, the backward would run through blocks
-    on one rank alone, or end in another order: sharded ranks would wait for one another for ever."""
-    if torch.is_grad_enabled():
-        arguments[0].requires_grad_()
 
 
 def export(run, folder, base=None, qwen=None):
@@ -802,7 +619,7 @@ def write_cache(args, stage, ranks, model, curriculum, tables):
                 tensors[f"{number}.mllm.{name}"] = frames.contiguous()
         with whole_file(path) as temporary:
             save_file(tensors, temporary)
-    dist.barrier()
+    ranks.barrier()
     if ranks.first:
         write_text(folder / "cache.json", json.dumps(begun))
         print(folder)
@@ -828,7 +645,7 @@ def begin_cache(folder, wanted, ranks):
         raise ValueError(
             f"{folder}: was begun with other rows, weights or settings ({', '.join(other)}); give another --out, or delete it"
         )
-    dist.barrier()  # all have looked
+    ranks.barrier()  # all have looked
     if ranks.first:
         write_text(path, json.dumps(held | wanted))
     return held | wanted
@@ -929,7 +746,7 @@ class Trainer:
         self.counts = Counter(
             {"step": 0, "updates": 0, "samples": 0, "tokens": 0, "bad": 0, "skipped": 0, "seconds": 0.0}
         )
-        self.module = parallelise(model, args, ranks)
+        self.module = parallelise(model, ranks, args.checkpointing)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.updated = {name: of_one_rank(p, ranks) for name, p in self.trained.items()}
         self.optimizers = make_optimizers(stage, self.updated)
@@ -1254,7 +1071,7 @@ class Checkpoints:
         if ranks.first:
             for left in [*out.glob(".step-*")]:  # of a run that was killed
                 shutil.rmtree(left)
-        dist.barrier()
+        ranks.barrier()
 
     def path(self, step):
         return self.out / f"step-{step:06d}"

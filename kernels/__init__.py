@@ -52,8 +52,6 @@ __all__ = [
     "gate_residual",
     "gate_residual_norm",
     "layer_norm_modulate",
-    "pick_device",
-    "rank_and_world",
     "rms_norm_rope",
     "set_backend",
 ]
@@ -210,22 +208,6 @@ def run_alone(function, qkv, trains):
         leaves = [x.detach().requires_grad_(trains) for x in qkv]
         out = function(*leaves)
         return torch.autograd.grad(out, leaves, torch.ones_like(out)) if trains else out
-
-
-def pick_device(name=None):
-    """The torch device of that name; without one this process's GPU (under torchrun the one of its LOCAL_RANK), or the
-    CPU. ValueError where it is not there."""
-    name = name or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"--device {name}: not available here; leave it out to use what there is") from None
-
-
-def rank_and_world():
-    """This process's number under torchrun and how many there are; 0 and 1 without it, where some machines set WORLD_SIZE
-    all the same."""
-    return (int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", 1))) if "RANK" in os.environ else (0, 1)
 
 
 if os.environ.get("KIWI_KERNELS"):

@@ -20,8 +20,9 @@ from bench import table
 from conftest import HOUSE
 
 FLOORS = {
-    "kernels": 0, "dit": 1, "vae": 1, "connectors": 1, "media": 1, "data": 2, "load": 2, "world": 2, "metrics": 2,
-    "judges": 2, "model": 3, "bench": 4, "sample": 4, "train": 4, "judge": 4, "curate": 4, "nano": 4, "conftest": 5,
+    "kernels": 0, "parallel": 1, "dit": 1, "vae": 1, "connectors": 1, "media": 1, "data": 2, "load": 2, "world": 2,
+    "metrics": 2, "judges": 2, "model": 3, "bench": 4, "sample": 4, "train": 4, "judge": 4, "curate": 4, "nano": 4,
+    "conftest": 5,
 }  # fmt: skip
 
 

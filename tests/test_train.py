@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import data
 import media
+import parallel
 import train
 from conftest import (
     HOUSE,
@@ -100,7 +101,7 @@ def test_a_step_changes_exactly_the_parameters_that_the_stage_trains(tmp_path, l
         lessons(lesson, tmp_path, "--preset", preset, stage=stage, settings=["global_batch=6"])
     )
     chosen = train.choose_stage(args)
-    ranks = train.Ranks(args)
+    ranks = train.Ranks(args.parallel, args.dtype, args.sp, args.dry_run)
     try:
         model = train.load_model(args, chosen, ranks, None)
         for name, parameter in model.named_parameters():
@@ -126,7 +127,7 @@ def test_what_a_stage_saves_has_exactly_the_released_names_and_shapes(tmp_path, 
     args = train.parse_arguments(["--config", name, "--stage", str(stage), "--preset", "released", "--init", "random",
                                   "--qwen", str(real_qwen_folder), "--out", str(tmp_path), "--dry-run"])  # fmt: skip
     chosen = train.choose_stage(args)
-    ranks = train.Ranks(args)
+    ranks = train.Ranks(args.parallel, args.dtype, args.sp, args.dry_run)
     try:
         with torch.device("meta"):
             model = train.load_model(args, chosen, ranks, None)
@@ -140,9 +141,9 @@ def test_what_a_stage_saves_has_exactly_the_released_names_and_shapes(tmp_path, 
 
 def on_two_ranks(tmp_path, runs, first=""):
     """Trainings on the same two CPU processes, after some lines of Python."""
-    (tmp_path / "all.py").write_text(f"import sys\nsys.path.insert(0, {str(HOUSE)!r})\nimport train\n{first}\n"
-                                     f"train.dist.init_process_group('gloo')\nfor words in {runs!r}:\n    train.main(words)\n"
-                                     "train.dist.destroy_process_group()\n")  # fmt: skip
+    (tmp_path / "all.py").write_text(f"import sys\nsys.path.insert(0, {str(HOUSE)!r})\nimport parallel, train\n{first}\n"
+                                     f"parallel.dist.init_process_group('gloo')\nfor words in {runs!r}:\n    train.main(words)\n"
+                                     "parallel.dist.destroy_process_group()\n")  # fmt: skip
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "all.py")]
     done = subprocess.run(
         torchrun, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600
@@ -201,7 +202,7 @@ def test_a_sample_that_one_rank_cannot_read_is_left_out_by_all_and_a_dry_run_of_
 ):
     lost = """
 def read_pair(row, shape, read=train.read_pair):
-    if train.dist.get_rank() and row.target.endswith(".png"):
+    if parallel.dist.get_rank() and row.target.endswith(".png"):
         raise train.MediaError("is not here")
     return read(row, shape)
 train.read_pair = read_pair"""
@@ -665,7 +666,7 @@ def test_a_bad_request_to_train_is_one_clear_line(tmp_path, lesson, monkeypatch,
     monkeypatch.setattr(sys, "argv", ["train.py", *plain])
     with pytest.raises(SystemExit) as exit_:
         train.run()
-    assert says in exit_.value.code and "\n" not in exit_.value.code and not train.dist.is_initialized()
+    assert says in exit_.value.code and "\n" not in exit_.value.code and not parallel.dist.is_initialized()
 
 
 def test_a_setting_that_had_no_value_takes_a_number_or_several():
@@ -772,7 +773,7 @@ def test_timesteps_are_drawn_over_the_whole_schedule_and_rounded_where_weights_s
 @contextmanager
 def trainer_of(lesson, out, *settings):
     args = train.parse_arguments(lessons(lesson, out, settings=settings))
-    stage, ranks = train.choose_stage(args), train.Ranks(args)
+    stage, ranks = train.choose_stage(args), train.Ranks(args.parallel, args.dtype, args.sp, args.dry_run)
     try:
         model = train.load_model(args, stage, ranks, None)
         yield train.Trainer(args, stage, ranks, model, *train.open_data(args, stage, ranks))
