@@ -23,13 +23,12 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: the kernels run on a CPU too, interpreted
 
 import judge
-import judges
 import kernels
-import nano
 from connectors import MLLMConfig
 from dit import DiTConfig
 from media import write_image
 from model import KiwiConfig, KiwiEdit
+from nano.__main__ import main as nano_main
 from vae import VAEConfig
 
 HOUSE = Path(__file__).parent
@@ -328,7 +327,7 @@ def small_weights(tmp_path_factory, qwen_folder):
 @pytest.fixture(scope="session")
 def nano_data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nano") / "data"
-    nano.main(["data", str(folder), "--clips", "16", "--frames", "5", "--workers", "1"])
+    nano_main(["data", str(folder), "--clips", "16", "--frames", "5", "--workers", "1"])
     return folder
 
 
@@ -359,7 +358,7 @@ def tiny_local_judge(folder, kind):
     )
 
     write_qwen_folder(folder)
-    tokenizer = judges.json.loads((folder / "tokenizer.json").read_text())
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
     ids = {t["content"]: t["id"] for t in tokenizer["added_tokens"]}
     special = {f"{n}_token_id": ids[f"<|{n}|>" if n.startswith("vision") else f"<|{n}_pad|>"]
                for n in ("vision_start", "vision_end", "image", "video")}  # fmt: skip

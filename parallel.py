@@ -101,7 +101,7 @@ def parallelise(model, ranks, checkpointing=True):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    layers = model.mllm.model.language_model.layers if model.mllm else []
+    layers = model.mllm.blocks() if model.mllm else []
     if ranks.sp > 1:
         Ulysses(model.dit, ranks.sequence)
     if checkpointing:
@@ -113,7 +113,7 @@ def parallelise(model, ranks, checkpointing=True):
     for block in (*model.dit.blocks, *layers):
         fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
     model.dit.blocks[0].register_forward_pre_hook(reached_by_the_backward, prepend=True)  # before FSDP's own
-    if model.mllm and any(p.requires_grad for name, p in model.mllm.named_parameters() if "connector" not in name):
+    if layers and any(p.requires_grad for name, p in model.mllm.named_parameters() if "connector" not in name):
         layers[0].register_forward_pre_hook(reached_by_the_backward, prepend=True)
     # The vision tower runs once a picture, not equally often on every rank: the root gathers it. The VAE stays whole: it
     # is called before the rest and apart from it.

@@ -46,12 +46,13 @@ several processes (torchrun): data parallel by --parallel; --sp N of them share 
 watch a run by metrics.jsonl, TensorBoard if installed, and `python train.py --plot RUN` (an SVG).
 """
 ALIGN = ("lora", "mllm.image_queries", "mllm.connector")
-EDIT = (*ALIGN, "mllm.video_queries", "dit", "source_embedder", "source_scale")
+EDIT = (*ALIGN, "mllm.video_queries", "dit", "source_embedder")
 REFER = (*EDIT, "mllm.ref_queries", "mllm.ref_connector", "ref_embedder")
 SPEAK = tuple(part for part in REFER if part.startswith(("lora", "mllm.")))  # what `--mllm` adds to a LoRA on the DiT
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 DIT_LORA = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 NANO = Path(__file__).parent / "weights" / "nano"
+NANO_MLLM = NANO / "mllm"  # sizes and tokenizer of a small Qwen2.5-VL
 HELD_OUT = 16  # rows of each table of --val
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16
 
@@ -278,14 +279,13 @@ def set_as_begun(parser, args):
 if __name__ == "__main__":
     parse_arguments()  # parse before importing torch
 
-import sizing
 import torch
 import torch.distributed.checkpoint as dcp
-from lora import inject_lora, quantise, write_lora
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
+import sizing
 from connectors import merge_lora
 from data import (
     Cache,
@@ -303,34 +303,26 @@ from data import (
     read_pair,
     read_table,
 )
-from media import MediaError, pad_reference, write_image, write_text, write_video
-from model import (
+from load import (
     HUB_BASES,
-    PRESETS,
     QWEN_BASE,
-    FlowMatch,
-    KiwiEdit,
     TensorFiles,
     as_trained,
     began_with,
     find_checkpoint,
-    leave_out_source,
-    listed,
+    from_dict,
     load_weights,
     local_path,
-    meta_parameters,
-    move_buffers,
     only_weights,
     read_json,
-    read_weights,
     released_name,
-    set_parameter,
     step_of,
     valid_checkpoints,
-    widened,
 )
+from lora import inject_lora, quantise, write_lora
+from media import MediaError, pad_reference, write_image, write_text, write_video
+from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit, read_weights
 from parallel import Ranks, compute_in, parallelise
-from world import write_mllm_folder
 
 
 def main(argv=None):
@@ -874,7 +866,7 @@ def load_model(args, stage, ranks, checkpoint, data):
     sizes = ("num_image_queries", "num_video_queries", "num_ref_queries", "max_ref_tokens")
     config = replace(config, mllm=replace(own, **{name: getattr(own, name) or getattr(preset, name) for name in sizes}))
     if checkpoint:
-        config = as_trained(config, checkpoint)
+        config = from_dict(KiwiConfig, as_trained(vars(config), checkpoint), checkpoint)
     if args.preset == "released" and args.config == "wan22_5b":  # whose scripts show the language model larger frames
         config = replace(config, mllm=replace(config.mllm, max_pixels=None))
     config = with_model_settings(config, args.set)
@@ -884,7 +876,7 @@ def load_model(args, stage, ranks, checkpoint, data):
     cache = Cache(folder, data.shapes, cache_parts(config, files, stage, ranks)) if folder else None
     torch.manual_seed(args.seed)  # of what the weights lack
     if args.write_cache:
-        return start_model(config, files, ranks.device, ranks.dtype, ("dit.",)), cache
+        return start_model(config, files, ranks.device, ranks.dtype, ("dit.blocks.",)), cache
     if args.cache:
         cache.check([(row, shape) for _, row, shape in data.rows()])
     without = (
@@ -906,7 +898,7 @@ def load_model(args, stage, ranks, checkpoint, data):
     if ranks.parallel == "ddp" and ranks.dtype != torch.float32:
         compute_in(model, ranks.dtype)
     if checkpoint:  # only now: in the 16 bits of the weights it started from it would lose half its digits
-        load_weights(model, TensorFiles(checkpoint / "weights.safetensors"), partial=True)
+        load_weights(model, TensorFiles().add(checkpoint / "weights.safetensors"), partial=True)
     if stage.trains_mllm and stage.source and not model.mllm.connector[2].weight.any() and ranks.first:
         print("warning: the Query Connector is untrained, so stage 1 was left out; the paper measured 1.47/3.01 without "
               "it against 2.84/3.98 (Table 5)", file=sys.stderr)  # fmt: skip
@@ -917,7 +909,7 @@ def warn_of_ranks(model, stage, ranks):
     """Give the language model a LoRA, or keep the one that its weights have."""
     held = {len(p) for name, p in model.mllm.named_parameters() if ".lora_A." in name}
     if not held:
-        inject_lora(model.mllm.model.language_model, stage.lora_rank, stage.lora_targets)
+        inject_lora(model.mllm.language_model, stage.lora_rank, stage.lora_targets)
     elif held != {stage.lora_rank} and ranks.first:
         print(f"warning: the weights have LoRA of rank {max(held)}, which goes on: lora_rank={stage.lora_rank} is for "
               "weights without", file=sys.stderr)  # fmt: skip
@@ -944,13 +936,9 @@ def read_start(args, ranks):
 
 
 def read_random(args, ranks, out):
-    """Random weights, made once in the run's folder. --qwen gives the language model's sizes and tokenizer; nano without
-    it gets a small one whose words are bytes."""
+    """Random weights, made once in the run's folder. --qwen gives the language model's sizes and tokenizer."""
     if args.qwen is None and args.config == "nano":
-        args.qwen = str(out / "qwen")
-        if ranks.first and not (out / "qwen" / "config.json").exists():
-            write_mllm_folder(out / "qwen", [])
-        ranks.barrier()
+        args.qwen = str(NANO_MLLM)
     preset = PRESETS[args.config]
     config = replace(preset, mllm=replace(preset.mllm, folder=str(local_path(args.qwen or QWEN_BASE))))
     if not (out / "init").exists() and ranks.first:
@@ -961,39 +949,14 @@ def read_random(args, ranks, out):
 
 
 def start_model(config, files, device, dtype=None, without=()):
-    """A model with the weights of `files`, and initial values for what they lack of Kiwi-Edit. without: name prefixes of
-    parts that are not loaded; VAE and MLLM are left out whole, a DiT stays on the meta device."""
-    absent = {part: None for part in ("vae", "mllm") if f"{part}." in without}
-    with meta_parameters():
-        model = KiwiEdit(replace(config, **absent))
+    """A model with the weights of `files`, without the parts whose output is cached or not needed."""
+    small = {part: None for part in ("vae", "mllm") if f"{part}." in without}
+    if "dit.blocks." in without:
+        small["dit"] = replace(config.dit, num_layers=0)
+    files.drop([name for name in files if name.startswith(tuple(without) or " ")])
+    model = KiwiEdit.with_weights(replace(config, **small), files, device, dtype)[0]
     model.config = config
-    if "mllm.model.visual." in without:
-        model.mllm.model.visual = None
-    files.device = device
-    leave_out_source(files, config.source)
-    files.places = {name: place for name, place in files.places.items() if not name.startswith(tuple(without) or " ")}
-    missing = load_weights(model, widened(files, model), partial=True, device=device, dtype=dtype)
-    begin_additions(model, [name for name in missing if not name.startswith(tuple(without) or " ")], device)
-    move_buffers(model, device)
     return model
-
-
-def begin_additions(model, missing, device):
-    """Give what Kiwi-Edit adds, where the weights lack it, its initial value. ValueError if anything else is missing."""
-    additions = ("source_embedder.", "source_scale.", "ref_embedder.", "mllm.connector.", "mllm.ref_connector.",
-                 "mllm.image_queries", "mllm.video_queries", "mllm.ref_queries")  # fmt: skip
-    lost = [name for name in missing if not name.startswith(additions)]
-    if lost:
-        raise ValueError(f"the weights to start from are not complete: {listed('missing', lost)}")
-    for name in missing:
-        shape = model.get_parameter(name).shape
-        if name.endswith("_queries"):
-            value = 0.02 * torch.randn(shape)
-        elif "connector.0." in name:  # as nn.Linear begins
-            value = (2 * torch.rand(shape) - 1) / model.mllm.connector[0].in_features ** 0.5
-        else:
-            value = torch.zeros(shape)
-        set_parameter(model, name, value.to(device))
 
 
 def has_lora(module):
