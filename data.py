@@ -9,7 +9,6 @@
 import argparse
 import csv
 import hashlib
-import json
 import math
 import os
 import random
@@ -47,26 +46,16 @@ if __name__ == "__main__":
     parse_arguments()  # --help answers before torch is imported
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from media import (
     GRID,
     MediaError,
-    decode,
     decoded_shape,
-    frame_rate,
-    is_picture,
-    nearest_size,
-    open_media,
     read_frames,
     read_image,
-    shown_frames,
     usable_frames,
-    whole_file,
     working_size,
-    write_text,
 )
 
 FILES = {"image": "image.csv", "video": "video.csv", "ref": "ref_video.csv"}
@@ -218,83 +207,6 @@ def read_reference(ref):
     return read_image(f"{path}, row {row} of group {group}", content)
 
 
-# Shapes
-
-
-class Shapes:
-    """What every file looks like, measured once: shapes.jsonl of a run or cache, lines [path, size, time, shape or fault].
-
-    A file whose size or time changed is measured again; nothing else is opened.
-    """
-
-    def __init__(self, *folders):
-        self.known = {}
-        for folder in filter(None, folders):
-            path = Path(folder) / "shapes.jsonl"
-            lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-            self.known |= {path: rest for path, *rest in map(json.loads, lines)}
-
-    def measure(self, rows, ranks):
-        """Make every file of `rows` known on all ranks, each of which measures its part."""
-        paths = sorted({path for row in rows for path in row.files})
-        mine = paths[ranks.rank :: ranks.world]
-        with ThreadPoolExecutor(8) as pool:
-            bar = tqdm(pool.map(self.entry, mine), "read headers", len(mine), disable=not ranks.first, leave=False)
-            self.known |= {
-                path: entry for part in ranks.gathered([dict(zip(mine, bar))]) for path, entry in part.items()
-            }
-
-    def entry(self, path):
-        stamp = self.stamp(path)
-        known = self.known.get(path)
-        if known and known[:2] == stamp:
-            return known
-        try:
-            return [*stamp, list(look(path)) if not path.endswith(".parquet") else None]
-        except MediaError as error:
-            return [*stamp, str(error)]
-
-    @staticmethod
-    def stamp(path):
-        try:
-            found = os.stat(path)
-            return [found.st_size, found.st_mtime_ns]
-        except OSError:
-            return [-1, -1]
-
-    def save(self, folder):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps([path, *entry]) + "\n" for path, entry in self.known.items())
-        write_text(Path(folder) / "shapes.jsonl", "".join(lines))
-
-    def of_row(self, row, kind):
-        """(frames, height, width) that a row gives: the shorter of its files, the target's size; or why it has none."""
-        found = [self.known[path][2] for path in row.files]
-        if fault := next((shape for shape in found if isinstance(shape, str)), None):
-            return fault
-        (a, _, _, source_rate), (b, height, width, rate) = found[:2]
-        if min(height, width) < GRID:
-            return f"{row.target}: is {width}x{height}, each side needs at least {GRID} pixels"
-        if kind == "image":
-            return 1, height, width
-        if 1 < min(a, b) < 5:
-            return f"{row.target}: has {min(a, b)} frames; a clip needs at least 5, a picture belongs into {FILES['image']}"
-        if source_rate and rate and abs(source_rate / rate - 1) > 0.05:
-            return f"{row.target}: has {rate:g} frames a second, its source {source_rate:g}: frames would not match"
-        return min(a, b), height, width
-
-
-def look(path):
-    """(frames, height, width, frames a second) of a picture or clip, upright, from its header and first frame."""
-    with open_media(path) as (container, stream):
-        frames = decode(path, container, stream)
-        _, rgb = next(frames)
-        if is_picture(container):
-            return 1, *rgb.shape[:2], 0
-        count = shown_frames(container, stream) or 1 + sum(1 for _ in frames)
-        return count, *rgb.shape[:2], float(frame_rate(stream))
-
-
 def bucket(shape, max_frames, max_pixels):
     """The shape (T, h, w) at which a clip (frames, height, width) is trained.
 
@@ -309,9 +221,11 @@ def bucket(shape, max_frames, max_pixels):
 
 @lru_cache(maxsize=64)
 def largest_size(aspect, max_pixels):
-    """(h, w) on the grid near an aspect: 832x480 for 16:9 of 409,600 pixels, where rounding down gives 832x448."""
-    side = math.sqrt(4 * max_pixels)
-    return nearest_size(int(side * aspect**0.5), int(side / aspect**0.5), max_pixels, GRID)
+    """(h, w) on the grid with the largest area that a crop leaves of an aspect: 832x480 for 16:9 of 409,600 pixels."""
+    sides = range(GRID, max_pixels // GRID + 1, GRID)
+    sizes = [(h, max_pixels // h // GRID * GRID) for h in sides] + [(max_pixels // w // GRID * GRID, w) for w in sides]
+    kept = lambda h, w: min(h / w / aspect, w * aspect / h)
+    return max(((h, w) for h, w in sizes if h and w), key=lambda size: size[0] * size[1] * kept(*size))
 
 
 def fill_buckets(shapes, max_frames, max_pixels):
@@ -469,83 +383,6 @@ def fingerprint(rows, more=None):
 
 def digest(value):
     return hashlib.sha256(repr(value).encode()).hexdigest()[:32]
-
-
-# The cache
-
-
-class Cache:
-    """Rows encoded once, in a folder, found by what they are made of: a file of tensors for each row, shape and part.
-
-    parts: {"latents": ..., and "context" (of a frozen MLLM) or "seen" (the vision tower's tokens, where it trains): ...},
-    the values name what makes them: weights and settings. The name of a file is the hash of its part's value, of path,
-    size and time of the row's files, of the shape and, for a context, of the prompt. So a row more or a word mended
-    costs one file, and a file that changed is encoded anew.
-    """
-
-    def __init__(self, folder, shapes, parts):
-        self.folder, self.shapes, self.parts = Path(folder), shapes, parts
-
-    def path(self, part, row, shape):
-        files = [(path, *self.shapes.known[path][:2]) for path in row.files]
-        words = row.prompt if part == "context" else None
-        reference = row.ref[1:] if isinstance(row.ref, tuple) else None
-        name = digest([part, self.parts[part], files, reference, list(shape), words])
-        return self.folder / name[:2] / f"{name}.safetensors"
-
-    def absent(self, row, shape):
-        """The parts of a row that are neither here nor known to be unreadable."""
-        paths = {part: self.path(part, row, shape) for part in self.parts}
-        return [part for part, path in paths.items() if not (path.is_file() or path.with_suffix(".txt").is_file())]
-
-    def write(self, part, row, shape, tensors):
-        """tensors: {name: tensor}, or a text, the fault of the row."""
-        path = self.path(part, row, shape)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(tensors, str):
-            return write_text(path.with_suffix(".txt"), tensors)
-        with whole_file(path) as temporary:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
-
-    def read(self, part, row, shape):
-        path = self.path(part, row, shape)
-        if path.with_suffix(".txt").is_file():
-            raise MediaError(path.with_suffix(".txt").read_text())
-        try:
-            return load_file(path)
-        except (SafetensorError, FileNotFoundError) as error:
-            raise ValueError(
-                f"{path}: {row.target} cannot be read from the cache ({error}); run data.py cache"
-            ) from None
-
-    def check(self, wanted):
-        """ValueError unless every (row, shape) is here."""
-        absent = [row for row, shape in wanted if self.absent(row, shape)]
-        if absent:
-            raise ValueError(f"{self.folder}: {len(absent)} of {len(wanted)} rows are new, changed, or encoded by other weights "
-                             f"or settings (the first: {absent[0].target}); run data.py cache again, it adds what is absent")  # fmt: skip
-
-
-class CachedPairs(Pairs):
-    """The same from a `Cache`: pictures are latents (C, T, h, w); seen is a context (L, D), or the mode and
-    {name: (tokens of the vision tower (n, hidden), grid)}."""
-
-    def __init__(self, tables, curriculum, cache):
-        super().__init__(tables, curriculum, None)
-        self.cache = cache
-
-    def read(self, row, shape):
-        return read_cached(self.cache, row, shape)
-
-
-def read_cached(cache, row, shape):
-    latents = cache.read("latents", row, shape)
-    pictures = tuple(latents.get(name) for name in ("target", "source", "ref"))
-    if "context" in cache.parts:
-        return pictures, cache.read("context", row, shape)["context"]
-    found = cache.read("seen", row, shape)
-    seen = {n: (found[n], tuple(found[f"{n}.grid"].tolist())) for n in ("source", "ref0") if n in found}
-    return pictures, ("ref" if row.ref else "image" if shape[0] == 1 else "video", seen)
 
 
 # Commands

@@ -67,6 +67,7 @@ def quantise(model, kind, device="cpu", parts=("dit", "mllm")):
 LORA_PARTS = re.compile(
     r"(.+?)\.((?:lora_[AB](?:\.default)?|lora_down|lora_up)(?:\.weight|\.bias)?|(?:lora_)?alpha|lora_rank|diff|diff_b|diff_m)$"
 )
+PARTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_alpha": "alpha", "lora_rank": "rank"}
 UNSUPPORTED = {
     "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT",
     "lora_mid": "LoCon with a middle matrix", "reshape_weight": "a reshaped weight", "set_weight": "a replaced weight",
@@ -112,9 +113,10 @@ def read_lora(path):
             raise ValueError(f"{path}: {key}: not a key of a LoRA in a known dialect")
         layer, part = found.groups()
         part = part.replace(".default", "").replace("lora_down", "lora_A").replace("lora_up", "lora_B")
-        layers.setdefault(layer, {})[part.removeprefix("lora_") if part in ("lora_alpha", "lora_rank") else part] = (
-            tensor
-        )
+        part = PARTS.get(part, part)
+        if part == "diff_m" and not layer.endswith("modulation"):
+            layer += ".modulation"
+        layers.setdefault(layer, {})[part] = tensor
     return layers
 
 

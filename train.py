@@ -12,22 +12,20 @@ sample at a time and replaces broken ones in silence.
 """
 
 import argparse
-import fcntl
 import json
 import math
 import os
 import random
 import resource
-import shutil
 import signal
 import sys
 import time
-from ast import literal_eval
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from contextlib import closing
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from stages import DIT_LORA, REFER, STAGES, Stage, choose_stage, with_model_settings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: busy-waiting threads slow small steps tenfold
 
@@ -45,121 +43,10 @@ where training starts (--weights): a run (its last checkpoint), a checkpoint fol
 several processes (torchrun): data parallel by --parallel; --sp N of them share each sequence.
 watch a run by metrics.jsonl, TensorBoard if installed, and `python train.py --plot RUN` (an SVG).
 """
-ALIGN = ("lora", "mllm.image_queries", "mllm.connector")
-EDIT = (*ALIGN, "mllm.video_queries", "dit", "source_embedder")
-REFER = (*EDIT, "mllm.ref_queries", "mllm.ref_connector", "ref_embedder")
-SPEAK = tuple(part for part in REFER if part.startswith(("lora", "mllm.")))  # what `--mllm` adds to a LoRA on the DiT
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-DIT_LORA = ("q", "k", "v", "o", "ffn.0", "ffn.2")
 NANO = Path(__file__).parent / "weights" / "nano"
 NANO_MLLM = NANO / "mllm"  # sizes and tokenizer of a small Qwen2.5-VL
 HELD_OUT = 16  # rows of each table of --val
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What a stage trains, on what, and how (paper, Section 5.1; FACTS.md, "Training")."""
-
-    trains: tuple[str, ...]  # parts by name; "lora" is the language model's, "dit.lora" the DiT's
-    image: int = 1  # shares of the mixture
-    video: int = 0
-    ref: int = 0
-    source: bool = True  # whether the DiT sees the source latents
-    pixels: tuple[int, ...] = (960_000,)  # at most so many, each for an equal share of the steps
-    frames: int = 81
-    steps: int = 10_000
-    global_batch: int = 128  # samples of one update
-    batch: int = 1  # samples of one forward
-    lora_rank: int = 64
-    lora_targets: tuple[str, ...] = ATTENTION
-    dit_lora_rank: int = 0
-    dit_lora_alpha: float = 0.0  # alpha / rank scales the learning rate of B, see `make_optimizers`; 0: the rank
-    lr: float = 2e-5
-    warmup: int = 100  # steps
-    schedule: str = "constant"  # or "cosine", "linear": down to nothing
-    optimizer: str = "adamw"  # or "muon": orthogonalised updates for matrices, AdamW for the rest
-    weight_decay: float = 0.01  # of matrices and convolutions
-    beta2: float = 0.999
-    clip: float = 1.0  # of the gradient's norm; 0: none
-    shift: float = 5.0
-    weighting: str = "bell"  # of the loss over the timesteps, or "none" (FlowMatch)
-    balance: bool = False  # changed and kept places count by the roots of their shares (balance_weights)
-    ref_shrink: float = 0.7  # a reference is shrunk by a random factor between this and 1
-    ema: float = 0.0  # decay of the averaged weights; 0: none
-
-    def __post_init__(self):
-        for name, allowed in (
-            ("schedule", ("constant", "cosine", "linear")),
-            ("optimizer", ("adamw", "muon")),
-            ("weighting", ("bell", "none")),
-        ):
-            if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"Stage.{name}: {value!r}, expected one of {', '.join(allowed)}")
-        for name in ("steps", "global_batch", "batch", "frames", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Stage.{name}: {getattr(self, name)}, expected at least 1")
-        wrong = {
-            f"pixels: {min(self.pixels)}, expected at least 1": min(self.pixels) < 1,
-            f"clip: {self.clip}, expected the largest norm of a gradient, or 0 for none": not self.clip >= 0,
-            f"ref_shrink: {self.ref_shrink}, expected a factor above 0, at most 1": not 0 < self.ref_shrink <= 1,
-            f"ema: {self.ema}, expected 0, or the decay of an average, below 1": not 0 <= self.ema < 1,
-            f"global_batch: {self.global_batch} is not a multiple of batch {self.batch}": self.global_batch
-            % self.batch,
-            "balance: needs the source, which this stage hides from the DiT": self.balance and not self.source,
-            "trains: dit.lora needs a rank; --set dit_lora_rank=32": "dit.lora" in self.trains
-            and self.dit_lora_rank < 1,
-            f"image, video, ref: {self.ratio}, expected shares of at least 0": min(self.ratio.values()) < 0,
-            "image, video, ref: all 0, so there is nothing to train on": not any(self.ratio.values()),
-        }
-        if found := next((text for text, holds in wrong.items() if holds), None):
-            raise ValueError(f"Stage.{found}")
-
-    @property
-    def ratio(self):
-        return {"image": self.image, "video": self.video, "ref": self.ref}
-
-    @property
-    def batches(self):
-        """Forwards of one update, over all ranks."""
-        return self.global_batch // self.batch
-
-    @property
-    def trains_mllm(self):
-        return any(part.startswith(("lora", "mllm")) for part in self.trains)
-
-
-LORA = Stage(("dit.lora",), 1, 1, 1, pixels=(409_600,), frames=49, steps=2_000, global_batch=4, dit_lora_rank=32,
-             lr=1e-4, warmup=20)  # fmt: skip
-STAGES = {
-    "paper": {
-        1: Stage(ALIGN, source=False, steps=30_000),
-        2: Stage(EDIT, 1, 1, pixels=(360_000, 960_000)),
-        3: Stage(REFER, 2, 1, 1),
-    },
-    # One sample of each kind of data on each of, here, 8 GPUs; gradients are not clipped. Stage 2 is 20K steps at each
-    # size; stage 3 for references alone: --set image=0 video=0 steps=30000 global_batch=8
-    "released": {
-        1: Stage(ALIGN, source=False, pixels=(1024 * 1024,), lr=1e-5, warmup=0, clip=0, steps=30_000, global_batch=8),
-        2: Stage(EDIT, 1, 1, pixels=(600 * 600, 720 * 1280), lr=1e-5, warmup=0, clip=0, steps=40_000, global_batch=16),
-        3: Stage(REFER, 1, 1, 1, pixels=(720 * 1280,), lr=5e-6, warmup=0, clip=0, steps=15_000, global_batch=24),
-    },
-    "lora": dict.fromkeys((1, 2, 3), LORA),  # your own clips, in whichever of the three tables are there
-}
-
-
-def choose_stage(args):
-    """The stage asked for, with its settings. The release trains the 14B model's DiT by LoRA, on shorter clips (with half
-    the learning rate at 720p), and gives its language model a larger LoRA."""
-    stage = STAGES[args.preset][args.stage]
-    if args.preset == "released" and args.config == "wan21_14b":
-        stage = replace(stage, lora_rank=256, lora_targets=(*ATTENTION, "gate_proj", "down_proj", "up_proj"))
-        if args.stage > 1:
-            trains = tuple("dit.lora" if part == "dit" else part for part in stage.trains)
-            stage = replace(stage, trains=trains, dit_lora_rank=128, frames=49)
-    if args.mllm:
-        stage = replace(stage, trains=tuple(dict.fromkeys((*stage.trains, *SPEAK))))
-    return with_settings(stage, [s for s in args.set if "." not in s.split("=")[0]])
 
 
 def parse_arguments(argv=None):
@@ -281,25 +168,20 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
 import sizing
-from connectors import merge_lora
+from cache import Cache, CachedPairs, Shapes, cache_parts, encode, read_cached, report_bad, write_cache
+from checkpoint import Checkpoints, Log, cut_log, export, export_lora, locked, open_run, plot_losses, write_config
 from data import (
-    Cache,
-    CachedPairs,
     Curriculum,
     Mixture,
     Pairs,
-    Shapes,
     bucket,
-    digest,
     fill_buckets,
     find_tables,
     fingerprint,
-    read_cached,
     read_pair,
     read_table,
 )
@@ -308,19 +190,13 @@ from load import (
     QWEN_BASE,
     TensorFiles,
     as_trained,
-    began_with,
-    find_checkpoint,
     from_dict,
     load_weights,
     local_path,
-    only_weights,
     read_json,
-    released_name,
-    step_of,
-    valid_checkpoints,
 )
-from lora import inject_lora, quantise, write_lora
-from media import MediaError, pad_reference, write_image, write_text, write_video
+from lora import inject_lora, quantise
+from media import MediaError, write_image, write_video
 from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit, read_weights
 from parallel import Ranks, compute_in, parallelise
 
@@ -328,7 +204,7 @@ from parallel import Ranks, compute_in, parallelise
 def main(argv=None):
     args = parse_arguments(argv)
     if args.plot:
-        return plot(Path(args.plot))
+        return plot_losses(Path(args.plot))
     if args.export:
         return export(Path(args.export), Path(args.out), args.base, args.qwen)
     if args.export_lora:
@@ -656,7 +532,8 @@ class Trainer:
             )
             return
         told = {"counts": dict(self.counts), "stage": asdict(self.stage), "tables": self.begun_with}
-        self.saver.save(told, self.stage, self.model, self.optimizer_state(), self.ema)
+        weights = {name: p for name, p in self.model.named_parameters() if belongs(name, self.stage)}
+        self.saver.save(told, weights, self.optimizer_state(), self.ema)
 
     def optimizer_state(self):
         """The optimizers' moments by parameter name; before the first update zeros."""
@@ -762,16 +639,6 @@ def room_for_batches(shape, batch, workers, cached=None):
                          "docker run --shm-size=8g, or --workers 0")  # fmt: skip
 
 
-@torch.no_grad()
-def encode(model, stage, target, source, ref, chance):
-    """Latents (C, T, h, w) of target, source and reference. The reference is shrunk by a factor between the stage's
-    `ref_shrink` and 1, as `chance` in [0, 1) has it, and centred on white."""
-    if ref is not None:
-        ref = pad_reference(ref, target.shape[1:3], stage.ref_shrink + (1 - stage.ref_shrink) * chance)[None]
-    device = model.vae.conv1.weight.device
-    return tuple(None if x is None else model.encode_frames(x.to(device))[0] for x in (target, source, ref))
-
-
 def draw(seed, number, flow, rounded, quarter=None):
     """Generator of the noise, timestep and a number in [0, 1) of a sample: the same however the run is divided.
 
@@ -783,7 +650,7 @@ def draw(seed, number, flow, rounded, quarter=None):
     return generator, t.bfloat16().float() if rounded else t, torch.rand((), generator=generator).item()
 
 
-def learning_rate(stage, step):
+def learning_rate(stage: Stage, step):
     """Linear warm-up, then constant or down to nothing."""
     if step < stage.warmup:
         return stage.lr * (step + 1) / stage.warmup
@@ -815,7 +682,7 @@ def of_one_rank(tensor, ranks):
 MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
 
 
-def make_optimizers(stage, trained):
+def make_optimizers(stage: Stage, trained):
     """AdamW (paper, Section 5.1); or Muon for what is a matrix, its updates as large as AdamW's would be (arXiv
     2502.16982, Eq. 4), and AdamW for the rest. Norms, biases, modulations and queries do not decay.
 
@@ -851,7 +718,7 @@ def make_optimizers(stage, trained):
 
 
 def is_matrix(name, parameter):
-    """Whether Muon may orthogonalise its updates: not a table of queries, not a row such as `source_scale`."""
+    """Whether Muon may orthogonalise its updates: not a table of queries, not a single row."""
     return parameter.ndim == 2 and min(parameter.shape) > 1 and not name.endswith("_queries")
 
 
@@ -862,18 +729,11 @@ def load_model(args, stage, ranks, checkpoint, data):
     """The model with the weights to start from, LoRA in place, trained parts in float32 and the rest in `dtype`, exactly
     what the stage trains requiring gradients; and the cache. What a cache holds the output of is not loaded."""
     config, files = read_start(args, ranks)
-    own, preset = config.mllm, PRESETS[args.config].mllm  # which has counts for the kinds of data new to the weights
-    sizes = ("num_image_queries", "num_video_queries", "num_ref_queries", "max_ref_tokens")
-    config = replace(config, mllm=replace(own, **{name: getattr(own, name) or getattr(preset, name) for name in sizes}))
-    if checkpoint:
-        config = from_dict(KiwiConfig, as_trained(vars(config), checkpoint), checkpoint)
-    if args.preset == "released" and args.config == "wan22_5b":  # whose scripts show the language model larger frames
-        config = replace(config, mllm=replace(config.mllm, max_pixels=None))
-    config = with_model_settings(config, args.set)
+    config = config_of(args, config, checkpoint)
     if config.dit.num_heads % ranks.sp:
         raise ValueError(f"--sp {ranks.sp} does not divide the {config.dit.num_heads} heads of the DiT")
     folder = args.cache or args.write_cache
-    cache = Cache(folder, data.shapes, cache_parts(config, files, stage, ranks)) if folder else None
+    cache = Cache(folder, data.shapes, cache_parts(config, files, stage, ranks), stage.ref_shrink) if folder else None
     torch.manual_seed(args.seed)  # of what the weights lack
     if args.write_cache:
         return start_model(config, files, ranks.device, ranks.dtype, ("dit.blocks.",)), cache
@@ -888,11 +748,7 @@ def load_model(args, stage, ranks, checkpoint, data):
     if args.quantise:
         quantise(model, args.quantise, ranks.device, [part for part in ("dit", "mllm") if part not in stage.trains])
         model.to(ranks.device)
-    if stage.trains_mllm:
-        warn_of_ranks(model, stage, ranks)
-    if "dit.lora" in stage.trains and not has_lora(model.dit):
-        inject_lora(model.dit, stage.dit_lora_rank, DIT_LORA)
-    choose_trained(model, stage)
+    choose_trained(model, stage, ranks)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else ranks.dtype)
     if ranks.parallel == "ddp" and ranks.dtype != torch.float32:
@@ -905,14 +761,17 @@ def load_model(args, stage, ranks, checkpoint, data):
     return model.train(), cache
 
 
-def warn_of_ranks(model, stage, ranks):
-    """Give the language model a LoRA, or keep the one that its weights have."""
-    held = {len(p) for name, p in model.mllm.named_parameters() if ".lora_A." in name}
-    if not held:
-        inject_lora(model.mllm.language_model, stage.lora_rank, stage.lora_targets)
-    elif held != {stage.lora_rank} and ranks.first:
-        print(f"warning: the weights have LoRA of rank {max(held)}, which goes on: lora_rank={stage.lora_rank} is for "
-              "weights without", file=sys.stderr)  # fmt: skip
+def config_of(args, config, checkpoint=None):
+    """The weights' config as this run changes it."""
+    own, preset = config.mllm, PRESETS[args.config].mllm  # which has counts for the kinds of data new to the weights
+    sizes = ("num_image_queries", "num_video_queries", "num_ref_queries", "max_ref_tokens")
+    config = replace(config, mllm=replace(own, **{name: getattr(own, name) or getattr(preset, name) for name in sizes}))
+    if checkpoint:
+        config = from_dict(KiwiConfig, as_trained(vars(config), checkpoint), checkpoint)
+    if args.preset == "released" and args.config == "wan22_5b":  # whose scripts show the language model larger frames
+        config = replace(config, mllm=replace(config.mllm, max_pixels=None))
+    config = with_model_settings(config, args.set)
+    return config
 
 
 def read_start(args, ranks):
@@ -963,9 +822,18 @@ def has_lora(module):
     return any(".lora_" in name for name, _ in module.named_parameters())
 
 
-def choose_trained(model, stage):
-    """Set requires_grad for exactly what the stage trains. ValueError for a part that there is not."""
-    known = {*REFER, "dit.lora"}  # some of which are not part of every way to inject the source
+def choose_trained(model, stage, ranks):
+    """Put LoRA in place, and set requires_grad for exactly what the stage trains. ValueError for a part that is absent."""
+    if stage.trains_mllm:
+        held = {len(p) for name, p in model.mllm.named_parameters() if ".lora_A." in name}
+        if not held:
+            inject_lora(model.mllm.language_model, stage.lora_rank, stage.lora_targets)
+        elif held != {stage.lora_rank} and ranks.first:
+            print(f"warning: the weights have LoRA of rank {max(held)}, which goes on: lora_rank={stage.lora_rank} is "
+                  "for weights without", file=sys.stderr)  # fmt: skip
+    if "dit.lora" in stage.trains and not has_lora(model.dit):
+        inject_lora(model.dit, stage.dit_lora_rank, DIT_LORA)
+    known = {*REFER, "dit.lora"}
     for part in stage.trains:
         if part not in known and not any(is_part(name, part) for name, _ in model.named_parameters()):
             raise ValueError(f"Stage.trains: the model has no {part!r}; the stages train {', '.join(sorted(known))}")
@@ -1078,281 +946,6 @@ def open_data(args, stage, ranks):
     return Data(tables, Curriculum(phases), shapes, held_out)
 
 
-def report_bad(args, ranks, step, broken):
-    """Append broken samples, (path, reason), to the run's bad.jsonl."""
-    if broken and ranks.rank % ranks.sp == 0:
-        with (Path(args.out) / "bad.jsonl").open("a") as file:
-            file.write("".join(json.dumps({"step": step, "path": p, "reason": r}) + "\n" for p, r in broken))
-
-
-def cache_parts(config, files, stage, ranks):
-    """What a cache of this stage holds, and what makes it: settings and weights (`data.Cache`)."""
-    m, eyes = config.mllm, [config.mllm.max_pixels, config.mllm.max_frames, config.mllm.max_ref_tokens]
-    parts = {"latents": [asdict(config.vae), weights_print(files, "vae."), stage.ref_shrink, stage.trains_mllm * 0]}
-    if stage.trains_mllm:
-        return parts | {"seen": [eyes, weights_print(files, "mllm.model.visual."), ranks.dtype]}
-    sizes = {**asdict(m), "folder": None}
-    return parts | {"context": [sizes, weights_print(files, "mllm."), ranks.dtype, REFER[0]]}
-
-
-def weights_print(files, prefix):
-    """Cheap fingerprint of the weights below a prefix: names, shapes and the first numbers of each."""
-    found = []
-    for name in sorted(name for name in files if name.startswith(prefix)):
-        path, inner = files.places[name]
-        file = files.open(path, "cpu")
-        first = file.get_slice(inner)[:1] if hasattr(file, "get_slice") else file[inner][:1]
-        found.append((name, files.shape(name), first.flatten()[:8].tolist()))
-    return digest(found)
-
-
-@torch.no_grad()
-def write_cache(args, stage, ranks, model, cache, data):
-    """Encode what the cache lacks, each rank its part; it can be interrupted. References are shrunk once and for all."""
-    todo = [
-        (row, shape, absent)
-        for _, row, shape in data.rows()[ranks.rank :: ranks.world]
-        if (absent := cache.absent(row, shape))
-    ]
-    for row, shape, absent in tqdm(todo, desc="cache", unit="row", disable=not ranks.first):
-        try:
-            target, source, ref = read_pair(row, shape)
-        except MediaError as error:
-            report_bad(args, ranks, 0, [(row.target, str(error))])
-            for part in absent:
-                cache.write(part, row, shape, str(error))
-            continue
-        if "latents" in absent:
-            chance = random.Random(row.target).random()
-            latents = zip(("target", "source", "ref"), encode(model, stage, target, source, ref, chance))
-            cache.write("latents", row, shape, {name: x for name, x in latents if x is not None})
-        mode, visuals = model.mllm.resize(source, ref)
-        if "context" in absent:
-            context = model.mllm.encode([model.mllm.assemble(row.prompt, mode, visuals)])[0][0]
-            cache.write("context", row, shape, {"context": context})
-        if "seen" in absent:
-            seen = model.mllm.look(model.mllm.assemble(row.prompt, mode, visuals))
-            tensors = {name: tokens for name, (tokens, _) in seen.items()}
-            cache.write(
-                "seen", row, shape, tensors | {f"{name}.grid": torch.tensor(grid) for name, (_, grid) in seen.items()}
-            )
-    ranks.barrier()
-    if ranks.first:
-        print(f"{args.write_cache}: {len(todo)} rows encoded on this rank, the others were there")
-
-
-# Checkpoints
-
-
-@contextmanager
-def locked(args, ranks):
-    """Hold the run's folder: a requeued job that starts while the old one still runs would mix with it."""
-    out, told, file = Path(args.out), None, None
-    if ranks.first:
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / ".lock").open("w")
-        try:
-            args.write_cache or fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            told = f"--out {out}: another process trains there; wait for it, or give another folder"
-        except OSError:  # a file system without locks
-            pass
-    if told := ranks.from_first(told):
-        raise ValueError(told)
-    try:
-        yield
-    finally:
-        file and file.close()
-
-
-class Checkpoints:
-    """Folders step-NNNNNN of a run: weights.safetensors (what the stage trains, released names), ema.safetensors,
-    state/ (the optimizer's moments, torch.distributed.checkpoint), train.json (counters, fingerprints of the tables).
-
-    A save copies to memory and returns; a thread writes to a hidden folder and renames it when whole. So every
-    step-NNNNNN is complete, whenever the run was killed.
-    """
-
-    def __init__(self, out, keep, ranks):
-        self.out, self.keep, self.ranks = out, keep, ranks
-        self.thread, self.written = ThreadPoolExecutor(1), None
-        self.steps = set()  # that are on disk, or will be
-        if ranks.first:
-            for left in out.glob(".step-*"):  # of a run that was killed
-                shutil.rmtree(left)
-        ranks.barrier()
-
-    def path(self, step):
-        return self.out / f"step-{step:06d}"
-
-    def last(self):
-        return self.path(max(self.steps)) if self.steps else "none"
-
-    def save(self, told, stage, model, moments, ema):
-        self.wait()
-        step = told["counts"]["step"]
-        self.steps.add(step)
-        weights = {name: p for name, p in model.named_parameters() if belongs(name, stage)}
-        snapshot = {
-            "weights": self.whole(weights), "ema": self.whole({**weights, **ema} if ema else {}),
-            "state": {"optimizer": copied(moments), "ema": copied(ema)},
-            "train": told,
-        }  # fmt: skip
-        self.written = self.thread.submit(self.write, self.path(step), snapshot)
-
-    def whole(self, tensors):
-        """Full copies in memory on the first rank, by released names; nothing on the others."""
-        found = {}
-        for name, p in tensors.items():
-            p = p.detach()
-            p = p.full_tensor() if hasattr(p, "full_tensor") else p
-            if self.ranks.first:
-                found[released_name(name)] = p.to("cpu", copy=True).contiguous()
-        return found
-
-    def write(self, path, snapshot):
-        if self.ranks.device.type == "cuda":  # a new thread begins on the first GPU
-            torch.cuda.set_device(self.ranks.device)
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            writer = dcp.FileSystemWriter(temporary / "state")
-            dcp.save(snapshot["state"], storage_writer=writer, process_group=self.ranks.background)
-            if not self.ranks.first:
-                return
-            for name in ("weights", *(["ema"] if snapshot["ema"] else [])):
-                save_file(snapshot[name], temporary / f"{name}.safetensors")
-                os.chmod(temporary / f"{name}.safetensors", 0o666 & ~UMASK)  # safetensors makes them 0600
-            (temporary / "train.json").write_text(json.dumps(snapshot["train"], indent=1))
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)  # a full disk needs the room
-            raise
-        if path.exists():
-            os.replace(path, path.with_name(f".{path.name}.old"))
-        os.replace(temporary, path)
-        for old in valid_checkpoints(self.out)[: -self.keep]:
-            os.replace(old, old.with_name(f".{old.name}.old"))
-        for hidden in [*self.out.glob(".step-*.old")]:
-            shutil.rmtree(hidden)
-
-    def check(self):
-        """Raise what went wrong in the thread."""
-        if self.written and self.written.done():
-            self.wait()
-
-    def wait(self):
-        error = self.written and self.written.exception()
-        if error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            raise OSError(f"{self.out}: the checkpoint cannot be written ({reason}); is the disk full?") from error
-
-
-os.umask(UMASK := os.umask(0))
-
-
-def copied(tensors):
-    return {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()}
-
-
-def open_run(args, ranks):
-    """The checkpoint to resume from, or None. ValueError where one would be written over."""
-    out = Path(args.out)
-    found = ranks.from_first([None, *valid_checkpoints(out)][-1])
-    if args.resume is None and found:
-        raise ValueError(f"{out} has checkpoints already; give --resume auto to continue, or another --out")
-    own = find_checkpoint(Path(args.weights)) if args.weights and Path(args.weights).exists() else None
-    if own and own.parent.resolve() == out.resolve():  # noted as what the run began with, it would lead in a circle
-        raise ValueError(
-            f"--weights {args.weights}: is --out itself; give what this run began with (--weights in {out}/config.json)"
-        )
-    if args.resume in (None, "auto"):
-        return found
-    checkpoint = find_checkpoint(Path(args.resume))
-    if checkpoint is None:
-        raise FileNotFoundError(f"--resume {args.resume}: not a checkpoint folder; give auto or RUN/step-NNNNNN")
-    if (
-        found and step_of(found) > read_json(checkpoint / "train.json")["counts"]["step"]
-    ):  # they would count as the last
-        raise ValueError(f"{out} has later checkpoints than {checkpoint}: move them away, or give another --out")
-    return checkpoint
-
-
-def export(run, folder, base=None, qwen=None):
-    """The last checkpoint of a run (or the one given, or its ema.safetensors) as a whole model, LoRA merged in float32.
-    base, qwen: of what the run began with, where that has moved."""
-    only_weights(folder)
-    checkpoint = checkpoint_of(run, "--export")
-    begun = began_with(checkpoint.parent)
-    starts = [start for start in (base, begun["weights"], begun["base"], begun["qwen"]) if start]
-    if Path(folder).resolve() in [Path(start).resolve() for start in starts]:
-        raise ValueError(
-            f"--out {folder}: {run} lies over these weights and needs them as they are; give another folder"
-        )
-    model = start_model(*read_weights(run if run.is_file() else checkpoint, base, qwen), "cpu", torch.float32)
-    merge_lora(model)
-    model.save(folder)
-    print(f"{folder}, in float32")
-
-
-def export_lora(run, path, style):
-    """The DiT's LoRA of a run's last checkpoint, or of the file given, in a spelling that others read."""
-    checkpoint = checkpoint_of(run, "--export-lora")
-    write_lora(run if run.is_file() else checkpoint / "weights.safetensors", path, style)
-    print(f'{path}: {style}; python sample.py in.mp4 "..." --lora {path}')
-
-
-def checkpoint_of(run, flag):
-    checkpoint = find_checkpoint(run)
-    if checkpoint is None:
-        raise FileNotFoundError(f"{flag} {run}: not the folder of a run or of a checkpoint")
-    return checkpoint
-
-
-# Watching
-
-
-class Log:
-    """metrics.jsonl, one line a step, and TensorBoard if it is installed."""
-
-    def __init__(self, out, first):
-        self.file, self.board = None, None
-        if not first:
-            return
-        self.file = (out / "metrics.jsonl").open("a")
-        with suppress(ImportError):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(out / "tensorboard"))
-
-    def write(self, line):
-        line = {name: value if math.isfinite(value) else None for name, value in line.items()}  # NaN is no JSON
-        if self.file:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
-        if self.board:
-            for name, value in line.items():
-                value is None or self.board.add_scalar(name, value, line["step"])
-
-    def close(self):
-        self.file and self.file.close()
-        self.board and self.board.close()
-
-
-def cut_log(path, step):
-    """Drop the lines after a step, which will be trained again, and a last one that is not whole."""
-    if path.is_file():
-        lines = [line for line in path.read_text().split("\n")[:-1] if json.loads(line)["step"] <= step]
-        write_text(path, "".join(line + "\n" for line in lines))
-
-
-def write_config(args, stage, model, out):
-    """What the run was asked for, resolved: config.json."""
-    typed = {name: Path(vars(args)[name]) for name in ("weights", "base", "qwen") if vars(args)[name]}
-    began = {name: path for name, path in typed.items() if path.exists() and not path.is_absolute()}
-    config = {"format": "nanokiwi run", "args": vars(args), "stage": asdict(stage), "model": asdict(model.config),
-              "began": {name: os.path.relpath(path.resolve(), out.resolve()) for name, path in began.items()}}  # fmt: skip
-    write_text(out / "config.json", json.dumps(config, indent=1))
-
-
 def batch_flops(config, stage, batch, tokens):
     """Floating-point operations of a batch's forward and backward in the DiT, the recomputing not counted.
 
@@ -1375,96 +968,6 @@ def machine_use(ranks, flops_s):
     peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
     use = {"memory_gib": torch.cuda.max_memory_allocated(ranks.device) / 2**30, "tflop_s": flops_s / 1e12}
     return use | ({"mfu": flops_s / ranks.world / peak} if peak else {})
-
-
-def plot(run):
-    """Draw metrics.jsonl as loss.svg."""
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; --plot takes the folder of a run")
-    lines = [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # the last may be half written
-    points = [(line["step"], line["loss"]) for line in lines if math.isfinite(line["loss"])]
-    if not points:
-        raise ValueError(f"{path}: has no losses yet")
-    write_text(run / "loss.svg", svg(points))
-    print(run / "loss.svg")
-
-
-def svg(points, width=800, height=400, margin=60):
-    """Points (step, loss) and their running mean as an SVG."""
-    steps, losses = zip(*points)
-    left, right, low, high = steps[0], max(steps[-1], steps[0] + 1), min(losses), max(max(losses), min(losses) + 1e-9)
-    mean, smooth = losses[0], []
-    for loss in losses:
-        mean += (loss - mean) * min(1, 20 / len(losses))
-        smooth.append(mean)
-
-    def line(values, style):
-        xy = ((margin + (s - left) / (right - left) * (width - 2 * margin),
-               height - margin - (v - low) / (high - low) * (height - 2 * margin)) for s, v in zip(steps, values))  # fmt: skip
-        return f'<polyline fill="none" {style} points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in xy)}"/>'
-
-    def text(x, y, words):
-        return f'<text x="{x}" y="{y}" font-family="sans-serif" font-size="13">{words}</text>'
-
-    return "\n".join([
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"><rect width="100%" height="100%" fill="white"/>',
-        line(losses, 'stroke="#9bc" stroke-width="1"'), line(smooth, 'stroke="#136" stroke-width="2"'),
-        text(5, margin, f"{high:.4g}"), text(5, height - margin, f"{low:.4g}"), text(margin, height - 20, f"step {left}"),
-        text(width - margin - 40, height - 20, right), text(width / 2 - 20, 30, "loss"), "</svg>\n",
-    ])  # fmt: skip
-
-
-# Settings
-
-
-def with_settings(config, settings):
-    """A dataclass with `key=value` settings, each cast to its field's type. ValueError for a key it has not."""
-    known = {field.name: field.type for field in fields(config)}
-    changes = {}
-    for setting in settings:
-        key, _, value = setting.partition("=")
-        if key not in known:
-            raise ValueError(f"--set {setting}: {type(config).__name__} has no {key!r}; it has {', '.join(known)}")
-        try:
-            changes[key] = cast(value, getattr(config, key), known[key])
-        except ValueError:
-            raise ValueError(f"--set {setting}: {value!r} is not of the kind of {getattr(config, key)!r}") from None
-    return replace(config, **changes)
-
-
-def cast(value, old, kind=None):
-    """Text as a value of the type of `old`, or, where that tells of none, as Python has it. kind: the field's, which alone
-    tells that a number may also be left out. ValueError where it is none."""
-    if kind == int | None:
-        return None if value.lower() == "none" else int(value)
-    if isinstance(old, bool):
-        return bool(("false", "true").index(value.lower()))
-    if old is None or old == ():
-        try:
-            return literal_eval(value)
-        except SyntaxError:
-            raise ValueError(value) from None
-    if isinstance(old, tuple):
-        return tuple(cast(part, old[0]) for part in value.split(","))
-    return type(old)(value)
-
-
-def with_model_settings(config, settings):
-    """A KiwiConfig with `model.key=value`, `dit.key=value`, `vae.`, `mllm.` settings."""
-    grouped = {}
-    for setting in settings:
-        part, dot, rest = setting.partition(".")
-        if dot and "=" not in part:
-            grouped.setdefault(part, []).append(rest)
-    for part, values in grouped.items():
-        if part == "model":
-            config = with_settings(config, values)
-        elif part in ("dit", "vae", "mllm"):
-            config = replace(config, **{part: with_settings(getattr(config, part), values)})
-        else:
-            raise ValueError(f"--set {part}.{values[0]}: no such part; there are model, dit, vae, mllm")
-    return config
 
 
 def run():
