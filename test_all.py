@@ -1,4 +1,4 @@
-"""The house, tested: the second documentation. `pytest` runs this file and tests/, which has the faults, formats and kills.
+"""The house, tested: the second documentation. `pytest` runs this file and tests/ (faults, formats, kills).
 
 Recorded outputs of the released code lie in ../shared/golden; a test that needs them skips aloud without them.
 """
@@ -230,7 +230,7 @@ def stories():
         yield title, re.findall(r"```(python|bash)\n(.*?)```", text, re.DOTALL)
 
 
-@pytest.mark.parametrize("title, blocks", list(stories()), ids=lambda value: value[:40] if isinstance(value, str) else "")
+@pytest.mark.parametrize("title, blocks", list(stories()), ids=[title for title, _ in stories()])
 def test_a_story_of_the_readme_runs_in_a_copy_of_the_house(tmp_path, nano_data, title, blocks):
     copy = tmp_path / "house"
     copy.mkdir()
