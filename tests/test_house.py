@@ -22,7 +22,7 @@ from kernels.bench import table
 
 FLOORS = {
     "kernels": 0, "parallel": 1, "dit": 1, "vae": 1, "connectors": 1, "media": 1, "data": 2, "load": 2, "metrics": 2,
-    "judges": 2, "model": 3, "sample": 4, "train": 4, "judge": 4, "curate": 4.5, "nano": 4, "conftest": 5,
+    "judges": 2, "model": 3, "sample": 4, "app": 4, "train": 4, "judge": 4, "curate": 4.5, "nano": 4, "conftest": 5,
 }  # fmt: skip  # curate stands above nano until its --measure moves to bench/curate.py
 
 
