@@ -196,24 +196,6 @@ from tqdm import tqdm
 
 from connectors import PIXEL_MEAN, PIXEL_STD
 from data import COLUMNS, FILES, csv_lines, has_columns, inside, parquet_file, row_group
-from judges import (
-    MAX_WAIT,
-    Barred,
-    Local,
-    Malformed,
-    NoRedirect,
-    OpenAICompatible,
-    TryAgain,
-    Unusable,
-    has_secret,
-    jpeg,
-    jpeg_uri,
-    json_objects,
-    key_of,
-    sampled_frames,
-    sound,
-    spoken,
-)  # fmt: skip
 from media import (
     MediaError,
     decode,
@@ -231,6 +213,24 @@ from metrics import as_float, lab, luma, otsu, read_reference
 from model import local_path, read_json
 from nano.world import load_library, redraw_edit, render, to_uint8
 from parallel import pick_device, rank_and_world
+from vlm import (
+    Barred,
+    Local,
+    Malformed,
+    NoRedirect,
+    OpenAICompatible,
+    Settings,
+    TryAgain,
+    Unusable,
+    has_secret,
+    jpeg,
+    jpeg_uri,
+    json_objects,
+    key_of,
+    sampled_frames,
+    sound,
+    spoken,
+)  # fmt: skip
 
 STAGES = ("read", "score", "ground", "synthesize", "verify", "deduplicate")
 PAID = ("ground", "synthesize", "verify")  # what these rejected stays rejected when a ledger is read again
@@ -1439,13 +1439,6 @@ def add_adapter(module, folder):
     return module
 
 
-class Settings:
-    """What a judge of judges.py is told."""
-
-    def __init__(self, device=None, endpoint=None):
-        self.device, self.endpoint, self.send, self.deadline, self.max_tokens = device, endpoint, "frames", 120.0, 512
-
-
 def open_model(name, device):
     """A multimodal model to ask: http://host/v1#MODEL (of an OpenAI-compatible server; one that serves a single model
     needs no #MODEL), or a folder or hub id, BASE+ADAPTER with a LoRA over it. ValueError where it cannot be had."""
@@ -1465,9 +1458,9 @@ def open_model(name, device):
             raise ValueError(
                 f"{name}: serves {len(served)} models, {', '.join(served[:8])}...: say which, {address}#MODEL"
             )
-        return OpenAICompatible(model or served[0], Settings(endpoint=address))
+        return OpenAICompatible(model or served[0], Settings(endpoint=address, deadline=120.0, temperature=None))
     base, _, adapter = name.partition("+")
-    asked = Local(local_path(base), Settings(device=device), max_pixels=1280 * 720)
+    asked = Local(local_path(base), Settings(device=device, max_pixels=1280 * 720, max_tokens=512))
     if adapter:
         add_adapter(asked.mllm, local_path(adapter))
     return asked
@@ -1517,7 +1510,7 @@ class Paper:
                 except TryAgain as error:
                     if done == tries:
                         raise
-                    time.sleep(min(error.after or 2 ** (done - 1) * (1 + random.random()), MAX_WAIT))
+                    time.sleep(min(error.after or 2 ** (done - 1) * (1 + random.random()), 60.0))
 
     def score(self, source_path, target_path, row):
         """EditScore (FACTS.md, "Curation"): of each pair of frames sqrt(min(SC) min(PQ)), from 0..25 to 0..10. Frame i

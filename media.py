@@ -15,17 +15,19 @@ import os
 import shutil
 import sys
 import threading
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from av.stream import Disposition
+
+with suppress(ImportError):  # without PyAV all but reading and writing files works
+    import av
+    from av.stream import Disposition
 
 GRID = 32  # pixels: the VAE's stride 16 (or 8) times the DiT's patch 2; every Kiwi-Edit size is floored to it
 MAX_PIXELS = 720 * 1280

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from bench.speed import diffusers_vae, diffusers_vae_name
 from conftest import close, golden, golden_vae_config, randomise, recorded, tiny_vae
-from kernels.bench import diffusers_vae, diffusers_vae_name
 from model import load_weights
 from vae import VAE
 
