@@ -259,10 +259,13 @@ def test_the_hopper_kernel_s_blocks_in_their_order_are_attention(queries, keys):
 
 
 @pytest.mark.parametrize("channels", [3, 40])
-def test_upsampling_folded_into_its_convolution_is_the_same_picture_and_the_same_gradients(channels):
+def test_upsampling_folded_into_its_convolution_is_the_same_picture_and_the_same_gradients(channels, monkeypatch):
+    monkeypatch.setattr(sys.modules["kernels.conv"], "folding_pays", lambda x, weight: True)
+    kept = {}
     x = torch.randn(2, channels, 3, 5, 4, dtype=torch.float64, requires_grad=True)
     weight, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((6, channels, 3, 3), (6,)))
-    plain, folded = (f(x, weight, bias) for f in (upsample_conv_plain, upsample_conv))
+    plain, folded = upsample_conv_plain(x, weight, bias), upsample_conv(x, weight, bias, kept)
+    assert torch.equal(upsample_conv(x, weight, bias, kept), folded) and len(kept) == 4
     assert close(folded, plain, 1e-12) and folded.is_contiguous(memory_format=torch.channels_last_3d)
     grad = torch.randn_like(plain)
     for ours, theirs in zip(*(torch.autograd.grad(y, (x, weight, bias), grad) for y in (folded, plain))):
