@@ -168,7 +168,7 @@ class Cache:
 
 class CachedPairs(Pairs):
     """The same from a `Cache`: pictures are latents (C, T, h, w); seen is a context (L, D), or the mode and
-    {name: (tokens of the vision tower (n, hidden), grid)}."""
+    {name: (tokens of the vision tower (n, hidden), grid)}, or pictures for an encoder without one."""
 
     def __init__(self, tables, curriculum, cache):
         super().__init__(tables, curriculum, None)
@@ -184,7 +184,8 @@ def read_cached(cache, row, shape):
     if "context" in cache.parts:
         return pictures, cache.read("context", row, shape)["context"]
     found = cache.read("seen", row, shape)
-    seen = {n: (found[n], tuple(found[f"{n}.grid"].tolist())) for n in ("source", "ref0") if n in found}
+    grid = lambda name: tuple(found[f"{name}.grid"].tolist())
+    seen = {n: (found[n], grid(n)) if f"{n}.grid" in found else found[n] for n in ("source", "ref0") if n in found}
     return pictures, ("ref" if row.ref else "image" if shape[0] == 1 else "video", seen)
 
 
@@ -244,9 +245,11 @@ def write_cache(args, stage, ranks, model, cache, data):
             context = model.mllm.encode([model.mllm.assemble(row.prompt, mode, visuals)])[0][0]
             cache.write("context", row, shape, {"context": context})
         if "seen" in absent:
-            request = model.mllm.assemble(row.prompt, mode, visuals)
-            tensors = dict(zip(visuals, model.mllm.look([request])))
-            tensors |= {f"{name}.grid": torch.tensor(grid) for name, grid in request.grids.items()}
+            tensors = dict(visuals)
+            if hasattr(model.mllm, "look"):
+                request = model.mllm.assemble(row.prompt, mode, visuals)
+                tensors = dict(zip(visuals, model.mllm.look([request])))
+                tensors |= {f"{name}.grid": torch.tensor(grid) for name, grid in request.grids.items()}
             cache.write("seen", row, shape, tensors)
     ranks.barrier()
     if ranks.first:

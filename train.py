@@ -197,7 +197,7 @@ from load import (
 )
 from lora import inject_lora, quantise
 from media import MediaError, write_image, write_video
-from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit, read_weights
+from model import PRESETS, Contexts, FlowMatch, KiwiConfig, KiwiEdit, read_weights
 from parallel import Ranks, compute_in, parallelise
 
 
@@ -413,7 +413,7 @@ class Trainer:
         )
         noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(device)
         if isinstance(batch["seen"][0], torch.Tensor):  # contexts (L, D) from the cache
-            requests = [context[None].to(device, self.ranks.dtype) for context in batch["seen"]]
+            requests = Contexts(context[None].to(device, self.ranks.dtype) for context in batch["seen"])
         else:
             requests = [model.mllm.assemble(prompt, *seen) for prompt, seen in zip(batch["prompts"], batch["seen"])]
         frames = latents.shape[2] + (0 if ref is None else ref.shape[2])
@@ -755,7 +755,8 @@ def load_model(args, stage, ranks, checkpoint, data):
         compute_in(model, ranks.dtype)
     if checkpoint:  # only now: in the 16 bits of the weights it started from it would lose half its digits
         load_weights(model, TensorFiles().add(checkpoint / "weights.safetensors"), partial=True)
-    if stage.trains_mllm and stage.source and not model.mllm.connector[2].weight.any() and ranks.first:
+    query_connector = getattr(model.mllm, "connector", None)
+    if "dit" in stage.trains and ranks.first and query_connector is not None and not query_connector[2].weight.any():
         print("warning: the Query Connector is untrained, so stage 1 was left out; the paper measured 1.47/3.01 without "
               "it against 2.84/3.98 (Table 5)", file=sys.stderr)  # fmt: skip
     return model.train(), cache
@@ -824,7 +825,7 @@ def has_lora(module):
 
 def choose_trained(model, stage, ranks):
     """Put LoRA in place, and set requires_grad for exactly what the stage trains. ValueError for a part that is absent."""
-    if stage.trains_mllm:
+    if "lora" in stage.trains and model.mllm.language_model is not None:
         held = {len(p) for name, p in model.mllm.named_parameters() if ".lora_A." in name}
         if not held:
             inject_lora(model.mllm.language_model, stage.lora_rank, stage.lora_targets)
