@@ -25,6 +25,7 @@ HOUSE_FLOORS = (
     "data load lora sizing metrics vlm judges",
     "model",
     "checkpoint cache stages",
+    "start",
     "sample train judge nano bench",
     "curate app",  # curate stands above nano until its --measure moves to bench/curate.py
     "conftest",
@@ -101,7 +102,7 @@ def test_the_recipes_are_bash_whose_commands_parse(tmp_path, machine):
 
 @pytest.mark.parametrize("program", sorted(COMMANDS.keys() - {"judge.py"}))
 def test_every_flag_of_a_command_is_read(program):
-    files = sorted(HOUSE.glob("nano/*.py")) if program == "-m nano" else [HOUSE / program, HOUSE / "stages.py"]
+    files = sorted(HOUSE.glob("nano/*.py")) if program == "-m nano" else [HOUSE / program, *(HOUSE / name for name in ("stages.py", "start.py"))]
     text = "".join(path.read_text() for path in files)
     flags = re.findall(r'(?:add|flag)\(\s*(?:"-\w", )?"--([\w-]+)"', text)
     assert flags and all(re.search(rf"args\.{flag.replace('-', '_')}\b", text) for flag in flags)

@@ -1,5 +1,6 @@
 """Tests of train.py"""
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ import checkpoint
 import media
 import parallel
 import stages
+import start
 import train
 from conftest import (
     HOUSE,
@@ -61,8 +63,8 @@ def test_a_step_changes_exactly_the_parameters_that_the_stage_trains(tmp_path, l
     chosen = train.choose_stage(args)
     ranks = train.Ranks(args.parallel, args.dtype, args.sp)
     try:
-        data_ = train.open_data(args, chosen, ranks)
-        model, cache = train.load_model(args, chosen, ranks, None, data_)
+        data_ = start.open_data(args, chosen, ranks)
+        model, cache = start.load_model(args, chosen, ranks, None, data_)
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:  # zero at first, and then A would have no gradient
                 torch.nn.init.normal_(parameter)
@@ -85,10 +87,9 @@ def test_what_a_stage_saves_has_exactly_the_released_names_and_shapes(real_qwen_
     name = f"wan2{'2_5b' if config == '5b' else '1_14b'}"
     args = train.parse_arguments(["--config", name, "--stage", str(stage), "--preset", "released"])
     chosen, preset = train.choose_stage(args), PRESETS[name]
-    config = train.config_of(args, replace(preset, mllm=replace(preset.mllm, folder=str(real_qwen_folder))))
     with torch.device("meta"):
-        model = KiwiEdit(config)
-        train.choose_trained(model, chosen, None)
+        model = KiwiEdit(start.config_of(args, replace(preset, mllm=replace(preset.mllm, folder=str(real_qwen_folder)))))
+        start.choose_trained(model, chosen, None)
     saved = {released_name(n): tuple(p.shape) for n, p in model.named_parameters() if train.belongs(n, chosen)}
     assert saved == {n: tuple(t.shape) for n, t in manifest(f"trainable_{config}_stage{stage}").items()}
     assert all(our_name(released_name(n)) == n for n, _ in model.named_parameters())
@@ -404,10 +405,40 @@ def test_a_base_path_is_of_the_tables_named_where_some_are(tmp_path, lesson):
     assert losses(tmp_path / "named") == losses(tmp_path / "plain")
 
 
-def test_a_diverged_run_skips_steps_and_stops_with_the_sample(tmp_path, lesson, capsys):
-    with pytest.raises(ValueError, match=r"5 steps in a row were skipped.*_tgt\.(png|mp4)"):
-        train.main(lessons(lesson, tmp_path / "run", settings=["lr=1e30", "weight_decay=0"]))
-    assert "skipped: its gradient is" in capsys.readouterr().err
+def test_a_diverged_run_skips_steps_saves_nothing_and_stops_with_the_sample(tmp_path, lesson, capsys):
+    flags, settings = ["--save-every", "1"], ["lr=1e30", "weight_decay=0", "warmup=0"]
+    with pytest.raises(ValueError, match=r"5 steps in a row were skipped.*sound checkpoint: .*step-000001.*_tgt\.(png|mp4)"):
+        train.main(lessons(lesson, tmp_path / "run", *flags, settings=settings))
+    said = capsys.readouterr().err
+    assert "skipped: its gradient is" in said and "not saved; the last sound checkpoint" in said
+    assert [path.name for path in valid_checkpoints(tmp_path / "run")] == ["step-000001"]
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] is None, "NaN is no JSON"
+
+
+def test_a_run_resumes_with_its_own_arguments_and_a_second_process_is_kept_out(tmp_path, lesson, monkeypatch):
+    train.main(lessons(lesson, tmp_path / "run", settings=["steps=1"]))
+    monkeypatch.chdir(tmp_path)
+    train.main(["--resume", "run", "--set", "steps=2"])
+    assert len(losses(tmp_path / "run")) == 2
+    begun, args = (train.parse_arguments(["--resume", str(tmp_path / path)]) for path in ("run", "run/step-000001"))
+    assert begun.resume == "auto" and args.resume.endswith("step-000001") and args.stage == 3 and args.workers == 0
+    with (tmp_path / "run" / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process trains there"):
+            train.main(["--resume", "run", "--set", "steps=3"])
+    assert (tmp_path / "run/step-000002/weights.safetensors").stat().st_mode & 0o777 == 0o666 & ~checkpoint.UMASK
+
+
+def test_batches_that_do_not_fit_into_shared_memory_are_refused_and_a_signal_ends_a_wait(tmp_path, lesson):
+    with pytest.raises(ValueError, match="docker run --shm-size=8g, or --workers 0"):
+        train.room_for_batches((81, 10**5, 10**5), 1, 2)
+    with trainer_of(lesson, tmp_path) as trainer:
+        signal.signal(signal.SIGALRM, trainer.ask_to_stop)
+        trainer.batches = iter(lambda: time.sleep(60), None)
+        signal.alarm(1)
+        started = time.monotonic()
+        assert trainer.next_batch() is None and trainer.stop == "SIGALRM" and time.monotonic() - started < 30
 
 
 def test_a_limit_of_pixels_is_a_number_or_none():
@@ -428,6 +459,7 @@ def test_a_limit_of_pixels_is_a_number_or_none():
     (["--set", "ema=1.5"], "Stage.ema: 1.5"), (["--set", "image=-1"], "shares of at least 0"),
     (["--set", "trains=lora,dti"], "the model has no 'dti'"), (["--set", "lora_targets=q_proj,key"], "no linear layer 'key'"),
     (["--init", "random"], "leave out --weights"), (["--weights", __file__], "cannot be read"),
+    (["--set", "trains=dit.lora"], "dit.lora needs a rank; --set dit_lora_rank=32"),
     (["--set", "pixels=0"], "Stage.pixels: 0"), (["--set", "clip=-1"], "Stage.clip: -1"),
     (["--set", "ref_shrink=1.5"], "Stage.ref_shrink: 1.5"), (["--set", "lora_rank=0"], "Stage.lora_rank: 0"),
 ])  # fmt: skip
@@ -474,7 +506,7 @@ def test_an_interrupt_before_the_first_step_and_a_lost_worker_are_one_line(monke
 
 
 def test_nano_starts_from_nothing_but_no_run_is_written_over(tmp_path, lesson, capsys, monkeypatch):
-    monkeypatch.setattr(train, "NANO", tmp_path / "none")
+    monkeypatch.setattr(start, "NANO", tmp_path / "none")
     words = ["--config", "nano", "--stage", 1, "--data", lesson, "--out", tmp_path / "run", "--set", *SMALL, "steps=1"]
     train.main([str(word) for word in words])
     assert "random weights" in capsys.readouterr().err and (tmp_path / "run/init").is_dir()
@@ -543,8 +575,8 @@ def trainer_of(lesson, out, *settings):
     args = train.parse_arguments(lessons(lesson, out, settings=settings))
     stage, ranks = train.choose_stage(args), train.Ranks(args.parallel, args.dtype, args.sp)
     try:
-        rows = train.open_data(args, stage, ranks)
-        model, cache = train.load_model(args, stage, ranks, None, rows)
+        rows = start.open_data(args, stage, ranks)
+        model, cache = start.load_model(args, stage, ranks, None, rows)
         yield train.Trainer(args, stage, ranks, model, rows, cache)
     finally:
         ranks.leave()
