@@ -73,7 +73,8 @@ def activations(config, stage, shape, cache, checkpointing):
     some 20 D + 4 F numbers a token with its gradients; the same for the language model where it is trained."""
     c, m, (frames, height, width) = config.dit, config.mllm, shape
     tokens = (config.vae.latent_frames(frames) + (stage.ref > 0)) * height * width // config.pixel_grid**2
-    inside, kept = tokens * (20 * c.dim + 4 * c.ffn_dim), tokens * 2 * c.dim * c.num_layers
+    lora = 1.2 if "dit.lora" in stage.trains else 1  # its own outputs beside the base's
+    inside, kept = lora * tokens * (20 * c.dim + 4 * c.ffn_dim), tokens * 2 * c.dim * c.num_layers
     if not checkpointing:
         kept = 0.6 * inside * c.num_layers
     if cache and not stage.trains_mllm:
