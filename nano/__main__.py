@@ -6,6 +6,7 @@
     (train.py runs the paper's three stages on these data and weights)
     ship      the last checkpoint over those weights            -> weights/nano in bfloat16, example, model card
     eval      edits of held-out clips against their truth       -> eval.md, eval.json, sheet.png
+    compare   two sets of runs of eval, paired by case          -> a Markdown table with intervals
     bench     held-out reference edits in RefVIE-Bench's layout -> refvie_bench.yaml for judge.py
 
 runs/nano_cpu.sh and runs/nano_h100.sh run all of that.
@@ -26,6 +27,7 @@ EXAMPLES = """examples:
 COMMANDS = {  # the module and the function of each
     "assets": ("assets", "fetch_assets"), "data": ("data", "make_data"), "bench": ("data", "make_bench"),
     "pretrain": ("pretrain", "pretrain"), "ship": ("ship", "ship"), "eval": ("evaluate", "evaluate"),
+    "compare": ("evaluate", "compare"),
 }  # fmt: skip
 
 
@@ -81,6 +83,10 @@ def parse_arguments(argv=None):
     add("--cases", type=positive, default=400, help="at most so many (default %(default)s)")
     add("--steps", type=positive, help="denoising steps (default: what the weights ask for)")
     add("--ref-guidance", type=float, metavar="G", help="how far references are followed (default: likewise)")
+
+    add = commands.add_parser("compare", help="how much better some reports are than others").add_argument
+    add("reports", nargs="+", metavar="DIR", help="what `eval` wrote: one way, a folder for each seed")
+    add("--to", nargs="+", required=True, metavar="DIR", help="another way, on the same cases")
     args = parser.parse_args(argv)
     if args.command in ("data", "bench") and (args.size % 32 or args.frames % 4 != 1):
         parser.error(f"--size {args.size} --frames {args.frames}: a multiple of 32, and 4k + 1 (5, 9, 17, ...)")

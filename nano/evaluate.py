@@ -18,6 +18,7 @@ from model import KiwiEdit
 from nano.data import read_frames, read_mask, read_truth, read_world
 from nano.world import draw_frames, load_library, nameable, pick, redraw_edit, render, to_uint8
 from parallel import pick_device
+from report import table
 
 CANDIDATES = 20  # the right sprite among so many: chance is 5 %
 ASKED = {  # set before all training: dB gained on a copy inside the edited region, share of right objects
@@ -45,10 +46,10 @@ def region_ssim(a, b, region, window=7):
 
 
 def detail(frames, region):
-    """Energy of the luma's Laplacian in the region, in 0..1 per pixel squared: fine edges and grain."""
+    """Sum of the luma's |Laplacian| in the region: fine edges and grain."""
     luma = (frames.float() / 255 @ torch.tensor([0.299, 0.587, 0.114]))[:, None]
     kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
-    return float(F.conv2d(F.pad(luma, (1, 1, 1, 1), mode="replicate"), kernel)[:, 0].square()[region].sum())
+    return float(F.conv2d(F.pad(luma, (1, 1, 1, 1), mode="replicate"), kernel)[:, 0].abs()[region].sum())
 
 
 def measure(result, target, region):
@@ -120,7 +121,7 @@ def mean(values):
 
 
 def sharpness(measures, where):
-    """Laplacian energy of some cases' results to that of their truth: 1 is as sharp, less is blurred; None if flat."""
+    """|Laplacian| of some cases' results to that of their truth: 1 is as sharp, less is blurred; None if flat."""
     truth = sum(m[f"truth_{where}"] for m in measures)
     return sum(m[f"detail_{where}"] for m in measures) / truth if truth else None
 
@@ -130,11 +131,6 @@ def by_task(cases):
     for case in cases:
         groups.setdefault(case["task"], []).append(case["measures"])
     return groups
-
-
-def markdown(columns, rows):
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
 def summary(cases):
@@ -151,7 +147,7 @@ def summary(cases):
             right = [mean(m.get(name) for m in results) for name in ("right", "look")]
             rows.append([task, method, len(results), *cells, *("" if n is None else f"{n:.0%}" for n in right)])
     names = [f"{name} {where}" for where in ("in", "out") for name in columns]
-    return markdown(["task", "method", "cases", *names, "right object", "shown look"], rows)
+    return table([["task", "method", "cases", *names, "right object", "shown look"], *rows])
 
 
 def goals(cases):
@@ -172,7 +168,7 @@ def goals(cases):
             "" if shown is None else f"{shown:+.1f} dB (asked more than 0)",
         ])  # fmt: skip
     columns = ["task", "edit - copy, inside", "ceiling - edit, outside", "right object", "reference - none, inside"]
-    return markdown(columns, rows)
+    return table([columns, *rows])
 
 
 def digest_of(model):
@@ -202,8 +198,41 @@ def evaluate(args):
     settings = {"digest": digest_of(model)} | {name: getattr(model.config, name) for name in ("steps", "ref_guidance")}
     told = {"weights": args.weights, "world": world, **settings, "cases": cases}
     write_text(out / "eval.json", json.dumps(told, indent=0))
-    write_text(out / "eval.md", table := f"{summary(cases)}\n{goals(cases)}")
+    write_text(out / "eval.md", text := f"{summary(cases)}\n\n{goals(cases)}\n")
     empty = torch.zeros_like(picture)
     sheet = torch.cat([torch.cat((shown + 4 * [empty])[:4], dim=1) for shown in pictures.values()])
     write_image(out / "sheet.png", sheet.repeat_interleave(2, 0).repeat_interleave(2, 1))
-    print(f"{table}write       {out}/eval.md, eval.json, sheet.png (source | reference | edit | truth, four a task)")
+    print(f"{text}write       {out}/eval.md, eval.json, sheet.png (source | reference | edit | truth, four a task)")
+
+
+def mean_over_seeds(folders):
+    """{case's index: (task, dB inside, right or None)} of the edits, averaged over the reports of several seeds."""
+    found = {}
+    for folder in folders:
+        for case in json.loads((Path(folder) / "eval.json").read_text())["cases"]:
+            edit = case["measures"]["edit"]
+            found.setdefault((case["index"], case["task"]), []).append((edit["psnr_in"], edit.get("right")))
+    return {key: [mean(column) for column in zip(*seeds)] for key, seeds in found.items()}
+
+
+def compare(args):
+    """Reports against others, paired by case: mean difference and 95 % interval of a bootstrap over the cases."""
+    a, b = mean_over_seeds(args.reports), mean_over_seeds(args.to)
+    if a.keys() != b.keys():
+        raise ValueError(f"{args.reports[0]}, {args.to[0]}: not of the same cases")
+    rows = [["task", "cases", "inside, dB", "right object"]]
+    for task in [*dict.fromkeys(task for _, task in a), "all"]:
+        cells, of_task = [], [key for key in a if task in (key[1], "all")]
+        for column, unit in (0, "{:+.2f} [{:+.2f}, {:+.2f}]"), (1, "{:+.1%} [{:+.1%}, {:+.1%}]"):
+            pairs = [
+                (a[key][column], b[key][column]) for key in of_task if None not in (a[key][column], b[key][column])
+            ]
+            gain = torch.tensor([x - y for x, y in pairs])
+            drawn = (
+                torch.randint(len(gain), (2000, len(gain)), generator=torch.Generator().manual_seed(0)) if pairs else []
+            )
+            cells.append(
+                unit.format(gain.mean(), *gain[drawn].mean(1).quantile(torch.tensor([0.025, 0.975]))) if pairs else ""
+            )
+        rows.append([task, len(of_task), *cells])
+    print(table(rows))
