@@ -316,10 +316,10 @@ def test_the_goals_are_differences_of_the_measures():
 def test_sharpness_is_1_for_the_truth_and_less_for_a_blur(library):
     target = world.draw_frames(world.draw_edit(library, "test", 0, 3, 5, 64), 64)[1]
     region = torch.ones(target.shape[:3], dtype=torch.bool).tril()
-    blur = F.avg_pool2d(target.permute(0, 3, 1, 2).float(), 3, 1, 1).permute(0, 2, 3, 1).to(torch.uint8)
+    blur = F.avg_pool2d(target.mT.float(), (1, 3), 1, (0, 1), count_include_pad=False).mT.to(torch.uint8)
     truth, soft = ([evaluate.measure(result, target, region)] for result in (target, blur))
     assert evaluate.sharpness(truth, "in") == 1 == evaluate.sharpness(truth, "out")
-    assert evaluate.sharpness(soft, "in") < 0.6 and evaluate.sharpness([], "in") is None
+    assert evaluate.sharpness(soft, "in") < 0.8 and evaluate.sharpness([], "in") is None
 
 
 def test_reports_are_compared_case_by_case_over_their_seeds(tmp_path, capsys):
