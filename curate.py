@@ -196,6 +196,7 @@ from tqdm import tqdm
 
 from connectors import PIXEL_MEAN, PIXEL_STD
 from data import COLUMNS, FILES, csv_lines, has_columns, inside, parquet_file, row_group
+from load import local_path, read_json
 from media import (
     MediaError,
     decode,
@@ -210,7 +211,6 @@ from media import (
     write_text,
 )
 from metrics import as_float, lab, luma, otsu, read_reference
-from model import local_path, read_json
 from nano.world import load_library, redraw_edit, render, to_uint8
 from parallel import pick_device, rank_and_world
 from vlm import (

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from load import began_with, find_checkpoint, only_weights
 from media import whole_folder
-from model import KiwiEdit, began_with, find_checkpoint, only_weights
+from model import KiwiEdit
 from nano.assets import PACKAGES
 from nano.data import read_truth, read_world
 from nano.evaluate import digest_of
