@@ -1,15 +1,7 @@
-"""Train a small Kiwi-Edit from nothing, in a world whose truth is known.
+"""Train a small Kiwi-Edit from nothing, in a world whose truth is known: runs/nano_cpu.sh runs all of it.
 
-    assets    emoji and panoramas, once                         -> a folder outside the repository
-    data      clips of the world                                -> mp4, png, three CSVs, truth.jsonl
-    pretrain  a VAE, a Qwen2.5-VL and a text-to-video DiT, the stand-ins for what the paper starts from -> weights/
-    (train.py runs the paper's three stages on these data and weights)
-    ship      the last checkpoint over those weights            -> weights/nano in bfloat16, example, model card
-    eval      edits of held-out clips against their truth       -> eval.md, eval.json, sheet.png
-    compare   two sets of runs of eval, paired by case          -> a Markdown table with intervals
-    bench     held-out reference edits in RefVIE-Bench's layout -> refvie_bench.yaml for judge.py
-
-runs/nano_cpu.sh and runs/nano_h100.sh run all of that.
+assets, data -> clips and their truth    pretrain -> the VAE, MLLM and DiT that the paper starts from
+(train.py runs the paper's three stages) -> ship -> weights/nano    eval, compare, bench -> how good they are
 """
 
 import argparse
