@@ -66,7 +66,7 @@ def diffusers_dit(config):
 
 
 def diffusers_vae(config):
-    """The same Wan VAE in diffusers; `diffusers_vae_name` gives its names."""
+    """The same Wan VAE in diffusers."""
     from diffusers import AutoencoderKLWan
 
     mean, std = config.statistics
@@ -79,28 +79,16 @@ def diffusers_vae(config):
     return AutoencoderKLWan(**sizes)
 
 
-def diffusers_vae_name(name, config):
-    """Wan's name of a VAE parameter, as our VAE has it -> diffusers' name."""
-    for wan, theirs in (
-        (r"residual\.0\.", "norm1."), (r"residual\.2\.", "conv1."), (r"residual\.3\.", "norm2."),
-        (r"residual\.6\.", "conv2."), (r"shortcut", "conv_shortcut"), (r"middle\.0", "mid_block.resnets.0"),
-        (r"middle\.1", "mid_block.attentions.0"), (r"middle\.2", "mid_block.resnets.1"), (r"head\.0", "norm_out"),
-        (r"head\.2", "conv_out"), (r"coder\.conv1", "coder.conv_in"), (r"^conv1", "quant_conv"),
-        (r"^conv2", "post_quant_conv"),
-    ):  # fmt: skip
-        name = re.sub(wan, theirs, name)
-    if config.version == "2.2":
-        name = re.sub(r"downsamples\.(\d)\.downsamples\.\d\.(resample|time)", r"down_blocks.\1.downsampler.\2", name)
-        name = re.sub(r"upsamples\.(\d)\.upsamples\.\d\.(resample|time)", r"up_blocks.\1.upsampler.\2", name)
-        name = re.sub(r"downsamples\.(\d)\.downsamples\.(\d)", r"down_blocks.\1.resnets.\2", name)
-        return re.sub(r"upsamples\.(\d)\.upsamples\.(\d)", r"up_blocks.\1.resnets.\2", name)
-    name = name.replace("downsamples", "down_blocks")
-    flat = re.search(r"upsamples\.(\d+)", name)
-    if not flat:
-        return name
-    level, place = divmod(int(flat[1]), config.num_res_blocks + 2)  # a level: one block more, then its upsampling
-    inner = "upsamplers.0" if place == config.num_res_blocks + 1 else f"resnets.{place}"
-    return name.replace(flat[0], f"up_blocks.{level}.{inner}")
+def give_weights(ours, theirs):
+    """Our VAE's weights for diffusers', which registers the same layers in the same order, but in the middle attention
+    before the block that it follows."""
+    names = list(theirs.state_dict())
+    for half in ("encoder", "decoder"):
+        attention = [name for name in names if name.startswith(f"{half}.mid_block.attentions.0.")]
+        block = [name for name in names if name.startswith(f"{half}.mid_block.resnets.0.")]
+        at = names.index(attention[0])
+        names[at : at + len(attention + block)] = block + attention
+    theirs.load_state_dict(dict(zip(names, ours.state_dict().values(), strict=True)))
 
 
 def built(device, dtype, make):
@@ -172,7 +160,7 @@ def vae_rows(args, config, size, dtype):
     ours = built(device, dtype, lambda: VAE(config))
     theirs = built(device, dtype, lambda: diffusers_vae(config)) if has_diffusers() else None
     if theirs:
-        theirs.load_state_dict({diffusers_vae_name(k, config): v for k, v in ours.state_dict().items()})
+        give_weights(ours, theirs)
     video = torch.rand(1, 3, *size, device=device, dtype=dtype) * 2 - 1
     latents = ours.encode(video)
     z = ours.denormalise(latents)  # diffusers leaves the normalisation to its pipelines
