@@ -170,7 +170,7 @@ def parse_arguments(argv=None):
         help="of the synthesis of --models paper, with the record's number (default %(default)s)",
     )
     add("--device", metavar="NAME", help="default: cuda if there is one")
-    add("--measure", choices=("truth", "scale"), help="figures of the README: truth: PAIRS is what nano.py data wrote; "
+    add("--measure", choices=("truth", "scale"), help="figures of the README: truth: PAIRS is what `python -m nano data` wrote; "
         "scale: PAIRS is an empty folder to work in")  # fmt: skip
     add("--show-prompts", action="store_true", help="print what the models are asked, and stop")
     args = parser.parse_args(argv)
@@ -196,24 +196,7 @@ from tqdm import tqdm
 
 from connectors import PIXEL_MEAN, PIXEL_STD
 from data import COLUMNS, FILES, csv_lines, has_columns, inside, parquet_file, row_group
-from judges import (
-    MAX_WAIT,
-    Barred,
-    Local,
-    Malformed,
-    NoRedirect,
-    OpenAICompatible,
-    TryAgain,
-    Unusable,
-    has_secret,
-    jpeg,
-    jpeg_uri,
-    json_objects,
-    key_of,
-    sampled_frames,
-    sound,
-    spoken,
-)  # fmt: skip
+from load import local_path, read_json
 from media import (
     MediaError,
     decode,
@@ -228,9 +211,26 @@ from media import (
     write_text,
 )
 from metrics import as_float, lab, luma, otsu, read_reference
-from model import local_path, read_json
+from nano.world import load_library, redraw_edit, render, to_uint8
 from parallel import pick_device, rank_and_world
-from world import load_library, redraw_edit, render, to_uint8
+from vlm import (
+    Barred,
+    Local,
+    Malformed,
+    NoRedirect,
+    OpenAICompatible,
+    Settings,
+    TryAgain,
+    Unusable,
+    has_secret,
+    jpeg,
+    jpeg_uri,
+    json_objects,
+    key_of,
+    sampled_frames,
+    sound,
+    spoken,
+)  # fmt: skip
 
 STAGES = ("read", "score", "ground", "synthesize", "verify", "deduplicate")
 PAID = ("ground", "synthesize", "verify")  # what these rejected stays rejected when a ledger is read again
@@ -1439,13 +1439,6 @@ def add_adapter(module, folder):
     return module
 
 
-class Settings:
-    """What a judge of judges.py is told."""
-
-    def __init__(self, device=None, endpoint=None):
-        self.device, self.endpoint, self.send, self.deadline, self.max_tokens = device, endpoint, "frames", 120.0, 512
-
-
 def open_model(name, device):
     """A multimodal model to ask: http://host/v1#MODEL (of an OpenAI-compatible server; one that serves a single model
     needs no #MODEL), or a folder or hub id, BASE+ADAPTER with a LoRA over it. ValueError where it cannot be had."""
@@ -1465,9 +1458,9 @@ def open_model(name, device):
             raise ValueError(
                 f"{name}: serves {len(served)} models, {', '.join(served[:8])}...: say which, {address}#MODEL"
             )
-        return OpenAICompatible(model or served[0], Settings(endpoint=address))
+        return OpenAICompatible(model or served[0], Settings(endpoint=address, deadline=120.0, temperature=None))
     base, _, adapter = name.partition("+")
-    asked = Local(local_path(base), Settings(device=device), max_pixels=1280 * 720)
+    asked = Local(local_path(base), Settings(device=device, max_pixels=1280 * 720, max_tokens=512))
     if adapter:
         add_adapter(asked.mllm, local_path(adapter))
     return asked
@@ -1517,7 +1510,7 @@ class Paper:
                 except TryAgain as error:
                     if done == tries:
                         raise
-                    time.sleep(min(error.after or 2 ** (done - 1) * (1 + random.random()), MAX_WAIT))
+                    time.sleep(min(error.after or 2 ** (done - 1) * (1 + random.random()), 60.0))
 
     def score(self, source_path, target_path, row):
         """EditScore (FACTS.md, "Curation"): of each pair of frames sqrt(min(SC) min(PQ)), from 0..25 to 0..10. Frame i
@@ -2090,7 +2083,7 @@ def markdown_to_html(table):
 
 
 def measure_on_truth(folder, most=400):
-    """The classical models on clips of `nano.py data`, whose truth is known -> a Markdown table.
+    """The classical models on clips of `python -m nano data`, whose truth is known -> a Markdown table.
 
     Masks are held against the things themselves (old and new, as far as they are seen) and against every pixel that
     differs, which takes in their soft shadows.
@@ -2098,7 +2091,7 @@ def measure_on_truth(folder, most=400):
     folder = Path(folder)
     if not (folder / "truth.jsonl").is_file():
         raise FileNotFoundError(
-            f"{folder}/truth.jsonl is missing: `python nano.py data {folder} --split test` writes it"
+            f"{folder}/truth.jsonl is missing: `python -m nano data {folder} --split test` writes it"
         )
     world, models = json.loads((folder / "world.json").read_text()), Classical(None)
     library, cases, local, background, references = load_library(world["assets"]), Counter(), [], [], {}

@@ -100,7 +100,7 @@ def parallelise(model, ranks, checkpointing=True):
     from torch.nn.parallel import DistributedDataParallel
     from torch.utils.checkpoint import checkpoint
 
-    blocks = [*model.dit.blocks, *model.mllm.model.language_model.layers]
+    blocks = [*model.dit.blocks, *model.mllm.blocks()]
     if ranks.sp > 1:
         Ulysses(model.dit, ranks.sequence)
     if checkpointing:
@@ -111,7 +111,7 @@ def parallelise(model, ranks, checkpointing=True):
     policy = MixedPrecisionPolicy(param_dtype=ranks.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
         fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
-    for first in (model.dit.blocks[0], model.mllm.model.language_model.layers[0]):
+    for first in (model.dit.blocks[0], *model.mllm.blocks()[:1]):
         first.register_forward_pre_hook(reached_by_the_backward, prepend=True)  # before FSDP's own
     # The vision tower runs once a picture, not equally often on every rank: the root gathers it. The VAE stays whole: it
     # is called before the rest and apart from it.

@@ -12,7 +12,6 @@ cannot resume, takes one sample at a time and replaces broken ones in silence.
 """
 
 import argparse
-import atexit
 import json
 import math
 import os
@@ -21,7 +20,6 @@ import resource
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from ast import literal_eval
 from collections import Counter
@@ -38,15 +36,16 @@ EXAMPLES = """examples:
 where training starts (--weights): a run of this program (its last checkpoint), a checkpoint folder of one, a folder
   that nanoKiwi saved, the released diffusers layout, or a released training checkpoint (.safetensors) over --base and
   --qwen. Without it: --base and --qwen alone (nano: weights/nano, or random if it is not there), or, with --init
-  random, nothing but --qwen's config and tokenizer.
+  random, nothing but --qwen's config and tokenizer (nano: those of weights/nano/mllm).
 several processes (torchrun): data parallel by --parallel, and --sp N of them share each sequence.
 a run is watched by metrics.jsonl, TensorBoard if installed, and `python train.py --plot RUN` (an SVG).
 """
 ALIGN = ("lora", "mllm.image_queries", "mllm.connector")
-EDIT = (*ALIGN, "mllm.video_queries", "dit", "source_embedder", "source_scale")
+EDIT = (*ALIGN, "mllm.video_queries", "dit", "source_embedder")
 REFER = (*EDIT, "mllm.ref_queries", "mllm.ref_connector", "ref_embedder")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 NANO = Path(__file__).parent / "weights" / "nano"
+NANO_MLLM = NANO / "mllm"  # sizes and tokenizer of a small Qwen2.5-VL
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16
 
 
@@ -264,34 +263,25 @@ from data import (
     read_table,
     shard_path,
 )
-from media import MediaError, pad_reference, whole_file, write_image, write_text, write_video
-from model import (
+from load import (
     HUB_BASES,
-    PRESETS,
     QWEN_BASE,
-    FlowMatch,
-    KiwiEdit,
     TensorFiles,
     as_trained,
     began_with,
     find_checkpoint,
-    leave_out_source,
-    listed,
+    from_dict,
     load_weights,
     local_path,
-    meta_parameters,
-    move_buffers,
     only_weights,
     read_json,
-    read_weights,
     released_name,
-    set_parameter,
     step_of,
     valid_checkpoints,
-    widened,
-)  # fmt: skip
+)
+from media import MediaError, pad_reference, whole_file, write_image, write_text, write_video
+from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit, read_weights
 from parallel import Ranks, parallelise
-from world import write_mllm_folder
 
 
 def main(argv=None):
@@ -387,7 +377,7 @@ def load_model(args, stage, ranks, checkpoint):
     sizes = ("num_image_queries", "num_video_queries", "num_ref_queries", "max_ref_tokens")
     config = replace(config, mllm=replace(own, **{name: getattr(own, name) or getattr(preset, name) for name in sizes}))
     if checkpoint:
-        config = as_trained(config, checkpoint)
+        config = from_dict(KiwiConfig, as_trained(vars(config), checkpoint), checkpoint)
     if args.preset == "released" and args.config == "wan22_5b":  # whose scripts show the language model larger frames
         config = replace(config, mllm=replace(config.mllm, max_pixels=None))
     config = with_model_settings(config, args.set)
@@ -397,7 +387,7 @@ def load_model(args, stage, ranks, checkpoint):
     model = start_model(config, None if args.dry_run else files, ranks.device)
     held = {len(p) for name, p in model.mllm.named_parameters() if ".lora_A." in name}  # ranks
     if not held:
-        inject_lora(model.mllm.model.language_model, stage.lora_rank, stage.lora_targets)
+        inject_lora(model.mllm.language_model, stage.lora_rank, stage.lora_targets)
     elif held != {stage.lora_rank} and ranks.first:
         print(f"warning: the weights have LoRA of rank {max(held)}, which goes on: lora_rank={stage.lora_rank} is for weights without",
               file=sys.stderr)  # fmt: skip
@@ -409,7 +399,7 @@ def load_model(args, stage, ranks, checkpoint):
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else ranks.dtype)
     if checkpoint:  # only now: in the 16 bits of the weights it started from it would lose half its digits
-        load_weights(model, TensorFiles(checkpoint / "weights.safetensors"), partial=True)
+        load_weights(model, TensorFiles().add(checkpoint / "weights.safetensors"), partial=True)
     if args.stage > 1 and not model.mllm.connector[2].weight.any() and ranks.first:
         print("warning: the Query Connector is untrained, so stage 1 was left out; the paper measured 1.47/3.01 without "
               "it against 2.84/3.98 (Table 5)", file=sys.stderr)  # fmt: skip
@@ -437,17 +427,9 @@ def read_start(args, ranks):
 
 
 def read_random(args, ranks, out):
-    """Random weights, made once in the run's folder. --qwen gives the language model's sizes and tokenizer; nano without
-    it gets a small one whose words are bytes."""
+    """Random weights, made once in the run's folder. --qwen gives the language model's sizes and tokenizer."""
     if args.qwen is None and args.config == "nano":
-        folder = out / "qwen"
-        if args.dry_run:  # it leaves nothing behind
-            folder = Path(tempfile.mkdtemp())
-            atexit.register(shutil.rmtree, folder)
-        if (ranks.first or args.dry_run) and not (folder / "config.json").exists():
-            write_mllm_folder(folder, [])
-        ranks.barrier()
-        args.qwen = str(folder)
+        args.qwen = str(NANO_MLLM)
     preset = PRESETS[args.config]
     config = replace(preset, mllm=replace(preset.mllm, folder=str(local_path(args.qwen or QWEN_BASE))))
     if args.dry_run:
@@ -461,35 +443,7 @@ def read_random(args, ranks, out):
 
 def start_model(config, files, device):
     """A model with the weights of `files`, and initial values for what they lack of Kiwi-Edit. files None: on meta."""
-    with meta_parameters():
-        model = KiwiEdit(config)
-    if files is None:
-        return model
-    files.device = device
-    leave_out_source(files, config.source)
-    missing = load_weights(model, widened(files, model), partial=True, device=device)
-    begin_additions(model, missing, device)
-    move_buffers(model, device)
-    return model
-
-
-def begin_additions(model, missing, device):
-    """Give what Kiwi-Edit adds, where the weights lack it, its initial value. ValueError if anything else is missing."""
-    additions = ("source_embedder.", "source_scale.", "ref_embedder.", "mllm.connector.", "mllm.ref_connector.",
-                 "mllm.image_queries", "mllm.video_queries", "mllm.ref_queries")  # fmt: skip
-    lost = [name for name in missing if not name.startswith(additions)]
-    if lost:
-        raise ValueError(f"the weights to start from are not complete: {listed('missing', lost)}")
-    hidden = model.mllm.model.language_model.embed_tokens.embedding_dim
-    for name in missing:
-        shape = model.get_parameter(name).shape
-        if name.endswith("_queries"):
-            value = 0.02 * torch.randn(shape)
-        elif "connector.0." in name:  # as nn.Linear begins
-            value = (2 * torch.rand(shape) - 1) / hidden**0.5
-        else:
-            value = torch.zeros(shape)
-        set_parameter(model, name, value.to(device))
+    return KiwiEdit(config, empty=True) if files is None else KiwiEdit.with_weights(config, files, device)[0]
 
 
 def has_lora(module):

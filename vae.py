@@ -485,7 +485,8 @@ class VAE(nn.Module):
                 on_chunk and on_chunk(len(tiles) * len(features) + len(frames), len(windows) * len(features))
             tiles.append((core, torch.cat(frames, dim=2)))
         if not torch.stack(finite).all():
-            raise ValueError(f"the decoder's numbers overflowed in {str(z.dtype)[6:]}: take bfloat16 or float32")
+            mend = "take bfloat16" if z.dtype == torch.float16 else "do the weights hold NaN?"
+            raise ValueError(f"the decoder's numbers are not finite in {str(z.dtype)[6:]}: {mend}")
         return join_tiles(tiles, height, width)
 
 

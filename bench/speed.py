@@ -121,7 +121,7 @@ def dit(args):
 
 def dit_row(args, name, config, grid, dtype, compiled=False):
     """A forward from latents and 512 text features, ours and diffusers', and ours with the context's keys kept."""
-    from model import load_weights
+    from load import load_weights
 
     device = place()[0]
     ours = built(device, dtype, lambda: DiT(config))
