@@ -4,6 +4,7 @@
     vae       encode and decode beside diffusers' AutoencoderKLWan, the same random weights; on a GPU peak memory too
     profile   where the time of a DiT step and of a decoding goes, by class of kernel
     edit      an edit by phase: encode, 50 steps, decode (random weights and context)
+    weights8  the bundled example with 8-bit DiT weights beside float32: bytes and PSNR
     memory    no device needed: peak of an edit at 480p and 720p by part, computed on tensors without storage
     roofline  no device needed: the least time of a 720p step on an H200, by part
 
@@ -17,7 +18,7 @@ import sys
 
 import bench
 
-NAMES = ("dit", "vae", "profile", "edit", "memory", "roofline")
+NAMES = ("dit", "vae", "profile", "edit", "weights8", "memory", "roofline")
 args = bench.parse_arguments("bench.speed", NAMES, __doc__) if __name__ == "__main__" else None
 
 import importlib.util
@@ -223,6 +224,28 @@ def edit(args):
         yield {"model": name, "frames": "x".join(map(str, size)), "phase": phase, "s": in_turns({phase: run}, 1)[phase]}
 
 
+def weights8(args):
+    """PSNR of the edited example to the one of float32 weights, in float32 arithmetic on a CPU (bfloat16: all of it)."""
+    from connectors import replace_modules
+    from kernels.linear import QuantLinear
+    from media import read_image
+    from model import KiwiEdit, read_for
+
+    nano, exact = bench.HOUSE / "weights" / "nano", None
+    for kind in ("float32", "bfloat16", "fp8", "int8"):
+        model = KiwiEdit.from_pretrained(nano, "cpu", torch.bfloat16 if kind == "bfloat16" else torch.float32)
+        if kind in ("fp8", "int8"):
+            put = lambda _, child: QuantLinear.from_linear(child, kind) if type(child) is torch.nn.Linear else None
+            replace_modules(model.dit.blocks, put)
+        size = sum(t.numel() * t.element_size() for t in model.dit.blocks.state_dict().values())
+        clip = read_for(model.config, nano / "example" / "source.mp4", None, None).frames
+        prompt, ref = (nano / "example" / "prompt.txt").read_text(), read_image(nano / "example" / "reference.png")
+        pixels = model.edit(clip, prompt.strip(), ref).double()
+        exact = pixels if exact is None else exact
+        psnr = 10 * math.log10(255**2 / (pixels - exact).square().mean()) if kind != "float32" else ""
+        yield {"DiT blocks": kind, "MB": size / 1e6, "PSNR dB": psnr}
+
+
 @torch.no_grad()
 def memory(args):
     """Weights and the peak of live tensors in bfloat16, GiB: with --offload the largest sum counts. Workspaces of cuDNN
@@ -296,6 +319,6 @@ def peak_of_live_tensors(run, module):
     return ledger.peak / 2**30
 
 
-SECTIONS = dict(zip(NAMES, (dit, vae, profile, edit, memory, roofline)))
+SECTIONS = dict(zip(NAMES, (dit, vae, profile, edit, weights8, memory, roofline)))
 if __name__ == "__main__":
     sys.exit(bench.run("bench.speed", args, SECTIONS))
