@@ -225,7 +225,7 @@ def edit(args):
 
 
 def weights8(args):
-    """PSNR of the edited example to the one of float32 weights, in float32 arithmetic on a CPU (bfloat16: all of it)."""
+    """PSNR of the edited example to that of float32 weights, in float32 arithmetic on a CPU; bfloat16: all of it."""
     from connectors import replace_modules
     from kernels.linear import QuantLinear
     from media import read_image
@@ -235,8 +235,8 @@ def weights8(args):
     for kind in ("float32", "bfloat16", "fp8", "int8"):
         model = KiwiEdit.from_pretrained(nano, "cpu", torch.bfloat16 if kind == "bfloat16" else torch.float32)
         if kind in ("fp8", "int8"):
-            put = lambda _, child: QuantLinear.from_linear(child, kind) if type(child) is torch.nn.Linear else None
-            replace_modules(model.dit.blocks, put)
+            linear = lambda child: QuantLinear.from_linear(child, kind) if type(child) is torch.nn.Linear else None
+            replace_modules(model.dit.blocks, lambda _, child: linear(child))
         size = sum(t.numel() * t.element_size() for t in model.dit.blocks.state_dict().values())
         clip = read_for(model.config, nano / "example" / "source.mp4", None, None).frames
         prompt, ref = (nano / "example" / "prompt.txt").read_text(), read_image(nano / "example" / "reference.png")
