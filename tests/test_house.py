@@ -22,7 +22,7 @@ from conftest import HOUSE
 HOUSE_FLOORS = (
     "kernels report",
     "parallel dit vae connectors media",
-    "data load metrics vlm judges",
+    "data load metrics vlm",
     "model",
     "sample train judge nano bench",
     "curate app",  # curate stands above nano until its --measure moves to bench/curate.py
