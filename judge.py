@@ -1456,7 +1456,8 @@ def main(argv=None):
             args
         )
     except KeyboardInterrupt:
-        sys.exit("judge.py: interrupted; run the same command again to go on")
+        print("judge.py: interrupted; run the same command again to go on", file=sys.stderr, flush=True)
+        os._exit(1)  # threads that wait for a server would hold up a regular end; the ledger is on disk
     except (ValueError, OSError) as error:
         sys.exit(f"judge.py: {' '.join(str(error).split())}")
     except RuntimeError as error:  # torch.OutOfMemoryError, or CUDA's own where not even its context fits
