@@ -170,7 +170,7 @@ def parse_arguments(argv=None):
         help="of the synthesis of --models paper, with the record's number (default %(default)s)",
     )
     add("--device", metavar="NAME", help="default: cuda if there is one")
-    add("--measure", choices=("truth", "scale"), help="figures of the README: truth: PAIRS is what nano.py data wrote; "
+    add("--measure", choices=("truth", "scale"), help="figures of the README: truth: PAIRS is what `python -m nano data` wrote; "
         "scale: PAIRS is an empty folder to work in")  # fmt: skip
     add("--show-prompts", action="store_true", help="print what the models are asked, and stop")
     args = parser.parse_args(argv)
@@ -196,7 +196,7 @@ from tqdm import tqdm
 
 from connectors import PIXEL_MEAN, PIXEL_STD
 from data import COLUMNS, FILES, csv_lines, has_columns, inside, parquet_file, row_group
-from kernels import pick_device, rank_and_world
+from load import local_path, read_json
 from media import (
     MediaError,
     decode,
@@ -211,7 +211,8 @@ from media import (
     write_text,
 )
 from metrics import as_float, lab, luma, otsu, read_reference
-from model import local_path, read_json
+from nano.world import load_library, redraw_edit, render, to_uint8
+from parallel import pick_device, rank_and_world
 from vlm import (
     Barred,
     Local,
@@ -230,7 +231,6 @@ from vlm import (
     sound,
     spoken,
 )  # fmt: skip
-from world import load_library, redraw_edit, render, to_uint8
 
 STAGES = ("read", "score", "ground", "synthesize", "verify", "deduplicate")
 PAID = ("ground", "synthesize", "verify")  # what these rejected stays rejected when a ledger is read again
@@ -2083,7 +2083,7 @@ def markdown_to_html(table):
 
 
 def measure_on_truth(folder, most=400):
-    """The classical models on clips of `nano.py data`, whose truth is known -> a Markdown table.
+    """The classical models on clips of `python -m nano data`, whose truth is known -> a Markdown table.
 
     Masks are held against the things themselves (old and new, as far as they are seen) and against every pixel that
     differs, which takes in their soft shadows.
@@ -2091,7 +2091,7 @@ def measure_on_truth(folder, most=400):
     folder = Path(folder)
     if not (folder / "truth.jsonl").is_file():
         raise FileNotFoundError(
-            f"{folder}/truth.jsonl is missing: `python nano.py data {folder} --split test` writes it"
+            f"{folder}/truth.jsonl is missing: `python -m nano data {folder} --split test` writes it"
         )
     world, models = json.loads((folder / "world.json").read_text()), Classical(None)
     library, cases, local, background, references = load_library(world["assets"]), Counter(), [], [], {}

@@ -166,7 +166,7 @@ from tqdm import tqdm
 
 import report
 from data import csv_lines, inside
-from kernels import pick_device, rank_and_world
+from load import local_path, read_json
 from media import (
     MediaError,
     faithful_codec,
@@ -180,7 +180,8 @@ from media import (
     write_video,
 )
 from metrics import DAMAGES, METRICS, WORST, measure_files, write_damaged
-from model import KiwiEdit, is_out_of_memory, local_path, read_for, read_json, read_weights
+from model import KiwiEdit, is_out_of_memory, read_for, read_weights
+from parallel import pick_device, rank_and_world
 from vlm import (
     Asker,
     Gemini,
