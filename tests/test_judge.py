@@ -931,7 +931,7 @@ def test_a_benchmark_of_one_s_own_is_a_yaml_file_and_its_prompts_another(refvie)
     shutil.copy(next((refvie / "edits").iterdir()), refvie / "edits" / "0.mp4")
     said = ('{"compliance": 4, "quality": 5}', "Compliance: 4\nQuality: 5")
     with FakeJudge(lambda request, nth: said["Lines" in request["text"]]) as fake:
-        words = ["score", "--bench", refvie / "mine.yaml", "--edits", refvie / "edits", "--judge", "openai:m", "--endpoint",
+        words = ["score", "--bench", refvie / "mine.yaml", refvie / "mine.yaml", "--edits", refvie / "edits", "--judge", "openai:m", "--endpoint",
                  fake.url, "--controls", 0, "--out", refvie / "out"]  # fmt: skip
         judge.main([str(word) for word in words])
         text = (refvie / "out" / "mine.md").read_text()
