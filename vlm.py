@@ -145,7 +145,7 @@ def post(url, headers, body, deadline, secret=None, trusted=False):
     end = time.monotonic() + deadline
     try:
         with urllib.request.build_opener(NoRedirect).open(request, timeout=deadline) as response:
-            answer = json.loads(hide(read_all(response, end).decode("utf-8", "replace")))
+            answer = json.loads(read_all(response, end))
         if not isinstance(answer, dict):
             raise TryAgain("the server's answer is not a JSON object", paid=True)
         return answer
