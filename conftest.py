@@ -23,7 +23,6 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: the kernels run on a CPU too, interpreted
 
 import judge
-import judges
 import kernels
 import nano
 from connectors import MLLMConfig
@@ -359,7 +358,7 @@ def tiny_local_judge(folder, kind):
     )
 
     write_qwen_folder(folder)
-    tokenizer = judges.json.loads((folder / "tokenizer.json").read_text())
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
     ids = {t["content"]: t["id"] for t in tokenizer["added_tokens"]}
     special = {f"{n}_token_id": ids[f"<|{n}|>" if n.startswith("vision") else f"<|{n}_pad|>"]
                for n in ("vision_start", "vision_end", "image", "video")}  # fmt: skip

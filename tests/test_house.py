@@ -21,7 +21,7 @@ from kernels.bench import table
 
 FLOORS = {
     "kernels": 0, "dit": 1, "vae": 1, "connectors": 1, "media": 1, "data": 2, "load": 2, "world": 2, "metrics": 2,
-    "judges": 2, "model": 3, "sample": 4, "train": 4, "judge": 4, "curate": 4, "nano": 4, "conftest": 5,
+    "vlm": 2, "judges": 2, "report": 1, "model": 3, "sample": 4, "train": 4, "judge": 4, "curate": 4, "nano": 4, "conftest": 5,
 }  # fmt: skip
 
 

@@ -1,0 +1,639 @@
+"""Ask a vision-language model about pictures and videos, over HTTP or on this machine.
+
+    text, [(label, path), ...], frames a second -> model.ask -> Answer(text, tokens, model)
+    Asker(model, settings).ask(text, media, fps, read) -> read(answer): retries, quotas, and when to stop
+
+Gemini's native API (OpenAI-style calls lose its videos), any OpenAI-compatible server, Qwen2.5-VL and Qwen3-VL through
+transformers. Three things go wrong: TryAgain (busy, slow, connection lost), Malformed (an answer without what was asked
+for) and Barred (nothing more is to be sent). An answer that was cut off is Malformed; its tokens are counted all the same.
+"""
+
+import base64
+import http.client
+import inspect
+import json
+import math
+import os
+import queue
+import random
+import re
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from contextlib import nullcontext
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from connectors import PIXEL_MEAN, PIXEL_STD, patchify
+from kernels import pick_device
+from media import decode, frame_rate, open_media, read_image, resize, write_image
+
+GEMINI = "https://generativelanguage.googleapis.com/v1beta"
+INLINE_LIMIT = 20_000_000  # bytes of a Gemini request with inline data
+ANSWER_LIMIT = 4_000_000  # bytes of an answer that are read
+FRAME_PIXELS = 448 * 448  # larger frames are shrunk
+UNREAD = 10  # answers of which none could be read, before the first that could
+TOKENS = (  # per frame of a video at low, medium, high resolution, and per picture; their documentation, 2026-11
+    ("gemini-[34]", {"low": 70, "medium": 70, "high": 280}, {"low": 280, "medium": 560, "high": 1120}),
+    ("gemini-", {"low": 66, "medium": 258, "high": 258}, {"low": 66, "medium": 258, "high": 258}),
+    ("qwen.?3", dict.fromkeys(("low", "medium", "high"), 98), dict.fromkeys(("low", "medium", "high"), 196)),
+    ("", dict.fromkeys(("low", "medium", "high"), 256), dict.fromkeys(("low", "medium", "high"), 256)),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is asked; `--set name=value` on the command line."""
+
+    endpoint: str | None = None
+    fps: float = 1.0  # frames of a video a second
+    resolution: str = "medium"  # Gemini's media resolution: low, medium, high
+    temperature: float | None = 0.0  # None: the server's own
+    send: str = "frames"  # to an OpenAI-compatible server; "video" for vLLM, which samples by itself
+    deadline: float = 180.0  # seconds for one answer
+    tries: int = 5
+    wait: float = 2.0  # seconds before the second try, then doubled
+    patience: float = 1800.0  # seconds that one question waits for a quota; a 429 uses up no try
+    concurrency: int = 4
+    max_tokens: int = 400  # of an answer of a local model
+    max_pixels: int = FRAME_PIXELS
+    device: str | None = None
+    dry_run: bool = False
+
+
+class JudgeError(ValueError):
+    """Input that cannot be judged; the text says what, in which file, and what to do next."""
+
+
+class TryAgain(Exception):
+    """No answer. busy: the quota is used up; after: seconds the server asks to wait; paid: it may have been charged."""
+
+    def __init__(self, reason, busy=False, after=None, paid=False):
+        super().__init__(reason)
+        self.busy, self.after, self.paid = busy, after, paid
+
+
+class Barred(JudgeError):
+    """The model refuses us altogether, or is not there: no further question is sent."""
+
+
+class Malformed(ValueError):
+    """An answer without what was asked for; the next may be better. answer: what is known of it, tokens at least."""
+
+    answer = None
+
+
+class Unusable(Malformed):
+    """Asking the same again would not help: the request is wrong, or the videos do not reach the model."""
+
+
+@dataclass
+class Answer:
+    text: str
+    tokens_in: int | None = None
+    tokens_out: int | None = None
+    model: str | None = None  # who answered: providers redirect old names
+
+    def __post_init__(self):
+        self.text = sound(self.text)
+
+
+def sound(text):
+    """Text that any file can hold: half of a surrogate pair, which JSON lets through, becomes "?"."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def has_secret(address):
+    """Whether an address brings a user, a password or a query (?key=...), which would stand in ledgers and reports."""
+    host, _, path = (address or "").partition("://")[2].partition("/")
+    return "@" in host or "?" in host + path
+
+
+def key_of(name):
+    """A key from the environment, stripped; None without one. JudgeError for a key that cannot be sent in a header."""
+    key = os.environ.get(name, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise JudgeError(f"{name} has a character that no key has, a line's end perhaps; export the key alone")
+    return key or None
+
+
+class NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_):  # would carry the key to another host
+        return None
+
+
+def post(url, headers, body, deadline, secret=None, trusted=False):
+    """POST JSON, get a JSON object, within `deadline` seconds. TryAgain, Barred or Unusable.
+
+    trusted: the server answered before, so a 403 is about this request alone. `secret` appears in no error.
+    """
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json", **headers})
+    hide = lambda text: text.replace(secret, "***") if secret else text
+    end = time.monotonic() + deadline
+    try:
+        with urllib.request.build_opener(NoRedirect).open(request, timeout=deadline) as response:
+            answer = json.loads(hide(read_all(response, end).decode("utf-8", "replace")))
+        if not isinstance(answer, dict):
+            raise TryAgain("the server's answer is not a JSON object", paid=True)
+        return answer
+    except urllib.error.HTTPError as error:
+        raise refusal(error, hide(error_text(error, end)), trusted) from None
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, TimeoutError):
+            raise TryAgain(f"no answer within {deadline:g} s", paid=True) from None
+        lost = not isinstance(error, urllib.error.URLError)  # URLError: the request was not sent
+        raise TryAgain(hide(f"connection lost ({type(reason).__name__}: {reason})"), paid=lost) from None
+    except (ValueError, RecursionError):
+        raise TryAgain("the server's answer is not JSON", paid=True) from None
+
+
+def refusal(error, text, trusted):
+    """An HTTP error and its body -> the exception that says what to do."""
+    reason = f"HTTP {error.code}: {text[:300]}"
+    if error.code == 404:
+        return Barred(f"no such model or address ({reason}); check the model's name and --endpoint")
+    if "insufficient_quota" in text or error.code == 402:
+        return Barred(f"no quota is left on this account ({reason}); pay, or export another key")
+    if error.code == 401 or (error.code == 403 and not trusted) or "API key not valid" in text:
+        return Barred(f"the server refuses the key ({reason}); check the environment variable")
+    if error.code in (408, 409, 425, 429) or error.code >= 500:
+        return TryAgain(reason, error.code == 429, seconds_to_wait(error.headers.get("Retry-After", ""), text))
+    return Unusable(reason)
+
+
+def seconds_to_wait(header, text):
+    """Google's RetryInfo, or Retry-After as seconds or a date -> seconds; None if neither says."""
+    if asked := re.search(r'"retryDelay"\s*:\s*"([\d.]+)s"', text):
+        return float(asked[1])
+    if re.fullmatch(r"\s*\d+(\.\d*)?\s*", header):
+        return float(header)
+    try:
+        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
+    except (ValueError, TypeError):
+        return None
+
+
+def read_all(response, end):
+    """The body of a response, piece by piece; TimeoutError at the monotonic time `end`."""
+    parts, size = [], 0
+    while part := response.read1(1 << 16):
+        parts.append(part)
+        size += len(part)
+        if time.monotonic() > end:
+            raise TimeoutError
+        if size > ANSWER_LIMIT:
+            raise http.client.HTTPException(f"more than {ANSWER_LIMIT / 1e6:.0f} MB")
+    if size < int(response.headers.get("Content-Length") or 0):
+        raise http.client.IncompleteRead(b"".join(parts))
+    return b"".join(parts)
+
+
+def error_text(error, end):
+    """The body of an HTTP error, on one line."""
+    try:
+        with error:
+            return " ".join(read_all(error, end)[:100_000].decode("utf-8", "replace").split())
+    except (OSError, ValueError, http.client.HTTPException):
+        return "no text"
+
+
+def mime(path):
+    kinds = {".mp4": "video/mp4", ".mov": "video/quicktime", ".webm": "video/webm", ".png": "image/png",
+             ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}  # fmt: skip
+    kind = kinds.get(Path(path).suffix.lower())
+    if kind is None:
+        raise Unusable(f"{path}: a judge takes {', '.join(kinds)}")
+    return kind
+
+
+def encoded(path):
+    return base64.b64encode(Path(path).read_bytes()).decode()
+
+
+def data_uri(path):
+    return f"data:{mime(path)};base64,{encoded(path)}"
+
+
+def jpeg(image):
+    """uint8 (H, W, 3) -> the bytes of a JPEG."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_image(Path(folder) / "x.jpg", image)
+        return (Path(folder) / "x.jpg").read_bytes()
+
+
+def jpeg_uri(image):
+    return f"data:image/jpeg;base64,{base64.b64encode(jpeg(image)).decode()}"
+
+
+def sampled_frames(path, fps, rate=None, max_pixels=FRAME_PIXELS):
+    """Frames of a clip at `fps`, shrunk to max_pixels: uint8 (n, H, W, 3), and the seconds at which they stand.
+
+    rate: frames a second to take for the file's own, so that two clips give the same numbers of frames.
+    """
+    frames, seconds, due = [], [], 0.0
+    with open_media(path) as (container, stream):
+        source_rate = rate or float(frame_rate(stream))
+        for index, rgb in decode(path, container, stream):
+            if index / source_rate >= due - 1e-6:
+                scale = min(1.0, math.sqrt(max_pixels / (rgb.shape[0] * rgb.shape[1])))
+                frames.append(resize(rgb[None], [max(2, round(side * scale / 2) * 2) for side in rgb.shape[:2]])[0])
+                seconds.append(index / source_rate)
+                due += 1 / min(fps, source_rate)
+    return torch.stack(frames), seconds
+
+
+DECODING = threading.Lock()
+
+
+def once(function):
+    """Keep what `function(path, ...)` made of the last files, until they change; one thread works, the others wait."""
+    kept = lru_cache(maxsize=256)(lambda path, state, *rest: function(path, *rest))
+
+    def call(path, *rest):
+        state = os.stat(path)
+        with DECODING:
+            return kept(path, (state.st_mtime_ns, state.st_size, state.st_ino), *rest)
+
+    return call
+
+
+@once
+def frame_uris(path, fps):
+    return [jpeg_uri(frame) for frame in sampled_frames(path, fps)[0]]
+
+
+file_uri = once(data_uri)
+
+
+class Server:
+    """What both kinds of server share. `optional`: what a server may refuse; then it is left out from there on."""
+
+    again = True  # another answer may be better
+    trusted = False  # until it has answered
+
+    def exchange(self, headers, body, optional, text):
+        while True:
+            asked = [name for name in optional if name not in self.refused]
+            try:
+                answer = post(self.url, headers, body | {n: optional[n] for n in asked}, self.settings.deadline,
+                              self.key, self.trusted)  # fmt: skip
+                break
+            except Unusable as error:
+                named = [name for name in asked if name in str(error)]
+                if not named:
+                    raise
+                self.refused.update(named)
+        self.trusted = True
+        hide = lambda text: text.replace(self.key, "***") if self.key else text  # JSON may have spelled it otherwise
+        found = Answer("")
+        try:
+            problem = self.reply(answer, found)
+            found.text, found.model = sound(hide(found.text)), found.model and hide(str(found.model))
+        except (AttributeError, TypeError, KeyError, IndexError):
+            problem = Malformed(hide(f"the server's answer has another shape: {json.dumps(answer)[:200]}"))
+        if not problem and found.tokens_in is not None and found.tokens_in <= len(text) / 3:
+            problem = Unusable(f"{found.tokens_in} prompt tokens are no more than the text: the server dropped the "
+                               "videos; see --set send=video")  # fmt: skip
+        if problem:
+            problem.answer = found
+            raise problem
+        return found
+
+
+def count_of(usage, name):
+    value = usage.get(name)
+    return value if type(value) is int else None  # True is an int to isinstance
+
+
+def text_of(content):
+    """A message's content, a string or a list of parts -> its text, without what was only thought."""
+    if isinstance(content, list):
+        return "".join(p.get("text") or "" for p in content if p.get("type") in (None, "text", "output_text"))
+    return content or ""
+
+
+class Gemini(Server):
+    """Google's native generateContent, videos as inline data with an explicit frame rate."""
+
+    def __init__(self, model, settings):
+        self.model, self.settings, self.refused = model, settings, set()
+        self.url = f"{(settings.endpoint or GEMINI).rstrip('/')}/models/{urllib.parse.quote(model)}:generateContent"
+        self.key = key_of("GEMINI_API_KEY")
+        if not self.key and not settings.dry_run:
+            raise JudgeError("GEMINI_API_KEY is not set: export the key, or choose another --judge")
+        host = urllib.parse.urlsplit(self.url).hostname
+        if not self.url.startswith("https://") and host not in ("127.0.0.1", "localhost"):
+            raise JudgeError(f"--endpoint {settings.endpoint}: the key goes over https only")
+
+    def ask(self, text, media, fps, schema=None):
+        parts, size = [], 0
+        for label, path in media:
+            part = {"inlineData": {"mimeType": mime(path), "data": file_uri(path).partition(",")[2]}}
+            if mime(path).startswith("video"):
+                part["videoMetadata"] = {"fps": fps}
+            parts += [{"text": label + ":"}, part]
+            size += len(part["inlineData"]["data"])
+        if size > INLINE_LIMIT:
+            raise Unusable(f"{size / 1e6:.0f} MB of videos are more than one request takes; re-encode them smaller")
+        config = {"responseMimeType": "application/json", "temperature": self.settings.temperature,
+                  "mediaResolution": f"MEDIA_RESOLUTION_{self.settings.resolution.upper()}"}  # fmt: skip
+        if schema:
+            config["responseSchema"] = {**schema, "propertyOrdering": list(schema["properties"])}
+        body = {"systemInstruction": {"parts": [{"text": text}]}, "contents": [{"role": "user", "parts": parts}],
+                "generationConfig": config}  # fmt: skip
+        return self.exchange({"x-goog-api-key": self.key}, body, {}, text)
+
+    def reply(self, answer, found):
+        usage, candidate = answer.get("usageMetadata") or {}, (answer.get("candidates") or [{}])[0]
+        counts = [count_of(usage, f"{name}TokenCount") for name in ("candidates", "thoughts")]
+        found.tokens_in, found.tokens_out = count_of(usage, "promptTokenCount"), sum(n or 0 for n in counts)
+        found.model = answer.get("modelVersion")
+        parts = (candidate.get("content") or {}).get("parts") or []
+        found.text = "".join(p.get("text", "") for p in parts if not p.get("thought"))
+        reason = (answer.get("promptFeedback") or {}).get("blockReason") or candidate.get("finishReason")
+        if reason not in (None, "STOP"):
+            return Malformed(f"refused or cut off ({reason})")
+        return None if found.text else Malformed("refused to answer (no text)")
+
+
+class OpenAICompatible(Server):
+    """chat/completions; videos as frames at the given rate (any server), or as video_url (vLLM)."""
+
+    def __init__(self, model, settings):
+        if not (settings.endpoint or "").startswith(("http://", "https://")):
+            raise JudgeError("--judge openai:... needs --endpoint, e.g. http://localhost:8000/v1")
+        self.model, self.settings, self.refused = model, settings, set()
+        self.url, self.key = f"{settings.endpoint.rstrip('/')}/chat/completions", key_of("OPENAI_API_KEY")
+
+    def ask(self, text, media, fps, schema=None):
+        content = []
+        for label, path in media:
+            as_frames = self.settings.send == "frames" and mime(path).startswith("video")
+            kind = "image_url" if as_frames else f"{mime(path).split('/')[0]}_url"
+            content.append({"type": "text", "text": label + ":"})
+            urls = frame_uris(path, fps) if as_frames else [file_uri(path)]
+            content += [{"type": kind, kind: {"url": url}} for url in urls]
+        messages = [{"role": "system", "content": text}, {"role": "user", "content": content}]
+        optional = {} if self.settings.temperature is None else {"temperature": self.settings.temperature}
+        if schema:
+            strict = {**schema, "required": list(schema["properties"]), "additionalProperties": False}
+            optional["response_format"] = {"type": "json_schema",
+                                           "json_schema": {"name": "answer", "schema": strict, "strict": True}}  # fmt: skip
+        body = {"model": self.model, "messages": messages}
+        if self.settings.send == "video":
+            body["mm_processor_kwargs"] = {"fps": fps}  # vLLM's name for the frame rate
+        return self.exchange({"Authorization": f"Bearer {self.key}"} if self.key else {}, body, optional, text)
+
+    def reply(self, answer, found):
+        usage, choice = answer.get("usage") or {}, (answer.get("choices") or [{}])[0]
+        found.tokens_in, found.tokens_out = (count_of(usage, f"{n}_tokens") for n in ("prompt", "completion"))
+        message, found.model = choice.get("message") or {}, answer.get("model")
+        found.text, reason = text_of(message.get("content")), choice.get("finish_reason")
+        if reason not in (None, "stop", "eos", "eos_token", "end_turn", "stop_sequence"):
+            return Malformed(f"refused or cut off ({reason})")
+        return None if found.text else Malformed(f"refused to answer ({message.get('refusal') or 'no text'})")
+
+
+QWEN = {  # patch, mean, std, time step in positions a second (None: a text stamp before each pair of frames)
+    "qwen2_5_vl": (14, PIXEL_MEAN, PIXEL_STD, 2),
+    "qwen3_vl": (16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), None),
+}
+
+
+class Local:
+    """Qwen2.5-VL or Qwen3-VL through transformers, greedy; patches and positions are made here (no torchvision)."""
+
+    again = False  # a greedy model says the same again
+
+    def __init__(self, folder, settings):
+        from transformers import AutoConfig, AutoModelForImageTextToText
+
+        kind = AutoConfig.from_pretrained(folder).model_type
+        if kind not in QWEN:
+            raise JudgeError(f"{folder}: a {kind} model; --judge local: takes {' or '.join(QWEN)}")
+        self.patch, self.mean, self.std, self.positions_a_second = QWEN[kind]
+        self.settings, self.device, self.model = settings, pick_device(settings.device), str(folder)
+        if not (folder / "tokenizer.json").is_file():
+            raise JudgeError(f"{folder}: has no tokenizer.json; give the folder of a Qwen2.5-VL or Qwen3-VL model")
+        dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
+        self.mllm = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(self.device).eval()
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.tokenizer.encode_special_tokens = True  # an instruction's text is text, never a control token
+
+    def ask(self, text, media, fps, schema=None):
+        try:
+            return self.answer(text, media, fps)
+        except torch.OutOfMemoryError:
+            raise Unusable(f"out of memory on {self.device}: give a smaller fps or another device") from None
+
+    @torch.no_grad()
+    def answer(self, text, media, fps):
+        from transformers import DynamicCache
+
+        ids, positions, pixels = self.prepare(text, media, fps)
+        place = lambda x: x.to(self.device)
+        newer = "cache" in inspect.signature(self.mllm.forward).parameters
+        kept = {"cache" if newer else "past_key_values": DynamicCache(), "use_cache": True}
+        pixels = {name: place(value) for name, value in pixels.items()}
+        out = self.mllm(input_ids=place(ids), position_ids=place(positions), **kept, **pixels)
+        ends = {self.token("<|im_end|>"), self.token("<|endoftext|>")}
+        said, first = [], int(positions.max()) + 1
+        while (token := out.logits[0, -1].argmax()).item() not in ends:
+            if len(said) == self.settings.max_tokens:
+                problem = Malformed(f"cut off after {len(said)} tokens; see --set max_tokens")
+                problem.answer = Answer(self.tokenizer.decode(said), ids.shape[1], len(said), self.model)
+                raise problem
+            here = torch.full((3, 1, 1), first + len(said), device=self.device)
+            said.append(token.item())
+            out = self.mllm(input_ids=token.view(1, 1), position_ids=here, **kept)
+        return Answer(self.tokenizer.decode(said), ids.shape[1], len(said), self.model)
+
+    def token(self, name):
+        number = self.tokenizer.token_to_id(name)
+        if number is None:
+            raise JudgeError(f"the judge's tokenizer.json has no token {name}: not a Qwen-VL model")
+        return number
+
+    def prepare(self, text, media, fps):
+        """-> ids (1, S), positions (3, 1, S), and pixel values and grids by the model's names."""
+        words = lambda s: self.tokenizer.encode(s, add_special_tokens=False).ids
+        names = ("im_start", "im_end", "vision_start", "vision_end")
+        start, end, open_, close = ([self.token(f"<|{name}|>")] for name in names)
+        pieces = [start + words("system\n" + text) + end + words("\n") + start + words("user\n")]
+        kinds = {"image": ([], []), "video": ([], [])}
+        for label, path in media:
+            pieces.append(words(label + ": "))
+            kind = mime(path).split("/")[0]
+            frames, seconds = (read_image(path)[None], [0.0]) if kind == "image" else sampled_frames(path, fps)
+            frames = resize(frames, self.seen_size(*frames.shape[1:3]))
+            patches, grid = patchify(frames, self.patch, self.mean, self.std)  # in the vision tower's order
+            kinds[kind][0].append(patches)
+            kinds[kind][1].append(grid)
+            pad = self.token(f"<|{kind}_pad|>")
+            if self.positions_a_second is None and kind == "video":
+                for t in range(grid[0]):
+                    stamp = (seconds[2 * t] + seconds[min(2 * t + 1, len(seconds) - 1)]) / 2
+                    pieces += [words(f"<{stamp:.1f} seconds>") + open_, (pad, (1, *grid[1:]), 0), close]
+            else:
+                rate = (len(seconds) - 1) / seconds[-1] if seconds[-1] else 1.0
+                pieces += [open_, (pad, grid, (self.positions_a_second or 0) * 2 / rate), close]
+        pieces.append(end + words("\n") + start + words("assistant\n"))
+        pixels = {}
+        for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            if kinds[kind][0]:
+                pixels[name] = torch.cat(kinds[kind][0]).to(next(self.mllm.parameters()).dtype)
+                pixels[f"{kind}_grid_thw"] = torch.tensor(kinds[kind][1])
+        return *lay_out(pieces), pixels
+
+    def seen_size(self, height, width):
+        """[height, width] at which the model sees a picture of that size."""
+        unit = 2 * self.patch
+        scale = min(1.0, math.sqrt(self.settings.max_pixels / (height * width)))
+        return [max(unit, round(side * scale / unit) * unit) for side in (height, width)]
+
+
+def lay_out(pieces):
+    """Pieces (lists of ids, or (pad id, grid, time step)) -> ids (1, S), positions (3, 1, S).
+
+    What follows a visual counts on from its largest position, as both models were trained.
+    """
+    ids, positions, at = [], [], 0
+    for piece in pieces:
+        if isinstance(piece, tuple):
+            pad, (t, h, w), step = piece
+            axes = ((step * torch.arange(t)).long(), torch.arange(h // 2), torch.arange(w // 2))
+            here = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
+            ids += [pad] * here.shape[1]
+        else:
+            here = torch.arange(len(piece)).expand(3, -1)
+            ids += piece
+        if here.numel():
+            positions.append(at + here)
+            at = int(positions[-1].max()) + 1
+    return torch.tensor([ids]), torch.cat(positions, 1)[:, None]
+
+
+def spoken(text):
+    """The end of an answer, without what its model thought aloud. Malformed for a thought that never ended."""
+    if "<think>" in text.rpartition("</think>")[2]:
+        raise Malformed("the answer ends within a thought; raise the server's token limit")
+    return text.rpartition("</think>")[2][-20_000:]
+
+
+def json_objects(text):
+    """Every JSON object in a text, whatever stands around it; inner objects too."""
+    decoder = json.JSONDecoder()
+    for at in (m.start() for m in re.finditer(r"\{", text)):
+        try:
+            yield decoder.raw_decode(text, at)[0]
+        except (ValueError, RecursionError):
+            continue
+
+
+class Asker:
+    """Asks one model many questions, from several threads. Until one answer was read, questions go one at a time."""
+
+    def __init__(self, model, settings):
+        self.model, self.settings = model, settings
+        self.alone, self.not_before = threading.Lock(), 0.0
+        self.heard, self.unread = False, 0
+        self.stop = None  # why nothing more is sent
+
+    def ask(self, text, media, fps, read, schema=None, note=lambda **event: None):
+        """read(what the model said). note: takes every request and answer. Raises the last problem; Barred for all."""
+        tries, until = 0, time.monotonic() + self.settings.patience
+        while True:
+            with nullcontext() if self.heard else self.alone:
+                self.pause(self.not_before)
+                if self.stop:
+                    raise self.stop
+                note(event="sent")
+                began, answer = time.monotonic(), None
+                try:
+                    answer = self.model.ask(text, media, fps, schema)
+                    value = read(spoken(answer.text))
+                    self.heard, problem = True, None
+                except (TryAgain, ValueError, OSError) as error:
+                    problem, answer = error, answer or getattr(error, "answer", None)
+                known = {"seconds": round(time.monotonic() - began, 2), "ok": problem is None}
+                if answer:
+                    known |= {"raw": answer.text, "tokens_in": answer.tokens_in, "tokens_out": answer.tokens_out,
+                              "model": answer.model}  # fmt: skip
+                if problem is None:
+                    note(event="answer", value=value, **known)
+                    return value
+                note(event="answer", error=str(problem), perhaps_paid=getattr(problem, "paid", False), **known)
+                tries += not getattr(problem, "busy", False)
+                self.weigh(problem, tries, until)
+
+    def weigh(self, problem, tries, until):
+        """Return, after a pause, where another try is worth it; raise the problem otherwise."""
+        if isinstance(problem, Barred):
+            self.stop = problem
+        elif isinstance(problem, Malformed) and not self.heard:
+            self.unread += 1
+            if self.unread >= UNREAD:
+                self.stop = Barred(f"{UNREAD} answers, and none could be read ({problem}); choose another model")
+        lasting = isinstance(problem, Unusable) or not isinstance(problem, TryAgain | Malformed)
+        if self.stop or lasting or not self.model.again:
+            raise self.stop or problem
+        if isinstance(problem, TryAgain):
+            wait = problem.after
+            if wait is None:
+                wait = self.settings.wait * 2 ** min(max(tries - 1, 0), 6) * (1 + random.random() / 4)
+            then = time.monotonic() + wait
+            if problem.busy:
+                self.not_before = max(self.not_before, then)  # everybody waits
+                if then > until:
+                    self.stop = Barred(f"the quota is used up for {wait:.0f} s more, beyond --set patience="
+                                       f"{self.settings.patience:g} ({problem}); run the same command later")  # fmt: skip
+                    raise self.stop
+            elif tries < self.settings.tries:
+                self.pause(then)
+            elif not self.heard and not self.unread:
+                self.stop = Barred(f"the model cannot be reached ({problem}); check --endpoint, and that it is up")
+        if tries >= self.settings.tries:
+            raise self.stop or problem
+
+    def pause(self, when):
+        while not self.stop and (left := when - time.monotonic()) > 0:
+            time.sleep(min(left, 0.2))
+
+
+def in_threads(function, items, workers):
+    """Yield (index, function(item)) as they come. Daemon threads: after Ctrl-C nothing waits for a slow server."""
+    todo, done = queue.SimpleQueue(), queue.SimpleQueue()
+    for job in enumerate(items):
+        todo.put(job)
+    count = todo.qsize()
+
+    def work():
+        while not todo.empty():
+            try:
+                index, item = todo.get_nowait()
+                done.put((index, function(item), None))
+            except queue.Empty:
+                return
+            except BaseException as error:
+                done.put((0, None, error))
+
+    for _ in range(min(workers, count)):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        for _ in range(count):
+            index, value, error = done.get()
+            if error:
+                raise error
+            yield index, value
+    finally:
+        while not todo.empty():
+            todo.get_nowait()
