@@ -1046,7 +1046,7 @@ def write_page(args, ledger, bases, rows, counts, told, rejects):
         cards = list(tqdm(pool.map(card, rows), total=len(rows), desc="page", mininterval=1))
     values = dict(cards=cards, funnel=counts.svg(), reasons=counts.rows(), rejects=rejects, kept=counts.kinds.total())
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in pair_by_pair(told).splitlines()]
-    write_text(ledger.out / "page.html", page("curate.html", lines=[lines[0], *lines[2:]], **values))
+    write_text(ledger.out / "page.html", page("curate.html", title="RefVIE quadruplets", lines=[lines[0], *lines[2:]], **values))
 
 
 def marked(clip, out, row, longest=640):
