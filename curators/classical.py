@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from curators import Rejected, box_of, frame_at, moments
 from media import MediaError, decode, open_media, read_image, resize
-from metrics import as_float, lab, luma, otsu, read_reference
+from metrics import as_float, lab, luma, otsu
 
 LOOKS = 12  # frames of a clip that are looked at
 LOOK_PIXELS, CUT_PIXELS, FILL_PIXELS = 320 * 180, 640 * 360, 1280 * 720
@@ -134,7 +134,14 @@ def without_holes(mask):
 
 
 def grow(x, n):
-    return F.max_pool2d(x, 2 * n + 1, 1, n) if n else x
+    """Each pixel of (N, 1, H, W) takes the largest value within n pixels."""
+    return F.max_pool2d(F.max_pool2d(x, (2 * n + 1, 1), 1, (n, 0)), (1, 2 * n + 1), 1, (0, n)) if n else x
+
+
+def blur(x, n):
+    """Box means over 2n + 1 pixels, borders counted right."""
+    mean = lambda y, size, pad: F.avg_pool2d(y, size, 1, pad, count_include_pad=False)
+    return mean(mean(x, (2 * n + 1, 1), (n, 0)), (1, 2 * n + 1), (0, n))
 
 
 def clean(mask, least=0.1):
@@ -156,15 +163,13 @@ def overlap(a, b):
     return (a & b).sum().item() / max((a | b).sum().item(), 1)
 
 
-def by_colour(frame, mask):
-    """A mask bool (H, W) grown or shrunk to what has its colours, against those of the ring around it: main part."""
-    near, far = max(2, min(mask.shape) // 60), max(8, min(mask.shape) // 8)
+def by_colour(frame, mask, seed):
+    """A mask bool (H, W) grown or shrunk to what has its seed's colours, against those of the ring around it: main part."""
     x = mask[None, None].float()
-    inner, ring = (-grow(-x, near))[0, 0] > 0.5, (grow(x, near)[0, 0] > 0.5)
-    reach = grow(x, far)[0, 0] > 0.5
-    if not (inner if inner.any() else mask).any() or ring.all():
+    ring, reach = (grow(x, max(n, min(mask.shape) // d))[0, 0] > 0.5 for n, d in ((2, 60), (8, 8)))
+    inner = (-grow(-seed[None, None].float(), 1))[0, 0] > 0.5
+    if not inner.any() or ring.all():
         return mask
-    inner = inner if inner.any() else mask
     grabbed = (grab_cut if cv2 else histogram_cut)(frame, mask, inner, ring, reach)
     return without_holes(large_regions(grabbed[None], 1.0))[0] if grabbed.any() else grabbed
 
@@ -172,28 +177,30 @@ def by_colour(frame, mask):
 def grab_cut(frame, mask, inner, ring, reach):
     """GrabCut (Rother et al., 2004): inner is probably foreground, what lies beyond `reach` is not looked at."""
     state = np.full(mask.shape, cv2.GC_BGD, np.uint8)
-    state[reach.numpy()], state[ring.numpy()], state[inner.numpy()] = cv2.GC_PR_BGD, cv2.GC_PR_FGD, cv2.GC_PR_FGD
+    state[reach.numpy()], state[inner.numpy()] = cv2.GC_PR_BGD, cv2.GC_PR_FGD
     state[(grow(ring[None, None].float(), 4)[0, 0] < 0.5).numpy() & reach.numpy()] = cv2.GC_BGD
     cv2.setRNGSeed(0)
     cv2.grabCut(np.ascontiguousarray(frame), state, None, np.zeros((1, 65)), np.zeros((1, 65)), 4, cv2.GC_INIT_WITH_MASK)
     return torch.from_numpy((state == cv2.GC_FGD) | (state == cv2.GC_PR_FGD))
 
 
-def histogram_cut(frame, mask, inner, ring, reach, bins=12):
+def histogram_cut(frame, mask, inner, ring, reach):
     """GrabCut's plain twin: smoothed colour histograms of inside and ring decide each pixel near the mask's border."""
-    index = ((frame.long() * bins // 256) * torch.tensor([bins * bins, bins, 1])).sum(-1)
-    outside = reach & ~ring
-    near = grow(ring[None, None].float(), 4)[0, 0] > 0.5
-    inside = mask
-    for _ in range(3):
-        share = []
-        for where in (inside, outside):
-            cube = torch.bincount(index[where], minlength=bins**3).float().view(1, 1, bins, bins, bins) + 0.02
-            share.append(F.avg_pool3d(cube, 3, 1, 1).flatten()[index] / max(int(where.sum()), 1))
-        odds = (share[0] / share[1]).log().clamp(-3, 3)
-        inside = (F.avg_pool2d(odds[None, None], 7, 1, 3)[0, 0] > 0) & near
-        outside = reach & ~inside
+    near, inside = grow(ring[None, None].float(), 4)[0, 0] > 0.5, mask
+    for outside in (reach & ~ring, None, None):
+        odds = like(frame, inside, reach & ~inside if outside is None else outside)
+        inside = (blur(odds.clamp(-3, 3)[None, None], 3)[0, 0] > 0) & near
     return inside
+
+
+def like(frame, inside, outside, bins=12):
+    """Log odds (H, W) that a colour of a frame uint8 (H, W, 3) is one of those inside, not outside."""
+    index = ((frame.long() * bins // 256) * torch.tensor([bins * bins, bins, 1])).sum(-1)
+    share = []
+    for where in (inside, outside):
+        cube = torch.bincount(index[where], minlength=bins**3).float().view(1, 1, bins, bins, bins) + 0.02
+        share.append(F.avg_pool3d(cube, 3, 1, 1).flatten()[index] / max(int(where.sum()), 1))
+    return (share[0] / share[1]).log()
 
 
 # ---- pictures
@@ -221,9 +228,8 @@ def cut_out(frame, mask, margin=0.05):
 def own_colour(start, alpha, radius, colour=None):
     """Foreground colours (1, 3, H, W) of a picture that mixes foreground and background by alpha."""
     colour = start if colour is None else colour
-    blur = lambda x: F.avg_pool2d(x, 2 * radius + 1, 1, radius, count_include_pad=False)
-    inside, outside = blur(alpha), blur(1 - alpha)
-    front, back = blur(start * alpha) / (inside + 1e-5), blur(colour * (1 - alpha)) / (outside + 1e-5)
+    inside, outside = blur(alpha, radius), blur(1 - alpha, radius)
+    front, back = blur(start * alpha, radius) / (inside + 1e-5), blur(colour * (1 - alpha), radius) / (outside + 1e-5)
     return (front + alpha * (colour - alpha * front - (1 - alpha) * back)).clamp(0, 1)
 
 
@@ -234,7 +240,7 @@ def as_uint8(x):
 
 def guided(x, guide, radius, strength=1e-3):
     """x (1, 1, H, W) smoothed, but not across the edges of `guide` (1, 1, H, W)."""
-    mean = lambda y: F.avg_pool2d(y, 2 * radius + 1, 1, radius, count_include_pad=False)
+    mean = lambda y: blur(y, radius)
     a = (mean(guide * x) - mean(guide) * mean(x)) / (mean(guide * guide) - mean(guide) ** 2 + strength)
     return mean(a) * guide + mean(mean(x) - a * mean(guide))
 
@@ -271,7 +277,7 @@ def without_foreground(frames, foreground, key):
     return as_uint8(from_surroundings(picture, ~unknown[None, None]))[0] if not cv2 else shift_map(picture, unknown)
 
 
-def shift_map(picture, unknown, pixels=480 * 270):
+def shift_map(picture, unknown, pixels=400 * 225):
     """Fill `unknown`, bool (H, W), of a picture (1, 3, H, W) with copies of like surroundings (He and Sun, 2012)."""
     full = as_uint8(picture)[0]
     if not unknown.any():
@@ -284,9 +290,8 @@ def shift_map(picture, unknown, pixels=480 * 270):
     cv2.setRNGSeed(0)
     cv2.xphoto.inpaint(small, (~hole).to(torch.uint8).mul(255).numpy(), done, cv2.xphoto.INPAINT_SHIFTMAP)
     filled = as_float(resize(torch.from_numpy(cv2.cvtColor(done, cv2.COLOR_Lab2RGB))[None], unknown.shape))
-    soft = F.avg_pool2d(unknown[None, None].float(), 9, 1, 4)
-    soft = torch.where(unknown, soft.clamp_min(0.5) * 2 - soft.clamp_min(0.5) * 0, soft).clamp(0, 1)
-    return as_uint8(torch.where(unknown, filled, picture * (1 - soft) + filled * soft))[0]
+    soft = torch.where(unknown, 1.0, blur(unknown[None, None].float(), 4))
+    return as_uint8(picture * (1 - soft) + filled * soft)[0]
 
 
 def from_surroundings(picture, known):
@@ -351,8 +356,11 @@ def named_colour(prompt):
     """The colour that the instruction asks for, CIELAB (3,), or None: the last one named, after "with" if there is one."""
     words = re.findall("[a-z]+", prompt[:2000].lower())
     cut = next((i for i, word in enumerate(words) if word in ("with", "into", "to")), 0)
-    found = [COLOURS[word] for word in words[cut:] if word in COLOURS]
-    return 100 * lab(torch.tensor(found[0]).view(1, 3, 1, 1) / 255)[0, :, 0, 0] if found else None
+    for before, word in zip(["", *words], words[:]):
+        if word in COLOURS and word in words[cut:]:
+            light = {"dark": 0.4, "deep": 0.6}.get(before, 1.0)
+            return 100 * lab(torch.tensor(COLOURS[word]).view(1, 3, 1, 1) * light / 255)[0, :, 0, 0]
+    return None
 
 
 def colours(pixels, ways=8):
@@ -401,8 +409,7 @@ class Classical:
         whole = clean(changed, 0.25)
         area = whole.float().mean(dim=(1, 2))
         usual, swapped = area.median().item(), self.exchanged(source, target, whole, row)
-        wave = flicker(target, whole) - flicker(source, whole)
-        steady = ramp(wave, 0.08, -0.01)
+        steady = ramp(drift(target, whole) - drift(source, whole), 12, 1)
         return [10 * swapped * math.sqrt(steady * self.fit(row["kind"], source[t], target[t], apart[t], changed[t], whole[t], usual))
                 for t in range(len(apart))]  # fmt: skip
 
@@ -430,7 +437,7 @@ class Classical:
         for clip in (source, target):
             pixels = 100 * lab(clip).permute(0, 2, 3, 1)[whole]
             near.append(torch.quantile((pixels - wanted).norm(dim=1)[:: max(1, len(pixels) // 20000)], 0.25).item())
-        return 0.3 if near[0] + 8 < near[1] else 1.0
+        return 0.3 if near[0] < 20 and near[0] + 15 < near[1] else 1.0
 
     def ground(self, source_path, target_path, row):
         """-> box, mask (H, W), index of the frame in which it is best seen, no more columns."""
@@ -452,20 +459,25 @@ class Classical:
         if kind == "background" and not 0.005 < area[best] < 0.75:
             raise Rejected(f"{area[best]:.0%} of the frame stayed: no background edit")
         key, mask = indices[best], masks[best]
+        if kind == "background":
+            frame = frames_at(target_path, [key], CUT_PIXELS)[0][0]
+            mask = resized(mask, frame.shape[:2])
+            mask = mask | by_colour(frame, mask, mask)
         if kind == "subject":
-            mask = self.whole_object(frames_at(target_path, [key], CUT_PIXELS)[0][0], mask)
+            mask = self.whole_object(frames_at(target_path, [key], CUT_PIXELS)[0][0], mask, apart[best] > split_value(apart))
         return box_of(mask), mask, key, {}
 
-    def whole_object(self, frame, mask):
+    def whole_object(self, frame, mask, changed):
         """The mask of one whole object in a frame uint8 (H, W, 3), from the mask of what changed. Rejected otherwise."""
         if (number := parts(mask)) > 1:
             raise Rejected(f"the edit is in {number} large parts")
-        mask = resized(mask, frame.shape[:2])
-        found = by_colour(frame, large_regions(mask[None], 1.0)[0])
+        mask, changed = resized(large_regions(mask[None], 1.0)[0], frame.shape[:2]), resized(changed, frame.shape[:2])
+        found = by_colour(frame, mask, mask & changed)
         if (share := overlap(found, mask)) < 0.6:
             raise Rejected(f"colours and difference disagree about the object's outline (IoU {share:.2f})")
-        sides = [found[0], found[-1], found[:, 0], found[:, -1]]
-        if any(side.float().mean() > 0.9 for side in sides) or any(a.any() and b.any() for a, b in (sides[:2], sides[2:])):
+        x1, y1, x2, y2 = box_of(found)
+        contact = sum(int(side.sum()) for side in (found[0], found[-1], found[:, 0], found[:, -1]))
+        if contact > 0.2 * (found.any(0).sum() + found.any(1).sum()) * 2 or x2 - x1 == 1 or y2 - y1 == 1:
             raise Rejected("the frame's border cuts the object off")
         return found
 
@@ -475,6 +487,7 @@ class Classical:
             return cut_out(frame_at(target_path, row["key"]), mask)
         source, target, indices = look_at_pair(source_path, target_path)
         foreground = body(difference(source, target), "background")
+        foreground[indices.index(row["key"])] |= resized(mask, foreground.shape[1:])
         frames, _ = frames_at(target_path, indices, FILL_PIXELS)
         return without_foreground(frames, foreground, indices.index(row["key"]))
 
@@ -483,7 +496,7 @@ class Classical:
         source, target, indices = look_at_pair(source_path, target_path)
         masks = body(difference(source, target), row["kind"])
         place = masks if row["kind"] == "subject" else ~masks
-        picture = read_reference(ref_path)[0]
+        picture = as_float(read_image(ref_path)[None])[0]
         ink = inked(picture[None])[0] if row["kind"] == "subject" else torch.ones(picture.shape[1:], dtype=torch.bool)
         if not ink.any() or not place.any():
             return False, "nothing is shown"
@@ -514,7 +527,7 @@ class Classical:
             seen = seen[0], seen[1] & ~stayed
             shown = shown[0], shown[1] & ~stayed
         distance, same = apart_in_layout(seen, shown)
-        if distance > 10 or same < 0.8:
+        if distance > 14 or same < 0.8:
             return f"it is not what stands in its place (CIELAB {distance:.0f}, outline {same:.2f})"
         return None
 
@@ -534,13 +547,10 @@ class Classical:
         return torch.stack([look_feature(image) for image in images])
 
 
-def flicker(clip, where):
-    """Mean second difference in time of the luma where a mask is set in three looks on end."""
-    y = luma(clip)[:, 0]
-    if len(y) < 3:
-        return 0.0
-    both = where[:-2] & where[1:-1] & where[2:]
-    return (y[:-2] - 2 * y[1:-1] + y[2:]).abs()[both].mean().item() / 2 if both.any() else 0.0
+def drift(clip, where):
+    """How far the colours within a mask move from one look to the next, CIELAB units: the same thing keeps its colours."""
+    tables = [colours(frame[:, mask].T) for frame, mask in zip(clip, where) if mask.sum() > 20]
+    return sum((a - b).abs().mean().item() for a, b in zip(tables, tables[1:])) / max(len(tables) - 1, 1)
 
 
 def look_feature(image, size=16):
