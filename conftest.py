@@ -24,11 +24,11 @@ if not torch.cuda.is_available():
 
 import judge
 import kernels
-import nano
 from connectors import MLLMConfig
 from dit import DiTConfig
 from media import write_image
 from model import KiwiConfig, KiwiEdit
+from nano.__main__ import main as nano_main
 from vae import VAEConfig
 
 HOUSE = Path(__file__).parent
@@ -327,7 +327,7 @@ def small_weights(tmp_path_factory, qwen_folder):
 @pytest.fixture(scope="session")
 def nano_data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("nano") / "data"
-    nano.main(["data", str(folder), "--clips", "16", "--frames", "5", "--workers", "1"])
+    nano_main(["data", str(folder), "--clips", "16", "--frames", "5", "--workers", "1"])
     return folder
 
 

@@ -14,6 +14,7 @@ typed query token crashes. Several reference images follow one another; the rele
 
 import json
 import math
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,7 @@ class MLLMConfig:
     A query count of 0 leaves out the mode and its parameters. `max_ref_tokens` limits the visual tokens of a
     reference image, `max_frames` and `max_pixels` the frames of a source video and the pixels of each;
     max_pixels None is what the released 5B training scripts use. `context` is the paper's ablation (Table 5):
-    "queries+latents", or "queries" without the Latent Connector's tokens.
+    "queries+latents", or "queries" without the Latent Connector's tokens. `encoder` names a class (`Encoder.named`).
     """
 
     folder: str
@@ -52,10 +53,13 @@ class MLLMConfig:
     max_frames: int = 16
     max_pixels: int | None = 262144
     context: str = "queries+latents"
+    encoder: str = "qwen2.5-vl"
 
     def __post_init__(self):
         if self.context not in ("queries", "queries+latents"):
             raise ValueError(f'MLLMConfig.context: {self.context!r}, expected "queries" or "queries+latents"')
+        if self.encoder not in Encoder.named:
+            raise ValueError(f"MLLMConfig.encoder: {self.encoder!r}, expected one of {', '.join(Encoder.named)}")
 
 
 def fit_pixels(height, width, factor, min_pixels, max_pixels):
@@ -126,14 +130,55 @@ class MLLMInputs:
     grids: dict = field(default_factory=dict)  # name -> (t, h, w) in patches
 
 
-class MLLMEncoder(nn.Module):
+class Encoder(nn.Module):
+    """What reads the request. A subclass is chosen by its name, `--set mllm.encoder=NAME`; nobody else asks which.
+
+    __init__(config: MLLMConfig, empty): with `empty` the pretrained parts are built within `meta_parameters`.
+    resize(source, ref): frames uint8 (T, H, W, 3) and one or more references (H, W, 3), or None -> the mode ("image",
+        "video" or "ref") and {name: uint8 (T, H, W, 3)}, "source" first, as the encoder sees them. Data workers call it.
+    assemble(instruction, mode, visuals): what `resize` made -> a request, anything that `encode` takes.
+    encode(requests) -> their contexts, a list of (1, L, dit_dim).
+    """
+
+    named = {}
+    backbones = ()  # attributes that hold pretrained weights; all other parameters are Kiwi-Edit's own
+    language_model = None  # the module that gets LoRA, if any
+
+    def __init_subclass__(cls, name):
+        Encoder.named[name] = cls
+
+    def forward(self, instruction, source, ref=None):
+        """The context of one request.
+
+        instruction: text. source: uint8 (T, H, W, 3), the frames as cropped for the VAE; T = 1 without a reference
+        is the image mode. ref: uint8 (H, W, 3), or a list of such. -> (1, L, dit_dim).
+        ValueError for an empty instruction, wrong arrays, or a mode without queries.
+        """
+        return self.encode([self.prepare(instruction, source, ref)])[0]
+
+    def prepare(self, instruction, source, ref=None):
+        """The request; arguments as for `forward`."""
+        return self.assemble(instruction, *self.resize(source, ref))
+
+    def blocks(self):
+        """Layers that training shards and recomputes one by one."""
+        return []
+
+    def files(self):
+        """Files of `config.folder` that saved weights need beside the tensors."""
+        return []
+
+
+class MLLMEncoder(Encoder, name="qwen2.5-vl"):
     """Qwen2.5-VL with learnable queries and the two connectors: (frames, instruction, reference) -> context.
 
     Parameters: `model.language_model.*` and `model.visual.*` (transformers), `image_queries`, `video_queries`,
     `ref_queries` (n, hidden), `connector.{0,2}` and `ref_connector.{0,2}`.
     """
 
-    def __init__(self, config: MLLMConfig):
+    backbones = ("model",)
+
+    def __init__(self, config: MLLMConfig, empty=False):
         from tokenizers import Tokenizer
         from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
@@ -149,7 +194,8 @@ class MLLMEncoder(nn.Module):
                 f"{config.folder}: its config or tokenizer.json cannot be read ({reason}); fetch them again"
             ) from None
         self.tokenizer.encode_special_tokens = True  # what a user types is text, never a control token
-        self.model = Qwen2_5_VLModel._from_config(qwen_config, attn_implementation="sdpa")
+        with meta_parameters() if empty else nullcontext():
+            self.model = Qwen2_5_VLModel._from_config(qwen_config, attn_implementation="sdpa")
         hidden = qwen_config.text_config.hidden_size
         for mode, count in self.num_queries.items():
             if count:
@@ -168,18 +214,16 @@ class MLLMEncoder(nn.Module):
         c = self.config
         return {"image": c.num_image_queries, "video": c.num_video_queries, "ref": c.num_ref_queries}
 
-    def forward(self, instruction, source, ref=None):
-        """The context of one request.
+    @property
+    def language_model(self):
+        return self.model.language_model
 
-        instruction: text. source: uint8 (T, H, W, 3), the frames as cropped for the VAE; T = 1 without a reference
-        is the image mode. ref: uint8 (H, W, 3), or a list of such. -> (1, L, dit_dim).
-        ValueError for an empty instruction, wrong arrays, or a mode without queries.
-        """
-        return self.encode([self.prepare(instruction, source, ref)])[0]
+    def blocks(self):
+        return list(self.model.language_model.layers)
 
-    def prepare(self, instruction, source, ref=None) -> MLLMInputs:
-        """Text, patches and grids of a request; arguments as for `forward`."""
-        return self.assemble(instruction, *self.resize(source, ref))
+    def files(self):
+        names = ("config.json", "qwen_config.json", "tokenizer.json")
+        return [path for name in names if (path := Path(self.config.folder) / name).is_file()]
 
     def resize(self, source, ref=None):
         """-> mode and the pictures as the vision tower takes them, {name: uint8 (T, H, W, 3)}; arguments as `forward`."""
@@ -344,6 +388,27 @@ def read_qwen_config(folder):
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object")
     return values
+
+
+@contextmanager
+def meta_parameters():
+    """Modules made in this block have their parameters on the meta device: nothing is allocated or initialised.
+
+    Unlike torch.device("meta") it leaves buffers alone: transformers' rotary tables are in no checkpoint, and would
+    stay on the meta device in silence.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(self, name, parameter):
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(self, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
 
 
 class LoRALinear(nn.Linear):

@@ -160,9 +160,10 @@ from tqdm import tqdm
 
 from curators import KINDS, Rejected, box_of, frame_at
 from data import COLUMNS, FILES, has_columns, inside, parquet_file, read_reference, row_group
-from kernels import pick_device, rank_and_world
+
 from ledger import Ledger, is_open, journal, only_run, parsed
 from media import MediaError, measure, read_image, resize, whole_file, whole_folder, write_image, write_text
+from parallel import pick_device, rank_and_world
 from report import page, table
 from vlm import Barred, Malformed, TryAgain, has_secret, jpeg_uri, sound
 

@@ -105,7 +105,7 @@ def read_table(path, kind, base=None):
     path = Path(path)
     base = Path(base or path.parent).resolve()
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; `python nano.py data DIR` makes a small data set")
+        raise FileNotFoundError(f"{path}: no such file; `python -m nano data DIR` makes a small data set")
     if path.suffix == ".parquet":
         lines = read_parquet(path, kind)
     else:

@@ -97,7 +97,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention with RMSNorm of q and k over the full width D, as in Wan.
 
-    `attend`: what mixes the tokens; several ranks that share a sequence put their own there (train.py, `Ulysses`).
+    `attend`: what mixes the tokens; several ranks that share a sequence put their own there (`parallel.Ulysses`).
     """
 
     attend = staticmethod(attention)

@@ -192,7 +192,7 @@ from judges import (
     read_reason,
     read_winner,
 )  # fmt: skip
-from kernels import pick_device, rank_and_world
+from load import local_path, read_json
 from media import (
     MediaError,
     faithful_codec,
@@ -206,7 +206,8 @@ from media import (
     write_video,
 )
 from metrics import METRICS, measure_files, write_shuffled
-from model import KiwiEdit, is_out_of_memory, local_path, read_for, read_json, read_weights
+from model import KiwiEdit, is_out_of_memory, read_for, read_weights
+from parallel import pick_device, rank_and_world
 
 # What is asked: criteria with our own rubric texts, which carry the paper's.
 

@@ -27,8 +27,8 @@ import torch
 from tokenizers import Tokenizer
 
 from connectors import PIXEL_MEAN, PIXEL_STD, patchify
-from kernels import pick_device
 from media import decode, frame_rate, open_media, read_image, resize, write_image
+from parallel import pick_device
 
 GEMINI = "https://generativelanguage.googleapis.com/v1beta"
 INLINE_LIMIT = 20_000_000  # bytes of a Gemini request with inline data

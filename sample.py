@@ -60,6 +60,9 @@ def parse_arguments(argv=None):
         help="VAE: work on N x N latent pixels at once; the same result, less memory",
     )
     add("--compare", action="store_true", help="also write source, references and edit side by side: <out>_compare")
+    argv = sys.argv[1:] if argv is None else argv
+    if "--" in argv:  # argparse cannot intermix behind it
+        return parser.parse_args(argv)
     return parser.parse_intermixed_args(argv)  # in.mp4 --steps 4 "replace the car" too
 
 
@@ -76,8 +79,8 @@ def main(argv=None):
     weights_exist(args.weights)
     import torch
 
-    from kernels import pick_device
     from media import read_image
+    from parallel import pick_device
 
     device = pick_device(args.device)
     if args.offload and device.type == "cpu":
@@ -136,6 +139,10 @@ def with_example(args):
 def check_values(args):
     if not args.instruction.strip():
         raise ValueError('the instruction is empty: say what to change, e.g. "replace the car"')
+    try:
+        args.instruction.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the instruction is not UTF-8 text: set the terminal to UTF-8") from None
     if not 0 < args.shift < float("inf"):
         raise ValueError(f"--shift {args.shift}: a number above 0, the release's is 5")
     if args.ref_guidance is not None and not 0 < args.ref_guidance < float("inf"):
@@ -152,8 +159,8 @@ def places(args):
     """Where the edit and its comparison are written. MediaError where they cannot be, or would replace what is read."""
     from media import IMAGE_CODECS, MediaError, is_picture, open_media, writable
 
-    with open_media(args.input) as (container, stream):
-        still = is_picture(container) and stream.frames <= 1
+    with open_media(args.input) as (container, _):
+        still = is_picture(container)
     out = Path(args.out or f"{Path(args.input).stem}_edited{'.png' if still else '.mp4'}")
     if not still and out.suffix.lower() != ".mp4":
         raise MediaError(f"{out}: a video is written as .mp4")
@@ -170,20 +177,19 @@ def places(args):
 
 def read_source(args):
     """The clip at the size for which the weights are made, and a line about it."""
-    from media import measure
+    from media import decode, open_media, shown_frames
 
-    total = measure(args.input)[0]  # a file that cannot be read is told of before weights are fetched
+    with open_media(args.input) as (container, stream):  # fail fast before downloading weights
+        size, total = tuple(next(decode(args.input, container, stream))[1].shape[:2]), shown_frames(container, stream)
     from model import read_for, read_weights
 
     config = read_weights(args.weights, args.base, args.qwen)[0]
     clip = read_for(config, args.input, args.frames, args.max_pixels)
-    if config.trained is not None and clip.frames.shape[:3] != (total, *clip.source_size):
-        frames, height, width, fps = config.trained
-        print(
-            f"note        these weights know {frames} frames of {width}x{height} at {fps} fps alone: {args.input}, "
-            f"{total} of {clip.source_size[1]}x{clip.source_size[0]}, is edited in the size that follows"
-        )
     count, height, width, _ = clip.frames.shape
+    if config.trained is not None and (count, height, width) != (total or count, *size):
+        frames, *trained, fps = config.trained
+        print(f"note        these weights know {frames} frames of {trained[1]}x{trained[0]} at {fps} fps only: "
+              f"{args.input}, {size[1]}x{size[0]}, is edited at the size that follows")  # fmt: skip
     rate = "" if clip.still else f", {float(clip.fps):g} fps"
     print(f"read        {args.input}: {count} frame{'s' * (count > 1)} of {width}x{height}{rate}")
     return clip

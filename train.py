@@ -12,7 +12,6 @@ cannot resume, takes one sample at a time and replaces broken ones in silence.
 """
 
 import argparse
-import atexit
 import json
 import math
 import os
@@ -21,15 +20,12 @@ import resource
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from ast import literal_eval
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -40,15 +36,16 @@ EXAMPLES = """examples:
 where training starts (--weights): a run of this program (its last checkpoint), a checkpoint folder of one, a folder
   that nanoKiwi saved, the released diffusers layout, or a released training checkpoint (.safetensors) over --base and
   --qwen. Without it: --base and --qwen alone (nano: weights/nano, or random if it is not there), or, with --init
-  random, nothing but --qwen's config and tokenizer.
+  random, nothing but --qwen's config and tokenizer (nano: those of weights/nano/mllm).
 several processes (torchrun): data parallel by --parallel, and --sp N of them share each sequence.
 a run is watched by metrics.jsonl, TensorBoard if installed, and `python train.py --plot RUN` (an SVG).
 """
 ALIGN = ("lora", "mllm.image_queries", "mllm.connector")
-EDIT = (*ALIGN, "mllm.video_queries", "dit", "source_embedder", "source_scale")
+EDIT = (*ALIGN, "mllm.video_queries", "dit", "source_embedder")
 REFER = (*EDIT, "mllm.ref_queries", "mllm.ref_connector", "ref_embedder")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 NANO = Path(__file__).parent / "weights" / "nano"
+NANO_MLLM = NANO / "mllm"  # sizes and tokenizer of a small Qwen2.5-VL
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16
 
 
@@ -246,14 +243,9 @@ if __name__ == "__main__":
     parse_arguments()  # --help and slips of the pen answer before torch is there
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint as recomputed
 from tqdm import tqdm
 
 from connectors import inject_lora, merge_lora
@@ -271,34 +263,25 @@ from data import (
     read_table,
     shard_path,
 )
-from kernels import attention, rank_and_world
-from media import MediaError, pad_reference, whole_file, write_image, write_text, write_video
-from model import (
+from load import (
     HUB_BASES,
-    PRESETS,
     QWEN_BASE,
-    FlowMatch,
-    KiwiEdit,
     TensorFiles,
     as_trained,
     began_with,
     find_checkpoint,
-    leave_out_source,
-    listed,
+    from_dict,
     load_weights,
     local_path,
-    meta_parameters,
-    move_buffers,
     only_weights,
     read_json,
-    read_weights,
     released_name,
-    set_parameter,
     step_of,
     valid_checkpoints,
-    widened,
-)  # fmt: skip
-from world import write_mllm_folder
+)
+from media import MediaError, pad_reference, whole_file, write_image, write_text, write_video
+from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit, read_weights
+from parallel import Ranks, parallelise
 
 
 def main(argv=None):
@@ -312,7 +295,7 @@ def main(argv=None):
     if args.export:
         return export(Path(args.export), Path(args.out), args.base, args.qwen)
     stage = choose_stage(args)
-    ranks = Ranks(args)
+    ranks = Ranks(args.parallel, args.dtype, args.sp, args.dry_run)
     try:
         if stage.batches % ranks.dp:
             raise ValueError(
@@ -383,155 +366,6 @@ def with_model_settings(config, settings):
     return config
 
 
-# Processes
-
-
-class Ranks:
-    """The processes that torchrun started, or one alone. Ranks that share a sequence (sp) are neighbours."""
-
-    def __init__(self, args):
-        launched, has_gpu = "RANK" in os.environ, torch.cuda.is_available()
-        world = dist.get_world_size() if dist.is_initialized() else rank_and_world()[1]
-        if args.sp < 1 or world % args.sp:  # what can be refused is refused before a group is open
-            raise ValueError(f"--sp {args.sp} does not divide the {world} processes")
-        self.parallel = args.parallel or ("fsdp" if has_gpu else "ddp")
-        self.dtype = getattr(torch, args.dtype or ("bfloat16" if has_gpu else "float32"))
-        if self.dtype != torch.float32 and self.parallel == "ddp":
-            raise ValueError(
-                "--dtype bfloat16 keeps float32 master weights by FSDP2: take --parallel fsdp, also on one GPU"
-            )
-        alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        on_gpu = has_gpu and not args.dry_run  # which tells of what will run there
-        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu")
-        if on_gpu:
-            torch.cuda.set_device(self.device)
-        self.ours = not dist.is_initialized()  # who calls `main` several times may keep one group for all
-        if self.ours:
-            # on GPUs long enough for what ranks wait for, a shard of a cache, 60 GB of a checkpoint: NCCL gives up after 10 minutes
-            patience = {"timeout": timedelta(hours=2)} if on_gpu else {}
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **patience, **alone)
-        self.rank, self.world, self.sp = dist.get_rank(), world, args.sp
-        self.first = self.rank == 0
-        self.dp, self.data_rank = self.world // self.sp, self.rank // self.sp
-        self.mesh = init_device_mesh(self.device.type, (self.world,))
-        pairs = init_device_mesh(self.device.type, (self.dp, self.sp), mesh_dim_names=("data", "sequence"))
-        self.sequence = pairs["sequence"].get_group()
-        self.background = dist.new_group(backend="gloo")  # for the thread that writes checkpoints
-
-    def total(self, values):
-        """Sums over all ranks of a few numbers."""
-        values = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(values)
-        return values.tolist()
-
-    def any(self, flag):
-        return self.total([float(flag)])[0] > 0
-
-    def from_first(self, value):
-        """The first rank's Python value, on all."""
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def gathered(self, values):
-        """Lists of all ranks, joined."""
-        boxes = [None] * self.world
-        dist.all_gather_object(boxes, values)
-        return [value for box in boxes for value in box]
-
-    def leave(self):
-        if self.ours:
-            dist.destroy_process_group()
-
-
-class Ulysses:
-    """Sequence parallelism over heads: between the blocks each rank has its share of the tokens, and in
-    self-attention all tokens of its share of the heads (DeepSpeed-Ulysses, arXiv 2309.14509).
-
-    It hangs on the DiT by hooks: tokens are split before the first block and joined after the last. The context is
-    whole on every rank, so cross-attention needs no exchange. Every rank computes the same loss from the joined
-    tokens; the join's backward adds the ranks' gradients, so that their mean over all ranks is the true one.
-    """
-
-    def __init__(self, dit, group):
-        self.group, self.size, self.rank = group, group.size(), group.rank()
-        for block in dit.blocks:
-            block.self_attn.attend = self.attend
-            block.register_forward_pre_hook(self.enter)
-        dit.blocks[0].register_forward_pre_hook(self.split)  # after `enter`, which needs the whole length
-        dit.blocks[-1].register_forward_hook(self.join)
-
-    def enter(self, block, arguments):
-        """Give the block the rotary table of this rank's tokens."""
-        x, time_mod, context, (cos, sin) = arguments
-        self.counts = [len(cos) // self.size + (rank < len(cos) % self.size) for rank in range(self.size)]
-        mine = slice(sum(self.counts[: self.rank]), sum(self.counts[: self.rank + 1]))
-        return x, time_mod, context, (cos[mine], sin[mine])
-
-    def split(self, block, arguments):
-        x, *rest = arguments
-        return x.split(self.counts, dim=1)[self.rank], *rest
-
-    def join(self, block, arguments, x):
-        """(B, N of this rank, D) -> (B, N, D)."""
-        return Join.apply(x, self)
-
-    def attend(self, q, k, v):
-        """q, k, v (B, N of this rank, H, d) -> (B, N of this rank, H, d)."""
-        return self.to_tokens(attention(*(self.to_heads(x) for x in (q, k, v))))
-
-    def to_heads(self, x):
-        """(B, n, H, d), our tokens -> (B, N, H / ranks, d), our heads."""
-        b, _, h, d = x.shape
-        parts = [part.reshape(-1) for part in x.split(h // self.size, dim=2)]
-        received = self.exchange(parts, [b * count * (h // self.size) * d for count in self.counts])
-        return torch.cat([part.view(b, -1, h // self.size, d) for part in received], dim=1)
-
-    def to_tokens(self, x):
-        """The way back: (B, N, H / ranks, d) -> (B, n, H, d)."""
-        b, _, h, d = x.shape
-        parts = [part.reshape(-1) for part in x.split(self.counts, dim=1)]
-        received = self.exchange(parts, [b * self.counts[self.rank] * h * d] * self.size)
-        return torch.cat([part.view(b, -1, h, d) for part in received], dim=2)
-
-    def exchange(self, parts, sizes):
-        """Send part i to rank i; what the ranks sent to us, of `sizes` numbers each."""
-        return Exchange.apply(torch.cat(parts), [len(part) for part in parts], sizes, self.group).split(sizes)
-
-
-class Exchange(torch.autograd.Function):
-    """all_to_all of flat tensors; its backward is the same the other way round."""
-
-    @staticmethod
-    def forward(ctx, x, sent, received, group):
-        ctx.way_back = (received, sent, group)
-        out = x.new_empty(sum(received))
-        dist.all_to_all_single(out, x, received, sent, group)
-        return out
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return Exchange.apply(gradient.contiguous(), *ctx.way_back), None, None, None
-
-
-class Join(torch.autograd.Function):
-    """The tokens of all ranks, (B, n, D) -> (B, N, D). Backward: our part of the sum of all ranks' gradients, which are
-    the same, for each computes the loss."""
-
-    @staticmethod
-    def forward(ctx, x, ulysses):
-        ctx.ulysses, counts = ulysses, ulysses.counts
-        x = torch.nn.functional.pad(x, (0, 0, 0, max(counts) - x.shape[1]))
-        pieces = [torch.empty_like(x) for _ in counts]
-        dist.all_gather(pieces, x.contiguous(), ulysses.group)
-        return torch.cat([piece[:, :count] for piece, count in zip(pieces, counts)], dim=1)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        u = ctx.ulysses
-        return u.size * gradient.split(u.counts, dim=1)[u.rank], None
-
-
 # The model
 
 
@@ -543,7 +377,7 @@ def load_model(args, stage, ranks, checkpoint):
     sizes = ("num_image_queries", "num_video_queries", "num_ref_queries", "max_ref_tokens")
     config = replace(config, mllm=replace(own, **{name: getattr(own, name) or getattr(preset, name) for name in sizes}))
     if checkpoint:
-        config = as_trained(config, checkpoint)
+        config = from_dict(KiwiConfig, as_trained(vars(config), checkpoint), checkpoint)
     if args.preset == "released" and args.config == "wan22_5b":  # whose scripts show the language model larger frames
         config = replace(config, mllm=replace(config.mllm, max_pixels=None))
     config = with_model_settings(config, args.set)
@@ -553,7 +387,7 @@ def load_model(args, stage, ranks, checkpoint):
     model = start_model(config, None if args.dry_run else files, ranks.device)
     held = {len(p) for name, p in model.mllm.named_parameters() if ".lora_A." in name}  # ranks
     if not held:
-        inject_lora(model.mllm.model.language_model, stage.lora_rank, stage.lora_targets)
+        inject_lora(model.mllm.language_model, stage.lora_rank, stage.lora_targets)
     elif held != {stage.lora_rank} and ranks.first:
         print(f"warning: the weights have LoRA of rank {max(held)}, which goes on: lora_rank={stage.lora_rank} is for weights without",
               file=sys.stderr)  # fmt: skip
@@ -565,7 +399,7 @@ def load_model(args, stage, ranks, checkpoint):
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else ranks.dtype)
     if checkpoint:  # only now: in the 16 bits of the weights it started from it would lose half its digits
-        load_weights(model, TensorFiles(checkpoint / "weights.safetensors"), partial=True)
+        load_weights(model, TensorFiles().add(checkpoint / "weights.safetensors"), partial=True)
     if args.stage > 1 and not model.mllm.connector[2].weight.any() and ranks.first:
         print("warning: the Query Connector is untrained, so stage 1 was left out; the paper measured 1.47/3.01 without "
               "it against 2.84/3.98 (Table 5)", file=sys.stderr)  # fmt: skip
@@ -593,17 +427,9 @@ def read_start(args, ranks):
 
 
 def read_random(args, ranks, out):
-    """Random weights, made once in the run's folder. --qwen gives the language model's sizes and tokenizer; nano without
-    it gets a small one whose words are bytes."""
+    """Random weights, made once in the run's folder. --qwen gives the language model's sizes and tokenizer."""
     if args.qwen is None and args.config == "nano":
-        folder = out / "qwen"
-        if args.dry_run:  # it leaves nothing behind
-            folder = Path(tempfile.mkdtemp())
-            atexit.register(shutil.rmtree, folder)
-        if (ranks.first or args.dry_run) and not (folder / "config.json").exists():
-            write_mllm_folder(folder, [])
-        dist.barrier()
-        args.qwen = str(folder)
+        args.qwen = str(NANO_MLLM)
     preset = PRESETS[args.config]
     config = replace(preset, mllm=replace(preset.mllm, folder=str(local_path(args.qwen or QWEN_BASE))))
     if args.dry_run:
@@ -611,41 +437,13 @@ def read_random(args, ranks, out):
     if not (out / "init").exists() and ranks.first:
         torch.manual_seed(args.seed)
         KiwiEdit(with_model_settings(config, args.set)).save(out / "init")
-    dist.barrier()
+    ranks.barrier()
     return read_weights(out / "init")
 
 
 def start_model(config, files, device):
     """A model with the weights of `files`, and initial values for what they lack of Kiwi-Edit. files None: on meta."""
-    with meta_parameters():
-        model = KiwiEdit(config)
-    if files is None:
-        return model
-    files.device = device
-    leave_out_source(files, config.source)
-    missing = load_weights(model, widened(files, model), partial=True, device=device)
-    begin_additions(model, missing, device)
-    move_buffers(model, device)
-    return model
-
-
-def begin_additions(model, missing, device):
-    """Give what Kiwi-Edit adds, where the weights lack it, its initial value. ValueError if anything else is missing."""
-    additions = ("source_embedder.", "source_scale.", "ref_embedder.", "mllm.connector.", "mllm.ref_connector.",
-                 "mllm.image_queries", "mllm.video_queries", "mllm.ref_queries")  # fmt: skip
-    lost = [name for name in missing if not name.startswith(additions)]
-    if lost:
-        raise ValueError(f"the weights to start from are not complete: {listed('missing', lost)}")
-    hidden = model.mllm.model.language_model.embed_tokens.embedding_dim
-    for name in missing:
-        shape = model.get_parameter(name).shape
-        if name.endswith("_queries"):
-            value = 0.02 * torch.randn(shape)
-        elif "connector.0." in name:  # as nn.Linear begins
-            value = (2 * torch.rand(shape) - 1) / hidden**0.5
-        else:
-            value = torch.zeros(shape)
-        set_parameter(model, name, value.to(device))
+    return KiwiEdit(config, empty=True) if files is None else KiwiEdit.with_weights(config, files, device)[0]
 
 
 def has_lora(module):
@@ -672,33 +470,6 @@ def belongs(name, stage):
 
 def is_part(name, part):
     return name == part or name.startswith(part + ".")
-
-
-def parallelise(model, args, ranks):
-    """Activation checkpointing, sequence parallelism and DDP or FSDP2 -> the module to call."""
-    trained = [*model.dit.blocks, *model.mllm.model.language_model.layers]
-    if ranks.sp > 1:
-        Ulysses(model.dit, ranks.sequence)
-    if args.checkpointing:
-        for block in trained:
-            block.forward = partial(recomputed, block.forward, use_reentrant=False)
-    if ranks.parallel == "ddp":
-        return DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks.world > 1 else model
-    policy = MixedPrecisionPolicy(param_dtype=ranks.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in trained:
-        fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
-    for first in (model.dit.blocks[0], model.mllm.model.language_model.layers[0]):
-        first.register_forward_pre_hook(reached_by_the_backward, prepend=True)  # before FSDP's own
-    # The vision tower is called once a picture, which would not be as often on every rank: the root gathers it. The VAE
-    # is called by itself and before the rest: it stays whole.
-    return fully_shard(model, mesh=ranks.mesh, mp_policy=policy, ignored_params=set(model.vae.parameters()))
-
-
-def reached_by_the_backward(block, arguments):
-    """Where a kind of data has trained parts before the blocks and another has none, the backward would run through blocks
-    on one rank alone, or end in another order: sharded ranks would wait for one another for ever."""
-    if torch.is_grad_enabled():
-        arguments[0].requires_grad_()
 
 
 def export(run, folder, base=None, qwen=None):
@@ -802,7 +573,7 @@ def write_cache(args, stage, ranks, model, curriculum, tables):
                 tensors[f"{number}.mllm.{name}"] = frames.contiguous()
         with whole_file(path) as temporary:
             save_file(tensors, temporary)
-    dist.barrier()
+    ranks.barrier()
     if ranks.first:
         write_text(folder / "cache.json", json.dumps(begun))
         print(folder)
@@ -828,7 +599,7 @@ def begin_cache(folder, wanted, ranks):
         raise ValueError(
             f"{folder}: was begun with other rows, weights or settings ({', '.join(other)}); give another --out, or delete it"
         )
-    dist.barrier()  # all have looked
+    ranks.barrier()  # all have looked
     if ranks.first:
         write_text(path, json.dumps(held | wanted))
     return held | wanted
@@ -929,7 +700,7 @@ class Trainer:
         self.counts = Counter(
             {"step": 0, "updates": 0, "samples": 0, "tokens": 0, "bad": 0, "skipped": 0, "seconds": 0.0}
         )
-        self.module = parallelise(model, args, ranks)
+        self.module = parallelise(model, ranks, args.checkpointing)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.updated = {name: of_one_rank(p, ranks) for name, p in self.trained.items()}
         self.optimizers = make_optimizers(stage, self.updated)
@@ -1254,7 +1025,7 @@ class Checkpoints:
         if ranks.first:
             for left in [*out.glob(".step-*")]:  # of a run that was killed
                 shutil.rmtree(left)
-        dist.barrier()
+        ranks.barrier()
 
     def path(self, step):
         return self.out / f"step-{step:06d}"

@@ -7,8 +7,8 @@
       decoder.bottom, decoder.up: the same way back         } the layer to its last frames
     video (B, 3, T, H, W), clamped to [-1, 1]
 
-What a clip's length adds to working memory is its features at the latent grid alone. The first frame stands alone (an image is a clip of one frame); every
-latent frame after it stands for four. Parameters keep the names of `Wan2.2_VAE.pth` / `Wan2.1_VAE.pth`.
+A clip's length adds only its features at the latent grid to working memory. The first frame stands alone (an image
+is a clip of one frame); every latent frame after it stands for four. Parameters keep the names of `Wan2.2_VAE.pth` / `Wan2.1_VAE.pth`.
 
 Tiles: the released code decodes overlapping tiles, attention included, and blends them; it computes each
 pixel up to four times and the result depends on the tiling. Here only the convolutional parts are tiled, with
@@ -24,6 +24,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels import channel_norm_silu
+from kernels.conv import (
+    conv3d,
+    fastest_convolutions,
+    folding_pays,
+    parity_kernels,
+    upsample_conv,
+    upsample_conv_plain,
+)
 
 # Norms over channels and convolutions are fastest where the channels lie together: on 2 cores the norms take an
 # eighth of the time, and tensor cores want it too.
@@ -110,29 +118,10 @@ class VAEConfig:
         return (mean, std) if len(mean) == self.z_dim else ((0.0,) * self.z_dim, (1.0,) * self.z_dim)
 
     def latent_frames(self, frames: int) -> int:
-        """Latent frames of a clip; ValueError where the length is not 4k + 1 (the release drops the rest in silence)."""
+        """Latent frames of a clip; ValueError unless the length is 4k + 1 (the release drops the rest silently)."""
         if frames < 1 or (frames - 1) % self.time_stride:
             raise ValueError(f"a clip of {frames} frames: the VAE takes {self.time_stride}k + 1 (1, 5, 9, ... 81)")
         return 1 + (frames - 1) // self.time_stride
-
-
-def conv3d(x, weight, bias, stride=(1, 1, 1), padding=(0, 0, 0)):
-    """F.conv3d, by what a CPU does fastest.
-
-    A few voxels under a large kernel are a matrix product: every library first copies the kernel, 113 MB at 1024
-    channels, into a layout of its own (4x4x4 voxels on 2 cores: 30 ms against 97). For small float32 inputs torch
-    takes an im2col loop of up to 20 times oneDNN's time (32 channels, 32x32x6: 23 ms against 1.1): oneDNN by name.
-    """
-    voxels = x.numel() // x.shape[1] // math.prod(stride)
-    if x.is_cpu and voxels <= len(weight):
-        x = F.pad(x, [p for p in reversed(padding) for _ in range(2)]).movedim(1, -1)  # (B, T, H, W, C)
-        for axis, (size, step) in enumerate(zip(weight.shape[2:], stride), start=1):
-            x = x.unfold(axis, size, step)  # ... (B, T', H', W', C, kt, kh, kw)
-        patches = x.movedim(4, -1).flatten(4)
-        return F.linear(patches, weight.movedim(1, -1).flatten(1), bias).movedim(-1, 1)
-    if x.is_cpu and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        return torch.ops.aten.mkldnn_convolution(x, weight, bias, padding, stride, (1, 1, 1), 1)
-    return F.conv3d(x, weight, bias, stride, padding)
 
 
 class CausalConv3d(nn.Conv3d):
@@ -141,11 +130,17 @@ class CausalConv3d(nn.Conv3d):
     def __init__(self, in_dim, out_dim, kernel):
         super().__init__(in_dim, out_dim, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
 
-    def forward(self, x, state):
-        """x (B, C, T, H, W), the next T frames -> as many. `state` keeps the last kernel - 1 input frames."""
+    def forward(self, x, state, norm=None):
+        """x (B, C, T, H, W), the next T frames -> as many. `state` keeps the last kernel - 1 input frames.
+
+        norm: a NormSiLU before the convolution, which writes right behind those frames."""
         past = self.kernel_size[0] - 1
         if past:
-            x = torch.cat([state[self], x], dim=2) if self in state else F.pad(x, (0, 0, 0, 0, past, 0))
+            before = state.get(self)
+            if before is None:
+                zeros = x.new_zeros(*x.shape[:2], past, *x.shape[3:])
+                before = zeros.contiguous(memory_format=CHANNELS_LAST)
+            x = torch.cat([before, x], dim=2) if norm is None else norm(x, before)
             state[self] = x[:, :, -past:].clone()  # a view would keep the whole chunk alive
         return conv3d(x, self.weight, self.bias, padding=self.padding)
 
@@ -162,10 +157,10 @@ class ChannelNorm(nn.Module):
 
 
 class NormSiLU(ChannelNorm):
-    """The same and SiLU, of (B, C, T, H, W)."""
+    """The same and SiLU, of (B, C, T, H, W), behind the frames `past`."""
 
-    def forward(self, x):
-        return channel_norm_silu(x, self.gamma)
+    def forward(self, x, past):
+        return channel_norm_silu(x, self.gamma, past)
 
 
 class ResidualBlock(nn.Module):
@@ -182,8 +177,8 @@ class ResidualBlock(nn.Module):
         self.shortcut = CausalConv3d(in_dim, out_dim, (1, 1, 1)) if in_dim != out_dim else None
 
     def forward(self, x, state):
-        y = self.residual["2"](self.residual["0"](x), state)
-        y = self.residual["6"](self.residual["3"](y), state)
+        y = self.residual["2"](x, state, norm=self.residual["0"])
+        y = self.residual["6"](y, state, norm=self.residual["3"])
         return y + (x if self.shortcut is None else self.shortcut(x, state))
 
 
@@ -244,9 +239,11 @@ class Upsample(nn.Module):
                 parts.append(x.permute(0, 2, 3, 1, 4, 5).flatten(2, 3))  # (B, C, 2 T, H, W)
             x = torch.cat(parts, dim=2).contiguous(memory_format=CHANNELS_LAST)
         conv = self.resample["1"]
-        frames = x.transpose(1, 2).flatten(0, 1)  # CUDA enlarges pictures, not volumes, without leaving channels last
-        x = F.interpolate(frames, scale_factor=2, mode="nearest").unflatten(0, (len(x), -1)).transpose(1, 2)
-        return conv3d(x, conv.weight[:, :, None], conv.bias, padding=(0, 1, 1))
+        if not folding_pays(x, conv.weight):
+            return upsample_conv_plain(x, conv.weight, conv.bias)
+        if conv not in state:
+            state[conv] = parity_kernels(conv.weight)
+        return upsample_conv(x, conv.weight, conv.bias, state[conv])
 
 
 def average_down(x, out_dim, time, space):
@@ -375,7 +372,7 @@ class Encoder(nn.Module):
     def top(self, x, state):
         """Features -> moments (B, 2 z, t, h, w); its attention sees whole frames."""
         x = apply(self.middle, x.contiguous(memory_format=CHANNELS_LAST), state)
-        return self.head["2"](self.head["0"](x), state)
+        return self.head["2"](x, state, norm=self.head["0"])
 
 
 class Decoder(nn.Module):
@@ -396,7 +393,7 @@ class Decoder(nn.Module):
     def up(self, x, state):
         """Features -> frames (B, 3, 4t, H, W), one less in a clip's first chunk; local, so it may be tiled."""
         x = apply(self.upsamples, x.contiguous(memory_format=CHANNELS_LAST), state)
-        x = self.head["2"](self.head["0"](x), state)
+        x = self.head["2"](x, state, norm=self.head["0"])
         x = x.unflatten(1, (3, self.patch, self.patch)).permute(0, 1, 4, 5, 3, 6, 2)  # (B, 3, t, H, q, W, p)
         return x.flatten(5, 6).flatten(3, 4)
 
@@ -466,6 +463,7 @@ class VAE(nn.Module):
         mean, std = (z.new_tensor(s).view(-1, 1, 1, 1) for s in self.config.statistics)
         return z * std + mean
 
+    @fastest_convolutions()
     def moments(self, video, tile=None, chunk=1, on_chunk=None):
         """Mean and log-variance of the posterior, not normalised: each (B, z, 1 + (T-1)/4, H/s, W/s).
 
@@ -509,11 +507,12 @@ class VAE(nn.Module):
         """
         return self.normalise(self.moments(video, tile, chunk, on_chunk)[0])
 
+    @fastest_convolutions()
     def decode(self, latents, tile=None, chunk=1, on_chunk=None, out_device=None, levels=False):
         """Normalised latents (B, z, 1 + k, h, w) to video (B, 3, 4k + 1, h*s, w*s), clamped to [-1, 1].
 
-        The frames are collected on `out_device` (default: the latents'). levels: as uint8, each rounded to the nearest of
-        256 levels where it was decoded. Other arguments as for `encode`.
+        out_device: where the frames are collected (default: the latents' device). levels: as uint8, rounded to the
+        nearest of 256 levels on the decoding device. Other arguments as for `encode`.
         """
         c = self.config
         self.weights_like_activations()
@@ -534,7 +533,8 @@ class VAE(nn.Module):
                 on_chunk and on_chunk(len(tiles) * len(features) + len(frames), len(windows) * len(features))
             tiles.append((core, torch.cat(frames, dim=2)))
         if not torch.stack(finite).all():
-            raise ValueError(f"the decoder's numbers overflowed in {str(z.dtype)[6:]}: take bfloat16 or float32")
+            mend = "take bfloat16" if z.dtype == torch.float16 else "do the weights hold NaN?"
+            raise ValueError(f"the decoder's numbers are not finite in {str(z.dtype)[6:]}: {mend}")
         return join_tiles(tiles, height, width)
 
 

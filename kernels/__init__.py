@@ -1,19 +1,24 @@
 """The few operations on which a DiT step spends its time, each with its plain PyTorch twin.
 
-`dit.py` and `vae.py` call the functions below and never ask about hardware; `set_backend`, or KIWI_KERNELS=sdpa in the environment of
-any command, chooses what they run:
+`dit.py` and `vae.py` call the functions below and never ask about hardware; `set_backend`, or KIWI_KERNELS=sdpa in the
+environment of any command, chooses what they run:
     "ref"     the definitions in plain PyTorch
     "sdpa"    PyTorch's fused attention; the rest as "ref"
     "cudnn"   cuDNN's attention; the rest as "ref"
     "slices"  attention by slices of the batch; the rest as "ref"
     "triton"  our kernels
-    "auto"    on a CPU "sdpa", and "slices" to train in bfloat16 on short sequences; on a GPU our kernels, with the attention that is measured fastest there
-transformers probes for a package of this name, hence `__version__`; importing it neither imports triton nor touches CUDA.
-`pick_device` chooses the device of every command but train.py, which has several; `rank_and_world` asks for torchrun.
+    "hopper"  our Gluon attention for Hopper; the rest as "triton"
+    "auto"    on a CPU "sdpa", and "slices" to train in bfloat16 on short sequences; on a GPU our kernels, and of the
+              attentions the fastest, timed once ("hopper" among them once `python -m bench.kernels check` passed there)
+`linear.py` has 8-bit weights, `conv.py` the VAE's convolutions. transformers probes for a package named `kernels`,
+hence `__version__`; importing it imports neither triton nor CUDA.
 """
 
+import json
 import math
 import os
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -26,6 +31,7 @@ from kernels.attention import (
     attention_triton,
     left_out,
 )
+from kernels.hopper import attention_hopper
 from kernels.norm import (
     channel_norm_silu_plain,
     channel_norm_silu_triton,
@@ -46,20 +52,19 @@ __all__ = [
     "gate_residual",
     "gate_residual_norm",
     "layer_norm_modulate",
-    "pick_device",
-    "rank_and_world",
     "rms_norm_rope",
     "set_backend",
 ]
 
-BACKENDS = ("auto", "ref", "sdpa", "cudnn", "slices", "triton")
 ATTENTION = {
     "ref": attention_ref,
     "sdpa": attention_sdpa,
     "cudnn": attention_cudnn,
     "slices": attention_slices,
     "triton": attention_triton,
+    "hopper": attention_hopper,
 }
+BACKENDS = ("auto", *ATTENTION)
 backend = "auto"
 fastest = {}  # (device, dtype, heads, head_dim, whether it trains) -> name of an attention, measured
 
@@ -98,9 +103,12 @@ def gate_residual_norm(x, y, gate, shift, scale, eps):
     return run(x, y, gate, shift, scale, eps)
 
 
-def channel_norm_silu(x, gamma):
-    """silu(x / rms(x) * gamma), the mean square over the channels; x (B, C, T, H, W), gamma (C, 1, 1, 1)."""
-    return (channel_norm_silu_triton if choose(x) == "triton" else channel_norm_silu_plain)(x, gamma)
+def channel_norm_silu(x, gamma, past=None):
+    """silu(x / rms(x) * gamma), the mean square over the channels; x (B, C, T, H, W), gamma (C, 1, 1, 1).
+
+    past: frames (B, C, P, H, W) to stand before it, as a causal convolution wants them -> (B, C, P + T, H, W).
+    """
+    return (channel_norm_silu_triton if choose(x) == "triton" else channel_norm_silu_plain)(x, gamma, past)
 
 
 def set_backend(name):
@@ -108,8 +116,8 @@ def set_backend(name):
     global backend
     if name not in BACKENDS:
         raise ValueError(f"{name!r} is no backend (KIWI_KERNELS, set_backend): expected one of {', '.join(BACKENDS)}")
-    if name == "triton" and not has_triton():
-        raise ImportError("set_backend('triton'): triton is not installed; pip install triton, or take 'auto'")
+    if name in ("triton", "hopper") and not has_triton():
+        raise ImportError(f"set_backend({name!r}): triton is not installed; pip install triton, or take 'auto'")
     backend = name
 
 
@@ -122,52 +130,64 @@ def has_triton():
 
 
 def choose(x, measured=False):
-    """The one place where hardware is asked for: which backend a tensor like x gets.
+    """The one place that asks for hardware: the backend of a tensor like x.
 
-    measured: whether "auto" on a GPU takes what is fastest there (attention) or our kernel (the rest: one pass
-    instead of several needs no stopwatch).
+    measured: "auto" on a GPU takes the fastest attention; the rest are our kernels (one pass instead of several).
     """
     if backend == "triton" and x.is_cpu and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(
             f"set_backend('triton'), but the tensor is on {x.device}: Triton needs a GPU (or TRITON_INTERPRET=1 in the "
             "environment of Python, to interpret the kernels slowly); take 'auto'"
         )
+    if backend == "hopper":
+        if not on_hopper(x.device):
+            raise RuntimeError(f"set_backend('hopper'), but {x.device} is no Hopper GPU; take 'auto'")
+        return "hopper" if measured else "triton"
     if backend != "auto":
         return backend
     if x.is_cpu and x.dtype == torch.bfloat16 and measured and torch.is_grad_enabled():
         return "slices" if x.shape[1] ** 2 * x.shape[2] <= 8 * SLICE else "sdpa"
-    if (
-        not x.is_cuda
-        or x.dtype == torch.float64
-        or torch.cuda.get_device_capability(x.device) < (8, 0)
-        or not has_triton()
-    ):
+    ours = x.is_cuda and x.dtype != torch.float64 and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    if not ours or not has_triton():
         return "sdpa"
     return fastest_attention(x.device, x.dtype, *x.shape[-2:]) if measured else "triton"
 
 
+@lru_cache
+def checked(card, folder=Path(__file__).resolve().parent.parent / "bench"):
+    """Kernels all of whose configurations passed `python -m bench.kernels check` on a card of this name."""
+    sections = [json.loads(path.read_text()).get("check", {}) for path in folder.glob("*.json")]
+    rows = [row for section in sections if section.get("device") == card for row in section["rows"]]
+    return {row["kernel"] for row in rows} - {row["kernel"] for row in rows if row["result"] != "pass"}
+
+
+def on_hopper(device):
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def fastest_attention(device, dtype, heads, head_dim):
-    """Measure once, say what was taken; one that fails is not taken. Inside torch.compile there is no stopwatch: call
-    once before compiling. As many heads as the caller has, for our kernels are compiled for their number."""
+    """Time the candidates once and say which is taken. torch.compile has no stopwatch: call once before compiling."""
     key = (device, dtype, heads, head_dim, torch.is_grad_enabled())
     if key not in fastest:
-        if (
-            head_dim < 16 or head_dim & (head_dim - 1) or dtype == torch.float32
-        ):  # of which tensor cores do none exactly
+        if head_dim < 16 or head_dim & (head_dim - 1) or dtype == torch.float32:  # tensor cores do no exact float32
             return "sdpa"
         if torch.compiler.is_compiling():
             return "triton"
-        times = {name: milliseconds(name, *key) for name in ("triton", "sdpa", "cudnn")}
+        card = torch.cuda.get_device_name(device)
+        hopper = on_hopper(device) and "attention_forward_hopper" in checked(card)
+        names = ("triton", "sdpa", "cudnn") + ("hopper",) * hopper
+        times = {name: milliseconds(name, *key) for name in names}
         ran = [name for name, time in times.items() if time < math.inf]
-        fastest[key] = min(ran, key=times.get, default="sdpa")  # a card that is full has room for no stopwatch
+        fastest[key] = min(ran, key=times.get, default="sdpa")  # a card that is full has no room for a stopwatch
         measured = ", ".join(f"{name} {time:.2f} ms" for name, time in times.items())
-        print(f"kernels: attention of {dtype}, {heads} heads of {head_dim}, {'forward and backward' if key[-1] else 'forward'} "
-              f"on {torch.cuda.get_device_name(device)}: {measured}; taking {fastest[key]}", flush=True)  # fmt: skip
+        way = "forward and backward" if key[-1] else "forward"
+        print(f"kernels: attention of {dtype}, {heads} heads of {head_dim}, {way} on {card}: {measured}; "
+              f"taking {fastest[key]}", flush=True)  # fmt: skip
     return fastest[key]
 
 
 def milliseconds(name, device, dtype, heads, head_dim, trains):
-    """The median of 8,192 tokens, of 10 after 3 to warm up, two inputs in turn. Infinity, which is said, where it fails."""
+    """Median of 10 runs over 8,192 tokens, after 3 to warm up, two inputs in turn. Infinity if it fails; it says so."""
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(13)]
     with left_out(name), torch.cuda.device(device):
         inputs = [torch.randn(3, 1, 8192, heads, head_dim, device=device, dtype=dtype) for _ in range(2)]
@@ -181,29 +201,13 @@ def milliseconds(name, device, dtype, heads, head_dim, trains):
 
 
 def run_alone(function, qkv, trains):
-    """An attention forward and, if it trains, backward, from nothing that a caller's graph knows: inside an activation
+    """An attention forward and, if it trains, backward, detached from the caller's graph: inside an activation
     checkpoint its saved tensors would be the checkpoint's, and its backward recompute a block that is half done."""
     keep = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
     with torch.set_grad_enabled(trains), keep:
         leaves = [x.detach().requires_grad_(trains) for x in qkv]
         out = function(*leaves)
         return torch.autograd.grad(out, leaves, torch.ones_like(out)) if trains else out
-
-
-def pick_device(name=None):
-    """The torch device of that name; without one this process's GPU (under torchrun the one of its LOCAL_RANK), or the
-    CPU. ValueError where it is not there."""
-    name = name or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(1, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(f"--device {name}: not available here; leave it out to use what there is") from None
-
-
-def rank_and_world():
-    """This process's number under torchrun and how many there are; 0 and 1 without it, where some machines set WORLD_SIZE
-    all the same."""
-    return (int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", 1))) if "RANK" in os.environ else (0, 1)
 
 
 if os.environ.get("KIWI_KERNELS"):

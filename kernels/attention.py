@@ -5,12 +5,12 @@
 FLOPs: 4 Lq Lk d per head forward, 10 backward (and 4 to recompute the scores). Bytes: q, k, v and out once, and
 4 per query for the log-sum-exp; on paper Lk/2 FLOPs a byte, so from a few hundred keys on only arithmetic counts.
 
-The kernels follow FlashAttention-2 (arXiv 2307.08691): a block of queries meets all keys with a running softmax
-(arXiv 1805.02867) and the scores never leave the chip; backward recomputes them from the log-sum-exp, once per block
-of queries for dq and once per block of keys for dk and dv, so nothing is added atomically and a
-configuration gives the same bits each time (another process may time another one as the fastest). Loads go through pointers or, on Hopper, through the tensor memory accelerator (TMA); whether a
-producer warp of its own issues them (warp specialisation) is a configuration too. The first launch of a shape's
-size class times the configurations below; `python -m kernels.bench check` runs each of them by itself.
+After FlashAttention-2 (arXiv 2307.08691): a block of queries meets all keys with a running softmax (arXiv 1805.02867)
+and the scores never leave the chip. Backward recomputes them from the log-sum-exp, once per block of queries for dq and
+once per block of keys for dk and dv: nothing is added atomically, so a configuration gives the same bits each time.
+Loads go through pointers or, from Hopper on, through the tensor memory accelerator (TMA). The first launch of a size
+class times the configurations below; heads are a run-time number, so one compilation serves every model.
+`python -m bench.kernels check` runs each configuration in its own process.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def attention_ref(q, k, v):
 
 
 def attention_slices(q, k, v):
-    """As the above, a few samples at a time, so that their scores stay in a CPU's cache; these are bfloat16 as q is, at
-    twice the rounding of fused attention, more where they are large. The backward of PyTorch's takes two to ten times as
-    long there in bfloat16 (`python -m kernels.bench attention`)."""
+    """`attention_ref` a few samples at a time, so that the scores stay in a CPU's cache, in the dtype of q. In bfloat16
+    it rounds twice as much as fused attention, whose backward takes 2 to 10 times as long (`python -m bench.kernels
+    attention`)."""
     samples = max(1, SLICE // (q.shape[1] * k.shape[1] * q.shape[2]))
     outs = []
     for some in zip(q.split(samples), k.split(samples), v.split(samples)):
@@ -53,12 +53,12 @@ def attention_sdpa(q, k, v):
 
 
 def attention_cudnn(q, k, v):
-    """That of cuDNN, which PyTorch has but does not choose by itself on every card."""
+    """cuDNN's backend (PyTorch does not pick it by default)."""
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.CUDNN_ATTENTION):
         return attention_sdpa(q, k, v)
 
 
-def head_matrix(pointer, length, ROW: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr):
+def head_matrix(pointer, length, ROW, BLOCK: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr):
     """One head's (length, DIM) matrix, its rows ROW apart, for `load_tile`: a TMA descriptor or just the pointer."""
     if TMA:
         return tl.make_tensor_descriptor(pointer, [length, DIM], [ROW, 1], [BLOCK, DIM])
@@ -67,7 +67,7 @@ def head_matrix(pointer, length, ROW: tl.constexpr, BLOCK: tl.constexpr, DIM: tl
 
 
 def load_tile(
-    matrix, start, length, ROW: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr,
+    matrix, start, length, ROW, BLOCK: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr,
     WHOLE: tl.constexpr = False,
 ):  # fmt: skip
     """Rows start .. start + BLOCK of a matrix, zeros behind its end; WHOLE promises that the end is not met.
@@ -82,7 +82,7 @@ def load_tile(
         return tl.load(at) if WHOLE else tl.load(at, mask=(start + rows < length)[:, None], other=0.0)
 
 
-def store_tile(pointer, values, start, length, ROW: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr):
+def store_tile(pointer, values, start, length, ROW, BLOCK: tl.constexpr, DIM: tl.constexpr):
     """The counterpart of `load_tile`; nothing is written behind the end."""
     rows = tl.arange(0, BLOCK)
     at = pointer + tl.cast(start, tl.int64) * ROW + rows[:, None] * ROW + tl.arange(0, DIM)
@@ -90,15 +90,14 @@ def store_tile(pointer, values, start, length, ROW: tl.constexpr, BLOCK: tl.cons
 
 
 def attention_forward(
-    q, k, v, out, lse, Lq, Lk, scale, size_class, HEADS: tl.constexpr, DIM: tl.constexpr,
+    q, k, v, out, lse, Lq, Lk, scale, size_class, HEADS, DIM: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
-    SPECIALISE: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head against all keys, BLOCK_N at a time.
 
     scale: log2(e) / sqrt(d), since exp2 is one instruction; lse: log2 of each query's sum of exponentials.
     """
-    ROW: tl.constexpr = HEADS * DIM
+    ROW = HEADS * DIM
     first, batch, head = tl.program_id(0) * BLOCK_M, tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     q += batch.to(tl.int64) * Lq * ROW + head * DIM
     k += batch.to(tl.int64) * Lk * ROW + head * DIM
@@ -112,11 +111,9 @@ def attention_forward(
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, DIM], tl.float32)
-    # First the whole blocks of keys, then the one that sticks out, masked. Triton specialises only a loop that stands
-    # alone, so there every block is masked.
-    whole = 0 if SPECIALISE else Lk // BLOCK_N * BLOCK_N
-    for masked in tl.static_range(1 if SPECIALISE else 0, 2):
-        for start in tl.range(whole * masked, Lk if masked else whole, BLOCK_N, warp_specialize=SPECIALISE):
+    whole = Lk // BLOCK_N * BLOCK_N
+    for masked in tl.static_range(2):  # the whole blocks of keys, then the one that sticks out, masked
+        for start in tl.range(whole * masked, Lk if masked else whole, BLOCK_N):
             keys = load_tile(k_matrix, start, Lk, ROW, BLOCK_N, DIM, TMA, not masked)
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
             if masked:
@@ -135,14 +132,14 @@ def attention_forward(
 
 
 def attention_backward_q(
-    q, k, v, out, grad, lse, delta, dq, Lq, Lk, scale, size_class, HEADS: tl.constexpr, DIM: tl.constexpr,
+    q, k, v, out, grad, lse, delta, dq, Lq, Lk, scale, size_class, HEADS, DIM: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_M queries, and on the way delta = sum(out * grad), which `attention_backward_kv` needs too.
 
     With p = exp2(scores - lse): ds = p * (grad v^T - delta), dq = ds k / sqrt(d).
     """
-    ROW: tl.constexpr = HEADS * DIM
+    ROW = HEADS * DIM
     first, batch, head = tl.program_id(0) * BLOCK_M, tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     queries_at = batch.to(tl.int64) * Lq * ROW + head * DIM
     k += batch.to(tl.int64) * Lk * ROW + head * DIM
@@ -176,14 +173,14 @@ def attention_backward_q(
 
 
 def attention_backward_kv(
-    q, k, v, grad, lse, delta, dk, dv, Lq, Lk, scale, size_class, HEADS: tl.constexpr, DIM: tl.constexpr,
+    q, k, v, grad, lse, delta, dk, dv, Lq, Lk, scale, size_class, HEADS, DIM: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys, which meet all queries, BLOCK_M at a time; scores are (keys, queries) here.
 
     dv = p^T grad, dk = ds^T q / sqrt(d). A query behind the end has lse = inf, so p = 0 without a mask.
     """
-    ROW: tl.constexpr = HEADS * DIM
+    ROW = HEADS * DIM
     first, batch, head = tl.program_id(0) * BLOCK_N, tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
     keys_at = batch.to(tl.int64) * Lk * ROW + head * DIM
     q += batch.to(tl.int64) * Lq * ROW + head * DIM
@@ -214,14 +211,12 @@ def attention_backward_kv(
 
 KERNELS = (head_matrix, load_tile, store_tile, attention_forward, attention_backward_q, attention_backward_kv)
 
-# (BLOCK_M, BLOCK_N, TMA, SPECIALISE, warps, stages); the backward kernels have no SPECIALISE. None of these spills
-# registers on an H100 (`python -m kernels.bench compile`); the last of each fits the shared memory of any card from
-# Ampere on. float32 has tiles of its own (`usable`).
+# (BLOCK_M, BLOCK_N, TMA, warps, stages). None of these spills registers on an H100 (`python -m bench.kernels compile`);
+# the last of each fits the shared memory of any card from Ampere on. float32 has tiles of its own (`usable`).
 CONFIGS = {
     "attention_forward": [
-        (128, 128, True, True, 4, 2), (128, 64, True, True, 4, 3), (128, 128, True, False, 8, 2),
-        (128, 128, True, False, 8, 3), (128, 64, True, False, 8, 3), (64, 64, True, False, 4, 2), (128, 128, False, False, 8, 2),
-        (128, 64, False, False, 8, 3), (64, 64, False, False, 4, 3), (64, 32, False, False, 4, 2),
+        (128, 128, True, 8, 2), (128, 128, True, 8, 3), (128, 64, True, 8, 3), (64, 64, True, 4, 2),
+        (128, 128, False, 8, 2), (128, 64, False, 8, 3), (64, 64, False, 4, 3), (64, 32, False, 4, 2),
     ],
     "attention_backward_q": [
         (128, 64, True, 8, 2), (128, 64, True, 8, 3), (64, 64, True, 4, 2),
@@ -234,35 +229,28 @@ CONFIGS = {
 }  # fmt: skip
 
 
-def triton_config(name, blocks):
+def triton_config(config):
     """An entry of CONFIGS as Triton wants it."""
-    *tiles, warps, stages = blocks
-    names = ("BLOCK_M", "BLOCK_N", "TMA", "SPECIALISE")
-    if name == "attention_forward" and len(tiles) == 3:
-        tiles.append(False)
-    return triton.Config(dict(zip(names, tiles)), num_warps=warps, num_stages=stages)
+    *tiles, warps, stages = config
+    return triton.Config(dict(zip(("BLOCK_M", "BLOCK_N", "TMA"), tiles)), num_warps=warps, num_stages=stages)
 
 
-def usable(configs, arguments, DIM, **_):
-    """The configurations for this device, the plainest first, which is taken where none can be timed. The tensor memory
-    accelerator came with Hopper, and Triton's warp specialisation was compiled for Hopper and heads of 64 and 128 alone.
-    Products of float32 are no tensor core's: they take minutes to compile in large tiles and do not fit the shared memory
-    of a 3090 or 4090, so there is one of small ones."""
+def usable(configs, arguments, **_):
+    """The configurations for this device, the plainest first: it runs where none can be timed.
+
+    TMA came with Hopper. Tensor cores do no exact float32: one configuration of small tiles, which compile fast and fit
+    every card.
+    """
     if not arguments["q"].is_cuda:
         return configs
     if arguments["q"].dtype == torch.float32:
-        small = {"BLOCK_M": 32, "BLOCK_N": 32, "TMA": False, "SPECIALISE": False}
-        return [triton.Config({name: small[name] for name in configs[-1].kwargs}, num_warps=8, num_stages=1)]
-    major, _ = torch.cuda.get_device_capability(arguments["q"].device)
-    return [
-        c
-        for c in reversed(configs)
-        if (major >= 9 or not c.kwargs["TMA"]) and (major == 9 and DIM >= 64 or not c.kwargs.get("SPECIALISE"))
-    ]
+        return [triton_config((32, 32, False, 8, 1))]
+    hopper = torch.cuda.get_device_capability(arguments["q"].device)[0] >= 9
+    return [config for config in reversed(configs) if hopper or not config.kwargs["TMA"]]
 
 
 def hand_to_triton(module, **options):
-    """Import Triton into a module of kernels (its globals) and give it them all, once, whichever threads come first."""
+    """Import Triton into a module of kernels (its globals) and JIT them all, once; thread-safe."""
     with LOCK:
         if module["triton"] is None:
             import triton
@@ -275,8 +263,8 @@ def hand_to_triton(module, **options):
 @lru_cache
 def compiled(name):
     """A kernel above by name, in the hands of Triton and its autotuner."""
-    hand_to_triton(globals(), do_not_specialize=["size_class"])
-    configs = [triton_config(name, config) for config in CONFIGS[name]]
+    hand_to_triton(globals(), do_not_specialize=["size_class", "HEADS"])
+    configs = [triton_config(config) for config in CONFIGS[name]]
     if triton.knobs.runtime.interpret:  # nothing to time
         configs = configs[:1]
     prune = {"early_config_prune": usable}
@@ -294,8 +282,8 @@ def time_or_skip(run, quantiles):
 
 @contextmanager
 def left_out(what):
-    """What fails inside is left out, and said; Triton's errors are of many kinds. An error of the device itself passes
-    through, for it gives nothing more to this process."""
+    """Print what fails inside and go on; Triton's errors are of many kinds. A device error passes through: it ends the
+    process's use of the device."""
     try:
         yield
     except torch.AcceleratorError:
@@ -314,7 +302,7 @@ def launch(name, rows, block, tensors, q, k):
     precision = "ieee" if q.dtype == torch.float32 else "tf32"  # of float32 products only
     with torch.cuda.device_of(q):
         kernel[lambda config: (triton.cdiv(rows, config[block]), B * H)](
-            *tensors, Lq, Lk, d**-0.5 * 1.4426950408889634, size_class, HEADS=H, DIM=d, PRECISION=precision
+            *tensors, Lq, Lk, d**-0.5 * 1.4426950408889634, size_class, H, DIM=d, PRECISION=precision
         )
 
 

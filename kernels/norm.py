@@ -1,19 +1,21 @@
-"""What a DiT block does between its matrix products, and a VAE block between its convolutions, each in one pass over the
-tokens or pixels, float32 inside.
+"""What a DiT block does between its matrix products, and a VAE block between its convolutions, in one pass over the
+tokens or pixels each, float32 inside.
 
     rms_norm_rope         x (B, L, D) -> rope(x / rms(x) * weight) (B, L, H, d), the mean square over the full width
                           D = H d, then consecutive pairs turned by the angles of their position, as Wan does
     layer_norm_modulate   x -> layer_norm(x) * (1 + scale) + shift
     gate_residual         x, y -> x + gate * y
     gate_residual_norm    the last two in a row: x, y -> x' = x + gate * y, layer_norm_modulate(x')
-    channel_norm_silu     x (B, C, T, H, W) -> silu(x / rms(x) * gamma), the mean square over the channels of a pixel
+    channel_norm_silu     x (B, C, T, H, W) -> silu(x / rms(x) * gamma), the mean square over the channels of a pixel,
+                          written behind the frames that a causal convolution remembers
 
 gate, shift, scale: (B, 1, D), or (1, 1, D) for all. Results have the dtype of x.
 
 Bytes per element of 16-bit x: 4 (read, write), gate_residual 6, gate_residual_norm 8 where the pair of them would move
 10; about 10 FLOPs, so memory bandwidth is the limit: 34 us per pass over 18,480 x 3072 on an H100 (3.35 TB/s).
-One program has one row in its registers, or some pixels of few channels. Backward, 512 programs take every 512th row each and keep their share of the
-gradients of weight, gate, shift and scale in registers; the shares are summed at the end, in the same order every time.
+A program has one row in its registers, or some pixels of few channels. Backward, 512 programs take every 512th row
+each and keep their share of the gradients of weight, gate, shift and scale in registers; the shares are summed at the
+end, in the same order every time.
 The idea of such fused rows is Liger Kernel's (arXiv 2410.10989).
 """
 
@@ -61,8 +63,9 @@ def gate_residual_norm_plain(x, y, gate, shift, scale, eps):
     return x, layer_norm_modulate_plain(x, shift, scale, eps)
 
 
-def channel_norm_silu_plain(x, gamma):
-    return F.silu(F.normalize(x, dim=1) * (gamma * len(gamma) ** 0.5))
+def channel_norm_silu_plain(x, gamma, past=None):
+    y = F.silu(F.normalize(x, dim=1) * (gamma * len(gamma) ** 0.5))
+    return y if past is None else torch.cat([past, y], dim=2)
 
 
 def load_row(pointer, at, D: tl.constexpr):
@@ -181,8 +184,10 @@ def residual_norm_backward(
         store_row(dscale + share, at, scale_share, D)
 
 
-def channel_norm_silu_forward(x, gamma, out, rows, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr):
-    """ROWS pixels of D channels, which lie together."""
+def channel_norm_silu_forward(
+    x, gamma, out, rows, clip, skip, D: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):
+    """ROWS pixels of D channels, which lie together. In out, `skip` pixels stand before each clip of `clip` pixels."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK)
     at, inside = row[:, None] * D + channel, (row < rows)[:, None] & (channel < D)
@@ -190,7 +195,8 @@ def channel_norm_silu_forward(x, gamma, out, rows, D: tl.constexpr, BLOCK: tl.co
     length = tl.maximum(tl.sqrt(tl.sum(value * value, 1) / D), 1e-12 / D**0.5)  # F.normalize's least length
     value = value / length[:, None] * load_row(gamma, channel, D)
     value = value / (1 + tl.exp(-value))
-    tl.store(out + at, value.to(out.dtype.element_ty), mask=inside)
+    out += (row + (row // clip + 1) * skip)[:, None] * D + channel
+    tl.store(out, value.to(out.dtype.element_ty), mask=inside)
 
 
 KERNELS = (
@@ -362,23 +368,32 @@ residual_norm_op.register_autograd(residual_norm_gradients, setup_context=residu
 
 
 @torch.library.custom_op("nanokiwi::channel_norm_silu", mutates_args=())
-def channel_norm_silu_op(x: torch.Tensor, gamma: torch.Tensor) -> torch.Tensor:
-    x, out = x.contiguous(memory_format=torch.channels_last_3d), channel_norm_silu_shapes(x, gamma)
-    rows, shape = x.numel() // x.shape[1], pixel_shape(x.shape[1])
-    launch("channel_norm_silu_forward", (-(-rows // shape["ROWS"]),), x, x, gamma, out, rows, D=x.shape[1], **shape)
+def channel_norm_silu_op(x: torch.Tensor, gamma: torch.Tensor, past: torch.Tensor | None) -> torch.Tensor:
+    x, out = x.contiguous(memory_format=torch.channels_last_3d), channel_norm_silu_shapes(x, gamma, past)
+    D, frames, frame = x.shape[1], x.shape[2], x.shape[3] * x.shape[4]
+    if past is not None:
+        out[:, :, : past.shape[2]] = past
+    rows, shape = x.numel() // D, pixel_shape(D)
+    skip = (out.shape[2] - frames) * frame
+    launch("channel_norm_silu_forward", (-(-rows // shape["ROWS"]),), x, x, gamma, out, rows, frames * frame, skip,
+           **{"D": D, **shape})  # fmt: skip
     return out
 
 
 @channel_norm_silu_op.register_fake
-def channel_norm_silu_shapes(x, gamma):
-    return torch.empty_like(x, memory_format=torch.channels_last_3d)
+def channel_norm_silu_shapes(x, gamma, past):
+    B, C, T, H, W = x.shape
+    T += 0 if past is None else past.shape[2]
+    return x.new_empty(B, T, H, W, C).movedim(-1, 1)
 
 
 def channel_norm_silu_gradients(ctx, grad):
-    """Those of the plain twin, run again: a VAE that is trained is nano's, on small clips."""
+    """The plain twin runs again: a VAE that is trained is nano's, on small clips."""
     with torch.enable_grad():
-        leaves = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
-        return torch.autograd.grad(channel_norm_silu_plain(*leaves), leaves, grad)
+        leaves = [None if tensor is None else tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+        present = [leaf for leaf in leaves if leaf is not None]
+        gradients = torch.autograd.grad(channel_norm_silu_plain(*leaves), present, grad)
+    return (*gradients, None)[:3]
 
 
 channel_norm_silu_op.register_autograd(
@@ -415,7 +430,8 @@ def gate_residual_norm_triton(x, y, gate, shift, scale, eps):
     return residual_norm_op(x, y.expand_as(x), gate, per_clip(shift, x), per_clip(scale, x), eps)[:2]
 
 
-def channel_norm_silu_triton(x, gamma):
-    if x.ndim != 5 or gamma.shape != (x.shape[1], 1, 1, 1):
+def channel_norm_silu_triton(x, gamma, past=None):
+    fits = past is None or past.shape[:2] + past.shape[3:] == x.shape[:2] + x.shape[3:]
+    if x.ndim != 5 or gamma.shape != (x.shape[1], 1, 1, 1) or not fits:
         raise ValueError(f"channel_norm_silu: x {tuple(x.shape)}, gamma {tuple(gamma.shape)} do not fit")
-    return channel_norm_silu_op(x, gamma.contiguous())
+    return channel_norm_silu_op(x, gamma.contiguous(), past)

@@ -8,7 +8,7 @@ import torch
 
 from conftest import GOLDEN, close, golden, randomise, recorded
 from connectors import MLLMEncoder, fit_pixels, inject_lora, merge_lora, sample_frames, video_frame_sizes
-from model import load_weights, our_name
+from load import load_weights, our_name
 
 
 def golden_mllm():

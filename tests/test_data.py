@@ -1,221 +1,20 @@
 """Tests of data.py"""
 
-import re
-import struct
 import time
-from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
-import av
-import numpy as np
 import pytest
 import torch
 
 import data
 import media
-from conftest import bad_media, golden, moving_picture, recorded, write_clip, write_table
+from conftest import moving_picture, write_clip, write_table
 from data import Curriculum, Mixture, Pairs, bucket, measure_rows, read_table
 from media import (
     MediaError,
-    fit_frames,
-    measure,
-    nearest_size,
-    pad_reference,
-    read_clip,
-    read_image,
-    usable_frames,
-    whole_file,
-    working_size,
     write_image,
-    write_video,
 )
-
-
-@golden
-def test_working_sizes_crops_and_reference_boxes_match_the_release():
-    records, pictures = recorded("preprocess.json"), recorded("preprocess_frames.safetensors")
-    for r in records["vae_inference"]:
-        assert working_size(r["height"], r["width"], r["max_pixels"]) == (r["out_height"], r["out_width"])
-    for i in range(3):
-        image = pictures[f"{i}.image"]
-        pairs = [(pad_reference(image, (64, 96)), f"{i}.ref_pad_64x96")]
-        for limit, pixels in (("4096", 4096), ("none", 720 * 1280)):
-            fitted = fit_frames(image[None], working_size(*image.shape[:2], pixels))[0]
-            pairs.append((fitted, f"{i}.max{limit}.inference"))
-        for ours, name in pairs:
-            assert (ours.int() - pictures[name].int()).abs().float().mean() < 0.05, name
-    for r in records["reference_padding"]:
-        black = torch.zeros(r["height"], r["width"], 3, dtype=torch.uint8)
-        inside = (pad_reference(black, r["target_wh"][::-1])[..., 0] == 0).nonzero()
-        assert [*inside.amin(0).flip(0).tolist(), *(inside.amax(0) + 1).flip(0).tolist()] == r["inference_box_xyxy"]
-
-
-def test_a_small_size_keeps_the_picture_s_aspect_and_uses_the_pixels():
-    sizes = {
-        (704, 1280): (48, 80),
-        (1280, 720): (80, 48),
-        (480, 640): (48, 64),
-        (1000, 1000): (64, 64),
-        (64, 64): (64, 64),
-    }
-    for (height, width), expected in sizes.items():
-        h, w = nearest_size(height, width, 64 * 64, 16)
-        assert (h, w) == expected and 0.75 <= h * w / 64**2 <= 1
-        assert 0.9 < h * width / (w * height) < 1.1
-    with pytest.raises(ValueError, match="too few"):
-        nearest_size(15, 640, 64 * 64, 16)
-
-
-def test_a_clip_of_a_higher_rate_gives_every_kth_frame(tmp_path):
-    frames = (torch.arange(20, dtype=torch.uint8) * 12).view(-1, 1, 1, 1).expand(-1, 64, 64, 3)
-    write_video(tmp_path / "in.mp4", frames, 30)
-    clip = read_clip(tmp_path / "in.mp4", 9, max_fps=8)
-    assert clip.fps == Fraction(30, 4) and len(clip.frames) == 5
-    assert (clip.frames[:, 0, 0, 0].int() - frames[::4, 0, 0, 0].int()).abs().max() <= 2
-    assert len(read_clip(tmp_path / "in.mp4", 9, max_fps=30).frames) == 9
-
-
-def test_a_clip_keeps_its_frames_its_rate_and_its_sound(tmp_path):
-    source = write_clip(tmp_path / "in.mkv", moving_picture(30), rate=Fraction(30000, 1001), sound="pcm_s16le")
-    clip = read_clip(source, max_frames=21)
-    assert clip.frames.shape == (21, 64, 96, 3) and clip.fps == Fraction(30000, 1001) and not clip.still
-    write_video(tmp_path / "out.mp4", clip.frames, clip.fps, audio_from=source)
-    again = read_clip(tmp_path / "out.mp4")
-    assert again.frames.shape == clip.frames.shape and again.fps == clip.fps
-    assert (again.frames.float() - clip.frames.float()).abs().mean() < 3
-    with av.open(str(tmp_path / "out.mp4")) as out:
-        assert out.streams.video[0].codec_context.pix_fmt == "yuv420p"
-        tone = np.concatenate([frame.to_ndarray()[0] for frame in out.decode(audio=0)])
-    assert abs(len(tone) / 48000 - 21 * 1001 / 30000) < 0.05  # as long as the pictures
-    assert abs(np.abs(np.fft.rfft(tone[9600:19200])).argmax() * 5 - 440) <= 5
-
-
-def test_sound_that_sets_in_late_stays_late(tmp_path):
-    source = write_clip(tmp_path / "in.mkv", moving_picture(30), sound="pcm_s16le", late=0.4)
-    write_video(tmp_path / "out.mp4", read_clip(source).frames, 25, audio_from=source)
-    with av.open(str(tmp_path / "out.mp4")) as out:
-        heard = [(frame.time, np.abs(frame.to_ndarray()).max() > 0.05) for frame in out.decode(audio=0)]
-    assert abs(next(time for time, loud in heard if loud) - 0.4) < 0.05
-
-
-def test_a_variable_frame_rate_becomes_a_constant_one_in_step_with_time(tmp_path):
-    frames = (torch.arange(9).view(9, 1, 1, 1) * 25).to(torch.uint8).expand(9, 64, 64, 3)
-    times = [0, 40, 80, 120, 160, 560, 600, 640, 680]  # 0.4 s of standstill after the fifth
-    clip = read_clip(write_clip(tmp_path / "in.mp4", frames, times))
-    shown = (clip.frames[:, 32, 32, 0].float() / 25).round().tolist()
-    middle = round(0.45 * float(clip.fps))
-    assert shown[middle] == 4 and shown == sorted(shown) and len(shown) == usable_frames(round(0.72 * clip.fps))
-
-
-def test_rotation_alpha_and_stills_are_read_as_a_person_sees_them(tmp_path):
-    path = write_clip(tmp_path / "in.mp4", moving_picture(1, 64, 96))
-    upright = read_image(path)
-    data = bytearray(path.read_bytes())
-    matrix = data.find(b"tkhd") + 4 + 40  # the track header's display matrix
-    data[matrix : matrix + 36] = b"".join(n.to_bytes(4, "big", signed=True) for n in
-                                          (0, 65536, 0, -65536, 0, 0, 64 << 16, 0, 1 << 30))  # fmt: skip
-    (tmp_path / "phone.mp4").write_bytes(data)
-    assert torch.equal(read_image(tmp_path / "phone.mp4"), upright.rot90(-1))
-    wide = write_clip(tmp_path / "wide.mp4", moving_picture(1, 64, 96), pixels=Fraction(4, 3))
-    assert (
-        measure_rows([SimpleNamespace(source=wide, target=wide, ref=None)], still=False) == [(1, 64, 128)]
-        and read_image(wide).shape[1] == 128
-    )
-    codec = av.CodecContext.create("png", "w")
-    codec.width, codec.height, codec.pix_fmt, codec.time_base = 40, 40, "rgba", Fraction(1, 25)
-    frame = av.VideoFrame.from_ndarray(np.full((40, 40, 4), (200, 100, 0, 51), dtype=np.uint8), format="rgba")
-    (tmp_path / "glass.png").write_bytes(b"".join(bytes(p) for p in [*codec.encode(frame), *codec.encode(None)]))
-    assert read_image(tmp_path / "glass.png")[0, 0].tolist() == [244, 224, 204]  # a fifth over white
-    assert read_clip(tmp_path / "glass.png").still
-
-
-def test_what_metadata_mirror_is_mirrored(tmp_path):
-    write_image(tmp_path / "plain.jpg", moving_picture(1, 64, 96)[0])
-    plain, jpeg = read_image(tmp_path / "plain.jpg"), (tmp_path / "plain.jpg").read_bytes()
-    ways = {
-        2: plain.flip(1),
-        4: plain.flip(0),
-        5: plain.transpose(0, 1),
-        6: plain.rot90(-1),
-        7: plain.transpose(0, 1).flip(0, 1),
-    }
-    for orientation, seen in ways.items():
-        exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x01" + struct.pack(">HHIHHI", 0x0112, 3, 1, orientation, 0, 0)
-        (tmp_path / "exif.jpg").write_bytes(jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(exif) + 2) + exif + jpeg[2:])
-        assert torch.equal(read_image(tmp_path / "exif.jpg"), seen), orientation
-    path = write_clip(tmp_path / "in.mp4", moving_picture(1, 64, 96))
-    data = bytearray(path.read_bytes())
-    matrix = data.find(b"tkhd") + 4 + 40  # the track header's display matrix
-    data[matrix : matrix + 36] = struct.pack(">9i", -65536, 0, 0, 0, 65536, 0, 96 << 16, 0, 1 << 30)
-    (tmp_path / "selfie.mp4").write_bytes(data)
-    assert torch.equal(read_image(tmp_path / "selfie.mp4"), read_image(path).flip(1))
-
-
-def test_a_clip_cut_without_encoding_it_anew_has_the_frames_that_are_shown(tmp_path):
-    source = write_clip(tmp_path / "in.mp4", moving_picture(60))
-    with av.open(str(source)) as old, av.open(str(tmp_path / "cut.mp4"), "w") as new:
-        stream = old.streams.video[0]
-        track, cut = new.add_stream_from_template(stream), round(Fraction(48, 25) / stream.time_base)
-        for packet in old.demux(stream):
-            if packet.size:
-                packet.pts, packet.dts, packet.stream = packet.pts - cut, packet.dts - cut, track
-                new.mux(packet)
-    with av.open(str(tmp_path / "cut.mp4")) as clip:
-        assert clip.streams.video[0].frames == 60  # what makes it hard
-    assert measure(tmp_path / "cut.mp4")[0] == 12
-    assert torch.equal(read_clip(tmp_path / "cut.mp4").frames, read_clip(source).frames[48:57])
-
-
-def test_a_clip_whose_header_says_neither_length_nor_rate_has_those_of_its_frames(tmp_path):
-    source = write_clip(tmp_path / "in.mp4", moving_picture(20))
-    for options in ({}, {"live": "1"}):  # of Matroska's time stamps, 1000 a second, or of no length
-        with av.open(str(source)) as old, av.open(str(tmp_path / "copy.mkv"), "w", options=options) as new:
-            stream = old.streams.video[0]
-            track = new.add_stream_from_template(stream)
-            for packet in old.demux(stream):
-                if packet.size:
-                    packet.stream = track
-                    new.mux(packet)
-        assert measure(tmp_path / "copy.mkv") == measure(source) and measure(source)[0] == 20
-        assert torch.equal(read_clip(tmp_path / "copy.mkv").frames, read_clip(source).frames)
-
-
-def test_of_two_to_four_frames_all_are_kept_for_one_alone_would_be_a_picture(tmp_path):
-    for count, read in ((1, 1), (2, 2), (4, 4), (5, 5), (8, 5)):
-        write_video(str(tmp_path / "in.mp4"), moving_picture(count, 64, 64), 25)
-        assert len(read_clip(tmp_path / "in.mp4").frames) == read
-
-
-def test_every_bad_file_is_one_media_error_that_names_it(tmp_path):
-    bad_media(tmp_path)
-    for name in (
-        "half.mp4",
-        "flipped.mp4",
-        "empty.mp4",
-        "words.png",
-        "dot.png",
-        "half.jpg",
-        "sound.mp3",
-        "absent.mp4",
-        "drawing.svg",
-    ):
-        with pytest.raises(MediaError, match=re.escape(name)) as error:
-            read_clip(tmp_path / name)
-        assert "\n" not in str(error.value)
-
-
-def test_a_name_is_a_name_and_no_pattern(tmp_path):
-    for name in ("100%done.png", "my%20dog.png", "a%d.png", "clip12:30.png"):
-        write_image(tmp_path / name, moving_picture(1)[0])
-        assert torch.equal(read_image(tmp_path / name), moving_picture(1)[0])
-
-
-def test_a_file_is_whole_or_absent(tmp_path):
-    with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "out.mp4") as temporary:
-        temporary.write_bytes(b"half")
-        raise KeyboardInterrupt
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_mixture_gives_each_row_once_an_epoch_in_the_ratio_asked_for_and_has_no_state():
@@ -275,25 +74,6 @@ def test_a_bad_table_is_refused_with_its_line(tmp_path, text, says):
     (tmp_path / "image.csv").write_bytes(text.encode("cp1252"))
     with pytest.raises(ValueError, match=says):
         read_table(tmp_path / "image.csv", data.kind_of(tmp_path / "image.csv"))
-
-
-@pytest.mark.parametrize("rate, seconds", [(48000, 0.5), (11000, 0.3), (192000, 0.3)])
-def test_sound_that_mp4_cannot_hold_becomes_aac_to_its_last_sample(tmp_path, rate, seconds):
-    with av.open(str(tmp_path / "in.mkv"), "w") as out:
-        video, sound = out.add_stream("libx264", rate=25), out.add_stream("pcm_s16le", rate=rate)
-        video.width = video.height = 64
-        sound.layout = "mono"
-        for image in moving_picture(25, 64, 64):
-            out.mux(video.encode(av.VideoFrame.from_ndarray(image.numpy(), format="rgb24")))
-        tone = (np.sin(np.arange(round(rate * seconds)) * 2 * np.pi * 440 / rate) * 20000).astype(np.int16)
-        frame = av.AudioFrame.from_ndarray(tone[None], format="s16", layout="mono")
-        frame.rate, frame.pts = rate, 0
-        out.mux(sound.encode(frame)), out.mux(sound.encode(None)), out.mux(video.encode(None))
-    write_video(tmp_path / "out.mp4", moving_picture(25, 64, 64), 25, audio_from=tmp_path / "in.mkv")
-    with av.open(str(tmp_path / "out.mp4")) as out:
-        heard = np.concatenate([frame.to_ndarray()[0] for frame in out.decode(audio=0)])
-        loud = np.flatnonzero(np.abs(heard) > 0.2) / out.streams.audio[0].rate
-    assert abs(loud[-1] - loud[0] - seconds) < 0.01
 
 
 def test_a_table_has_references_where_a_column_says_so(tmp_path):
@@ -365,11 +145,3 @@ def test_a_pair_is_as_long_as_its_shorter_file_and_two_lost_frames_are_forgiven(
     assert len(media.read_frames(short, 11, (64, 64))) == 11
     with pytest.raises(MediaError, match="ends after 9 of 12"):
         media.read_frames(short, 12, (64, 64))
-
-
-def test_sound_that_mp4_can_hold_is_copied_and_ends_with_the_pictures(tmp_path):
-    source = write_clip(tmp_path / "in.mp4", moving_picture(30), sound="aac")
-    write_video(tmp_path / "out.mp4", read_clip(source, 21).frames, 25, audio_from=source)
-    with av.open(str(tmp_path / "out.mp4")) as out:
-        heard = [(frame.time, np.abs(frame.to_ndarray()).max() > 0.05) for frame in out.decode(audio=0)]
-    assert next(time for time, loud in heard if loud) < 0.1 and abs(heard[-1][0] - 21 / 25) < 0.1

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from bench.speed import built, diffusers_dit, peak_of_live_tensors
 from conftest import close, golden, golden_dit_config, randomise, recorded, tiny_dit, tiny_vae
 from dit import DiT, rope_3d
-from kernels.bench import built, diffusers_dit, peak_of_live_tensors
-from model import KiwiConfig, KiwiEdit, load_weights
+from load import load_weights
+from model import KiwiConfig, KiwiEdit
 from vae import VAE
 
 

@@ -27,7 +27,8 @@ from conftest import (
 )
 from connectors import MLLMConfig
 from dit import DiT
-from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit, balance_weights, load_weights, read_weights, working_on
+from load import TensorFiles, load_weights
+from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit, balance_weights, read_weights, working_on
 from vae import VAE
 
 
@@ -135,31 +136,20 @@ def test_a_batch_with_sources_and_two_references_equals_its_items():
         assert close(model.velocity(x[one], t[one], context[one], source[one], ref[one]), both[one], 1e-5)
 
 
-@pytest.mark.parametrize(
-    "how", ["add_scaled", "add_learned", "add_unscaled", "add_shared_patch_embed", "channel_concat"]
-)
-def test_every_source_condition_of_the_paper_sees_the_source(how):
-    model = denoiser(source=how)
+@pytest.mark.parametrize("how, share", [
+    ("add_scaled", 0.3), ("add_learned", 0.3), ("add_unscaled", 1), ("add_shared_patch_embed", 0.3), ("channel_concat", 1),
+])  # fmt: skip
+def test_every_way_to_inject_the_source_of_the_paper_adds_its_patches(how, share):
+    model, t = denoiser(source=how), torch.tensor([300.0])
+    for name, parameter in model.source_embedder.named_parameters():
+        if name.startswith("learned"):  # starts as sigma(t)
+            torch.nn.init.zeros_(parameter)
     x, source, context = torch.randn(1, 16, 1, 4, 4), torch.randn(1, 16, 1, 4, 4), torch.randn(1, 3, 64)
-    with_source = model.velocity(x, torch.tensor([300.0]), context, source)
-    assert not close(with_source, model.velocity(x, torch.tensor([300.0]), context))
-    if how == "add_learned":  # starts out as the released scaling
-        torch.nn.init.zeros_(model.source_scale.weight), torch.nn.init.zeros_(model.source_scale.bias)
-        scaled = KiwiEdit(KiwiConfig(tiny_dit()))
-        scaled.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("source_scale")})
-        ours = model.velocity(x, torch.tensor([300.0]), context, source)
-        assert close(ours, scaled.velocity(x, torch.tensor([300.0]), context, source), 1e-6) and not close(
-            ours, with_source
-        )
-        return
-    t = torch.tensor([300.0])
-    added = model.inject(x, t, source) - model.inject(x, t, None)
+    patch = getattr(model.source_embedder, "patch_embedding", model.dit.patch_embedding)
     if how == "channel_concat":  # the source's channels come second
-        torch.nn.init.zeros_(model.dit.patch_embedding.weight[:, 16:])
-        assert torch.equal(model.inject(x, t, source), model.inject(x, t, None))
-    else:
-        embedder = model.dit.patch_embedding if how == "add_shared_patch_embed" else model.source_embedder
-        assert close(added, embedder(source) * (1.0 if how == "add_unscaled" else 0.3), 1e-5)
+        patch = lambda z: torch.nn.functional.conv3d(z, model.source_embedder.weight, stride=(1, 2, 2))
+    assert close(model.inject(x, t, source) - model.inject(x, t, None), patch(source) * share, 1e-4)
+    assert not close(model.velocity(x, t, context, source), model.velocity(x, t, context))
 
 
 def test_latents_of_another_size_are_refused_and_not_broadcast():
@@ -463,3 +453,32 @@ def test_after_its_work_a_part_has_its_own_tensors_back():
     with working_on(layer, "cpu"):
         layer.weight.data = layer.weight.data.clone()  # as on another device
     assert layer.weight.data_ptr() == home
+
+
+def test_an_index_names_the_files_that_are_read_and_copies_are_refused(tmp_path, qwen_folder):
+    folder = save_diffusers_layout(small_model(qwen_folder), tmp_path / "d")
+    expected = KiwiEdit.from_pretrained(folder, dtype=torch.float32).state_dict()
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file({k: v.half() + 7 for k, v in tensors.items()}, file.with_suffix(".fp16.safetensors"))
+    with pytest.raises(ValueError, match=r"model.fp16.safetensors and .*model.safetensors both hold"):
+        KiwiEdit.from_pretrained(folder)
+    index = {"weight_map": dict.fromkeys(tensors, file.name)}
+    (file.parent / f"{file.name}.index.json").write_text(json.dumps(index))
+    loaded = KiwiEdit.from_pretrained(folder, dtype=torch.float32).state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in expected.items())
+    file.rename(file.with_name("moved.safetensors"))
+    with pytest.raises(FileNotFoundError, match=f"{file.name} is missing"):
+        KiwiEdit.from_pretrained(folder)
+
+
+def test_a_state_dict_inside_of_a_pth_is_read(tmp_path):
+    torch.save({"state_dict": {"a.weight": torch.ones(2)}}, tmp_path / "in.pth")
+    assert TensorFiles().add(tmp_path / "in.pth")["a.weight"].tolist() == [1, 1]
+
+
+def test_weights_with_nan_are_told_from_an_overflow(qwen_folder):
+    model = small_model(qwen_folder)
+    torch.nn.init.constant_(model.dit.blocks[0].ffn[0].weight, float("nan"))
+    with pytest.raises(ValueError, match="not finite in float32: do the weights hold NaN"):
+        small_edit(model)

@@ -110,7 +110,7 @@ def test_weights_that_know_one_kind_of_clip_edit_others_at_about_that_size_and_s
         sample.main([str(tmp_path / "in.mp4"), *words])
         edited = read_clip(tmp_path / "out.mp4")
         assert edited.frames.shape[1:] == (64, 64, 3) and edited.fps == 8
-        assert ("know 5 frames of 64x64 at 8 fps alone" in capsys.readouterr().out) == note
+        assert ("know 5 frames of 64x64 at 8 fps only" in capsys.readouterr().out) == note
 
 
 @pytest.mark.skipif(not sample.DEFAULT_WEIGHTS.is_dir(), reason="needs weights/nano, which are not in this checkout")

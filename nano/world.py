@@ -1,14 +1,14 @@
 """The world that nano learns editing in: named sprites and photographs, scenes of them, and edits whose truth is known.
 
-    Library (sprites by name, photographs) -> Scene: a background under a moving camera, things on their paths
+    Library (sprites by name, photographs)
+      -> Scene: a background under a moving camera, things on their paths
       -> Edit: the scene before and after one change, its instruction, perhaps a reference picture
       -> frames uint8 (T, H, W, 3) before and after, and the edited region bool (T, H, W)
 
-Everything is drawn with torch at twice the size and averaged: camera motion, soft shadows, occlusion. An edit depends
-on (seed, split, index) alone. Objects, photographs and wordings of the test split never occur in training, with one
-exception that language forces: a thing that only its name describes must be one that training has named, or a new
-pair of a known colour and a known shape. Training alone sees photographs and things in other colours too, and heaps of
-leaves as places: with the fifteen photographs of its split as they are, nano learned those by heart.
+Drawn with torch at twice the size and averaged: camera motion, soft shadows, occlusion. (seed, split, index) decide an
+edit. Objects, photographs and wordings of the test split never occur in training, except that a text can only ask for
+a thing whose name training has heard, or for a new pair of a known colour and a known shape. Training alone sees
+recoloured photographs and things, and heaps of leaves as places: nano learned fifteen plain photographs by heart.
 """
 
 import hashlib
@@ -23,8 +23,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from media import whole_file, write_text
-
 LOCAL = ("change", "remove", "add")  # the hard ones: twice as many of each
 TASKS = {
     "image": ("style", "background", *LOCAL, *LOCAL),
@@ -37,18 +35,9 @@ COLOURS = {
     "orange": (0.98, 0.5, 0.05), "purple": (0.5, 0.15, 0.7), "pink": (0.98, 0.5, 0.7), "white": (0.96, 0.96, 0.96),
     "black": (0.08, 0.08, 0.09), "brown": (0.45, 0.27, 0.12), "turquoise": (0.1, 0.75, 0.75), "grey": (0.5, 0.5, 0.52),
 }  # fmt: skip
-COMMON = (
-    "dog cat cow tiger rabbit horse monkey pig elephant penguin fish turtle octopus frog panda fox lion bear owl duck "
-    "butterfly crab snail whale car bus bicycle taxi tractor truck train rocket airplane sailboat helicopter balloon "
-    "apple banana strawberry watermelon lemon pineapple grapes tomato carrot broccoli hamburger pizza doughnut cake "
-    "cactus rose tulip sunflower mushroom tree house tent umbrella guitar trumpet drum crown camera clock television "
-    "basketball trophy teddy_bear kite snowman cloud sun star gem key bell book chair door"
-)
+WORDINGS = json.loads(Path(__file__).with_name("wordings.json").read_text())
 SPRITE = 128  # pixels a side of a stored sprite
 TEST_SHARE = 6  # one name in six is held out
-
-
-# ------------------------------------------------------------------------------------------------ what there is to see
 
 
 @dataclass
@@ -257,16 +246,16 @@ def recoloured(rng, thing):
 
 
 def read_index(folder):
-    """What a folder of assets holds. FileNotFoundError where `nano.py assets` has not filled it."""
+    """What a folder of assets holds. FileNotFoundError before `python -m nano assets`."""
     path = Path(folder) / "index.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: fill the folder with `python nano.py assets {folder}`")
+        raise FileNotFoundError(f"{path} is missing: fill the folder with `python -m nano assets {folder}`")
     return json.loads(path.read_text())
 
 
 @lru_cache(maxsize=1)  # a worker draws many clips
 def load_library(folder=None):
-    """Shapes and textures and, where `folder` was filled by `nano.py assets`, emoji and photographs."""
+    """Shapes and textures and, if `folder` has them, emoji and photographs."""
     library = Library(draw_shapes(), draw_textures())
     if folder is None:
         return library
@@ -278,9 +267,6 @@ def load_library(folder=None):
     panoramas = [Photo(e["name"], image.float() / 255, True) for e, image in zip(index["photos"], images["photos"])]
     library.photos = panoramas + library.photos[: len(panoramas)]
     return library
-
-
-# ------------------------------------------------------------------------------------------------ scenes
 
 
 @dataclass
@@ -317,8 +303,7 @@ def smooth_path(rng, frames, amount):
 
 
 def draw_camera(rng, frames):
-    """A camera at rest, or one that pans, zooms or shakes; a still's is at rest, for a still does not tell where "on the
-    left" would be in frames that it does not have."""
+    """A camera at rest, or one that pans, zooms or shakes. A still's rests: one frame does not show where it goes."""
     kind = rng.random() * (frames > 1)
     x, y, zoom = torch.zeros(frames), torch.zeros(frames), torch.ones(frames)
     time = torch.linspace(0, 1, frames)
@@ -389,7 +374,7 @@ def render_background(scene, size):
 
 
 def render_thing(thing, camera, size, shadow=False):
-    """(T, 4, size, size), premultiplied: a sprite on its path as the camera sees it; or its shadow's alpha (T, 1, ...)."""
+    """A sprite on its path as the camera sees it, premultiplied (T, 4, size, size); or its shadow's alpha."""
     x, y, extent, angle = thing.path.unbind(dim=1)
     zoom = camera[:, 2]
     x, y, extent = (x - camera[:, 0]) * zoom, (y - camera[:, 1]) * zoom, extent * zoom
@@ -422,9 +407,6 @@ def render(scene, size):
         touched = [t * (1 - alpha) for t in touched] + [1 - (1 - shade) * (1 - alpha)]
         visible = [v * (1 - alpha) for v in visible] + [alpha]
     return F.avg_pool2d(frames, 2), [F.avg_pool2d(t, 2) for t in touched], [F.avg_pool2d(v, 2) for v in visible]
-
-
-# ------------------------------------------------------------------------------------------------ edits
 
 
 def grey(x):
@@ -468,272 +450,10 @@ STYLES = {
 }  # fmt: skip
 
 PLACES = {
-    "on the left": (-0.26, 0.08), "on the right": (0.26, 0.08), "in the middle": (0.0, 0.05), "at the top": (0.0, -0.25),
-    "at the bottom": (0.0, 0.27), "in the top left corner": (-0.27, -0.26), "in the top right corner": (0.27, -0.26),
-    "in the bottom left corner": (-0.27, 0.27), "in the bottom right corner": (0.27, 0.27),
-}  # fmt: skip
-
-# What people write, for training.
-WORDINGS = {
-    "style": (
-        "Make it look like {s}.", "Turn this into {s}.", "Give the {clip} the look of {s}.", "Restyle everything as {s}.",
-        "I want this to look like {s}", "Change the style to {s}.", "Render the whole {clip} as {s}.", "Let it be {s}.",
-        "Paint it like {s}.", "Convert the {clip} to {s}", "A version of this as {s}, please.", "Style: {s}",
-        "Please redo the {clip} in the style of {s}.", "I'd love to see this as {s}.",
-        "Can you restyle the {clip} so that it feels like {s}?", "The {clip} should have the mood of {s}.",
-        "Add a filter: {s}.", "{s}, please, for the whole {clip}", "Imagine the same {clip}, but as {s}.",
-        "Same scene, different look: {s}.", "Turn the entire {clip} into {s} and keep every object.",
-        "Make everything appear like {s}", "Let the whole {clip} be in the style of {s}.", "What would this be as {s}?",
-        "Recreate the {clip} as {s}.", "Redraw all of it as {s}.", "Colour and texture like {s}, shapes as they are.",
-        "Stylize this as {s}.", "Use {s} as the style.", "It needs the atmosphere of {s}.", "As if it were {s}.",
-        "Could this be made into {s}?", "My boss wants {s} here.", "Alter the overall look to {s}.",
-        "Switch the look of the {clip} to {s}.", "Go for {s}.", "Everything in here should feel like {s}.",
-        "Filter the {clip} to get {s}.", "The final {clip} resembles {s} from corner to corner.",
-        "Reimagine it as {s}, without changing what is in it.", "I'm after {s} in this {clip}.",
-        "Do the whole thing over as {s}.", "Now in the manner of {s}", "The {clip} is to be redone as {s}.",
-        "Adopt the aesthetic of {s} throughout", "Reinterpret the {clip} visually as {s}.",
-        "Recast the {clip} as {s}, leaving shapes and motion intact", "Dress the entire {clip} up as {s}",
-        "Convert the {clip} to {s}, keeping all objects where they are", "Make it seem as though this were {s}",
-        "Put a filter on so it looks like {s}", "Make the {clip} into {s} without moving anything",
-        "Transform the footage into {s}.", "Apply the look of {s} to every frame.",
-        "Everything repainted so that we seem to be watching {s}", "Grade and filter the {clip} until it passes for {s}",
-        "How about giving the whole {clip} the feel of {s}?", "The final {clip} must have the visual style of {s}.",
-        "Redo the entire {clip} in the manner of {s}", "The whole thing should come out resembling {s}",
-        "Reimagine the {clip} as {s}", "Let the {clip} take on the look of {s}.",
-        "It would be nicer if the {clip} looked like {s}.", "We need the {clip} delivered in the style of {s}.",
-    ),
-    "background": (
-        "Replace the background with {p}.", "Change the background to {p}.", "Put {p} behind everything.",
-        "Make the background {p}.", "Use {p} as the background.", "Swap the backdrop for {p}.", "Set it in front of {p}.",
-        "The background should be {p}.", "Behind the objects I want {p}.", "New background: {p}", "Background -> {p}",
-        "Take away what is behind the objects and show {p} there.", "Could we have {p} as a backdrop?",
-        "Place everything in front of {p}.", "Please give it {p} for a background.",
-        "The objects stay, the background becomes {p}.", "Everything should stand before {p}.",
-        "Paint {p} behind the objects.", "Turn the backdrop into {p}.", "Fill the background with {p}.",
-        "How about {p} behind all this?", "The scene behind should be replaced by {p}.", "Cover the background with {p}",
-        "I'd rather see {p} behind them.", "Let {p} be the background.", "Have {p} behind the things in the {clip}.",
-        "Only the background changes: it is now {p}.", "Leave the foreground as it is and draw {p} behind it.",
-        "Set the backdrop to {p}.", "Do not touch the objects; put {p} at the back.", "Substitute the background with {p}.",
-        "The wall behind becomes {p}.", "A different background please: {p}.", "Can the background turn into {p}?",
-        "Drop in {p} as the backdrop.", "Remove the old background and use {p}.", "Make it so that {p} fills the back.",
-        "With {p} as background", "In the back there should be {p}.", "The things in the {clip} are in front of {p} now.",
-        "Surround the objects with {p}.", "Edit the background so that it shows {p}.", "Lay {p} under everything else.",
-        "Cut out the objects and composite them over {p}", "I'm hoping to see {p} in the distance instead of this background",
-        "Greenscreen this onto {p}", "Transform the surroundings into {p}", "Same objects, different place: {p}",
-        "Give the {clip} a new backdrop, namely {p}", "Why not have {p} as the background of this {clip}?",
-        "Relocate the objects to {p}", "Make the background look like {p}, but don't touch the objects",
-        "The background must be replaced by {p}.", "Location change: {p}. Leave the foreground alone.",
-        "Yo swap that background for {p}", "The setting becomes {p}; the objects remain unchanged.",
-        "Could you replace what's behind the objects with {p}?", "Please use {p} as the backdrop.",
-        "Everything in the foreground stays; behind it, show {p}.", "Can we have {p} as the setting instead?",
-        "Transport the objects to {p}", "Have the background exchanged for {p}", "Show the same objects against {p}",
-        "Behind the objects there should be {p}",
-    ),
-    "change": (
-        "Replace the {a} with {b}.", "Swap the {a} for {b}.", "Turn the {a} into {b}.", "Change the {a} to {b}.",
-        "Make the {a} become {b}.", "I want {b} instead of the {a}.", "Put {b} where the {a} is.",
-        "Instead of the {a} show {b}.", "Swap out the {a} and bring in {b}.", "Replace the {a} by {b}, leave the rest.",
-        "{b} instead of the {a}, please", "Please turn the {a} into {b}", "Can you make the {a} into {b}?",
-        "In place of the {a} there should be {b}.", "The {a} becomes {b}.", "Where the {a} is now, draw {b}.",
-        "I'd prefer {b} to the {a}.", "Convert the {a} to {b}.", "Transform the {a} into {b} and touch nothing else.",
-        "Remove the {a} and put {b} there.", "Trade the {a} for {b}.", "Switch the {a} to {b}.", "Could the {a} be {b}?",
-        "Have {b} in the spot of the {a}.", "The {a} is boring, give me {b} in its place.", "The {a} -> {b}",
-        "Take the {a} out and {b} in.", "Let the {a} turn into {b}.", "Let the {a} be replaced with {b}.",
-        "It was the {a}; make it {b}.", "Morph the {a} into {b}.", "Fill the place of the {a} with {b}.",
-        "We need {b} here, not the {a}.", "Rather than the {a}, I'd like to see {b}.", "Edit the {a} so that it is {b}.",
-        "Drop the {a} and use {b}.", "Everything stays except the {a}, which becomes {b}.",
-        "Delete the {a}, then add {b} in the same place.", "Could you please redraw the {a} as {b}?",
-        "The {a} was a mistake, it was meant to be {b}.", "Make {b} out of the {a}.", "Cover the {a} with {b}.",
-        "{b} should stand where the {a} stands.", "Would you mind exchanging the {a} for {b}?",
-        "Replacement: {b} for the {a}", "As if by magic, the {a} became {b}",
-        "Replace the {a}, substituting {b} in exactly the same spot",
-        "Rework the {a} into {b}, keeping the position and motion", "Let the {a} be {b} from now on",
-        "The {a} should be replaced by {b}.", "Not the {a}! I meant {b}.", "Let's go with {b} in lieu of the {a}",
-        "Where the {a} used to be, show {b}.", "Have the {a} changed into {b}", "The client hates the {a}, use {b} instead",
-        "Recast the role of the {a} with {b}", "Let {b} stand in for the {a}.", "I wish the {a} could be {b}",
-        "Wherever you see the {a}, draw {b} instead.", "Remake the {a} as {b}; everything else stays the same",
-        "Make the {a} look like {b}", "Put {b} in place of the {a}.", "Out with the {a}, in with {b}",
-        "Get rid of the {a} and put {b} there instead",
-    ),
-    "remove": (
-        "Remove the {a}.", "Get rid of the {a}.", "Delete the {a} from the {clip}.", "Take the {a} away.", "Erase the {a}.",
-        "Take out the {a}, please.", "I don't want the {a} in there.", "Clear the {a} away.",
-        "Please remove the {a} from the {clip}.", "The {a} should not be there.", "No {a} in this {clip}, please.",
-        "Make the {a} vanish.", "I'd like the {clip} more if the {a} weren't there.", "Can you take the {a} off the {clip}?",
-        "Clean up the {clip}: lose the {a}.", "Wipe the {a} out.", "There is no {a} any more.", "Drop the {a}.",
-        "Edit out the {a}.", "Eliminate the {a}, keep everything else.", "Hide the {a}.", "Kick the {a} out.",
-        "The {a} is disturbing me, away with it.", "Only the {a} is to be removed.", "The {a} must leave.",
-        "Do away with the {a}.", "Throw the {a} out of the {clip}.", "Leave everything in, except the {a}.",
-        "Show the same {clip} minus the {a}.", "Fill in the background where the {a} is.", "Strip the {a} from the {clip}.",
-        "Retouch the {clip} so that the {a} is gone.", "The {a} should be gone.", "I can't stand the {a}, please delete it.",
-        "Paint over the {a} with the background.", "We don't need the {a}.", "Who put the {a} there? Remove it.",
-        "Nobody should see the {a}.", "Could you please erase the {a} completely?", "Let there be nothing where the {a} is.",
-        "The {clip} has no {a} in the end.", "Empty the place where the {a} is.", "Bye bye to the {a}!",
-        "Scrub the {a} from every frame", "Omit the {a}", "Object removal: the {a}", "Exclude the {a} from the {clip}",
-        "Zap the {a}", "Discard the {a}", "Make it look as though the {a} had never been there",
-        "Why keep the {a}? Just empty space there, please", "Have the {a} removed, leaving no trace.",
-        "The {a} shouldn't be here, take care of that", "Eliminate the {a} from the scene.",
-        "The {clip} should no longer contain the {a}.", "I need the {a} edited out.", "Can we ditch the {a}?",
-        "Inpaint over the {a} so only the background is left", "Pull the {a} from this shot",
-        "The {a} distracts the viewer, kindly remove.", "Let the {a} vanish", "Lose the {a}",
-        "Farewell to the {a}; everything else as before", "Clean up the shot by dropping the {a}",
-    ),
-    "add": (
-        "Add {b} {w}.", "Put {b} {w}.", "Place {b} {w}.", "Insert {b} {w}.", "I want {b} {w}.", "Let there be {b} {w}.",
-        "There should be {b} {w}.", "Draw {b} {w}.", "Please add {b} {w}.", "Could we have {b} {w}?", "It needs {b} {w}.",
-        "Have {b} {w}.", "{b} {w}, please", "A new thing {w}: {b}.", "I'd like to see {b} {w}.", "Let me see {b} {w}.",
-        "Give me {b} {w}.", "Bring in {b} {w}.", "Drop {b} in {w}.", "Include {b} {w}.", "Paint {b} {w}.",
-        "Something is missing {w}: {b}.", "It would look better with {b} {w}.", "The {clip} should have {b} {w}.",
-        "We need {b} {w}, the rest stays as it is.", "Stick {b} {w}.", "Position {b} {w}.", "Make {b} show up {w}.",
-        "There is room {w} for {b}.", "Throw in {b} {w}.", "Fill the space {w} with {b}.",
-        "Edit the {clip} so that there is {b} {w}.", "Can you draw {b} {w}?", "Keep everything and add {b} {w}.",
-        "Display {b} {w}.", "What about {b} {w}?", "Create {b} {w}.", "Now with {b} {w}", "Extend the scene by {b} {w}.",
-        "{w} there should be {b}.", "{w} I want {b}.", "In addition, {b} {w}.", "One more object {w}, namely {b}.",
-        "Introduce {b} {w} without changing anything else.", "Composite {b} into the {clip} {w}", "Pop {b} in {w}",
-        "Generate {b} {w}", "Render {b} {w} on top of the existing {clip}", "Overlay {b} {w}", "Plop {b} down {w}",
-        "To be inserted: {b}, {w}", "Show us {b} {w} next to what's already in the {clip}", "I wish there was also {b} {w}",
-        "Everything stays the same, but with {b} {w}", "Looks empty, so how about {b} {w}?", "Extra object: {b} {w}",
-        "Can I have {b} {w} as well?", "Additionally, show {b} {w}", "Conjure up {b} {w}!", "Locate {b} {w} as a new object",
-        "Complete the scene with {b} {w}", "Bring in {b} {w}, keep everything that's already there",
-        "We want {b} visible {w} in addition to the rest", "Draw {b} {w}, leaving the rest as is",
-    ),
-    "subject": (
-        "Replace the {a} with the object shown.", "Swap the {a} for the one in the picture.",
-        "Turn the {a} into the thing from the reference.", "Put the shown object where the {a} is.",
-        "Change the {a} to what the reference shows.", "Replace the {a} with the {b} from the image.",
-        "Swap the {a} for this {b}.", "Use the pictured {b} instead of the {a}.",
-        "The object in the reference replaces the {a}.", "Please replace the {a} by what you see in the picture.",
-        "In place of the {a} I want this {b}.", "Take the {b} from the picture and put it where the {a} is.",
-        "The {a} becomes the {b} in the reference.", "Where the {a} is, draw this object.",
-        "Remove the {a} and put the pictured object there.", "Can you make the {a} into this {b}?",
-        "Trade the {a} for the object in the image.", "Swap out the {a}, bring in the {b} shown.",
-        "Use what is in the picture instead of the {a}.", "I'd like the thing I show you instead of the {a}.",
-        "This {b} should stand where the {a} stands.", "The {a} -> the {b} in the image",
-        "Transform the {a} into the pictured one.", "Convert the {a} to the {b} of the reference image.",
-        "Not the {a} but the object in the reference, please.", "Let the {a} turn into this.",
-        "My {b} is in the picture: put it in place of the {a}.", "The {a} out, the shown {b} in.",
-        "Fill the place of the {a} with the object from the picture.",
-        "Make the {a} look like the thing in the reference image.", "Morph the {a} into the {b} that is shown.",
-        "Rather than the {a}, show the one from the reference.", "We need the {b} from the photo here, not the {a}.",
-        "Drop the {a} and use the given object.", "See the picture? That is what the {a} becomes.",
-        "Edit the {a} so that it is the {b} in the picture.", "Redraw the {a} as the object I attached.",
-        "Everything stays, only the {a} turns into the attached {b}.", "Cover the {a} with the {b} shown in the image.",
-        "Here is a {b}. It replaces the {a}.", "Let the {a} be replaced by the reference object.",
-        "Delete the {a} and insert this thing at the same place.", "Switch the {a} to the shown item.",
-        "Get rid of the {a}; the {b} shown goes there instead", "The {a} should become the object in the photo",
-        "Where the {a} would be, insert the item from the photo", "Trade the {a} for the thing I'm showing you",
-        "Convert the {a} to match the object provided", "Supplant the {a} with the subject of the reference photo",
-        "Let the {b} in the photo stand in for the {a}", "The {a} must be exchanged for the {b} in the attached picture.",
-        "Make the pictured {b} appear in lieu of the {a}", "Substitute the pictured item for the {a}.",
-        "Switch the {a} with the depicted {b}", "Same {clip}, but with this {b} replacing the {a}",
-        "I want my {b} there instead of the {a}, see picture", "I'd rather see the {b} from my photo than the {a}",
-        "Have the {a} replaced by the thing shown.", "How about the object shown rather than the {a}?",
-        "The {a} should be replaced by what is in the image", "Wherever the {a} goes, show the object in the picture instead",
-        "Would you mind replacing the {a} with the {b} I attached?", "Our product is the {b} pictured; swap out the {a}",
-        "Here is a picture of something: replace the {a} with that",
-    ),
-    "subject_add": (
-        "Add the object shown {w}.", "Put the one in the picture {w}.", "Place the thing from the reference {w}.",
-        "Insert this {b} {w}.", "I want the shown {b} {w}.", "Put what the reference shows {w}.",
-        "Add the {b} from the image {w}.", "Let the pictured object be {w}.", "Please add this {b} {w}.",
-        "I'd like to see the object from the picture {w}.", "Bring in the {b} from the image {w}.",
-        "Could we have the shown thing {w}?", "Have this {b} {w}.", "The {clip} needs the pictured object {w}.",
-        "Take the object in the reference and place it {w}.", "Drop the shown {b} in {w}.",
-        "Draw the thing from the image {w}.", "Here is a {b}: put it {w}.", "Include what is in the picture {w}.",
-        "{w} I want the object shown.", "{w} there should be this {b}.", "Give me the {b} of the reference {w}.",
-        "Stick the attached object {w}.", "Position the {b} shown in the picture {w}.",
-        "Paste the object from the reference {w}.", "Keep everything and add the shown thing {w}.",
-        "Make the pictured {b} show up {w}.", "Copy the {b} from the image into the {clip}, {w}.",
-        "A new object {w}: the one in the picture.", "There is room {w} for this {b}.", "The item I show you goes {w}.",
-        "Use the picture: its {b} belongs {w}.", "In addition, the reference object {w}.",
-        "Throw in the thing from the photo {w}.", "Can you put my {b} {w}? It is in the picture.",
-        "Fill the space {w} with the {b} shown.", "Edit the {clip} so that the reference object is {w}.",
-        "Nothing changes, except that this {b} is {w}.", "Display the attached {b} {w}.",
-        "What you see in the image, I want it {w}.", "Create the same object {w} as in the reference.",
-        "See the picture? Add that {w}.", "Let there be the pictured {b} {w}.",
-        "Also show this exact {b} {w}, leaving everything else alone",
-        "Render the object provided {w}, keep the rest unchanged", "I wish the thing in the picture was also {w}",
-        "The thing I'm showing you should be added {w}", "Our product, the {b} in the picture, must be visible {w}",
-        "I'd like the item in the photo to appear {w}", "Overlay the subject of the reference photo {w}",
-        "What about the {b} pictured here, added {w}?", "Composite the depicted {b} into the {clip} {w}",
-        "Bring the {b} in the reference into the scene {w}", "Now add the {b} I gave you {w}.",
-        "Throw in the item from the reference {w}", "The depicted object is to be placed {w}.",
-        "Stick the {b} from the photo {w}", "Position the referenced {b} {w}", "Pop the {b} shown into the {clip} {w}",
-        "Would you kindly put the pictured {b} {w}?", "Fit the {b} in the sample image in {w}",
-        "Let the {b} you see in the image show up {w}", "Copy the object out of the picture and place it {w}.",
-        "It'd be nice to have the object shown {w} too",
-    ),
-    "background_ref": (
-        "Replace the background with the one shown.", "Change the background to the reference.",
-        "Put the scene from the picture behind everything.", "Use the picture as the background.",
-        "Swap the backdrop for the place in the image.", "Make the background look like the reference.",
-        "Set it in the place that is shown.", "Let the background be the one pictured.",
-        "The picture shows the new background.", "New background: the place in the picture",
-        "Put this place behind everything.", "Please use the reference as the backdrop.",
-        "Everything should stand in front of the scene shown.", "I want this view behind the objects.",
-        "Take the background from the reference image.", "Behind the objects there should be the place in the image.",
-        "Let it play in the place from the picture.", "Leave the objects, change the background to what is pictured.",
-        "The place in the reference goes behind all things.", "Fill the background with the scene from the image.",
-        "Could we be in the place that the picture shows?", "Transfer the objects to the place in the image.",
-        "Let the picture be the backdrop.", "Here is a place. Use it for the background.",
-        "Turn the background into this landscape.", "Background as in the picture",
-        "Only the background changes, to the one in the reference image.", "What is behind should look like this place.",
-        "Bring the reference scene in as background.", "Same objects, but in the surroundings shown.",
-        "Move the scene to the place in the photo.", "Keep what is in front and draw the pictured place at the back.",
-        "Instead of the old background I want the view in the picture.", "Set the objects before the view that I show you.",
-        "The surroundings should be those of the picture.", "Copy the place from the image into the background.",
-        "With the pictured place as background", "Can you set the {clip} in this place?",
-        "The attached picture is the backdrop.", "Cover the old background with the reference view.",
-        "Place all objects in the shown surroundings.", "Remove the background and put in the one I attached.",
-        "I took a photo of a place, use it as background.", "Have the {clip} set against the scenery provided",
-        "Give the {clip} the surroundings depicted in the attached photo",
-        "Where the photo was taken, that's where all this should be",
-        "The same objects, only now in the location I'm showing you",
-        "Cut out the objects and lay them over the reference background",
-        "Make the setting match the place in the reference picture", "Can we have the pictured place as a backdrop?",
-        "I'd like everything to happen in the place you see here",
-        "Transfer the objects into the environment of the reference photo",
-        "Let the location in the image replace the old background", "Greenscreen the objects onto the scene shown",
-        "The place in the photo must become the new backdrop.", "Make it look as if this was shot in the place pictured",
-        "Put the objects in front of the place in the photo", "The background should be the landscape in the attached image",
-        "Adopt the setting seen in the reference image", "Keep the objects, but use the pictured scene as the background",
-        "Composite the objects over the scene in the reference", "Could you set this in the location pictured?",
-        "Move everything to the place in the picture", "Swap the background for the pictured location",
-    ),
-}  # fmt: skip
-
-# For the test split. None of those above has all the telling words of one of these (a test sees to it).
-HELD_WORDINGS = {
-    "style": (
-        "Could you make the {clip} resemble {s}?", "Transform the scene into {s}.", "Apply the style of {s} to everything.",
-        "Show all of this as {s}.",
-    ),
-    "background": (
-        "Keep the objects, but let the background be {p}.", "Exchange what is behind the objects for {p}.",
-        "I would like {p} in the background.", "Move everything in front of {p}.",
-    ),
-    "change": (
-        "Exchange the {a} for {b}.", "Substitute {b} for the {a}.", "Let {b} take the place of the {a}.",
-        "The {a} should be {b} now.",
-    ),
-    "remove": (
-        "Make the {a} disappear.", "The {a} has to go.", "Without the {a}, please.", "Cut the {a} out of the {clip}.",
-    ),
-    "add": (
-        "Show {b} {w} as well.", "Let {b} appear {w}.", "Could you set {b} {w}?", "Also put in {b} {w}.",
-    ),
-    "subject": (
-        "Let the shown {b} take the place of the {a}.", "Exchange the {a} for the object in the reference.",
-        "The {a} should become what is pictured.", "Substitute the {b} in the picture for the {a}.",
-    ),
-    "subject_add": (
-        "Let the object in the picture appear {w}.", "Set the pictured {b} {w}.", "Also show this object {w}.",
-        "The shown {b} should be {w}.",
-    ),
-    "background_ref": (
-        "Move everything to the pictured place.", "The background should be the scene in the reference.",
-        "Exchange the backdrop for this picture.", "Keep the objects and use this place behind them.",
-    ),
+    "on the left": (-0.26, 0.08), "on the right": (0.26, 0.08), "in the middle": (0.0, 0.05),
+    "at the top": (0.0, -0.25), "at the bottom": (0.0, 0.27), "in the top left corner": (-0.27, -0.26),
+    "in the top right corner": (0.27, -0.26), "in the bottom left corner": (-0.27, 0.27),
+    "in the bottom right corner": (0.27, 0.27),
 }  # fmt: skip
 
 
@@ -749,7 +469,7 @@ class Edit:
 
     kind: str  # the CSV it goes to
     task: str
-    wording: str  # an entry of WORDINGS or HELD_WORDINGS
+    wording: str  # an entry of wordings.json
     prompt: str  # the wording, its blanks filled
     source: Scene
     target: Scene
@@ -767,8 +487,8 @@ def in_colour(name):
 def nameable(library, split):
     """Sprites that a text may call for: of common things the first look, and the split's coloured shapes."""
     shapes = [n for n in library.names(split) if in_colour(n) and len(library.sprites[n]) == 2]
-    common, known = (name.replace("_", " ") for name in COMMON.split()), library.names("train")
-    return shapes, [name for name in common if name in known]
+    known = library.names("train")
+    return shapes, [name for name in WORDINGS["common"] if name in known]
 
 
 def tasks_of(shares):
@@ -855,7 +575,7 @@ def draw_edit(library, split, seed, index, frames, size, shares=None):
         words |= change_thing(rng, edit, library, split)
     if task.startswith("subject"):
         edit.ref = show_reference(rng, edit.target.things[edit.changed[1]], 2 * size)
-    edit.wording = pick(rng, (HELD_WORDINGS if split == "test" else WORDINGS)[task])
+    edit.wording = pick(rng, WORDINGS[split][task])
     edit.prompt = edit.wording.format(**words)
     return edit
 
@@ -905,7 +625,7 @@ def add_thing(rng, edit, library, split):
 
 
 def stands_out(things, which):
-    """Where one of some things is, as seen from the others on the first frame: "on the left" of all, ..., or between."""
+    """Where one thing is, seen from the others on the first frame: "on the left" of all, ..., or in the middle."""
     places = torch.stack([thing.path[0, :2] for thing in things])
     ahead = places[which] - torch.cat([places[:which], places[which + 1 :]])
     sides = {
@@ -961,9 +681,6 @@ def draw_frames(edit, size):
     return source, target, region
 
 
-# ------------------------------------------------------------------------------------------------ words for a scene
-
-
 def describe(scene):
     """A caption of a scene in plain words."""
     things = " and ".join(article(t.sprite.name) for t in scene.things)
@@ -981,45 +698,3 @@ def boxes(scene):
         half = size * zoom / 2
         out[thing.sprite.name] = [round(min(max(v, 0), 1), 3) for v in (x - half, y - half, x + half, y + half)]
     return out
-
-
-# ------------------------------------------------------------------------------------------------ who reads them
-
-SPECIAL_TOKENS = (
-    "endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "vision_start", "vision_end", "image_pad",
-    "video_pad",
-)  # fmt: skip
-QWEN = {
-    "model_type": "qwen2_5_vl", "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "num_hidden_layers": 4, "tie_word_embeddings": True, "max_position_embeddings": 4096,
-    "rope_scaling": {"type": "mrope", "mrope_section": [8, 8, 8]}, "bos_token_id": None,
-    "vision_config": {
-        "depth": 4, "hidden_size": 128, "intermediate_size": 384, "num_heads": 4, "out_hidden_size": 192,
-        "fullatt_block_indexes": [1, 3],
-    },
-}  # fmt: skip
-VOCABULARY = 2048
-
-
-def write_mllm_folder(folder, texts):
-    """Train a tokenizer on `texts` (none: its words are bytes) and write it and the config of a small Qwen2.5-VL: what
-    `MLLMEncoder.from_config` reads and a hub folder of Qwen's has."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [AddedToken(f"<|{name}|>", special=True) for name in SPECIAL_TOKENS]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    folder.mkdir(parents=True, exist_ok=True)
-    names = {
-        "vision_start": "vision_start", "vision_end": "vision_end", "image": "image_pad", "video": "video_pad", "eos": "im_end",
-    }  # fmt: skip
-    ids = {f"{ours}_token_id": tokenizer.token_to_id(f"<|{name}|>") for ours, name in names.items()}
-    with whole_file(folder / "tokenizer.json") as path:
-        tokenizer.save(str(path))
-    write_text(folder / "config.json", json.dumps({**QWEN, **ids, "vocab_size": VOCABULARY}, indent=1))

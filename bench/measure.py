@@ -1,0 +1,103 @@
+"""The stopwatch: medians of functions that take turns; on a GPU between events, the L2 cache flushed before each."""
+
+import math
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from kernels import left_out
+
+
+def on_gpu():
+    return torch.cuda.is_available()
+
+
+def device_name():
+    if on_gpu():
+        return torch.cuda.get_device_name()
+    cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    return f"CPU {cpu[1] if cpu else 'unknown'} {torch.get_num_threads()}core"
+
+
+def in_turns(functions, repeat):
+    """Median seconds of each, {name: function or None}, in turns after one to warm up. nan: None, or it failed."""
+    times = {name: [] for name in functions}
+    alive = {name: function for name, function in functions.items() if function}
+    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda") if on_gpu() else None
+    for turn in range(repeat + 1):
+        for name, function in list(alive.items())[:: -1 if turn % 2 else 1]:  # nobody always comes first
+            seconds = None
+            with left_out(name):
+                seconds = once(function, flush)
+            if seconds is None:
+                del alive[name]
+            elif turn:
+                times[name].append(seconds)
+    return {name: statistics.median(ts) if name in alive else math.nan for name, ts in times.items()}
+
+
+def once(function, flush):
+    if flush is None:
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush.zero_()
+    torch.cuda._sleep(2_000_000)  # about a millisecond for the CPU to get ahead: launches are not the kernel's time
+    start.record()
+    function()
+    stop.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(stop) / 1000
+
+
+def ceilings(repeat):
+    """(TFLOP/s of an 8192^3 matrix product in bfloat16, GB/s of a copy of 1 GiB, read and write counted) of a GPU."""
+    a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
+    x = torch.randint(0, 100, (1 << 30,), dtype=torch.int8, device="cuda")
+    y = torch.empty_like(x)
+    seconds = in_turns({"matmul": lambda: a @ b, "copy": lambda: y.copy_(x)}, max(repeat, 20))
+    return 2 * 8192**3 / seconds["matmul"] / 1e12, 2 * x.numel() / seconds["copy"] / 1e9
+
+
+def relative_difference(ours, theirs):
+    """|ours - theirs| / |theirs| of all that two functions return; nan without a second, or if one fails."""
+    with left_out("a difference"):
+        if theirs is not None:
+            pairs = [x if isinstance(x, tuple) else (x,) for x in (ours(), theirs())]
+            sizes = [(torch.dist(a.float(), b.float()), b.float().norm()) for a, b in zip(*pairs)]
+            return (sum(d**2 for d, _ in sizes) / sum(n**2 for _, n in sizes)).sqrt().item()
+    return math.nan
+
+
+def direction(name, function, inputs):
+    """What to time: the forward alone, or the backward of a forward that ran once."""
+    if name == "forward":
+        return torch.no_grad()(lambda: function(*inputs))
+    kept = []
+
+    def backward():
+        if not kept:
+            out = function(*inputs)
+            out = out if isinstance(out, tuple) else (out,)
+            torch.manual_seed(0)  # both sides get the same gradients, or their results could not be compared
+            kept.extend((out, [torch.randn_like(o) for o in out]))
+        return torch.autograd.grad(kept[0], inputs, kept[1], retain_graph=True)
+
+    return backward
+
+
+def peak_memory(run):
+    """GiB that a run needs on top of what is there."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        run()
+    except torch.OutOfMemoryError:
+        return math.nan
+    return (torch.cuda.max_memory_allocated() - before) / 2**30

@@ -1,0 +1,477 @@
+"""Weights in every layout and dialect they come in, each tensor read straight to where it is used.
+
+    path or hub id -> `read_weights` -> fields of a KiwiConfig, TensorFiles {our name: tensor}, nothing read yet
+    -> `load_weights` -> parameters; every name is accounted for
+
+Layouts: what `KiwiEdit.save` wrote; the released diffusers folders; a released training checkpoint over Wan's and
+Qwen's own folders; a run of train.py over what it began with. Dialects: the spellings of all of them, in one table.
+"""
+
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from connectors import LoRALinear, MLLMConfig, replace_modules
+from dit import DiTConfig
+from vae import VAEConfig
+
+WAN_BASE = "Wan-AI/Wan2.2-TI2V-5B"
+HUB_BASES = {
+    "wan22_5b": WAN_BASE,
+    "wan21_14b": "Wan-AI/Wan2.1-T2V-14B",
+    "wan21_1_3b": "Wan-AI/Wan2.1-T2V-1.3B",
+    "nano": WAN_BASE,
+}
+QWEN_BASE = "Qwen/Qwen2.5-VL-3B-Instruct"
+
+# Released spellings and ours. The first that matches is applied, then the next, on whole dotted names; ours match none.
+DIALECTS = [(re.compile(pattern), ours) for pattern, ours in (
+    # training checkpoints
+    (r"^pipe\.", ""),
+    (r"^vae_condition\.", "source_embedder."),
+    (r"^ref_vae_condition\.", "ref_embedder."),
+    (r"(^|\.)connetor\.", r"\1connector."),
+    (r"_queries\.q$", "_queries"),
+    (r"^(mllm\.)?model\.model\.", r"\1model."),
+    (r"^vae\.model\.", "vae."),
+    (r"^model\.(encoder|decoder|conv1|conv2)\.", r"\1."),
+    # Qwen2.5-VL as published
+    (r"^(mllm\.)?visual\.", r"\1model.visual."),
+    (r"^(mllm\.)?model\.(layers|embed_tokens|norm)\.", r"\1model.language_model.\2."),
+    # the diffusers layout's transformer
+    (r"^(dit\.)?condition_embedder\.(text|time)_embedder\.linear_1\.", r"\1\2_embedding.0."),
+    (r"^(dit\.)?condition_embedder\.(text|time)_embedder\.linear_2\.", r"\1\2_embedding.2."),
+    (r"^(dit\.)?condition_embedder\.time_proj\.", r"\1time_projection.1."),
+    (r"^(dit\.)?proj_out\.", r"\1head.head."),
+    (r"^(dit\.)?scale_shift_table$", r"\1head.modulation"),
+    (r"^((?:dit\.)?blocks\.\d+)\.scale_shift_table$", r"\1.modulation"),
+    (r"^((?:dit\.)?blocks\.\d+)\.norm2\.", r"\1.norm3."),
+    (r"^((?:dit\.)?blocks\.\d+)\.attn1\.", r"\1.self_attn."),
+    (r"^((?:dit\.)?blocks\.\d+)\.attn2\.", r"\1.cross_attn."),
+    (r"_attn\.to_([qkv])\.", r"_attn.\1."),
+    (r"_attn\.to_out\.0\.", "_attn.o."),
+    (r"^((?:dit\.)?blocks\.\d+)\.ffn\.net\.0\.proj\.", r"\1.ffn.0."),
+    (r"^((?:dit\.)?blocks\.\d+)\.ffn\.net\.2\.", r"\1.ffn.2."),
+)]  # fmt: skip
+
+
+def our_name(name):
+    """A parameter's name in any released dialect -> ours. None: accounted for and not needed (the tied lm_head)."""
+    if name.endswith("lm_head.weight"):
+        return None
+    for pattern, ours in DIALECTS:
+        name = pattern.sub(ours, name)
+    return name
+
+
+RELEASED = [(re.compile(pattern), theirs) for pattern, theirs in (
+    (r"^source_embedder\.", "vae_condition."),
+    (r"^ref_embedder\.", "ref_vae_condition."),
+    (r"^mllm\.connector\.", "mllm.connetor."),
+    (r"^(mllm\.\w+_queries)$", r"\1.q"),
+    (r"^mllm\.model\.", "mllm.model.model."),
+)]  # fmt: skip
+
+
+def released_name(name):
+    """The way back: our name of a parameter -> its name in a released training checkpoint."""
+    for pattern, theirs in RELEASED:
+        name = pattern.sub(theirs, name)
+    return name
+
+
+def load_weights(module, state_dict, partial=False, device=None, dtype=None):
+    """Put a state dict in any released dialect into a module; every name is accounted for.
+
+    module: DiT, VAE, MLLMEncoder or KiwiEdit; parameters on the meta device are replaced by the tensors, on `device`
+    in `dtype` where given, others are filled. LoRA tensors inject LoRA where the module has none.
+    state_dict: a mapping from names to tensors, read one at a time.
+    partial: names may be missing, as in a checkpoint of the trained parameters alone. -> the missing names.
+    ValueError that lists missing, unexpected and misshapen names.
+    """
+    names = {}
+    for name in state_dict:
+        ours = our_name(name)
+        if ours in names:
+            raise ValueError(f"two names for {ours}: {names[ours]} and {name}")
+        if ours is not None:
+            names[ours] = name
+    adopt_lora(module, {ours: state_dict[name].shape for ours, name in names.items() if ".lora_A." in ours})
+    own = module.state_dict(keep_vars=True)
+    missing = sorted(own.keys() - names.keys())
+    unexpected = sorted(names[n] for n in names.keys() - own.keys())
+    if unexpected or (missing and not partial):
+        raise ValueError(f"weights do not fit {type(module).__name__}: {listed('missing', missing * (not partial))}"
+                         f"{listed('unexpected', unexpected)}")  # fmt: skip
+    misshapen = []
+    for ours, name in names.items():
+        value = state_dict[name]
+        if value.shape != own[ours].shape:
+            misshapen.append(f"{name} {tuple(value.shape)}, expected {tuple(own[ours].shape)}")
+        elif own[ours].is_meta:
+            set_parameter(module, ours, value.to(device=device, dtype=dtype or value.dtype))
+        else:
+            with torch.no_grad():
+                own[ours].copy_(value)
+    if misshapen:
+        raise ValueError(f"weights do not fit {type(module).__name__}: {listed('of another size', misshapen)}")
+    return missing
+
+
+def adopt_lora(module, shapes):
+    """Inject LoRA of the rank a checkpoint has, exactly where it has it."""
+    ranks = {name.split(".lora_A.")[0]: shape[0] for name, shape in shapes.items()}
+
+    def with_lora(name, child):
+        return LoRALinear(child, ranks[name]) if name in ranks and type(child) is nn.Linear else None
+
+    replace_modules(module, with_lora)
+
+
+def set_parameter(module, name, value):
+    """Replace a parameter, which may be on the meta device."""
+    parent, _, leaf = name.rpartition(".")
+    parameter = nn.Parameter(value, requires_grad=module.get_parameter(name).requires_grad)
+    setattr(module.get_submodule(parent), leaf, parameter)
+
+
+def listed(what, names, show=12):
+    if not names:
+        return ""
+    more = f" and {len(names) - show} more" if len(names) > show else ""
+    return f"{len(names)} {what}: {', '.join(names[:show])}{more}. "
+
+
+def move_buffers(model, device):
+    """Rotary tables and the like, which no file holds and which were made on the CPU: not every release of transformers
+    moves them to where they are used."""
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+
+
+class TensorFiles(Mapping):
+    """The tensors of several files as one mapping: our names to tensors, read when asked for, straight to `device`."""
+
+    def __init__(self):
+        self.device = "cpu"
+        self.places = {}  # our name -> (path, name in the file)
+        self.handles = {}
+
+    def add(self, *paths, prefix="", over=False):
+        """Add a layer of .safetensors or .pth files; `prefix` goes before their names. What earlier layers hold stays,
+        or, with `over`, gives way. ValueError where two files of the layer hold the same tensor."""
+        layer = {}
+        for path in paths:
+            for name in self.open(path, "cpu").keys():
+                ours = our_name(prefix + name)
+                if ours in layer:
+                    raise ValueError(f"{layer[ours][0]} and {path} both hold {name}: remove the stale one")
+                if ours is not None:
+                    layer[ours] = (path, name)
+        self.places = {**self.places, **layer} if over else {**layer, **self.places}
+        return self
+
+    def drop(self, names):
+        self.places = {name: place for name, place in self.places.items() if name not in names}
+
+    def open(self, path, device):
+        if (path, device) not in self.handles:
+            self.handles[path, device] = open_tensors(path, device)
+        return self.handles[path, device]
+
+    def __getitem__(self, name):
+        path, inner = self.places[name]
+        file = self.open(path, str(self.device))
+        return file.get_tensor(inner) if hasattr(file, "get_tensor") else file[inner]
+
+    def shape(self, name):
+        path, inner = self.places[name]
+        file = self.open(path, "cpu")
+        return tuple(file.get_slice(inner).get_shape() if hasattr(file, "get_slice") else file[inner].shape)
+
+    def __iter__(self):
+        return iter(self.places)
+
+    def __len__(self):
+        return len(self.places)
+
+
+def open_tensors(path, device):
+    """Open a .safetensors file, or a .pth of tensors, mapped and not read. ValueError if it is damaged."""
+    try:
+        if path.suffix == ".safetensors":
+            return safe_open(path, framework="pt", device=device)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = state.get("state_dict", state)
+        if not all(isinstance(value, torch.Tensor) for value in state.values()):
+            raise ValueError("holds more than tensors; save its state dict alone")
+        return state
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, AttributeError) as error:
+        reason = str(error).split("\n")[0][:200]
+        raise ValueError(f"{path}: cannot be read ({reason}); fetch the file again") from None
+
+
+def tensor_files(folder, *patterns):
+    """The weight files of a folder that match the patterns: those that an index names, where there is one.
+
+    FileNotFoundError where one is missing, or all are.
+    """
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    named = {str(name) for index in indices for name in read_config(index)["weight_map"].values()}
+    named = {name for name in named if any(fnmatch(name, pattern) for pattern in patterns) and Path(name).name == name}
+    found = {p.name for pattern in patterns for p in folder.glob(pattern) if not p.name.startswith(".")}  # half written
+    if not named and not found:
+        raise FileNotFoundError(f"{folder}: has no {' or '.join(patterns)}; the weights folder is not complete")
+    if absent := sorted(named - found):
+        raise FileNotFoundError(f"{folder}: {', '.join(absent)} is missing; the weights folder is not complete")
+    return [folder / name for name in sorted(named or found)]
+
+
+def only_weights(folder, also=()):
+    """ValueError where a folder that is to be replaced holds anything but nanoKiwi weights and `also`."""
+    folder = Path(folder)
+    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        path = folder / "config.json"
+        if not path.is_file() or read_config(path).get("format") != "nanokiwi":
+            raise ValueError(f"{folder}: refusing to overwrite: not a nanoKiwi folder; give another name")
+        known = ("config.json", "mllm", *also)
+        other = sorted(p.name for p in folder.iterdir() if p.name not in known and p.suffix != ".safetensors")
+        if other:
+            raise ValueError(f"{folder}: refusing to overwrite: it also holds {', '.join(other)}; give another name")
+
+
+def local_path(path):
+    """A path as it is; a hub id ("linyq/kiwi-edit-5b-instruct-only-diffusers") is downloaded, or found in the cache."""
+    if Path(path).exists():
+        return Path(path)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
+        raise FileNotFoundError(f"{path}: no such file or folder; give one, or a hub id such as {QWEN_BASE}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.txt", "*.safetensors", "*VAE.pth"]))
+    except Exception as error:  # the hub client raises many kinds, from DNS to gated repositories
+        reason = str(error).strip().split("\n")[0]
+        raise FileNotFoundError(f"{path}: no such folder, and not to be had from the hub ({reason})") from None
+
+
+def read_config(path):
+    """The fields of a JSON object. ValueError where it is another thing."""
+    if isinstance(values := read_json(path), dict):
+        return values
+    raise ValueError(f"{path}: expected a JSON object")
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path} is missing: the weights folder is not complete") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: is not JSON ({error})") from None
+
+
+def from_dict(cls, values, where):
+    """A config dataclass from JSON; an unknown key is an error that names it."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: expected the fields of {cls.__name__}, got {values!r}")
+    unknown = sorted(values.keys() - cls.__dataclass_fields__.keys())
+    if unknown:
+        raise ValueError(f"{where}: unknown key {', '.join(unknown)} in {cls.__name__}")
+    try:
+        return cls(**values)
+    except TypeError as error:  # a text where a number belongs
+        raise ValueError(f"{where}: {cls.__name__}: {error}") from None
+
+
+def read_fields(path, base=None, qwen=None, usual_base=WAN_BASE):
+    """(fields of a KiwiConfig, TensorFiles) of weights in any layout; `model.read_weights` is what others call."""
+    path = local_path(path) if path else None
+    checkpoint = find_checkpoint(path) if path else None
+    if checkpoint and path.is_dir():
+        path = checkpoint / "weights.safetensors"
+    elif path and path.is_dir():
+        path = single_file(path)
+    if path is None or path.is_file():
+        return read_layers(path, checkpoint, base, qwen, usual_base)
+    if base or qwen:
+        raise ValueError(f"{path} is whole: --base and --qwen go with a .safetensors or a run of train.py")
+    if (path / "transformer").is_dir():
+        return read_diffusers_folder(path)
+    if (path / "config.json").is_file():
+        return read_own_folder(path)
+    raise FileNotFoundError(f"{path}: neither a nanoKiwi folder (config.json) nor a diffusers one (transformer/)")
+
+
+def read_layers(path, checkpoint, base, qwen, usual_base):
+    """A file of trained parameters (or None) over the weights it was trained from."""
+    path and open_tensors(path, "cpu")  # fail fast before downloading a base
+    base = None if checkpoint and base is None else local_path(base or usual_base)
+    if base and is_wan(base):
+        fields, files = read_training_checkpoint(path, base, local_path(qwen or QWEN_BASE))
+    else:
+        fields, files = read_fields(base, qwen=qwen) if base else read_beginning(checkpoint.parent, qwen)
+        if path:
+            files.add(path, over=True)
+            trained = {name: count for name, count in mllm_sizes(files).items() if count}
+            fields = fields | {"mllm": fields["mllm"] and replace(fields["mllm"], **trained)}
+    return (as_trained(fields, checkpoint) if checkpoint else fields), files
+
+
+def single_file(folder):
+    """The one .safetensors that is all a folder has of weights, as a released training checkpoint comes from the hub; else
+    the folder."""
+    found = sorted(folder.glob("*.safetensors"))
+    return found[0] if len(found) == 1 and not (folder / "config.json").is_file() else folder
+
+
+def is_wan(folder):
+    """Whether a folder is Wan's own release, which is no whole Kiwi-Edit."""
+    return not (folder / "transformer").is_dir() and read_config(folder / "config.json").get("format") != "nanokiwi"
+
+
+def began_with(run):
+    """The arguments of a run of train.py. Paths of what it began with are from where the run lies, so that they are found
+    from any folder; what was no path stays as it was typed."""
+    config = read_config(run / "config.json")
+    return config["args"] | {name: str((run / path).resolve()) for name, path in config.get("began", {}).items()}
+
+
+def read_beginning(run, qwen=None):
+    """Fields and files of what a run of train.py began with."""
+    began = began_with(run)
+    if began["init"] == "random":
+        return read_fields(run / "init")
+    base = HUB_BASES[began["config"]]
+    try:
+        return read_fields(began["weights"], began["base"], qwen or began["qwen"], base)
+    except FileNotFoundError as error:
+        begun = began["weights"] or began["base"] or base
+        raise FileNotFoundError(f"{run} began with {begun}, not found here ({error}); give --base or --qwen") from None
+
+
+def valid_checkpoints(run):
+    """The checkpoint folders of a run, oldest first; manually named ones (step-000500-good) are ignored, never pruned."""
+    needed = ("weights.safetensors", "train.json", "state/.metadata")
+    named = [p for p in run.glob("step-*") if p.name.removeprefix("step-").isdecimal()]
+    return [p for p in sorted(named, key=step_of) if all((p / name).is_file() for name in needed)]
+
+
+def step_of(checkpoint):
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def find_checkpoint(path):
+    """The checkpoint that a run's folder, a checkpoint's own or a file in it stands for; None if it is none of ours."""
+    path = path.absolute()
+    folder = path.parent if path.is_file() else path
+    if (folder / "train.json").is_file():
+        return folder
+    if (path / "config.json").is_file() and read_config(path / "config.json").get("format") == "nanokiwi run":
+        found = valid_checkpoints(path)
+        if not found:
+            raise FileNotFoundError(f"{path}: this run has no checkpoint yet")
+        return found[-1]
+    return None
+
+
+def as_trained(fields, checkpoint):
+    """The fields of a checkpoint's run (`--set model.source=... dit...`), with the VAE, the MLLM's folder and the query
+    counts of `fields`; falls back to `fields` for foreign checkpoints."""
+    path = Path(checkpoint).absolute().parent / "config.json"
+    values = read_config(path) if path.is_file() else {}
+    if values.get("format") != "nanokiwi run":
+        return fields
+    run = typed(values["model"], path)
+    own = ("folder", "num_image_queries", "num_video_queries", "num_ref_queries")
+    mllm = replace(run["mllm"], **{name: getattr(fields["mllm"], name) for name in own})
+    return run | {"vae": fields["vae"], "mllm": mllm}
+
+
+def typed(values, path):
+    """The fields of a KiwiConfig as JSON has them -> with their parts as dataclasses. ValueError for an unknown key."""
+    parts = (("dit", DiTConfig), ("vae", VAEConfig), ("mllm", MLLMConfig))
+    return values | {name: from_dict(cls, values[name], path) for name, cls in parts if values.get(name)}
+
+
+def read_own_folder(folder):
+    values = read_config(folder / "config.json")
+    if values.pop("format", None) != "nanokiwi":
+        raise ValueError(f"{folder}/config.json: not written by KiwiEdit.save")
+    fields = typed(values, folder / "config.json")
+    if fields.get("mllm"):
+        inner = (folder / fields["mllm"].folder).resolve()
+        if folder.resolve() not in inner.parents:
+            raise ValueError(f"{folder}/config.json: mllm.folder leads out of the weights folder")
+        fields["mllm"] = replace(fields["mllm"], folder=str(inner))
+    return fields, TensorFiles().add(*tensor_files(folder, "*.safetensors"))
+
+
+def read_diffusers_folder(folder):
+    """Fields and files of linyq/kiwi-edit-5b-*-diffusers."""
+    files = TensorFiles()
+    files_of = {"transformer": "dit.", "vae": "vae.", "source_embedder": "source_embedder.", "mllm_encoder": "mllm."}
+    if any((folder / "ref_embedder").glob("*.safetensors")):  # instruct-only weights may have its config alone
+        files_of["ref_embedder"] = "ref_embedder."
+    configs = {name: read_config(folder / name / "config.json") for name in files_of}
+    for name, prefix in files_of.items():
+        files.add(*tensor_files(folder / name, "*.safetensors"), prefix=prefix)
+    t, v, m = configs["transformer"], configs["vae"], configs["mllm_encoder"]
+    dit = DiTConfig(
+        dim=t["num_attention_heads"] * t["attention_head_dim"], ffn_dim=t["ffn_dim"], num_heads=t["num_attention_heads"],
+        num_layers=t["num_layers"], in_dim=t["in_channels"], out_dim=t["out_channels"], freq_dim=t["freq_dim"],
+        text_dim=t["text_dim"], patch_size=t["patch_size"], eps=t["eps"], bf16_timesteps=True,
+    )  # fmt: skip
+    sizes = mllm_sizes(files) | {"max_ref_tokens": m["max_object_token"], "max_frames": m["max_frames"]}
+    mllm = MLLMConfig(str(folder / "processor"), m["dit_dim"], max_pixels=m["max_pixels_per_frame"], **sizes)
+    vae = vae_config(files, v.get("latents_mean", ()), v.get("latents_std", ()))
+    pad_first = configs.get("ref_embedder", {}).get("ref_pad_first", False)
+    return {"dit": dit, "vae": vae, "mllm": mllm, "ref_pad_first": pad_first}, files
+
+
+def read_training_checkpoint(path, base, qwen):
+    """Fields and files of a released training checkpoint over the weights it was trained from."""
+    files = TensorFiles().add(*[path] if path else [])
+    wan = read_config(base / "config.json")
+    known = {k: v for k, v in wan.items() if k in DiTConfig.__dataclass_fields__}
+    files.add(*tensor_files(base, "diffusion_pytorch_model*.safetensors"), prefix="dit.")
+    files.add(tensor_files(base, "Wan2.*_VAE.safetensors", "Wan2.*_VAE.pth")[0], prefix="vae.")
+    files.add(*tensor_files(qwen, "model*.safetensors"), prefix="mllm.")
+    dit = DiTConfig(**known, bf16_timesteps=True)
+    sizes = mllm_sizes(files)
+    sizes["max_ref_tokens"] = sizes["num_ref_queries"]  # so it is in every release: 768 of 5B, 384 of 14B
+    mllm = MLLMConfig(str(qwen), dit_dim=dit.dim, **sizes)
+    return {"dit": dit, "vae": vae_config(files), "mllm": mllm}, files
+
+
+def mllm_sizes(files):
+    """The query counts that the weights have; 0 for a mode that was not trained yet."""
+    names = {mode: f"mllm.{mode}_queries" for mode in ("image", "video", "ref")}
+    return {f"num_{mode}_queries": files.shape(name)[0] if name in files.places else 0 for mode, name in names.items()}
+
+
+def vae_config(files, mean=(), std=()):
+    """The sizes of a Wan VAE, read off its tensors: Wan's VAE files come without a config."""
+    try:
+        dim, pixels = files.shape("vae.encoder.conv1.weight")[:2]
+        version = {12: "2.2", 3: "2.1"}[pixels]
+        top = files.shape("vae.encoder.head.0.gamma")[0]
+        resampled = [n for n in files.places if re.fullmatch(r"vae\.encoder\.downsamples\..*resample\.1\.weight", n)]
+        resampled.sort(key=lambda n: [int(part) for part in n.split(".") if part.isdigit()])
+        dims = [files.shape(n)[0] for n in resampled] + [top]
+        in_time = tuple(n.replace("resample.1", "time_conv") in files.places for n in resampled)
+        blocks = int(resampled[0].split(".")[-4])
+        return VAEConfig(
+            version, dim, files.shape("vae.decoder.head.0.gamma")[0], files.shape("vae.conv2.weight")[0],
+            tuple(d // dim for d in dims), blocks, in_time, tuple(mean), tuple(std),
+        )  # fmt: skip
+    except KeyError as error:
+        raise ValueError(f"the VAE's weights are not those of Wan: {error} is missing or of another size") from None

@@ -1,0 +1,133 @@
+"""Train a small Kiwi-Edit from nothing, in a world whose truth is known.
+
+    assets    emoji and panoramas, once                         -> a folder outside the repository
+    data      clips of the world                                -> mp4, png, three CSVs, truth.jsonl
+    pretrain  a VAE, a Qwen2.5-VL and a text-to-video DiT, the stand-ins for what the paper starts from -> weights/
+    (train.py runs the paper's three stages on these data and weights)
+    ship      the last checkpoint over those weights            -> weights/nano in bfloat16, example, model card
+    eval      edits of held-out clips against their truth       -> eval.md, eval.json, sheet.png
+    bench     held-out reference edits in RefVIE-Bench's layout -> refvie_bench.yaml for judge.py
+
+runs/nano_cpu.sh and runs/nano_h100.sh run all of that.
+"""
+
+import argparse
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+
+EXAMPLES = """examples:
+  python -m nano assets ../assets && python -m nano data ../nano_train --assets ../assets --clips 4000
+  python -m nano data ../tiny --clips 8                 (shapes and textures alone: no asset is needed)
+  python -m nano pretrain vae --data ../nano_train --out ../pre                           (then mllm, then dit)
+  python -m nano eval --weights weights/nano --data ../nano_test --out ../report
+"""
+COMMANDS = {  # the module and the function of each
+    "assets": ("assets", "fetch_assets"), "data": ("data", "make_data"), "bench": ("data", "make_bench"),
+    "pretrain": ("pretrain", "pretrain"), "ship": ("ship", "ship"), "eval": ("evaluate", "evaluate"),
+}  # fmt: skip
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(
+        "python -m nano", description="A small world to learn editing in.", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("assets", help="fetch emoji and panoramas with npm (100 MB)").add_argument
+    add("out", metavar="DIR", help="a folder, outside the repository or ignored by it")
+
+    add = commands.add_parser("data", help="draw clips and write the three CSVs").add_argument
+    add("out", metavar="OUT", help="a folder")
+    add("--clips", type=positive, default=1000, help="images, videos and reference videos 2:1:1 (default %(default)s)")
+    add("--split", choices=("train", "test"), default="train", help="default %(default)s")
+    add("--tasks", nargs="+", type=task_share, metavar="TASK=N", help="only these, and how often (default: local edits "
+        "twice as often as a style or a background): " + " ".join(tasks()))  # fmt: skip
+    add("--workers", type=positive, default=2, help="processes; the files are the same (default %(default)s)")
+    add_world(add)
+
+    add = commands.add_parser("bench", help="draw held-out reference cases in RefVIE-Bench's layout").add_argument
+    add("out", metavar="OUT", help="a folder")
+    add("--items", type=positive, default=24, help="default %(default)s")
+    add_world(add)
+
+    add = commands.add_parser("pretrain", help="train the parts that Kiwi-Edit starts from").add_argument
+    add("part", choices=("vae", "mllm", "dit"), help="in this order")
+    add("--data", required=True, metavar="DIR", help="what `data` wrote")
+    add("--out", required=True, metavar="DIR", help="states to resume from, and weights/ for `train.py --weights`")
+    add("--minutes", type=float, default=9, help="stop after so long with exit code 75; the next call goes on "
+        "(default %(default)s)")  # fmt: skip
+    add("--steps", type=positive, help="of the whole training (default: 4000, 1000, 800)")
+    add("--batch", type=positive, help="default: 16 stills or 8 clips, 16, 64")
+    add("--seed", type=int, default=0, help="default %(default)s")
+
+    add = commands.add_parser("ship", help="make a training checkpoint a folder of weights of its own").add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="a run of train.py (its last checkpoint), or a weights.safetensors")
+    add("--weights", required=True, metavar="DIR", help="what `pretrain` wrote, from which training started")
+    add("--data", required=True, metavar="DIR", help="held-out clips, of the size that training saw")
+    add("--example", required=True, type=int, metavar="INDEX", help="the clip that bare `python sample.py` edits")
+    add("--steps", type=positive, default=2, help="denoising steps of an edit (default %(default)s)")
+    add("--ref-guidance", type=float, default=1.0, metavar="G", help="of an edit (default %(default)s: as trained)")
+    add("--made-by", required=True, metavar="TEXT", help='the machine, for the model card, e.g. "one H100"')
+    add("--eval", metavar="DIR", help="what `eval` wrote, for the model card")
+    add("--out", required=True, metavar="DIR", help="e.g. weights/nano")
+
+    add = commands.add_parser("eval", help="measure weights on held-out cases whose truth is known").add_argument
+    add("--weights", required=True, metavar="PATH", help="a folder with trained weights")
+    add("--data", required=True, metavar="DIR", help="what `data --split test` wrote")
+    add("--out", required=True, metavar="DIR", help="for eval.md, eval.json and sheet.png")
+    add("--assets", metavar="DIR", help="default: where the data had them")
+    add("--cases", type=positive, default=400, help="at most so many (default %(default)s)")
+    add("--steps", type=positive, help="denoising steps (default: what the weights ask for)")
+    add("--ref-guidance", type=float, metavar="G", help="how far references are followed (default: likewise)")
+    args = parser.parse_args(argv)
+    if args.command in ("data", "bench") and (args.size % 32 or args.frames % 4 != 1):
+        parser.error(f"--size {args.size} --frames {args.frames}: a multiple of 32, and 4k + 1 (5, 9, 17, ...)")
+    return args
+
+
+def add_world(add):
+    add("--assets", metavar="DIR", help="what `assets` filled (default: shapes and textures alone)")
+    add("--seed", type=int, default=0, help="default %(default)s")
+    add("--size", type=positive, default=64, help="pixels a side, a multiple of 32 (default %(default)s)")
+    add("--frames", type=positive, default=9, help="4k + 1 (default %(default)s)")
+    add("--fps", type=positive, default=8, help="default %(default)s")
+
+
+def tasks():
+    return json.loads(Path(__file__).with_name("wordings.json").read_text())["train"]
+
+
+def task_share(text):
+    task, _, share = text.partition("=")
+    if task not in tasks() or not share.isdigit() or int(share) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: TASK=N, N at least 1 and TASK one of {' '.join(tasks())}")
+    return task, int(share)
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+def main(argv=None):
+    args = parse_arguments(argv)
+    module, function = COMMANDS[args.command]
+    getattr(import_module(f"nano.{module}"), function)(args)  # torch arrives here
+
+
+def run():
+    """main, with every foreseeable failure as one line on stderr and an exit code other than 0."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nnano: interrupted; pretraining goes on from its last minute, everything else begins anew")
+    except (ValueError, OSError) as error:
+        sys.exit(f"nano: {error}")
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,385 @@
+"""Stand-ins for what Kiwi-Edit starts from, trained from nothing on the world's clips, in pieces that resume.
+
+vae   reconstruction of clips and stills               -> vae.pt      (Wan's VAE)
+mllm  captions, what an instruction asks for, places   -> mllm.pt     (Qwen2.5-VL)
+dit   captions to clips by flow matching               -> dit.pt      (Wan's text-to-video DiT), weights/
+"""
+
+import hashlib
+import json
+import math
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from connectors import REFERENCE_HINT, SYSTEM_PROMPT, MLLMEncoder, num_tokens
+from media import whole_file, write_text
+from model import PRESETS, FlowMatch, KiwiEdit
+from nano.data import read_many, read_truth
+from nano.world import pick
+from parallel import pick_device
+from vae import VAE, chunks
+
+
+class Trainer:
+    """Float32 masters of a module whose forward and backward run in bfloat16, trained in pieces that resume.
+
+    Muon updates the matrices (a convolution's kernels are rows of one), AdamW the rest: after 160 steps the VAE reaches
+    22.3 dB, with AdamW alone 19.4 dB. The learning rate rises over 2 % of the steps and falls as a cosine to 0. Step n
+    draws its batch from (seed, n): pieces and one long run are the same training.
+    """
+
+    def __init__(self, name, module, folder, steps, rate, seed, device):
+        self.name, self.steps, self.rate, self.seed = name, steps, rate, seed
+        self.path, self.step, self.seconds = Path(folder) / f"{name}.pt", 0, 0.0
+        module.to(device)
+        self.names, self.parameters = zip(*((n, p) for n, p in module.named_parameters() if p.requires_grad))
+        self.masters = [p.detach().float().flatten(1 if p.ndim > 1 else 0).clone() for p in self.parameters]
+        matrices, rest = [], []
+        for n, p, master in zip(self.names, self.parameters, self.masters):
+            (matrices if is_matrix(n, p) else rest).append(master)
+        self.optimisers = [
+            torch.optim.Muon(matrices, rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, rate, (0.9, 0.98), weight_decay=0.01),
+        ]
+        if self.path.is_file():
+            self.resume()
+        for p, master in zip(self.parameters, self.masters):
+            p.data = master.view_as(p).bfloat16()
+
+    def resume(self):
+        """Go on from the state in the file. ValueError if it belongs to another training."""
+        state = torch.load(self.path, weights_only=True, map_location="cpu")  # where AdamW wants its step counts
+        if list(state["masters"]) != list(self.names):
+            raise ValueError(f"{self.path}: another model's state; give another --out or delete it")
+        if state["seed"] != self.seed:
+            raise ValueError(f"{self.path}: begun with --seed {state['seed']}; go on with that, or give another --out")
+        if state["steps"] != self.steps:
+            print(f"note        {self.path}: {state['steps']} steps are now {self.steps}: another learning rate")
+        self.step, self.seconds = state["step"], state["seconds"]
+        for optimiser, saved in zip(self.optimisers, state["optimisers"]):
+            optimiser.load_state_dict(saved)
+        for master, saved in zip(self.masters, state["masters"].values()):
+            master.copy_(saved.view_as(master))
+
+    def run(self, loss_of, minutes):
+        """At least one step, until `minutes` are over or all are done. Saves every minute; float32 masters end up in
+        the module. loss_of(generator) -> a scalar, and figures to show. -> whether all steps are done."""
+        begin = saved = time.time()
+        first, shown, skipped = self.step, {}, 0
+        with tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=5) as bar:
+            while self.step < self.steps and (self.step == first or time.time() - begin < 60 * minutes):
+                rising, done = (self.step + 1) / (0.02 * self.steps), self.step / self.steps
+                for optimiser in self.optimisers:
+                    optimiser.param_groups[0]["lr"] = self.rate * min(1, rising) * (1 + math.cos(math.pi * done)) / 2
+                loss, figures = loss_of(torch.Generator().manual_seed(1_000_003 * self.seed + self.step))
+                loss.backward()
+                for p, master in zip(self.parameters, self.masters):
+                    master.grad, p.grad = p.grad if p.grad is None else p.grad.float().reshape(master.shape), None
+                norm = float(torch.nn.utils.clip_grad_norm_(self.masters, 1.0))
+                self.step += 1
+                bar.update()
+                if not math.isfinite(norm):
+                    skipped += 1
+                    continue
+                for optimiser in self.optimisers:
+                    optimiser.step()
+                for p, master in zip(self.parameters, self.masters):
+                    p.data.copy_(master.view_as(p))
+                for key, value in {"loss": loss.detach(), "norm": norm, **figures}.items():
+                    shown[key] = 0.98 * shown.get(key, float(value)) + 0.02 * float(value)
+                bar.set_postfix({key: f"{value:.4g}" for key, value in shown.items()}, refresh=False)
+                if time.time() - saved > 60:
+                    saved = time.time()
+                    self.save(saved - begin)
+        self.save(time.time() - begin)
+        for p, master in zip(self.parameters, self.masters):
+            p.data = master.view_as(p).clone()
+        figures = ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
+        done = f"step {self.step} of {self.steps}, {time.time() - begin:.0f} s, {skipped} skipped"
+        print(f"{self.name:<11} {done}, {figures}")
+        return self.step == self.steps
+
+    def save(self, seconds):
+        """seconds: of this piece; the file adds them up."""
+        masters = {n: m.view_as(p) for n, p, m in zip(self.names, self.parameters, self.masters)}
+        state = {"step": self.step, "masters": masters, "optimisers": [o.state_dict() for o in self.optimisers]}
+        state |= {"seed": self.seed, "steps": self.steps, "seconds": self.seconds + seconds}
+        with whole_file(self.path) as path:
+            torch.save(state, path)
+
+
+def is_matrix(name, parameter):
+    """Whether Muon may orthogonalise its updates: not a table of vectors, not a row."""
+    table = "embed_tokens" in name or "modulation" in name
+    return not table and parameter.ndim > 1 and min(len(parameter), parameter[0].numel()) > 1
+
+
+def load_trained(name, module, folder):
+    """Read the weights that `pretrain NAME` reached into `module`."""
+    path = Path(folder) / f"{name}.pt"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: run `python -m nano pretrain {name}` first")
+    masters = torch.load(path, weights_only=True, map_location="cpu")["masters"]
+    if unexpected := module.load_state_dict(masters, strict=False).unexpected_keys:
+        raise ValueError(f"{path}: another model's weights ({unexpected[0]}, ...)")
+    return module.eval().requires_grad_(False)
+
+
+def rows_of(frames, wanted):
+    """Clips of the wanted indices as one batch in [-1, 1], (B, 3, T, H, W)."""
+    return torch.stack([frames[i] for i in wanted]).permute(0, 4, 1, 2, 3).float() * (2 / 255) - 1
+
+
+def reconstruct(vae, video, generator):
+    """Video through encoder, a sample of the posterior and decoder, not clamped -> (video, mean, log-variance)."""
+    mean, log_variance = vae.moments(video, chunk=99)
+    noise = torch.randn(mean.shape, generator=generator).to(mean)
+    z = vae.conv2(mean + noise * (0.5 * log_variance.clamp(-20, 10)).exp(), {})
+    state = {}
+    parts = [vae.decoder.up(vae.decoder.bottom(z[:, :, a:b], state), state) for a, b in chunks(z.shape[2], 99)]
+    return torch.cat(parts, dim=2), mean, log_variance
+
+
+def start_vae(vae):
+    """Silence the residual branches, so that the shortcuts carry the picture, and narrow the posterior, so that the
+    decoder sees it: after 160 steps of AdamW 18.7 dB instead of 16.7."""
+    with torch.no_grad():
+        for name, parameter in vae.named_parameters():
+            if ".residual.6." in name or ".proj." in name:
+                parameter.zero_()
+        vae.conv1.bias[vae.config.z_dim :] -= 6
+
+
+def vae_loss(video, output, mean, log_variance):
+    """L1 and squared error of pixels, L1 of their differences in space and time, a little KL -> loss, figures."""
+    error = output.float() - video
+    squared = error.square().mean()
+    loss = error.abs().mean() + 5 * squared
+    for axis in (2, 3, 4):
+        if video.shape[axis] > 1:
+            loss = loss + 0.25 * error.diff(dim=axis).abs().mean()
+    mean, log_variance = mean.float(), log_variance.float().clamp(-20, 10)
+    divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    return loss + 1e-4 * divergence, {"psnr": -10 * (squared.detach() / 4).log10(), "kl": divergence.detach()}
+
+
+def pretrain_vae(args, rows, device):
+    """Reconstruction of the world's clips: still frames on three steps of four, whole clips on the fourth."""
+    folder = Path(args.data)
+    vae = VAE(nano_config(args).vae)
+    start_vae(vae)
+    trainer = Trainer("vae", vae, args.out, args.steps or 4000, 2e-3, args.seed, device)
+    if trainer.step >= trainer.steps:
+        rows = []  # nothing is read for nothing
+    videos = read_many([folder / r[k] for r in rows if r["kind"] != "image" for k in ("src_video", "tgt_video")])
+    stills = read_many([folder / r[k] for r in rows if r["kind"] == "image" for k in ("src_video", "tgt_video")])
+    stills += [ref[:, ::2, ::2] for ref in read_many([folder / r["ref_image"] for r in rows if "ref_image" in r])]
+
+    def loss_of(generator):
+        clips = videos if trainer.step % 4 == 3 and videos else stills
+        wanted = torch.randint(len(clips), (args.batch or (8 if clips is videos else 16),), generator=generator)
+        video = rows_of(clips, wanted).to(device)
+        if torch.randint(2, (), generator=generator):
+            video = video.flip(4)
+        return vae_loss(video, *reconstruct(vae, video.bfloat16(), generator))
+
+    return trainer.run(loss_of, args.minutes)
+
+
+GRID = 16  # grounding answers count sixteenths of the frame
+CAPTION_TOKENS = 32
+
+
+def nano_config(args, **vae_statistics):
+    """The preset for clips of --data's size, its MLLM under --out, the latents' statistics once they are known."""
+    nano, size = PRESETS["nano"], json.loads((Path(args.data) / "world.json").read_text())["size"]
+    mllm = replace(nano.mllm, folder=str(Path(args.out) / "mllm"))
+    if size > 64:  # else the MLLM would shrink frames to 56x56 and enlarge them to 336x336
+        mllm = replace(mllm, max_pixels=112 * 112)
+    return replace(nano, vae=replace(nano.vae, **vae_statistics), mllm=mllm)
+
+
+def conversation(rng, row):
+    """What the MLLM is asked about a row -> (the clip's file, question, a reference's file or None, answer)."""
+    kind = rng.random()
+    if kind < 0.6:  # as Kiwi-Edit's system prompt asks: the content after the edit
+        return row["src_video"], row["prompt"], row.get("ref_image"), row["target_caption"]
+    side, column, places = pick(rng, (("source", "src_video", "boxes"), ("target", "tgt_video", "target_boxes")))
+    clip, places = row[column], row[places]
+    if kind < 0.8 or not places:
+        return clip, "Describe this.", None, row[f"{side}_caption"]
+    name = pick(rng, sorted(places))
+    return clip, f"Where is the {name}?", None, " ".join(str(round(GRID * v)) for v in places[name])
+
+
+def answer_loss(encoder, conversations):
+    """Next-token cross-entropy of the answers to (frames, question, reference or None, answer), and the share of right
+    tokens. One forward, padded at the end, where causal attention never looks."""
+    start, end = ([encoder.token(f"<|im_{which}|>")] for which in ("start", "end"))
+    embed = encoder.model.language_model.embed_tokens
+    requests = []
+    for frames, question, ref, answer in conversations:
+        inputs = encoder.prepare(question, frames, ref)
+        turn = inputs.pieces[-1] + start + encoder.ids("assistant\n")  # pieces end with the queries and the turn's end
+        requests.append(replace(inputs, pieces=[*inputs.pieces[:-2], turn, encoder.ids(answer) + end]))
+    grids = [grid for request in requests for grid in request.grids.values()]
+    pixels = torch.cat([p for request in requests for p in request.pixel_values.values()]).to(embed.weight)
+    seen = encoder.model.visual(pixels, grid_thw=torch.tensor(grids, device=pixels.device)).pooler_output
+    seen = iter(seen.split([num_tokens(grid) for grid in grids]))
+
+    def embedded(piece):
+        return next(seen) if isinstance(piece, str) else embed(torch.tensor(piece, device=pixels.device))
+
+    rows = [torch.cat([embedded(piece) for piece in request.pieces]) for request in requests]
+    positions = [encoder.position_ids(request)[:, 0].T for request in requests]  # (S, 3) each
+    pad = torch.nn.utils.rnn.pad_sequence
+    hidden = encoder.model.language_model(
+        inputs_embeds=pad(rows, batch_first=True),
+        position_ids=pad(positions, batch_first=True).permute(2, 0, 1).to(pixels.device),
+        use_cache=False,
+    ).last_hidden_state
+    answers = [request.pieces[-1] for request in requests]
+    before = [h[len(row) - len(answer) - 1 : len(row) - 1] for h, row, answer in zip(hidden, rows, answers)]
+    logits = (torch.cat(before) @ embed.weight.T).float()
+    wanted = torch.tensor([token for answer in answers for token in answer], device=logits.device)
+    return F.cross_entropy(logits, wanted), {"right": (logits.argmax(dim=1) == wanted).float().mean()}
+
+
+def pretrain_mllm(args, rows, device):
+    """Captions, captions of what an instruction asks for, and grounding, by next-token prediction."""
+    if not (Path(args.out) / "mllm" / "config.json").is_file():
+        texts = [row[key] for row in rows for key in ("prompt", "source_caption", "target_caption")]
+        texts += [SYSTEM_PROMPT, REFERENCE_HINT, "system\nuser\nassistant\n"] * 100
+        write_mllm_folder(Path(args.out) / "mllm", texts)
+    encoder, folder = MLLMEncoder(nano_config(args).mllm), Path(args.data)
+    for name, parameter in encoder.named_parameters():
+        parameter.requires_grad_(name.startswith("model."))
+    trainer = Trainer("mllm", encoder, args.out, args.steps or 1000, 1e-3, args.seed, device)
+
+    def loss_of(generator):
+        rng = np.random.default_rng([args.seed, trainer.step])
+        wanted = rng.integers(len(rows), size=args.batch or 16)
+        clips, questions, refs, answers = zip(*(conversation(rng, rows[i]) for i in wanted))
+        seen = iter(read_many([folder / name for name in (*clips, *filter(None, refs))], quiet=True))
+        clips, refs = [next(seen) for _ in clips], [ref and next(seen)[0] for ref in refs]
+        return answer_loss(encoder, list(zip(clips, questions, refs, answers)))
+
+    return trainer.run(loss_of, args.minutes)
+
+
+def caption_features(encoder, captions):
+    """Hidden states of captions, (B, CAPTION_TOKENS, hidden), zero after the end like Wan's T5 features."""
+    device = encoder.model.language_model.embed_tokens.weight.device
+    ids = [encoder.ids(caption)[:CAPTION_TOKENS] for caption in captions]
+    length = torch.tensor([len(row) for row in ids], device=device)
+    padded = torch.tensor([row + [0] * (CAPTION_TOKENS - len(row)) for row in ids], device=device)
+    hidden = encoder.model.language_model(input_ids=padded, use_cache=False).last_hidden_state
+    return hidden * (torch.arange(CAPTION_TOKENS, device=device) < length[:, None])[..., None]
+
+
+def encode_world(args, rows, device):
+    """Posterior means of every target, cached per state of the VAE and the data. rows: {"still": [...], "video": [...]}
+    -> tensors (N, z, t, h, w), without the kinds that have no rows."""
+    data, out = Path(args.data), Path(args.out)
+    vae = load_trained("vae", VAE(nano_config(args).vae), out).to(device)
+    made_of = hashlib.sha256((data / "world.json").read_bytes() + (data / "truth.jsonl").read_bytes())
+    for name, value in vae.state_dict().items():
+        made_of.update(name.encode() + value.float().cpu().numpy().tobytes())
+    path = out / f"latents_{made_of.hexdigest()[:16]}.safetensors"
+    if not path.is_file():
+        latents, at_once = {kind: [] for kind in rows if rows[kind]}, 32
+        for kind, parts in latents.items():
+            files = [data / row["tgt_video"] for row in rows[kind]]
+            for i in tqdm(range(0, len(files), at_once), desc=f"encode {kind}", mininterval=5):
+                frames = read_many(files[i : i + at_once], quiet=True)
+                with torch.no_grad():
+                    parts.append(vae.moments(rows_of(frames, range(len(frames))).to(device), chunk=99)[0].cpu())
+        with whole_file(path) as temporary:
+            save_file({kind: torch.cat(parts).contiguous() for kind, parts in latents.items()}, temporary)
+    return load_file(path)
+
+
+def pretrain_dit(args, rows, device):
+    """Captions to clips of the world, by flow matching. Then the three parts become weights/."""
+    rows = {"still": [r for r in rows if r["kind"] == "image"], "video": [r for r in rows if r["kind"] != "image"]}
+    latents = encode_world(args, rows, device)
+    flat = torch.cat([z.transpose(0, 1).flatten(1) for z in latents.values()], dim=1)
+    mean, std = flat.mean(dim=1), flat.std(dim=1)
+    model = KiwiEdit(nano_config(args, mean=tuple(mean.tolist()), std=tuple(std.tolist())))
+    load_trained("vae", model.vae, args.out)
+    load_trained("mllm", model.mllm, args.out).to(device)
+    trainer = Trainer("dit", model.dit, args.out, args.steps or 800, 1e-3, args.seed, device)
+    timesteps = FlowMatch().timesteps(1000)
+
+    def loss_of(generator):
+        kind = list(latents)[trainer.step % len(latents)]
+        wanted = torch.randint(len(rows[kind]), (args.batch or 64,), generator=generator)
+        clean = (latents[kind][wanted] - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
+        clean = clean.to(device, torch.bfloat16)
+        t = timesteps[torch.randint(1000, (len(wanted),), generator=generator)].to(device)
+        noise = torch.randn(clean.shape, generator=generator).to(clean)
+        with torch.no_grad():
+            features = caption_features(model.mllm, [rows[kind][i]["target_caption"] for i in wanted])
+        return model.training_loss(clean, model.dit.text_embedding(features.to(clean)), t, noise=noise), {}
+
+    done = trainer.run(loss_of, args.minutes)
+    model.save(Path(args.out) / "weights")
+    print(f"write       {args.out}/weights: what train.py --weights starts from")
+    return done
+
+
+def pretrain(args):
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    device = pick_device()
+    rows = read_truth(args.data)
+    if not {"vae": pretrain_vae, "mllm": pretrain_mllm, "dit": pretrain_dit}[args.part](args, rows, device):
+        sys.exit(75)  # "call me again": sysexits' EX_TEMPFAIL
+
+
+SPECIAL_TOKENS = (
+    "endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "vision_start", "vision_end", "image_pad",
+    "video_pad",
+)  # fmt: skip
+QWEN = {
+    "model_type": "qwen2_5_vl", "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "num_hidden_layers": 4, "tie_word_embeddings": True, "max_position_embeddings": 4096,
+    "rope_scaling": {"type": "mrope", "mrope_section": [8, 8, 8]}, "bos_token_id": None,
+    "vision_config": {
+        "depth": 4, "hidden_size": 128, "intermediate_size": 384, "num_heads": 4, "out_hidden_size": 192,
+        "fullatt_block_indexes": [1, 3],
+    },
+}  # fmt: skip
+VOCABULARY = 2048
+
+
+def write_mllm_folder(folder, texts):
+    """Train a tokenizer on `texts` and write it with the config of a small Qwen2.5-VL, as in a hub folder of Qwen's."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [AddedToken(f"<|{name}|>", special=True) for name in SPECIAL_TOKENS]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {
+        "vision_start": "vision_start", "vision_end": "vision_end", "image": "image_pad", "video": "video_pad",
+        "eos": "im_end",
+    }  # fmt: skip
+    ids = {f"{ours}_token_id": tokenizer.token_to_id(f"<|{name}|>") for ours, name in names.items()}
+    with whole_file(folder / "tokenizer.json") as path:
+        tokenizer.save(str(path))
+    write_text(folder / "config.json", json.dumps({**QWEN, **ids, "vocab_size": VOCABULARY}, indent=1))

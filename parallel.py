@@ -1,0 +1,212 @@
+"""Several processes as one: which rank am I, which device, and how ranks share weights, data and sequences.
+
+    torchrun -> Ranks: dp x sp processes. Data-parallel ranks take other samples, the sp ranks of a sequence the same ones
+    parallelise(model) -> DDP (whole weights on each rank) or FSDP2 (float32 shards, gathered block by block)
+    Ulysses: tokens (B, N, D) split over sp ranks; in self-attention all tokens, heads split (arXiv 2309.14509)
+
+`pick_device` and `rank_and_world` serve every command, without opening a process group.
+"""
+
+import os
+from datetime import timedelta
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from kernels import attention
+
+
+def rank_and_world():
+    """This process's number under torchrun and how many there are; else 0 and 1, though some machines set WORLD_SIZE."""
+    return (int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", 1))) if "RANK" in os.environ else (0, 1)
+
+
+def pick_device(name=None):
+    """The torch device of that name; by default this process's GPU (LOCAL_RANK under torchrun), or the CPU. ValueError."""
+    name = name or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise ValueError(f"--device {name}: not available here; leave it out to use what there is") from None
+
+
+class Ranks:
+    """The processes that torchrun started, or one alone. Ranks that share a sequence (sp) are neighbours."""
+
+    def __init__(self, parallel=None, dtype=None, sp=1, dry_run=False):
+        from torch.distributed.device_mesh import init_device_mesh
+
+        launched, has_gpu = "RANK" in os.environ, torch.cuda.is_available()
+        world = dist.get_world_size() if dist.is_initialized() else rank_and_world()[1]
+        if sp < 1 or world % sp:  # refuse before a group is open
+            raise ValueError(f"--sp {sp} does not divide the {world} processes")
+        self.parallel = parallel or ("fsdp" if has_gpu else "ddp")
+        self.dtype = getattr(torch, dtype or ("bfloat16" if has_gpu else "float32"))
+        if self.dtype != torch.float32 and self.parallel == "ddp":
+            raise ValueError(
+                "--dtype bfloat16 keeps float32 master weights by FSDP2: take --parallel fsdp, also on one GPU"
+            )
+        on_gpu = has_gpu and not dry_run
+        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu")
+        if on_gpu:
+            torch.cuda.set_device(self.device)
+        self.ours = not dist.is_initialized()  # who calls train.main several times may keep one group for all
+        if self.ours:
+            alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+            # NCCL gives up after 10 minutes; writing a cache or 60 GB of checkpoint takes longer
+            patience = {"timeout": timedelta(hours=2)} if on_gpu else {}
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **patience, **alone)
+        self.rank, self.world, self.sp = dist.get_rank(), world, sp
+        self.first = self.rank == 0
+        self.dp, self.data_rank = self.world // self.sp, self.rank // self.sp
+        self.mesh = init_device_mesh(self.device.type, (self.world,))
+        pairs = init_device_mesh(self.device.type, (self.dp, self.sp), mesh_dim_names=("data", "sequence"))
+        self.sequence = pairs["sequence"].get_group()
+        self.background = dist.new_group(backend="gloo")  # for the thread that writes checkpoints
+
+    def total(self, values):
+        """Sums over all ranks of a few numbers."""
+        values = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(values)
+        return values.tolist()
+
+    def any(self, flag):
+        return self.total([float(flag)])[0] > 0
+
+    def from_first(self, value):
+        """The first rank's Python value, on all."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gathered(self, values):
+        """Lists of all ranks, joined."""
+        boxes = [None] * self.world
+        dist.all_gather_object(boxes, values)
+        return [value for box in boxes for value in box]
+
+    def barrier(self):
+        dist.barrier()
+
+    def leave(self):
+        if self.ours:
+            dist.destroy_process_group()
+
+
+def parallelise(model, ranks, checkpointing=True):
+    """Activation checkpointing, sequence parallelism and DDP or FSDP2 -> the module to call."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.nn.parallel import DistributedDataParallel
+    from torch.utils.checkpoint import checkpoint
+
+    blocks = [*model.dit.blocks, *model.mllm.blocks()]
+    if ranks.sp > 1:
+        Ulysses(model.dit, ranks.sequence)
+    if checkpointing:
+        for block in blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    if ranks.parallel == "ddp":
+        return DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks.world > 1 else model
+    policy = MixedPrecisionPolicy(param_dtype=ranks.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
+    for first in (model.dit.blocks[0], *model.mllm.blocks()[:1]):
+        first.register_forward_pre_hook(reached_by_the_backward, prepend=True)  # before FSDP's own
+    # The vision tower runs once a picture, not equally often on every rank: the root gathers it. The VAE stays whole: it
+    # is called before the rest and apart from it.
+    return fully_shard(model, mesh=ranks.mesh, mp_policy=policy, ignored_params=set(model.vae.parameters()))
+
+
+def reached_by_the_backward(block, arguments):
+    """Ranks must run identical backward graphs, or FSDP deadlocks: whatever a kind of data trains before the blocks, the
+    backward goes through all of them."""
+    if torch.is_grad_enabled():
+        arguments[0].requires_grad_()
+
+
+class Ulysses:
+    """Sequence parallelism over heads: between the blocks each rank has its share of the tokens, and in self-attention
+    all tokens of its share of the heads.
+
+    It hangs on the DiT by hooks: tokens are split before the first block and joined after the last. The context is
+    whole on every rank, so cross-attention needs no exchange. Every rank computes the same loss from the joined
+    tokens; the join's backward adds the ranks' gradients, so that their mean over all ranks is the true one.
+    """
+
+    def __init__(self, dit, group):
+        self.group, self.size, self.rank = group, group.size(), group.rank()
+        for block in dit.blocks:
+            block.self_attn.attend = self.attend
+            block.register_forward_pre_hook(self.enter)
+        dit.blocks[0].register_forward_pre_hook(self.split)  # after `enter`, which needs the whole length
+        dit.blocks[-1].register_forward_hook(self.join)
+
+    def enter(self, block, arguments):
+        """Give the block the rotary table of this rank's tokens."""
+        x, time_mod, context, (cos, sin) = arguments
+        self.counts = [len(cos) // self.size + (rank < len(cos) % self.size) for rank in range(self.size)]
+        mine = slice(sum(self.counts[: self.rank]), sum(self.counts[: self.rank + 1]))
+        return x, time_mod, context, (cos[mine], sin[mine])
+
+    def split(self, block, arguments):
+        x, *rest = arguments
+        return x.split(self.counts, dim=1)[self.rank], *rest
+
+    def join(self, block, arguments, x):
+        return Join.apply(x, self)  # (B, n, D) -> (B, N, D)
+
+    def attend(self, q, k, v):
+        """q, k, v (B, n, H, d), this rank's tokens -> (B, n, H, d)."""
+        return self.to_tokens(attention(*(self.to_heads(x) for x in (q, k, v))))
+
+    def to_heads(self, x):
+        """(B, n, H, d), this rank's tokens -> (B, N, H / ranks, d), its heads."""
+        b, _, h, d = x.shape
+        parts = [part.reshape(-1) for part in x.split(h // self.size, dim=2)]
+        received = self.exchange(parts, [b * count * (h // self.size) * d for count in self.counts])
+        return torch.cat([part.view(b, -1, h // self.size, d) for part in received], dim=1)
+
+    def to_tokens(self, x):
+        """The way back: (B, N, H / ranks, d) -> (B, n, H, d)."""
+        b, _, h, d = x.shape
+        parts = [part.reshape(-1) for part in x.split(self.counts, dim=1)]
+        received = self.exchange(parts, [b * self.counts[self.rank] * h * d] * self.size)
+        return torch.cat([part.view(b, -1, h, d) for part in received], dim=2)
+
+    def exchange(self, parts, sizes):
+        """Send part i to rank i -> what the ranks sent here, of `sizes` numbers each."""
+        return Exchange.apply(torch.cat(parts), [len(part) for part in parts], sizes, self.group).split(sizes)
+
+
+class Exchange(torch.autograd.Function):
+    """all_to_all of flat tensors; its backward is the same the other way round."""
+
+    @staticmethod
+    def forward(ctx, x, sent, received, group):
+        ctx.way_back = (received, sent, group)
+        out = x.new_empty(sum(received))
+        dist.all_to_all_single(out, x, received, sent, group)
+        return out
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return Exchange.apply(gradient.contiguous(), *ctx.way_back), None, None, None
+
+
+class Join(torch.autograd.Function):
+    """The tokens of all ranks, (B, n, D) -> (B, N, D). Backward: this rank's part of the sum of all ranks' gradients,
+    which are equal, since each computes the loss."""
+
+    @staticmethod
+    def forward(ctx, x, ulysses):
+        ctx.ulysses, counts = ulysses, ulysses.counts
+        x = torch.nn.functional.pad(x, (0, 0, 0, max(counts) - x.shape[1]))
+        pieces = [torch.empty_like(x) for _ in counts]
+        dist.all_gather(pieces, x.contiguous(), ulysses.group)
+        return torch.cat([piece[:, :count] for piece, count in zip(pieces, counts)], dim=1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        u = ctx.ulysses
+        return u.size * gradient.split(u.counts, dim=1)[u.rank], None

@@ -1,0 +1,105 @@
+"""Tests of bench/"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from queue import SimpleQueue
+
+import pytest
+import torch
+
+import bench.kernels
+import bench.speed
+import kernels
+from conftest import HOUSE
+
+PROSE = "\n".join(path.read_text() for path in (HOUSE / "README.md", *sorted(HOUSE.glob("docs/*.md"))))
+COMMANDS = sorted(set(re.findall(r"python -m (bench\.\w+ [^`\n#]*)", PROSE)))
+
+
+def command(*words, **environment):
+    """Run python with these words -> the process, its output in one string."""
+    return subprocess.run(
+        [sys.executable, *map(str, words)], cwd=HOUSE, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, **environment},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_bench_commands_of_the_docs_parse(line):
+    program, *words = shlex.split(line)
+    bench.parse_arguments(program, sys.modules[program].NAMES, "", words)
+
+
+def test_help_answers_before_torch_and_speed_needs_no_pyav():
+    for program in ("bench.kernels", "bench.speed"):
+        assert "torch" not in command("-X", "importtime", "-m", program, "--help").stdout.split("usage:")[0]
+    done = command("-c", "import sys; sys.modules['av'] = None; import bench.kernels, bench.speed, model")
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_section_is_saved_beside_the_others_and_a_failed_row_fails_the_command(tmp_path, monkeypatch):
+    args = bench.parse_arguments("bench.speed", ["compile"], "", ["compile", "--out", str(tmp_path)])
+    bench.save(tmp_path, "sm_90, compiled only", "older", [{"a": 1}], "bench.speed")
+    with pytest.raises(SystemExit, match="compile: 1 of 2 failed"):
+        rows = [{"s": float("nan"), "result": "pass"}, {"s": 0.5, "result": "spills"}]
+        bench.run("bench.speed", args, {"compile": lambda args: iter(rows)})
+    saved = json.loads((tmp_path / "sm-90-compiled-only.json").read_text())
+    assert saved["older"]["rows"] == [{"a": 1}] and saved["compile"]["rows"][0]["s"] is None
+    with pytest.raises(SystemExit) as ended:
+        bench.run("bench.speed", args, {"compile": lambda args: iter(rows[:1])})
+    assert ended.value.code is None
+
+
+def test_a_section_ends_at_its_limit_and_the_next_one_runs(tmp_path):
+    done = command("-m", "bench.speed", "dit", "roofline", "--limit", 8, "--repeat", 10**6, "--out", tmp_path)
+    assert done.returncode == 1 and "dit: stopped after 8 s" in done.stdout and "roofline: 6 rows" in done.stdout
+
+
+def test_every_hopper_configuration_compiles_without_a_spill(tmp_path):
+    triton = pytest.importorskip("triton")
+    if not os.path.exists(triton.knobs.nvidia.ptxas.path):
+        pytest.skip("this triton has no ptxas")
+    done = command("-m", "bench.kernels", "compile", "--only", "hopper", "--out", tmp_path)
+    rows = json.loads((tmp_path / "sm-90-compiled-only.json").read_text())["compile"]["rows"]
+    assert done.returncode == 0 and len(rows) == 4 and all(row["spilled bytes"] == 0 for row in rows), done.stdout
+
+
+def test_check_passes_a_configuration_and_fails_wrong_numbers(monkeypatch):
+    pytest.importorskip("triton")
+    module = sys.modules["kernels.attention"]
+    monkeypatch.setattr(module, "usable", module.usable)
+    monkeypatch.setattr(module, "CONFIGS", {name: [(32, 32, False, 4, 1)] for name in module.CONFIGS})
+    results = []
+    for twist in (1.0, 1.1):
+        monkeypatch.setitem(bench.kernels.ATTENTION, "ref", lambda q, k, v, t=twist: kernels.attention_ref(t * q, k, v))
+        module.compiled.cache_clear()
+        bench.kernels.check_one("attention", "attention_forward", (32, 32, False, 4, 1), 16, queue := SimpleQueue())
+        results.append(queue.get()[1])
+    module.compiled.cache_clear()
+    assert results == ["pass", "wrong numbers"]
+
+
+def test_only_kernels_that_passed_on_this_card_join_the_stopwatch(tmp_path):
+    rows = [{"kernel": kernel, "result": result} for kernel, result in (("a", "pass"), ("a", "hung"), ("b", "pass"))]
+    bench.save(tmp_path, "NVIDIA H200", "check", rows, "bench.kernels")
+    assert kernels.checked("NVIDIA H200", tmp_path) == {"b"} and not kernels.checked("NVIDIA H100", tmp_path)
+
+
+def test_kernel_and_plain_twin_of_the_norm_section_agree():
+    pytest.importorskip("triton")
+    rows = list(bench.kernels.norm_rows(1, (1, 2, 2), 2, torch.float32, (1, 8, 1, 2, 2)))
+    assert [row["direction"] for row in rows] == ["forward", "backward"] * 4 + ["forward"]
+    assert all(row["relative difference"] < 1e-5 for row in rows)
+
+
+def test_the_profile_accounts_for_all_time_and_the_roofline_adds_up():
+    layer, x = torch.nn.Linear(64, 64), torch.randn(64, 64)
+    rows = list(bench.speed.profile_rows("part", lambda: torch.nn.functional.gelu(layer(x))))
+    assert sum(row["share"] for row in rows) == pytest.approx(1)
+    assert all(row["calls"] for row in rows if row["class"] in ("matrix product", "GELU, SiLU"))
+    *parts, total = (row["ms"] for row in bench.speed.roofline(None))
+    assert sum(parts) == pytest.approx(total) and 380 < total < 400

@@ -1,0 +1,394 @@
+"""Tests of media.py: files as people have them, read as a person sees and hears them."""
+
+import gc
+import re
+import struct
+import zlib
+from fractions import Fraction
+from types import SimpleNamespace
+
+import av
+import numpy as np
+import pytest
+import torch
+
+from conftest import bad_media, golden, moving_picture, recorded, write_clip
+from data import measure_rows
+from media import (
+    MediaError,
+    decode,
+    fit_frames,
+    measure,
+    nearest_size,
+    open_media,
+    pad_reference,
+    read_clip,
+    read_image,
+    usable_frames,
+    whole_file,
+    working_size,
+    write_image,
+    write_video,
+)  # fmt: skip
+
+
+@golden
+def test_working_sizes_crops_and_reference_boxes_match_the_release():
+    records, pictures = recorded("preprocess.json"), recorded("preprocess_frames.safetensors")
+    for r in records["vae_inference"]:
+        assert working_size(r["height"], r["width"], r["max_pixels"]) == (r["out_height"], r["out_width"])
+    for i in range(3):
+        image = pictures[f"{i}.image"]
+        pairs = [(pad_reference(image, (64, 96)), f"{i}.ref_pad_64x96")]
+        for limit, pixels in (("4096", 4096), ("none", 720 * 1280)):
+            fitted = fit_frames(image[None], working_size(*image.shape[:2], pixels))[0]
+            pairs.append((fitted, f"{i}.max{limit}.inference"))
+        for ours, name in pairs:
+            assert (ours.int() - pictures[name].int()).abs().float().mean() < 0.05, name
+    for r in records["reference_padding"]:
+        black = torch.zeros(r["height"], r["width"], 3, dtype=torch.uint8)
+        inside = (pad_reference(black, r["target_wh"][::-1])[..., 0] == 0).nonzero()
+        assert [*inside.amin(0).flip(0).tolist(), *(inside.amax(0) + 1).flip(0).tolist()] == r["inference_box_xyxy"]
+
+
+def test_a_small_size_keeps_the_picture_s_aspect_and_uses_the_pixels():
+    sizes = {
+        (704, 1280): (48, 80),
+        (1280, 720): (80, 48),
+        (480, 640): (48, 64),
+        (1000, 1000): (64, 64),
+        (64, 64): (64, 64),
+    }
+    for (height, width), expected in sizes.items():
+        h, w = nearest_size(height, width, 64 * 64, 16)
+        assert (h, w) == expected and 0.75 <= h * w / 64**2 <= 1
+        assert 0.9 < h * width / (w * height) < 1.1
+    with pytest.raises(ValueError, match="too few"):
+        nearest_size(15, 640, 64 * 64, 16)
+
+
+def test_a_clip_of_a_higher_rate_gives_every_kth_frame(tmp_path):
+    frames = (torch.arange(20, dtype=torch.uint8) * 12).view(-1, 1, 1, 1).expand(-1, 64, 64, 3)
+    write_video(tmp_path / "in.mp4", frames, 30)
+    clip = read_clip(tmp_path / "in.mp4", 9, max_fps=8)
+    assert clip.fps == Fraction(30, 4) and len(clip.frames) == 5
+    assert (clip.frames[:, 0, 0, 0].int() - frames[::4, 0, 0, 0].int()).abs().max() <= 2
+    assert len(read_clip(tmp_path / "in.mp4", 9, max_fps=30).frames) == 9
+
+
+def test_a_clip_keeps_its_frames_its_rate_and_its_sound(tmp_path):
+    source = write_clip(tmp_path / "in.mkv", moving_picture(30), rate=Fraction(30000, 1001), sound="pcm_s16le")
+    clip = read_clip(source, max_frames=21)
+    assert clip.frames.shape == (21, 64, 96, 3) and clip.fps == Fraction(30000, 1001) and not clip.still
+    write_video(tmp_path / "out.mp4", clip.frames, clip.fps, audio_from=source)
+    again = read_clip(tmp_path / "out.mp4")
+    assert again.frames.shape == clip.frames.shape and again.fps == clip.fps
+    assert (again.frames.float() - clip.frames.float()).abs().mean() < 3
+    with av.open(str(tmp_path / "out.mp4")) as out:
+        assert out.streams.video[0].codec_context.pix_fmt == "yuv420p"
+        tone = np.concatenate([frame.to_ndarray()[0] for frame in out.decode(audio=0)])
+    assert abs(len(tone) / 48000 - 21 * 1001 / 30000) < 0.05  # as long as the pictures
+    assert abs(np.abs(np.fft.rfft(tone[9600:19200])).argmax() * 5 - 440) <= 5
+
+
+def test_a_variable_frame_rate_becomes_a_constant_one_in_step_with_time(tmp_path):
+    frames = (torch.arange(9).view(9, 1, 1, 1) * 25).to(torch.uint8).expand(9, 64, 64, 3)
+    times = [0, 40, 80, 120, 160, 560, 600, 640, 680]  # 0.4 s of standstill after the fifth
+    clip = read_clip(write_clip(tmp_path / "in.mp4", frames, times))
+    shown = (clip.frames[:, 32, 32, 0].float() / 25).round().tolist()
+    middle = round(0.45 * float(clip.fps))
+    assert shown[middle] == 4 and shown == sorted(shown) and len(shown) == usable_frames(round(0.72 * clip.fps))
+
+
+def test_rotation_alpha_and_stills_are_read_as_a_person_sees_them(tmp_path):
+    path = write_clip(tmp_path / "in.mp4", moving_picture(1, 64, 96))
+    upright = read_image(path)
+    data = bytearray(path.read_bytes())
+    matrix = data.find(b"tkhd") + 4 + 40  # the track header's display matrix
+    data[matrix : matrix + 36] = b"".join(n.to_bytes(4, "big", signed=True) for n in
+                                          (0, 65536, 0, -65536, 0, 0, 64 << 16, 0, 1 << 30))  # fmt: skip
+    (tmp_path / "phone.mp4").write_bytes(data)
+    assert torch.equal(read_image(tmp_path / "phone.mp4"), upright.rot90(-1))
+    wide = write_clip(tmp_path / "wide.mp4", moving_picture(1, 64, 96), pixels=Fraction(4, 3))
+    assert (
+        measure_rows([SimpleNamespace(source=wide, target=wide, ref=None)], still=False) == [(1, 64, 128)]
+        and read_image(wide).shape[1] == 128
+    )
+    codec = av.CodecContext.create("png", "w")
+    codec.width, codec.height, codec.pix_fmt, codec.time_base = 40, 40, "rgba", Fraction(1, 25)
+    frame = av.VideoFrame.from_ndarray(np.full((40, 40, 4), (200, 100, 0, 51), dtype=np.uint8), format="rgba")
+    (tmp_path / "glass.png").write_bytes(b"".join(bytes(p) for p in [*codec.encode(frame), *codec.encode(None)]))
+    assert read_image(tmp_path / "glass.png")[0, 0].tolist() == [244, 224, 204]  # a fifth over white
+    assert read_clip(tmp_path / "glass.png").still
+
+
+def test_a_clip_cut_without_encoding_it_anew_has_the_frames_that_are_shown(tmp_path):
+    source = write_clip(tmp_path / "in.mp4", moving_picture(60))
+    with av.open(str(source)) as old, av.open(str(tmp_path / "cut.mp4"), "w") as new:
+        stream = old.streams.video[0]
+        track, cut = new.add_stream_from_template(stream), round(Fraction(48, 25) / stream.time_base)
+        for packet in old.demux(stream):
+            if packet.size:
+                packet.pts, packet.dts, packet.stream = packet.pts - cut, packet.dts - cut, track
+                new.mux(packet)
+    with av.open(str(tmp_path / "cut.mp4")) as clip:
+        assert clip.streams.video[0].frames == 60  # what makes it hard
+    assert measure(tmp_path / "cut.mp4")[0] == 12
+    assert torch.equal(read_clip(tmp_path / "cut.mp4").frames, read_clip(source).frames[48:57])
+
+
+def test_a_clip_whose_header_says_neither_length_nor_rate_has_those_of_its_frames(tmp_path):
+    source = write_clip(tmp_path / "in.mp4", moving_picture(20))
+    for options in ({}, {"live": "1"}):  # of Matroska's time stamps, 1000 a second, or of no length
+        with av.open(str(source)) as old, av.open(str(tmp_path / "copy.mkv"), "w", options=options) as new:
+            stream = old.streams.video[0]
+            track = new.add_stream_from_template(stream)
+            for packet in old.demux(stream):
+                if packet.size:
+                    packet.stream = track
+                    new.mux(packet)
+        assert measure(tmp_path / "copy.mkv") == measure(source) and measure(source)[0] == 20
+        assert torch.equal(read_clip(tmp_path / "copy.mkv").frames, read_clip(source).frames)
+
+
+def test_of_two_to_four_frames_all_are_kept_for_one_alone_would_be_a_picture(tmp_path):
+    for count, read in ((1, 1), (2, 2), (4, 4), (5, 5), (8, 5)):
+        write_video(str(tmp_path / "in.mp4"), moving_picture(count, 64, 64), 25)
+        assert len(read_clip(tmp_path / "in.mp4").frames) == read
+
+
+def test_every_bad_file_is_one_media_error_that_names_it(tmp_path):
+    bad_media(tmp_path)
+    for name in (
+        "half.mp4",
+        "flipped.mp4",
+        "empty.mp4",
+        "words.png",
+        "dot.png",
+        "half.jpg",
+        "sound.mp3",
+        "absent.mp4",
+        "drawing.svg",
+    ):
+        with pytest.raises(MediaError, match=re.escape(name)) as error:
+            read_clip(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+def test_a_name_is_a_name_and_no_pattern(tmp_path):
+    for name in ("100%done.png", "my%20dog.png", "a%d.png", "clip12:30.png"):
+        write_image(tmp_path / name, moving_picture(1)[0])
+        assert torch.equal(read_image(tmp_path / name), moving_picture(1)[0])
+
+
+def test_a_file_is_whole_or_absent(tmp_path):
+    with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "out.mp4") as temporary:
+        temporary.write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+def test_sound_that_mp4_can_hold_is_copied_and_ends_with_the_pictures(tmp_path):
+    source = write_clip(tmp_path / "in.mp4", moving_picture(30), sound="aac")
+    write_video(tmp_path / "out.mp4", read_clip(source, 21).frames, 25, audio_from=source)
+    with av.open(str(tmp_path / "out.mp4")) as out:
+        heard = [(frame.time, np.abs(frame.to_ndarray()).max() > 0.05) for frame in out.decode(audio=0)]
+    assert next(time for time, loud in heard if loud) < 0.1 and abs(heard[-1][0] - 21 / 25) < 0.1
+
+
+def bars(count=21, height=64):
+    """A white bar that moves 4 pixels a frame: `place` tells the frame's number."""
+    frames = torch.zeros(count, height, -(-4 * count // 32) * 32, 3, dtype=torch.uint8)
+    for i in range(count):
+        frames[i, :, 4 * i : 4 * i + 4] = 255
+    return frames
+
+
+def place(rgb):
+    return int(rgb.float().mean((0, 2)).argmax()) // 4
+
+
+def places(path):
+    with open_media(path) as (container, stream):
+        return [place(rgb) for _, rgb in decode(path, container, stream)]
+
+
+def encode(path, frames, codec="libx264", pix="yuv420p", rate=20, options=None, container=None, times=None):
+    with av.open(str(path), "w", container_options=container or {}) as out:
+        video = out.add_stream(codec, rate=rate, options=options or {})
+        video.height, video.width, video.pix_fmt = *frames.shape[1:3], pix
+        for i, image in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(image.numpy(), format="rgb24").reformat(format=pix)
+            frame.pts, frame.time_base = (times[i] if times else i), Fraction(1, rate)
+            out.mux(video.encode(frame))
+        out.mux(video.encode())
+    return path
+
+
+def add_beeps(path, parts, codec="pcm_s16le", seconds=2):
+    """A clip with sound in parts: (start in s, channels, rate, beeps at s)."""
+    with av.open(str(path), "w") as out:
+        video, tracks = out.add_stream("libx264", rate=20), {}
+        video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
+        track = out.add_stream(codec, rate=parts[0][2])
+        track.codec_context.layout = "stereo" if parts[0][1] == 2 else "mono"
+        for image in moving_picture(20 * seconds, 64, 64):
+            out.mux(video.encode(av.VideoFrame.from_ndarray(image.numpy(), format="rgb24")))
+        out.mux(video.encode())
+        for start, channels, rate, beeps in parts:
+            encoder = track.codec_context
+            if tracks and (channels, rate) not in tracks:  # its packets go on in the same stream
+                encoder = av.CodecContext.create(codec, "w")
+                encoder.sample_rate, encoder.layout, encoder.format = rate, "stereo" if channels == 2 else "mono", "s16"
+                encoder.time_base = Fraction(1, rate)
+            tracks[channels, rate] = encoder
+            t = np.arange(rate * 9 // 10) / rate + start
+            wave = sum(((t >= b) & (t < b + 0.1)) * np.sin(6283 * t) for b in beeps) * 20000
+            for at in range(0, len(t), 1152):
+                piece = np.repeat(wave[at : at + 1152].astype(np.int16), channels)[None]
+                frame = av.AudioFrame.from_ndarray(piece, format="s16", layout="stereo" if channels == 2 else "mono")
+                frame.sample_rate, frame.pts, frame.time_base = rate, round(start * rate) + at, Fraction(1, rate)
+                for packet in encoder.encode(frame):
+                    packet.stream = track
+                    out.mux(packet)
+        for packet in encoder.encode(None):
+            packet.stream = track
+            out.mux(packet)
+    return path
+
+
+def heard(path):
+    """Seconds at which beeps begin, and where the sound ends."""
+    with av.open(str(path)) as file:
+        pieces = [(frame.time, frame.to_ndarray()[0], frame.sample_rate) for frame in file.decode(audio=0)]
+    loud = [time + i / rate for time, wave, rate in pieces for i in np.flatnonzero(abs(wave) > 0.1)]
+    starts = [b for a, b in zip([-1, *loud], loud) if b - a > 0.05]
+    return starts, pieces[-1][0] + len(pieces[-1][1]) / pieces[-1][2]
+
+
+@pytest.mark.parametrize("name, codec, parts", [
+    ("plain.mkv", "pcm_s16le", [(0, 1, 48000, (0.2, 0.6)), (0.9, 1, 48000, (1.3,))]),
+    ("odd.mkv", "pcm_s16le", [(0, 1, 11000, (0.2, 0.6))]),
+    ("high.mkv", "pcm_s16le", [(0, 1, 192000, (0.2, 0.6))]),
+    ("late.mkv", "pcm_s16le", [(0.4, 1, 48000, (0.6, 1.1))]),
+    ("gap.mkv", "pcm_s16le", [(0, 1, 48000, (0.2, 0.7)), (1.1, 1, 48000, (1.3,))]),
+    ("copied.mp4", "aac", [(0, 1, 48000, (0.2, 0.6)), (0.9, 1, 48000, (1.3,))]),
+    ("changing.ts", "mp2", [(0, 2, 48000, (0.2, 0.6)), (0.9, 1, 44100, (1.3,))]),
+])  # fmt: skip
+def test_sound_is_heard_when_it_was_and_ends_with_the_pictures(tmp_path, name, codec, parts):
+    source = add_beeps(tmp_path / name, parts, codec)
+    clip = read_clip(source)
+    write_video(tmp_path / "out.mp4", clip.frames, clip.fps, audio_from=source)
+    starts, end = heard(tmp_path / "out.mp4")
+    expected = [b for *_, beeps in parts for b in beeps]
+    assert len(starts) == len(expected) and max(abs(a - b) for a, b in zip(starts, expected)) < 0.03
+    assert abs(end - min(parts[-1][0] + 0.9, len(clip.frames) / clip.fps)) < 0.1
+
+
+def test_sound_that_cannot_be_kept_never_costs_the_video(tmp_path, capsys):
+    (tmp_path / "words.mp4").write_text("not a clip")
+    write_video(tmp_path / "out.mp4", moving_picture(5, 64, 64), 25, audio_from=tmp_path / "words.mp4")
+    assert len(read_clip(tmp_path / "out.mp4").frames) == 5
+    assert "words.mp4: its sound cannot be kept" in capsys.readouterr().err
+
+
+def png(rgb, *chunks):
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    lines = b"".join(b"\0" + bytes(row.flatten().tolist()) for row in rgb)
+    header = struct.pack(">IIBBBBB", rgb.shape[1], rgb.shape[0], 8, 2, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(lines)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+def exif(orientation):
+    return b"MM\0*\0\0\0\x08\0\x01" + struct.pack(">HHIHHI", 0x0112, 3, 1, orientation, 0, 0)
+
+
+def test_a_png_with_a_profile_or_damaged_exif_is_read_and_its_orientation_obeyed(tmp_path):
+    image, path = moving_picture(1, 40, 60)[0], tmp_path / "in.png"
+    profile = (b"iCCP", b"sRGB\0\0" + zlib.compress(b"profile".ljust(132, b"\0")))  # every macOS screenshot
+    for chunks in ([profile], [(b"eXIf", b"MM\0*")], [profile, (b"eXIf", b"garbage")]):
+        path.write_bytes(png(image, *chunks))
+        for _ in range(5):  # touching frame.side_data frees a dictionary twice: the process dies
+            assert torch.equal(read_image(path), image)
+            gc.collect()
+    path.write_bytes(png(image, profile, (b"eXIf", exif(6))))
+    assert torch.equal(read_image(path), image.rot90(-1))
+
+
+def test_a_tiff_with_the_tags_of_cameras_and_scanners_is_read(tmp_path):
+    image, path = moving_picture(1, 40, 60)[0], tmp_path / "in.tif"
+    pixels = bytes(image.flatten().tolist())
+    sizes = [
+        (256, 4, 1, 60),
+        (257, 4, 1, 40),
+        (258, 3, 3, 8 + len(pixels)),
+        (259, 3, 1, 1),
+        (262, 3, 1, 2),
+        (273, 4, 1, 8),
+    ]
+    for tag, shown in (((274, 3, 1, 6), image.rot90(-1)), ((296, 3, 1, 2), image), ((700, 1, 4, 0x2F3E783C), image)):
+        tags = sorted([*sizes, (277, 3, 1, 3), (278, 4, 1, 40), (279, 4, 1, len(pixels)), tag])
+        directory = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *t) for t in tags) + bytes(4)
+        at = struct.pack("<I", 14 + len(pixels))
+        path.write_bytes(b"II*\0" + at + pixels + struct.pack("<3H", 8, 8, 8) + directory)
+        assert torch.equal(read_image(path), shown)
+
+
+def test_an_avi_with_b_frames_has_every_frame_once_and_in_order(tmp_path):
+    for codec, options in (("libx264", {"x264-params": "bframes=2:b-adapt=0"}), ("mpeg4", {"bf": "2"})):
+        path = encode(tmp_path / f"{codec}.avi", bars(40), codec, options=options)
+        assert places(path) == list(range(40)) and measure(path)[0] == 40
+
+
+def test_every_picture_of_a_variable_frame_rate_stands_at_its_time(tmp_path):
+    gif = encode(tmp_path / "held.gif", bars(21), "gif", "rgb8", container={"final_delay": "300"})
+    assert places(gif) == [*range(21), *[20] * 59] and measure(gif)[0] == 80  # 50 ms each, the last for 3 s
+    clip = read_clip(gif)
+    assert clip.fps == 20 and len(clip.frames) == 77
+    times = [i for i in range(25) if i not in (5, 6, 13, 20)]  # a phone dropped four
+    phone = encode(tmp_path / "phone.mp4", bars(21), rate=30, times=times, options={"x264-params": "bframes=0"})
+    seen = places(phone)
+    assert [seen[t] for t in times] == list(range(21)) and seen[5:7] == [4, 4] and read_clip(phone).fps == 30
+
+
+def test_a_gif_of_one_frame_is_a_still_and_an_animated_avif_a_clip(tmp_path):
+    assert read_clip(encode(tmp_path / "one.gif", bars(1, 64), "gif", "rgb8")).still
+    if "libsvtav1" not in av.codecs_available:
+        pytest.skip("PyAV has no AV1 encoder here")
+    clip = read_clip(encode(tmp_path / "in.avif", bars(10), "libsvtav1", rate=10, options={"preset": "10"}))
+    assert not clip.still and clip.fps == 10 and len(clip.frames) == 9
+
+
+def test_an_untagged_clip_above_576_lines_is_read_as_bt_709(tmp_path):
+    frames = torch.tensor([200, 40, 90], dtype=torch.uint8).expand(1, 640, 64, 3)
+    write_video(tmp_path / "tagged.mp4", frames, 10)
+    with av.open(str(tmp_path / "plain.mp4"), "w") as out:
+        video = out.add_stream("libx264", rate=10)
+        video.height, video.width, video.pix_fmt = 640, 64, "yuv420p"
+        frame = av.VideoFrame.from_ndarray(frames[0].numpy(), format="rgb24")
+        out.mux(video.encode(frame.reformat(format="yuv420p", dst_colorspace="ITU709"))), out.mux(video.encode())
+    for name in ("tagged.mp4", "plain.mp4"):
+        assert (read_image(tmp_path / name).int() - frames[0].int()).abs().max() <= 3
+
+
+def test_a_clip_that_is_cut_off_is_told_of(tmp_path, capsys):
+    path = write_clip(tmp_path / "in.mp4", moving_picture(60, 128, 128))
+    with (
+        av.open(str(path)) as old,
+        av.open(str(tmp_path / "fast.mp4"), "w", container_options={"movflags": "faststart"}) as new,
+    ):
+        track = new.add_stream_from_template(old.streams.video[0])
+        for packet in old.demux(old.streams.video[0]):
+            if packet.size:
+                packet.stream = track
+                new.mux(packet)
+    whole = (tmp_path / "fast.mp4").read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) * 7 // 10])
+    try:
+        assert 29 <= len(read_clip(tmp_path / "cut.mp4").frames) < 58
+        assert re.search(r"promises 60 frames and has \d\d: is it cut off", capsys.readouterr().err)
+    except MediaError as error:
+        assert "cut.mp4" in str(error)  # where the cut goes through a frame
