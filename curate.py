@@ -421,12 +421,15 @@ def adopt(row, theirs, out):
     """Take over the pictures that another run made for a record: a link if the disk allows, else a copy."""
     for key in ("mask", "ref_image"):
         if key in row:
-            source = inside(theirs, row[key], row["id"])
-            (out / row[key]).parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(out / row[key]) as temporary:
-                try:
-                    os.link(source, temporary)
-                except OSError:
+            inside(theirs, row[key], row["id"]) if row[key][0] == "/" or ".." in row[key] else None
+            source, target = f"{theirs}/{row[key]}", f"{out}/{row[key]}"
+            try:
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                os.link(source, target)
+            except FileExistsError:
+                pass
+            except OSError:
+                with whole_file(target) as temporary:
                     shutil.copyfile(source, temporary)
 
 
