@@ -159,7 +159,7 @@ def moving_picture(count=9, height=70, width=102):
 
 
 def write_clip(path, frames, times=None, rate=25, sound=None, late=0.0, pixels=Fraction(1)):
-    """A clip of pixels so wide with frames at `times` in milliseconds and, with sound, a 440 Hz tone of 2 s in that codec, `late` s in."""
+    """A clip with frames at `times` (ms), pixels of that aspect and, with sound, a 440 Hz tone of 2 s, `late` s in."""
     with av.open(str(path), "w") as out:
         video = out.add_stream("libx264", rate=rate, options={"crf": "1"})
         video.height, video.width, video.pix_fmt = *frames.shape[1:3], "yuv420p"
@@ -266,10 +266,12 @@ def save_training_layout(model, folder, stage=3):
 
 
 TO_DIFFUSERS = [
-    (r"self_attn\.([qkv])\.", r"attn1.to_\1."), (r"cross_attn\.([qkv])\.", r"attn2.to_\1."), (r"self_attn\.o", "attn1.to_out.0"),
+    (r"self_attn\.([qkv])\.", r"attn1.to_\1."), (r"cross_attn\.([qkv])\.", r"attn2.to_\1."),
+    (r"self_attn\.o", "attn1.to_out.0"),
     (r"cross_attn\.o", "attn2.to_out.0"), (r"self_attn", "attn1"), (r"cross_attn", "attn2"), (r"norm3", "norm2"),
     (r"ffn\.0", "ffn.net.0.proj"), (r"ffn\.2", "ffn.net.2"), (r"head\.modulation", "scale_shift_table"),
-    (r"modulation", "scale_shift_table"), (r"head\.head", "proj_out"), (r"time_projection\.1", "condition_embedder.time_proj"),
+    (r"modulation", "scale_shift_table"), (r"head\.head", "proj_out"),
+    (r"time_projection\.1", "condition_embedder.time_proj"),
     (r"(text|time)_embedding\.0", r"condition_embedder.\1_embedder.linear_1"),
     (r"(text|time)_embedding\.2", r"condition_embedder.\1_embedder.linear_2"),
 ]  # fmt: skip
@@ -344,7 +346,7 @@ RED, GREEN, BLUE = (220, 30, 30), (30, 200, 40), (40, 60, 220)
 
 def score(folder, fake, *more, judge_="openai:m", out="out"):
     arguments = ["score", "--bench", "refvie", folder / "bench.yaml", "--edits", folder / "edits", "--judge", judge_,
-                 "--endpoint", fake.url, "--wait", 0.01, "--out", folder / out, *more]  # fmt: skip
+                 "--endpoint", fake.url, "--set", "wait=0.01", "--out", folder / out, *more]  # fmt: skip
     judge.main(list(map(str, arguments)))
 
 
@@ -363,7 +365,8 @@ def tiny_local_judge(folder, kind):
     special = {f"{n}_token_id": ids[f"<|{n}|>" if n.startswith("vision") else f"<|{n}_pad|>"]
                for n in ("vision_start", "vision_end", "image", "video")}  # fmt: skip
     text = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2,
-                vocab_size=max(ids.values()) + 1, rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4})  # fmt: skip
+                vocab_size=max(ids.values()) + 1,
+                rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4})  # fmt: skip
     vision = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=32)
     if kind == "qwen2_5_vl":
         config = Qwen2_5_VLConfig(text_config=text, vision_config={**vision, "fullatt_block_indexes": [0]}, **special)

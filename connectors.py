@@ -108,7 +108,7 @@ def patchify(frames, patch=14, mean=PIXEL_MEAN, std=PIXEL_STD):
 
     A patch is 2 frames (an odd count repeats the last) x 14 x 14 pixels; 2x2 neighbours, which the vision
     tower merges to one token, follow one another. Values are normalised and rounded to bfloat16.
-    Another patch, mean and std are those of another Qwen (judges.py).
+    Another patch, mean and std are those of another Qwen (vlm.py).
     """
     x = (frames.float() - 255 * torch.tensor(mean)) / (255 * torch.tensor(std))
     if len(x) % 2:
@@ -135,7 +135,7 @@ class Encoder(nn.Module):
 
     __init__(config: MLLMConfig, empty): with `empty` the pretrained parts are built within `meta_parameters`.
     resize(source, ref): frames uint8 (T, H, W, 3) and one or more references (H, W, 3), or None -> the mode ("image",
-        "video" or "ref") and {name: uint8 (T, H, W, 3)}, "source" first, as the encoder sees them. Data workers call it.
+        "video" or "ref") and {name: uint8 (T, H, W, 3)}, "source" first, as the encoder sees them. Workers call it.
     assemble(instruction, mode, visuals): what `resize` made -> a request, anything that `encode` takes.
     encode(requests) -> their contexts, a list of (1, L, dit_dim).
     """
@@ -226,7 +226,7 @@ class MLLMEncoder(Encoder, name="qwen2.5-vl"):
         return [path for name in names if (path := Path(self.config.folder) / name).is_file()]
 
     def resize(self, source, ref=None):
-        """-> mode and the pictures as the vision tower takes them, {name: uint8 (T, H, W, 3)}; arguments as `forward`."""
+        """-> mode and the pictures as the vision tower takes them, {name: uint8 (T, H, W, 3)}."""
         source = as_frames(source, "source")
         refs = [] if ref is None else [as_frames(r, "ref")[:1] for r in (ref if isinstance(ref, list) else [ref])]
         mode = "ref" if refs else "image" if len(source) == 1 else "video"
@@ -450,8 +450,8 @@ def replace_modules(module, replace):
 
 
 def inject_lora(module, rank, targets=LLM_LORA_TARGETS):
-    """Give every Linear of `module` whose name ends in one of `targets` ("q_proj", "ffn.0", ...) a LoRA. ValueError for a
-    target that none has."""
+    """Give every Linear of `module` whose name ends in one of `targets` ("q_proj", "ffn.0", ...) a LoRA. ValueError for
+    a target that matches none."""
     found = {
         name: [t for t in targets if f".{name}".endswith(f".{t}")]
         for name, child in module.named_modules()

@@ -327,8 +327,8 @@ def read_layers(path, checkpoint, base, qwen, usual_base):
 
 
 def single_file(folder):
-    """The one .safetensors that is all a folder has of weights, as a released training checkpoint comes from the hub; else
-    the folder."""
+    """The one .safetensors of a folder without a config, as a released training checkpoint comes from the hub; else the
+    folder."""
     found = sorted(folder.glob("*.safetensors"))
     return found[0] if len(found) == 1 and not (folder / "config.json").is_file() else folder
 
@@ -339,8 +339,8 @@ def is_wan(folder):
 
 
 def began_with(run):
-    """The arguments of a run of train.py. Paths of what it began with are from where the run lies, so that they are found
-    from any folder; what was no path stays as it was typed."""
+    """The arguments of a run of train.py. Paths of what it began with start at the run, so any folder finds them; hub
+    ids stay as typed."""
     config = read_config(run / "config.json")
     return config["args"] | {name: str((run / path).resolve()) for name, path in config.get("began", {}).items()}
 
@@ -359,7 +359,7 @@ def read_beginning(run, qwen=None):
 
 
 def valid_checkpoints(run):
-    """The checkpoint folders of a run, oldest first; manually named ones (step-000500-good) are ignored, never pruned."""
+    """The checkpoint folders of a run, oldest first; manually named ones (step-500-good) are ignored, never pruned."""
     needed = ("weights.safetensors", "train.json", "state/.metadata")
     named = [p for p in run.glob("step-*") if p.name.removeprefix("step-").isdecimal()]
     return [p for p in sorted(named, key=step_of) if all((p / name).is_file() for name in needed)]
@@ -426,7 +426,8 @@ def read_diffusers_folder(folder):
         files.add(*tensor_files(folder / name, "*.safetensors"), prefix=prefix)
     t, v, m = configs["transformer"], configs["vae"], configs["mllm_encoder"]
     dit = DiTConfig(
-        dim=t["num_attention_heads"] * t["attention_head_dim"], ffn_dim=t["ffn_dim"], num_heads=t["num_attention_heads"],
+        dim=t["num_attention_heads"] * t["attention_head_dim"],
+        ffn_dim=t["ffn_dim"], num_heads=t["num_attention_heads"],
         num_layers=t["num_layers"], in_dim=t["in_channels"], out_dim=t["out_channels"], freq_dim=t["freq_dim"],
         text_dim=t["text_dim"], patch_size=t["patch_size"], eps=t["eps"], bf16_timesteps=True,
     )  # fmt: skip

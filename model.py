@@ -172,7 +172,7 @@ PRESETS = {
         # patches of one latent: 2x2 of 32 channels, noise and source in one token, would fill its 256 numbers
         DiTConfig(256, 768, 8, 9, in_dim=32, out_dim=32, freq_dim=128, text_dim=192, patch_size=(1, 1, 1)),
         VAEConfig(dim=24, dec_dim=32, z_dim=32, dim_mult=(1, 2, 2), num_res_blocks=1, temporal_downsample=(True, True)),
-        # just below 112x112 the MLLM sees a 64x64 frame of a video at 84x84, in 9 tokens (a picture in 4); else at 336x336
+        # below 112x112 the MLLM sees a 64x64 frame of a video at 84x84, in 9 tokens (a picture in 4); else at 336x336
         MLLMConfig("weights/nano/mllm", 256, 16, 32, 48, max_ref_tokens=48, max_frames=4, max_pixels=112 * 112 - 1),
     ),
 }
@@ -185,7 +185,7 @@ class FlowMatch:
     shift moves the schedule towards noise: sigma -> shift sigma / (1 + (shift - 1) sigma). sigma_min is where the
     unshifted schedule would end after its last step; the released diffusers pipeline has 0.003 / 1.002 there, the
     released training and inference 0.
-    weighting: of the training loss over t. "bell" is the release's (`training_sigmas`), "none" takes all timesteps alike.
+    weighting: of the training loss over t. "bell" is the release's (`training_sigmas`), "none" weighs all alike.
     """
 
     shift: float = 5.0
@@ -376,12 +376,12 @@ class KiwiEdit(nn.Module):
         """Edit a clip.
 
         video: uint8 (T, H, W, 3), torch or numpy, H and W multiples of 32 (`media.read_clip` makes them so); a T other
-        than 4k + 1 is filled by repeating the last frame and cut again. instruction: text. ref: uint8 (H, W, 3) of
-        any size, or a list of such. steps: of denoising, `config.steps` if not given. flow: their schedule. tile: latent pixels a side for
-        the VAE on small cards. offload_to: a device to which each part is brought only while it works.
-        progress(phase, done, total) is called as work goes on. ref_guidance: above 0, `config.ref_guidance` if not
-        given; other than 1 it takes two forwards a step (`denoise`), one of them as if there were no reference, which
-        weights for references alone cannot. Same seed, same result.
+        than 4k + 1 is filled by repeating the last frame and cut again. instruction: text. ref: uint8 (H, W, 3) of any
+        size, or a list of such. steps: of denoising, by default `config.steps`. flow: their schedule. tile: latent
+        pixels a side for the VAE on small cards. offload_to: a device to which each part is brought while it works.
+        progress(phase, done, total) is called as work goes on. ref_guidance: above 0, by default
+        `config.ref_guidance`; other than 1 it takes two forwards a step (`denoise`), one of them as if there were no
+        reference, which weights for references alone cannot. Same seed, same result.
         -> uint8 torch (T, H, W, 3), on the CPU. ValueError where an argument does not fit.
         """
         tell = progress or (lambda phase, done, total: None)
@@ -426,8 +426,8 @@ class KiwiEdit(nn.Module):
             told = partial(tell, "denoise")
             latents = self.denoise(noise, context, source, ref_latents, steps, flow, told, unshown, guidance)
         if not latents.isfinite().all():
-            raise ValueError(f"the edit's numbers are not finite in {str(self.dtype)[6:]}: "
-                             + ("take bfloat16" if self.dtype == torch.float16 else "do the weights hold NaN?"))  # fmt: skip
+            mend = "take bfloat16" if self.dtype == torch.float16 else "do the weights hold NaN?"
+            raise ValueError(f"the edit's numbers are not finite in {str(self.dtype)[6:]}: {mend}")
 
         with working_on(self.vae, offload_to):
             return self.decode_fitting(latents, tile, partial(tell, "decode"))[:count]
@@ -442,7 +442,7 @@ class KiwiEdit(nn.Module):
         return pixels[0].permute(1, 2, 3, 0).contiguous()
 
     def decode_fitting(self, latents, tile, on_chunk):
-        """`decode_frames`, and in tiles where the card is too small: an edit needs most memory when all its steps are done."""
+        """`decode_frames`, in tiles where the card is too small: an edit needs most memory when its steps are done."""
         try:
             return self.decode_frames(latents, tile, on_chunk)
         except RuntimeError as error:  # cuDNN swallows the OutOfMemoryError of a convolution's workspace
@@ -456,11 +456,11 @@ class KiwiEdit(nn.Module):
         """A model with weights, each tensor read straight to `device` in `dtype`, LoRA merged.
 
         path: a folder that `save` wrote; a folder in the released diffusers layout; a hub id of either; a released
-        training checkpoint, one .safetensors (or a folder or hub id with that alone), which lies over `base` (Wan's DiT
-        shards and VAE) and `qwen` (Qwen2.5-VL), folders or hub ids both, by default those of the 5B; or a run of train.py,
-        a checkpoint of it or its .safetensors, which by default lies over what the run began with.
+        training checkpoint, one .safetensors (or a folder or hub id with that alone), which lies over `base` (Wan's
+        DiT shards and VAE) and `qwen` (Qwen2.5-VL), folders or hub ids, by default the 5B's; or a run of train.py, a
+        checkpoint of it or its .safetensors, which by default lies over what the run began with.
         ref_pad_first: it was trained with the references' tokens before the video's, which such a file does not say.
-        FileNotFoundError, ValueError where something is missing, unexpected, damaged or of another size, or no such device.
+        FileNotFoundError, ValueError where something is missing, unexpected, damaged or of another size.
         """
         device = pick_device(device)
         config, files = read_weights(path, base, qwen)
@@ -557,8 +557,8 @@ def read_weights(path, base=None, qwen=None, usual_base=WAN_BASE):
 
 
 def read_for(config, path, frames=None, max_pixels=None, every_frame=False):
-    """A clip file as weights of this config edit it: `media.read_clip`, and of one kind of clip for weights that know no
-    other. every_frame: at the file's own frame rate, so that frame i of the edit is frame i of the file."""
+    """A clip file as weights of this config edit it: `media.read_clip`, at their size if they know one kind of clip
+    only. every_frame: at the file's own frame rate, so that frame i of the edit is frame i of the file."""
     if config.trained is None:
         return read_clip(path, frames or 81, max_pixels or MAX_PIXELS)
     count, height, width, fps = config.trained

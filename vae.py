@@ -8,7 +8,8 @@
     video (B, 3, T, H, W), clamped to [-1, 1]
 
 A clip's length adds only its features at the latent grid to working memory. The first frame stands alone (an image
-is a clip of one frame); every latent frame after it stands for four. Parameters keep the names of `Wan2.2_VAE.pth` / `Wan2.1_VAE.pth`.
+is a clip of one frame); every latent frame after it stands for four. Parameters keep the names of `Wan2.2_VAE.pth` and
+`Wan2.1_VAE.pth`.
 
 Tiles: the released code decodes overlapping tiles, attention included, and blends them; it computes each
 pixel up to four times and the result depends on the tiling. Here only the convolutional parts are tiled, with
@@ -24,14 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kernels import channel_norm_silu
-from kernels.conv import (
-    conv3d,
-    fastest_convolutions,
-    folding_pays,
-    parity_kernels,
-    upsample_conv,
-    upsample_conv_plain,
-)
+from kernels.conv import conv3d, fastest_convolutions, upsample_conv
 
 # Norms over channels and convolutions are fastest where the channels lie together: on 2 cores the norms take an
 # eighth of the time, and tensor cores want it too.
@@ -41,17 +35,18 @@ CHANNELS_LAST = torch.channels_last_3d
 LATENT_STATISTICS = {
     "2.2": (
         (-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
-         0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
-         -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
-         -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667),
+         0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158,
+         0.2502, -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649,
+         0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548,
+         -0.1681, -0.0667),
         (0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
          0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
          0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
          0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
     ),
     "2.1": (
-        (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715, 0.5517, -0.3632,
-         -0.1922, -0.9497, 0.2503, -0.2921),
+        (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715, 0.5517,
+         -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
         (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526, 2.8652, 1.5579,
          1.6382, 1.1253, 2.8251, 1.9160),
     ),
@@ -84,13 +79,9 @@ class VAEConfig:
             raise ValueError(f'VAEConfig.version: {self.version!r}, expected "2.2" or "2.1"')
         if len(self.temporal_downsample) != len(self.dim_mult) - 1:
             raise ValueError("VAEConfig.temporal_downsample: expected one entry less than dim_mult has")
-        folds = [4 * (1 + time) for time in self.temporal_downsample] + [
-            1
-        ]  # voxels that a level lays into its channels
+        folds = *(4 * (1 + time) for time in self.temporal_downsample), 1  # voxels that a level lays into its channels
         if self.version == "2.2" and any(a * fold % b for a, b, fold in zip((1, *self.dim_mult), self.dim_mult, folds)):
-            raise ValueError(
-                f"VAEConfig.dim_mult: {self.dim_mult}, the shortcut around a level cannot be averaged down to its width"
-            )
+            raise ValueError(f"VAEConfig.dim_mult: {self.dim_mult}, a level's shortcut cannot be averaged to its width")
         if {len(self.mean), len(self.std)} not in ({0}, {self.z_dim}):
             raise ValueError(f"VAEConfig.mean, VAEConfig.std: expected {self.z_dim} numbers each, or none")
 
@@ -131,16 +122,13 @@ class CausalConv3d(nn.Conv3d):
         super().__init__(in_dim, out_dim, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
 
     def forward(self, x, state, norm=None):
-        """x (B, C, T, H, W), the next T frames -> as many. `state` keeps the last kernel - 1 input frames.
-
-        norm: a NormSiLU before the convolution, which writes right behind those frames."""
+        """x (B, C, T, H, W), the next T frames -> as many. `state` keeps the last kernel - 1 input frames; norm: a
+        NormSiLU before the convolution, which writes right behind them."""
         past = self.kernel_size[0] - 1
         if past:
-            before = state.get(self)
-            if before is None:
-                zeros = x.new_zeros(*x.shape[:2], past, *x.shape[3:])
-                before = zeros.contiguous(memory_format=CHANNELS_LAST)
-            x = torch.cat([before, x], dim=2) if norm is None else norm(x, before)
+            if self not in state:
+                state[self] = x.new_zeros(*x.shape[:2], past, *x.shape[3:]).contiguous(memory_format=CHANNELS_LAST)
+            x = torch.cat([state[self], x], dim=2) if norm is None else norm(x, state[self])
             state[self] = x[:, :, -past:].clone()  # a view would keep the whole chunk alive
         return conv3d(x, self.weight, self.bias, padding=self.padding)
 
@@ -180,6 +168,10 @@ class ResidualBlock(nn.Module):
         y = self.residual["2"](x, state, norm=self.residual["0"])
         y = self.residual["6"](y, state, norm=self.residual["3"])
         return y + (x if self.shortcut is None else self.shortcut(x, state))
+
+
+def residual_blocks(in_dim, out_dim, count):
+    return [ResidualBlock(dim, out_dim) for dim in (in_dim, *[out_dim] * (count - 1))]
 
 
 class FrameAttention(nn.Module):
@@ -239,11 +231,7 @@ class Upsample(nn.Module):
                 parts.append(x.permute(0, 2, 3, 1, 4, 5).flatten(2, 3))  # (B, C, 2 T, H, W)
             x = torch.cat(parts, dim=2).contiguous(memory_format=CHANNELS_LAST)
         conv = self.resample["1"]
-        if not folding_pays(x, conv.weight):
-            return upsample_conv_plain(x, conv.weight, conv.bias)
-        if conv not in state:
-            state[conv] = parity_kernels(conv.weight)
-        return upsample_conv(x, conv.weight, conv.bias, state[conv])
+        return upsample_conv(x, conv.weight, conv.bias, state.setdefault(conv, {}))
 
 
 def average_down(x, out_dim, time, space):
@@ -268,12 +256,10 @@ def repeat_up(x, out_dim, time, space, first):
 class DownLevel(nn.Module):
     """A level of Wan 2.2's encoder."""
 
-    def __init__(self, in_dim, out_dim, num_res_blocks, time, space):
+    def __init__(self, in_dim, out_dim, blocks, time, space):
         super().__init__()
         self.out_dim, self.time, self.space = out_dim, 1 + time, 1 + space
-        self.downsamples = nn.ModuleList(
-            ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(num_res_blocks)
-        )
+        self.downsamples = nn.ModuleList(residual_blocks(in_dim, out_dim, blocks))
         if space:
             self.downsamples.append(Downsample(out_dim, time))
 
@@ -287,12 +273,10 @@ class DownLevel(nn.Module):
 class UpLevel(nn.Module):
     """A level of Wan 2.2's decoder; the last one, which does not upsample, has no shortcut."""
 
-    def __init__(self, in_dim, out_dim, num_res_blocks, time, space):
+    def __init__(self, in_dim, out_dim, blocks, time, space):
         super().__init__()
         self.out_dim, self.time, self.space = out_dim, 1 + time, space
-        self.upsamples = nn.ModuleList(
-            ResidualBlock(in_dim if i == 0 else out_dim, out_dim) for i in range(num_res_blocks + 1)
-        )
+        self.upsamples = nn.ModuleList(residual_blocks(in_dim, out_dim, blocks))
         if space:
             self.upsamples.append(Upsample(out_dim, out_dim, time))
 
@@ -305,36 +289,21 @@ class UpLevel(nn.Module):
         return y + repeat_up(x, self.out_dim, self.time, 2, first) if self.space else y
 
 
-def down_levels(config: VAEConfig):
-    """The convolutional levels of the encoder, as the checkpoint nests them: 2.2 by level, 2.1 flat."""
-    dims = [config.dim * m for m in (1, *config.dim_mult)]
+def levels(config: VAEConfig, down):
+    """The convolutional levels of the encoder (down) or decoder, as the checkpoint nests them: 2.2 by level, 2.1 flat,
+    and there each upsampling also halves the width."""
+    mult = (1, *config.dim_mult) if down else (config.dim_mult[-1], *config.dim_mult[::-1])
+    width, blocks = (config.dim, config.num_res_blocks) if down else (config.decoder_dim, config.num_res_blocks + 1)
     layers = nn.ModuleList()
-    for i, (in_dim, out_dim) in enumerate(pairwise(dims)):
+    for i, (in_dim, out_dim) in enumerate(pairwise(width * m for m in mult)):
         space = i < len(config.dim_mult) - 1
-        time = space and config.temporal_downsample[i]
+        time = space and config.temporal_downsample[:: 1 if down else -1][i]
         if config.version == "2.2":
-            layers.append(DownLevel(in_dim, out_dim, config.num_res_blocks, time, space))
+            layers.append((DownLevel if down else UpLevel)(in_dim, out_dim, blocks, time, space))
             continue
-        layers.extend(ResidualBlock(in_dim if j == 0 else out_dim, out_dim) for j in range(config.num_res_blocks))
+        layers.extend(residual_blocks(in_dim if down or i == 0 else in_dim // 2, out_dim, blocks))
         if space:
-            layers.append(Downsample(out_dim, time))
-    return layers
-
-
-def up_levels(config: VAEConfig):
-    """The convolutional levels of the decoder. In 2.1 each upsampling also halves the width."""
-    dims = [config.decoder_dim * m for m in (config.dim_mult[-1], *config.dim_mult[::-1])]
-    layers = nn.ModuleList()
-    for i, (in_dim, out_dim) in enumerate(pairwise(dims)):
-        space = i < len(config.dim_mult) - 1
-        time = space and config.temporal_downsample[::-1][i]
-        if config.version == "2.2":
-            layers.append(UpLevel(in_dim, out_dim, config.num_res_blocks, time, space))
-            continue
-        in_dim = in_dim if i == 0 else in_dim // 2
-        layers.extend(ResidualBlock(in_dim if j == 0 else out_dim, out_dim) for j in range(config.num_res_blocks + 1))
-        if space:
-            layers.append(Upsample(out_dim, out_dim // 2, time))
+            layers.append(Downsample(out_dim, time) if down else Upsample(out_dim, out_dim // 2, time))
     return layers
 
 
@@ -358,7 +327,7 @@ class Encoder(nn.Module):
         top = config.dim * config.dim_mult[-1]
         self.patch = config.patch
         self.conv1 = CausalConv3d(3 * config.patch**2, config.dim, (3, 3, 3))
-        self.downsamples = down_levels(config)
+        self.downsamples = levels(config, down=True)
         self.middle = middle_layers(top)
         self.head = head_layers(top, 2 * config.z_dim)
 
@@ -382,7 +351,7 @@ class Decoder(nn.Module):
         self.patch = config.patch
         self.conv1 = CausalConv3d(config.z_dim, top, (3, 3, 3))
         self.middle = middle_layers(top)
-        self.upsamples = up_levels(config)
+        self.upsamples = levels(config, down=False)
         self.head = head_layers(config.decoder_dim * config.dim_mult[0], 3 * config.patch**2)
 
     def bottom(self, z, state):
@@ -465,22 +434,15 @@ class VAE(nn.Module):
 
     @fastest_convolutions()
     def moments(self, video, tile=None, chunk=1, on_chunk=None):
-        """Mean and log-variance of the posterior, not normalised: each (B, z, 1 + (T-1)/4, H/s, W/s).
-
-        Arguments as for `encode`.
-        """
+        """Mean and log-variance of the posterior, not normalised: each (B, z, 1 + (T-1)/4, H/s, W/s). As `encode`."""
         c = self.config
         self.weights_like_activations()
         latent_frames = c.latent_frames(video.shape[2])
         if video.shape[3] % c.space_stride or video.shape[4] % c.space_stride:
             raise ValueError(f"frames of {tuple(video.shape[3:])}: the VAE takes multiples of {c.space_stride}")
-        weight = self.conv1.weight
+        weight, tiles, spans = self.conv1.weight, [], chunks(latent_frames, chunk)
         height, width = video.shape[3] // c.space_stride, video.shape[4] // c.space_stride
-        windows, spans = (
-            tile_windows(height, width, tile, self.halo(2 * c.num_res_blocks)),
-            chunks(latent_frames, chunk),
-        )
-        tiles = []
+        windows = tile_windows(height, width, tile, self.halo(2 * c.num_res_blocks))
         for core, window in windows:
             state, features = {}, []
             for start, stop in spans:

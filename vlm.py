@@ -44,9 +44,14 @@ UNREAD = 10  # answers of which none could be read, before the first that could
 TOKENS = (  # per frame of a video at low, medium, high resolution, and per picture; their documentation, 2026-11
     ("gemini-[34]", {"low": 70, "medium": 70, "high": 280}, {"low": 280, "medium": 560, "high": 1120}),
     ("gemini-", {"low": 66, "medium": 258, "high": 258}, {"low": 66, "medium": 258, "high": 258}),
-    ("qwen.?3", dict.fromkeys(("low", "medium", "high"), 98), dict.fromkeys(("low", "medium", "high"), 196)),
+    ("(?i)qwen.?3", dict.fromkeys(("low", "medium", "high"), 98), dict.fromkeys(("low", "medium", "high"), 196)),
     ("", dict.fromkeys(("low", "medium", "high"), 256), dict.fromkeys(("low", "medium", "high"), 256)),
 )
+
+
+def tokens_of(model, resolution):
+    """-> about how many tokens a frame of a video costs, and a picture."""
+    return next((frame[resolution], picture[resolution]) for name, frame, picture in TOKENS if re.search(name, model))
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,7 @@ def post(url, headers, body, deadline, secret=None, trusted=False):
     end = time.monotonic() + deadline
     try:
         with urllib.request.build_opener(NoRedirect).open(request, timeout=deadline) as response:
-            answer = json.loads(hide(read_all(response, end).decode("utf-8", "replace")))
+            answer = json.loads(read_all(response, end))
         if not isinstance(answer, dict):
             raise TryAgain("the server's answer is not a JSON object", paid=True)
         return answer

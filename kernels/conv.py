@@ -1,7 +1,7 @@
 """The VAE's convolutions, channels last: 3D ones by what a CPU does fastest, upsampling folded into its convolution.
 
     conv3d          x (B, C, T, H, W), weight (O, C, kt, kh, kw) -> F.conv3d
-    upsample_conv   x (B, C, T, H, W), weight (O, C, 3, 3) -> the 3x3 convolution, zero-padded, of x at twice the size
+    upsample_conv   x (B, C, T, H, W), weight (O, C, 3, 3) -> the zero-padded 3x3 convolution of x at twice the size
 
 Nearest upsampling repeats pixels, so each of the four output parities sees 2x2 different pixels under its 3x3 kernel:
 four 2x2 convolutions of x itself, whose taps are sums of the 3x3 ones. 4/9 of the FLOPs and no enlarged input.
@@ -57,12 +57,15 @@ def folding_pays(x, weight):
     return not x.is_cpu or (x.numel() // x.shape[1] > len(weight) and x.shape[1] >= 96)
 
 
-def upsample_conv(x, weight, bias, kernels=None):
-    """`upsample_conv_plain` as four convolutions; kernels: `parity_kernels(weight)`, made once per clip."""
+def upsample_conv(x, weight, bias, kept):
+    """`upsample_conv_plain` as four convolutions, if that pays. kept: a dict that keeps their weights for later calls."""
+    if not folding_pays(x, weight):
+        return upsample_conv_plain(x, weight, bias)
     B, _, T, H, W = x.shape
+    kept.update({} if kept else parity_kernels(weight))
     out = x.new_empty(B, T, H, 2, W, 2, len(weight))
     padded = F.pad(x, (1, 1, 1, 1))
-    for (i, j), kernel in (kernels or parity_kernels(weight)).items():
+    for (i, j), kernel in kept.items():
         part = conv3d(padded[..., i : i + H + 1, j : j + W + 1], kernel, bias)
         out[:, :, :, i, :, j] = part.movedim(1, -1)
     return out.flatten(4, 5).flatten(2, 3).movedim(-1, 1)  # (B, O, T, 2 H, 2 W), channels last

@@ -99,25 +99,17 @@ def shape_distances(x, y):
         return radius * (torch.remainder(angle + sector / 2, sector) - sector / 2).cos() - 0.8 * math.cos(sector / 2)
 
     points = torch.remainder(angle, 2 * math.pi / 5) - math.pi / 5
-    heart_x, heart_y = x.abs() / 0.75, -y / 0.75
+    heart_x, heart_y, low, high = x.abs() / 0.75, -y / 0.75, torch.minimum, torch.maximum
     return {
-        "circle": radius - 0.8,
-        "square": torch.maximum(x.abs(), y.abs()) - 0.68,
-        "triangle": polygon(3) + 0.02,
-        "diamond": x.abs() + y.abs() - 0.9,
-        "hexagon": polygon(6),
+        "circle": radius - 0.8, "square": high(x.abs(), y.abs()) - 0.68, "triangle": polygon(3) + 0.02,
+        "diamond": x.abs() + y.abs() - 0.9, "hexagon": polygon(6),
         "star": radius * (points.cos() + 0.75 * points.abs().sin() * -1 + 0.75 * math.sin(math.pi / 5)) - 0.62,
-        "ring": (radius - 0.6).abs() - 0.22,
-        "cross": torch.minimum(
-            torch.maximum(x.abs() - 0.25, y.abs() - 0.8), torch.maximum(y.abs() - 0.25, x.abs() - 0.8)
-        ),
+        "ring": (radius - 0.6).abs() - 0.22, "bar": high(x.abs() - 0.85, y.abs() - 0.3),
+        "cross": low(high(x.abs() - 0.25, y.abs() - 0.8), high(y.abs() - 0.25, x.abs() - 0.8)),
         "heart": ((heart_x**2 + heart_y**2 - 1) ** 3 - heart_x**2 * heart_y**3) * 0.4,
-        "moon": torch.maximum(radius - 0.8, 0.62 - ((x - 0.38) ** 2 + (y + 0.1) ** 2).sqrt()),
-        "arrow": torch.minimum(
-            torch.maximum(x - 0.1, y.abs() - 0.22).maximum(-0.8 - x), torch.maximum(x + y.abs() * 1.1 - 0.85, -0.05 - x)
-        ),
-        "bar": torch.maximum(x.abs() - 0.85, y.abs() - 0.3),
-    }
+        "moon": high(radius - 0.8, 0.62 - ((x - 0.38) ** 2 + (y + 0.1) ** 2).sqrt()),
+        "arrow": low(high(x - 0.1, y.abs() - 0.22).maximum(-0.8 - x), high(x + y.abs() * 1.1 - 0.85, -0.05 - x)),
+    }  # fmt: skip
 
 
 def draw_shapes():
@@ -150,9 +142,8 @@ def draw_textures(count=48, size=256):
         field_ = torch.fft.irfft2(spectrum / (frequency + 4 / size**2) ** (steep / 2), s=(size, size))
         a, b = (field_ / field_.std(dim=(1, 2), keepdim=True)).mul(1.2).sigmoid()[:, None]
         image = colours[0].view(3, 1, 1) * a + colours[1].view(3, 1, 1) * (1 - a)
-        photos.append(
-            Photo(f"texture {i}", (image * (0.4 + 0.6 * b) + colours[2].view(3, 1, 1) * 0.4 * (1 - b)).clamp(0, 1))
-        )
+        image = image * (0.4 + 0.6 * b) + colours[2].view(3, 1, 1) * 0.4 * (1 - b)
+        photos.append(Photo(f"texture {i}", image.clamp(0, 1)))
     return photos
 
 
@@ -164,14 +155,11 @@ def draw_pattern(kind, first, second, size=128):
     def wave(phase):
         return ((2 * math.pi * phase).sin() * soft / 4).clamp(-0.5, 0.5) + 0.5
 
+    from_dot = ((4 * x % 1 - 0.5) ** 2 + (4 * y % 1 - 0.5) ** 2).sqrt()
     mix = {
-        "plain": torch.zeros_like(x),
-        "stripes": wave(4 * x),
-        "checkerboard": (wave(2 * x) - wave(2 * y)).abs(),
-        "dots": (((4 * x % 1 - 0.5) ** 2 + (4 * y % 1 - 0.5) ** 2).sqrt().sub(0.3).mul(-soft / 2)).clamp(-0.5, 0.5)
-        + 0.5,
-        "gradient": (1 - (2 * math.pi * y).cos()) / 2,
-    }[kind]
+        "plain": torch.zeros_like(x), "stripes": wave(4 * x), "checkerboard": (wave(2 * x) - wave(2 * y)).abs(),
+        "dots": from_dot.sub(0.3).mul(-soft / 2).clamp(-0.5, 0.5) + 0.5, "gradient": (1 - (2 * math.pi * y).cos()) / 2,
+    }[kind]  # fmt: skip
     a, b = (torch.tensor(COLOURS[c]).view(3, 1, 1) for c in (first, second))
     return a * (1 - mix) + b * mix
 
@@ -215,9 +203,8 @@ def draw_leaves(rng, skins, size=128):
         u, v = cos * dx + sin * dy, flatness * (cos * dy - sin * dx)
         distance = torch.hypot(u, v) if rng.random() < 0.5 else torch.maximum(u.abs(), v.abs())
         alpha = ((radius - distance) * size + 0.5).clamp(0, 1)
-        body = (
-            palette[int(tone * 5)] + float(rng.normal(0, 0.06)) + 0.15 * v / radius + float(rng.uniform(0, 1)) * grain
-        )
+        colour = palette[int(tone * 5)] + float(rng.normal(0, 0.06))
+        body = colour + 0.15 * v / radius + float(rng.uniform(0, 1)) * grain
         image = image + alpha * (body - image)
     return Photo("texture of leaves", image.clamp(0, 1))
 
@@ -235,10 +222,8 @@ def recoloured(rng, thing):
     matrix = colour_matrix(rng)
 
     def turned(image):  # premultiplied, if there is alpha: linear all the same
-        colours = torch.einsum("ij,jhw->ihw", matrix, image[:3])
-        return (
-            torch.cat([torch.minimum(colours.relu(), image[3:]), image[3:]]) if len(image) > 3 else colours.clamp(0, 1)
-        )
+        colours, alpha = torch.einsum("ij,jhw->ihw", matrix, image[:3]), image[3:]
+        return torch.cat([torch.minimum(colours.relu(), alpha), alpha]) if len(alpha) else colours.clamp(0, 1)
 
     if isinstance(thing, Photo):
         return replace(thing, image=turned(thing.image))
@@ -318,13 +303,8 @@ def draw_camera(rng, frames):
 
 def draw_view(rng, photo, split):
     if photo.panorama:  # training looks up and down too: fifteen panoramas have few views straight ahead
-        pitch, extent = ((-30, 25), (50, 95)) if split == "train" else ((-8, 6), (65, 85))
-        return (
-            float(rng.uniform(-180, 180)),
-            float(rng.uniform(*pitch)),
-            float(rng.uniform(*extent)),
-            bool(rng.integers(2)),
-        )
+        ranges = ((-180, 180), (-30, 25), (50, 95)) if split == "train" else ((-180, 180), (-8, 6), (65, 85))
+        return (*(float(rng.uniform(*limits)) for limits in ranges), bool(rng.integers(2)))
     return float(rng.random()), float(rng.random()), float(rng.uniform(0.5, 0.8)), bool(rng.integers(2))
 
 
@@ -337,16 +317,13 @@ def draw_things(rng, sprites, frames):
         x, y = slots[slot] if len(sprites) > 1 else (float(rng.uniform(-0.22, 0.22)), float(rng.uniform(-0.1, 0.2)))
         x, y = (v + float(rng.uniform(-0.06, 0.06)) for v in (x, y))
         size = float(rng.uniform(0.34, 0.5)) * (1.15 if len(sprites) == 1 else 1.0)
-        path = torch.stack(
-            [
-                (x + smooth_path(rng, frames, 0.22)).clamp(-0.33, 0.33),
-                (y + smooth_path(rng, frames, 0.12)).clamp(-0.33, 0.33),
-                size * (1 + smooth_path(rng, frames, 0.25)),
-                float(rng.uniform(-0.15, 0.15)) + smooth_path(rng, frames, 0.5),
-            ],
-            dim=1,
-        )
-        things.append(Thing(sprite, path, bool(rng.integers(2))))
+        path = [
+            (x + smooth_path(rng, frames, 0.22)).clamp(-0.33, 0.33),
+            (y + smooth_path(rng, frames, 0.12)).clamp(-0.33, 0.33),
+            size * (1 + smooth_path(rng, frames, 0.25)),
+            float(rng.uniform(-0.15, 0.15)) + smooth_path(rng, frames, 0.5),
+        ]
+        things.append(Thing(sprite, torch.stack(path, dim=1), bool(rng.integers(2))))
     return things
 
 
@@ -495,10 +472,8 @@ def tasks_of(shares):
     """{kind: its tasks, each as often as it is to be drawn}."""
     if shares is None:
         return TASKS
-    return {
-        kind: [task for task in dict.fromkeys(tasks) for _ in range(shares.get(task, 0))]
-        for kind, tasks in TASKS.items()
-    }
+    often = lambda tasks: [task for task in dict.fromkeys(tasks) for _ in range(shares.get(task, 0))]
+    return {kind: often(tasks) for kind, tasks in TASKS.items()}
 
 
 def draw_photo(rng, library, split, but=""):
@@ -542,16 +517,11 @@ def nameable_sprite(rng, library, split, without):
 def show_reference(rng, thing, size):
     """A picture (3, size, size) of a thing in another pose: turned, of another size, on white or a pale tone. Not
     mirrored: that would leave open which side is meant."""
-    path = torch.tensor(
-        [[*rng.uniform(-0.06, 0.06, 2), rng.uniform(0.6, 0.9), rng.uniform(-0.4, 0.4)]], dtype=torch.float32
-    )
+    pose = [*rng.uniform(-0.06, 0.06, 2), rng.uniform(0.6, 0.9), rng.uniform(-0.4, 0.4)]
+    path = torch.tensor([pose], dtype=torch.float32)
     layer = render_thing(replace(thing, path=path), torch.tensor([[0.0, 0.0, 1.0]]), size)[0]
-    paper = (
-        torch.ones(3, 1, 1)
-        if rng.random() < 0.6
-        else torch.tensor(rng.uniform(0.6, 1, 3), dtype=torch.float32).view(3, 1, 1)
-    )
-    return paper * (1 - layer[3:]) + layer[:3]
+    paper = np.ones(3) if rng.random() < 0.6 else rng.uniform(0.6, 1, 3)
+    return torch.tensor(paper, dtype=torch.float32).view(3, 1, 1) * (1 - layer[3:]) + layer[:3]
 
 
 def draw_edit(library, split, seed, index, frames, size, shares=None):
@@ -628,21 +598,16 @@ def stands_out(things, which):
     """Where one thing is, seen from the others on the first frame: "on the left" of all, ..., or in the middle."""
     places = torch.stack([thing.path[0, :2] for thing in things])
     ahead = places[which] - torch.cat([places[:which], places[which + 1 :]])
-    sides = {
-        "on the left": -ahead[:, 0],
-        "on the right": ahead[:, 0],
-        "at the top": -ahead[:, 1],
-        "at the bottom": ahead[:, 1],
-    }
+    right, below = ahead.unbind(dim=1)
+    sides = {"on the left": -right, "on the right": right, "at the top": -below, "at the bottom": below}
     side, lead = max(((side, float(by.min())) for side, by in sides.items()), key=lambda found: found[1])
     return side if lead > 0.05 else "in the middle"
 
 
 def change_thing(rng, edit, library, split):
-    """Remove one of the things, or put a new one on its path -> the words for them. The new one stands upright at first
-    and then turns as the old one does: how askew an old thing is cannot be told from one look at it. Where there are
-    several, the words say which: always in the test split, whose things have names that training never heard, and
-    three times in four in training, so that names count too."""
+    """Remove one of the things, or put a new one on its path -> the words for them. The new one starts upright and
+    turns as the old one does: one look does not show how askew an old thing is. The words say which of several: always
+    in the test split, whose names training never heard, and three times in four in training, so that names count."""
     things = list(edit.source.things)
     which = int(rng.integers(len(things)))
     old, edit.changed, words = things[which], (which, None), {"a": things[which].sprite.name}

@@ -2,11 +2,11 @@
 
 import json
 import os
-import re
 from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import train
 from conftest import (
@@ -29,26 +29,6 @@ from connectors import MLLMConfig
 from dit import DiT
 from load import TensorFiles, load_weights
 from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit, balance_weights, read_weights, working_on
-from vae import VAE
-
-
-@golden
-def test_the_schedules_match_the_release():
-    schedules = recorded("scheduler.json")
-    for kind, sigma_min in (("official", 0.0), ("released_diffusers", 0.003 / 1.002)):
-        for r in schedules[kind]["inference"]:
-            if r["denoising_strength"] == 1.0:
-                sigmas = FlowMatch(r["shift"], sigma_min).sigmas(r["num_inference_steps"])
-                assert sigmas[:-1].tolist() == r["sigmas"] and sigmas[-1] == 0
-    training, sampled = schedules["training"], schedules["training"]["sampled"]
-    assert FlowMatch().timesteps(1000).tolist() == training["timesteps"]
-    for suffix, names in (
-        ("", ("timestep", "sigma", "weight")),
-        ("bf16", ("timestep_bf16", "sigma_from_bf16", "weight_from_bf16")),
-    ):
-        t, sigma, weight = (torch.tensor([r[name] for r in sampled]) for name in names)
-        ours = FlowMatch().training_sigmas(t)
-        assert torch.allclose(ours[0], sigma, atol=1e-6) and torch.allclose(ours[1], weight, atol=1e-5), suffix
 
 
 def test_a_loss_without_the_bell_takes_all_timesteps_alike_also_the_first_of_an_edit():
@@ -91,35 +71,6 @@ def golden_pipeline():
     weights |= {f"mllm.{k}": v for k, v in recorded("mllm_weights.safetensors").items()}
     load_weights(model, weights)
     return model, spec, recorded("pipeline_cases.safetensors")
-
-
-@golden
-def test_the_whole_edit_matches_the_release_from_pictures_to_pictures():
-    model, spec, data = golden_pipeline()
-    for name, case in spec["cases"].items():
-        ref = data[f"{name}.ref_u8"][0] if case["has_reference"] else None
-        edited = model.edit(data[f"{name}.source_u8"], case["prompt"], ref, steps=4, seed=case["seed"])
-        assert (edited.int() - data[f"{name}.frames_u8"].int()).abs().max() <= 1
-        latents = (data[f"{name}.source_latents"], data.get(f"{name}.ref_latents"))
-        final = model.denoise(data[f"{name}.noise"], data[f"{name}.context"], *latents, steps=4)
-        assert close(final, data[f"{name}.latents.3"], 1e-5)
-
-
-@golden
-def test_the_training_loss_and_its_gradients_match_the_release():
-    model, spec, data = golden_pipeline()
-    take = lambda name: data[f"training.{name}"]
-    for i, r in enumerate(spec["training"]):
-        model.zero_grad()
-        t = torch.tensor([r["timestep"]])
-        loss = model.training_loss(
-            take("input_latents"), take("context"), t, take("source_latents"), take("ref_latents"), take("noise")
-        )
-        loss.backward()
-        assert abs(loss.item() - r["loss"]) < 1e-4 * r["loss"]
-        for ours, theirs in (("source_embedder", "vae_condition"), ("ref_embedder", "ref_vae_condition")):
-            gradient = getattr(model, ours).patch_embedding.bias.grad
-            assert close(gradient, take(f"{i}.grad.{theirs}.patch_embedding.bias"))
 
 
 def denoiser(**changes):
@@ -168,45 +119,6 @@ MANIFESTS = {
 
 
 @golden
-@pytest.mark.parametrize("name", MANIFESTS)
-def test_the_real_sizes_take_exactly_the_published_names_and_shapes(name):
-    preset = PRESETS[MANIFESTS[name]]
-    with torch.device("meta"):
-        module = VAE(preset.vae) if name.startswith("vae") else DiT(preset.dit)
-    weights = manifest(name)
-    assert load_weights(module, weights) == []
-    lost = next(iter(weights))
-    with pytest.raises(ValueError, match=re.escape(lost)):
-        load_weights(module, {k: v for k, v in weights.items() if k != lost})
-    with pytest.raises(ValueError, match="1 unexpected: stranger"):
-        load_weights(module, {**weights, "stranger": weights[lost]})
-
-
-@golden
-def test_the_released_checkpoints_of_every_stage_and_layout_are_taken_in_full(real_qwen_folder):
-    preset = PRESETS["wan22_5b"]
-    preset = replace(preset, mllm=replace(preset.mllm, folder=str(real_qwen_folder)))
-    base = {f"mllm.{k}": v for k, v in manifest("qwen2.5_vl_3b_instruct").items()}
-    base |= {f"dit.{k}": v for k, v in manifest("dit_wan2.2_ti2v_5b").items()}
-    base |= {f"vae.model.{k}": v for k, v in manifest("vae_wan2.2").items()}
-    for stage in (1, 2, 3):
-        with torch.device("meta"):
-            model = KiwiEdit(preset)
-        missing = load_weights(model, base, partial=True)
-        lora = load_weights(model, manifest(f"trainable_5b_stage{stage}"), partial=True)
-        untrained = {name for name in set(missing) & set(lora) if ".lora_" not in name}
-        assert bool(untrained) == (stage < 3), sorted(untrained)[:9]
-    folder = {"transformer": "dit", "mllm_encoder": "mllm"}
-    with torch.device("meta"):
-        model = KiwiEdit(replace(preset, vae=None))
-    weights = {
-        re.sub(r"^(\w+)/", lambda m: folder.get(m[1], m[1]) + ".", k): v for k, v in manifest("diffusers_5b").items()
-    }
-    weights |= {f"mllm.{k}": v for k, v in manifest("qwen2.5_vl_3b_instruct").items()}
-    assert load_weights(model, {k: v for k, v in weights.items() if not k.startswith("vae.")}) == []
-
-
-@golden
 def test_a_14b_checkpoint_whose_dit_has_lora_is_taken_in_full(real_qwen_folder):
     preset = PRESETS["wan21_14b"]
     preset = replace(preset, vae=None, mllm=replace(preset.mllm, folder=str(real_qwen_folder)))
@@ -241,20 +153,6 @@ def test_all_three_layouts_load_to_the_same_model(tmp_path, qwen_folder):
     differing = {k for k in expected if not torch.equal(loaded[k], expected[k])}
     assert loaded.keys() == expected.keys()
     assert differing == {"mllm.model.language_model.layers.0.self_attn.q_proj.weight"}  # where the LoRA was merged
-
-
-def test_an_edit_is_reproducible_keeps_its_shape_and_survives_offload_and_tiles(qwen_folder):
-    model = small_model(qwen_folder).eval()
-    torch.manual_seed(1)
-    first = small_edit(model)
-    torch.manual_seed(1)
-    assert first.shape == (6, 32, 64, 3) and torch.equal(small_edit(model), first)
-    picture = torch.randint(255, (40, 50, 3), dtype=torch.uint8)
-    source = moving_picture(6, 32, 64)
-    plain = model.edit(source, "Replace the sky.", [picture, picture], steps=2, seed=3)
-    other = model.edit(source, "Replace the sky.", [picture, picture], steps=2, seed=3, tile=1, offload_to="cpu")
-    assert (plain.int() - other.int()).abs().max() <= 1
-    assert not torch.equal(plain, model.edit(source, "Replace the sky.", [picture, picture], steps=2, seed=4))
 
 
 def test_guidance_goes_from_the_edit_without_the_references_to_that_with_them_and_beyond(qwen_folder):

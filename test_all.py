@@ -1,0 +1,252 @@
+"""The house, tested: the second documentation. `pytest` runs this file and tests/ (faults, formats, kills).
+
+Recorded outputs of the released code lie in ../shared/golden; a test that needs them skips aloud without them.
+"""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import (
+    GOLDEN,
+    HOUSE,
+    close,
+    golden,
+    golden_dit_config,
+    golden_vae_config,
+    manifest,
+    moving_picture,
+    recorded,
+    small_edit,
+    small_model,
+)
+from connectors import MLLMConfig, MLLMEncoder, fit_pixels, merge_lora, sample_frames, video_frame_sizes
+from dit import DiT
+from load import load_weights, our_name
+from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit
+from vae import VAE
+
+# Parity with the release
+
+
+def golden_mllm():
+    e = recorded("mllm.json")["encoder"]
+    encoder = MLLMEncoder.from_config(
+        GOLDEN / "mllm", dit_dim=e["dit_dim"], num_image_queries=e["num_image_queries"],
+        num_video_queries=e["num_video_queries"], num_ref_queries=e["num_ref_queries"],
+        max_ref_tokens=e["max_object_token"], max_pixels=e["max_pixels_per_frame"],
+    )  # fmt: skip
+    load_weights(encoder, recorded("mllm_weights.safetensors"))
+    return encoder
+
+
+def golden_request(name, case, data):
+    """Source frames and reference of a recorded case; one is given by a formula."""
+    ref = data[f"{name}.ref_u8"][0] if f"{name}.ref_u8" in data else None
+    if f"{name}.frames_u8" in data:
+        return data[f"{name}.frames_u8"], ref
+    f = case["frames_formula"]
+    axes = [torch.arange(n) for n in (f["n"], f["height"], f["width"], 3)]
+    t, y, x, c = torch.meshgrid(*axes, indexing="ij")
+    return ((((x // 4) * 3 + t * 11) ^ ((y // 4) * 2 + c * 37)) & 255).to(torch.uint8), ref
+
+
+@golden
+def test_the_mllm_path_matches_the_release_from_raw_frames_to_context():
+    encoder, data = golden_mllm(), recorded("mllm_cases.safetensors")
+    for name, case in recorded("mllm.json")["cases"].items():
+        inputs = encoder.prepare(case["prompt"], *golden_request(name, case, data))
+        assert torch.equal(encoder.input_ids(inputs), data[f"{name}.input_ids"].long())
+        assert torch.equal(encoder.position_ids(inputs), data[f"{name}.position_ids"].long())
+        kind = "image" if inputs.mode == "image" else "video"
+        assert [list(inputs.grids["source"])] == data[f"{name}.{kind}_grid_thw"].tolist()
+        with torch.no_grad():
+            assert close(encoder.encode([inputs])[0], data[f"{name}.context"], 1e-3)
+
+
+@golden
+def test_from_recorded_pixel_values_the_context_is_exact_with_lora_live_and_merged():
+    encoder, data, lora = golden_mllm(), recorded("mllm_cases.safetensors"), recorded("mllm_lora.safetensors")
+    case = recorded("mllm.json")["cases"]["image"]
+    inputs = encoder.prepare(case["prompt"], data["image.frames_u8"])
+    inputs.pixel_values["source"] = data["image.pixel_values"].bfloat16()
+    with torch.no_grad():
+        assert close(encoder.encode([inputs])[0], data["image.context"])
+        adapters = {k.removeprefix("mllm."): v for k, v in lora.items() if ".lora_" in k}
+        load_weights(encoder, adapters, partial=True)
+        assert close(encoder.encode([inputs])[0], lora["expected.image.context.live"])
+        assert {our_name(k) for k in adapters} == {k for k in encoder.state_dict() if ".lora_" in k}
+        merge_lora(encoder)
+        assert close(encoder.encode([inputs])[0], lora["expected.image.context.merged"])
+
+
+@golden
+def test_sizes_and_frame_indices_match_the_release():
+    records = recorded("preprocess.json")
+    for r in records["mllm_video"]:
+        first, second = video_frame_sizes(r["height"], r["width"], r["max_pixels_per_frame"])
+        assert [list(first[::-1]), list(second)] == [r["first_resize_wh"], r["second_resize_hw"]]
+        assert sample_frames(r["num_frames"], 16) == r["frame_indices"]
+    for r in records["mllm_image"] + records["mllm_reference_image"]:
+        size = fit_pixels(r["height"], r["width"], 28, 3136, 784 * r.get("max_object_token", 16384))
+        assert list(size[::-1]) == r["resized_wh"]
+
+
+@golden
+def test_the_schedules_match_the_release():
+    schedules = recorded("scheduler.json")
+    for kind, sigma_min in (("official", 0.0), ("released_diffusers", 0.003 / 1.002)):
+        for r in schedules[kind]["inference"]:
+            if r["denoising_strength"] == 1.0:
+                sigmas = FlowMatch(r["shift"], sigma_min).sigmas(r["num_inference_steps"])
+                assert sigmas[:-1].tolist() == r["sigmas"] and sigmas[-1] == 0
+    training, sampled = schedules["training"], schedules["training"]["sampled"]
+    assert FlowMatch().timesteps(1000).tolist() == training["timesteps"]
+    for suffix, names in (
+        ("", ("timestep", "sigma", "weight")),
+        ("bf16", ("timestep_bf16", "sigma_from_bf16", "weight_from_bf16")),
+    ):
+        t, sigma, weight = (torch.tensor([r[name] for r in sampled]) for name in names)
+        ours = FlowMatch().training_sigmas(t)
+        assert torch.allclose(ours[0], sigma, atol=1e-6) and torch.allclose(ours[1], weight, atol=1e-5), suffix
+
+
+def golden_pipeline():
+    spec = recorded("pipeline.json")
+    e = recorded("mllm.json")["encoder"]
+    mllm = MLLMConfig(str(GOLDEN / "mllm"), e["dit_dim"], 6, 8, 10, e["max_object_token"])
+    model = KiwiEdit(KiwiConfig(golden_dit_config(spec["dit_config"]), golden_vae_config("2.2"), mllm))
+    weights = recorded("pipeline_dit_weights.safetensors")
+    weights |= {f"vae.{k}": v for k, v in recorded("vae22_weights.safetensors").items()}
+    weights |= {f"mllm.{k}": v for k, v in recorded("mllm_weights.safetensors").items()}
+    load_weights(model, weights)
+    return model, spec, recorded("pipeline_cases.safetensors")
+
+
+@golden
+def test_the_whole_edit_matches_the_release_from_pictures_to_pictures():
+    model, spec, data = golden_pipeline()
+    for name, case in spec["cases"].items():
+        ref = data[f"{name}.ref_u8"][0] if case["has_reference"] else None
+        edited = model.edit(data[f"{name}.source_u8"], case["prompt"], ref, steps=4, seed=case["seed"])
+        assert (edited.int() - data[f"{name}.frames_u8"].int()).abs().max() <= 1
+        latents = (data[f"{name}.source_latents"], data.get(f"{name}.ref_latents"))
+        final = model.denoise(data[f"{name}.noise"], data[f"{name}.context"], *latents, steps=4)
+        assert close(final, data[f"{name}.latents.3"], 1e-5)
+
+
+@golden
+def test_the_training_loss_and_its_gradients_match_the_release():
+    model, spec, data = golden_pipeline()
+    take = lambda name: data[f"training.{name}"]
+    for i, r in enumerate(spec["training"]):
+        model.zero_grad()
+        t = torch.tensor([r["timestep"]])
+        loss = model.training_loss(
+            take("input_latents"), take("context"), t, take("source_latents"), take("ref_latents"), take("noise")
+        )
+        loss.backward()
+        assert abs(loss.item() - r["loss"]) < 1e-4 * r["loss"]
+        for ours, theirs in (("source_embedder", "vae_condition"), ("ref_embedder", "ref_vae_condition")):
+            gradient = getattr(model, ours).patch_embedding.bias.grad
+            assert close(gradient, take(f"{i}.grad.{theirs}.patch_embedding.bias"))
+
+
+MANIFESTS = {
+    "dit_wan2.2_ti2v_5b": "wan22_5b", "dit_wan2.1_t2v_14b": "wan21_14b", "dit_wan2.1_t2v_1.3b": "wan21_1_3b",
+    "vae_wan2.2": "wan22_5b", "vae_wan2.1": "wan21_14b",
+}  # fmt: skip
+
+
+@golden
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_the_real_sizes_take_exactly_the_published_names_and_shapes(name):
+    preset = PRESETS[MANIFESTS[name]]
+    with torch.device("meta"):
+        module = VAE(preset.vae) if name.startswith("vae") else DiT(preset.dit)
+    weights = manifest(name)
+    assert load_weights(module, weights) == []
+    lost = next(iter(weights))
+    with pytest.raises(ValueError, match=re.escape(lost)):
+        load_weights(module, {k: v for k, v in weights.items() if k != lost})
+    with pytest.raises(ValueError, match="1 unexpected: stranger"):
+        load_weights(module, {**weights, "stranger": weights[lost]})
+
+
+@golden
+def test_the_released_checkpoints_of_every_stage_and_layout_are_taken_in_full(real_qwen_folder):
+    preset = PRESETS["wan22_5b"]
+    preset = replace(preset, mllm=replace(preset.mllm, folder=str(real_qwen_folder)))
+    base = {f"mllm.{k}": v for k, v in manifest("qwen2.5_vl_3b_instruct").items()}
+    base |= {f"dit.{k}": v for k, v in manifest("dit_wan2.2_ti2v_5b").items()}
+    base |= {f"vae.model.{k}": v for k, v in manifest("vae_wan2.2").items()}
+    for stage in (1, 2, 3):
+        with torch.device("meta"):
+            model = KiwiEdit(preset)
+        missing = load_weights(model, base, partial=True)
+        lora = load_weights(model, manifest(f"trainable_5b_stage{stage}"), partial=True)
+        untrained = {name for name in set(missing) & set(lora) if ".lora_" not in name}
+        assert bool(untrained) == (stage < 3), sorted(untrained)[:9]
+    folder = {"transformer": "dit", "mllm_encoder": "mllm"}
+    with torch.device("meta"):
+        model = KiwiEdit(replace(preset, vae=None))
+    weights = {
+        re.sub(r"^(\w+)/", lambda m: folder.get(m[1], m[1]) + ".", k): v for k, v in manifest("diffusers_5b").items()
+    }
+    weights |= {f"mllm.{k}": v for k, v in manifest("qwen2.5_vl_3b_instruct").items()}
+    assert load_weights(model, {k: v for k, v in weights.items() if not k.startswith("vae.")}) == []
+
+
+# An edit
+
+
+def test_an_edit_is_reproducible_keeps_its_shape_and_survives_offload_and_tiles(qwen_folder):
+    model = small_model(qwen_folder).eval()
+    torch.manual_seed(1)
+    first = small_edit(model)
+    torch.manual_seed(1)
+    assert first.shape == (6, 32, 64, 3) and torch.equal(small_edit(model), first)
+    picture = torch.randint(255, (40, 50, 3), dtype=torch.uint8)
+    source = moving_picture(6, 32, 64)
+    plain = model.edit(source, "Replace the sky.", [picture, picture], steps=2, seed=3)
+    other = model.edit(source, "Replace the sky.", [picture, picture], steps=2, seed=3, tile=1, offload_to="cpu")
+    assert (plain.int() - other.int()).abs().max() <= 1
+    assert not torch.equal(plain, model.edit(source, "Replace the sky.", [picture, picture], steps=2, seed=4))
+
+
+# The stories of README's "Change it"
+
+
+def stories():
+    """(title, [(language, code)]) of every change that README's section shows."""
+    section = re.search(r"^## Change it\n(.*?)^## ", (HOUSE / "README.md").read_text(), re.DOTALL | re.MULTILINE)[1]
+    for title, text in re.findall(r"^\*\*(.*?)\*\*(.*?)(?=^\*\*|\Z)", section, re.DOTALL | re.MULTILINE):
+        yield title, re.findall(r"```(python|bash)\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("title, blocks", list(stories()), ids=[title for title, _ in stories()])
+def test_a_story_of_the_readme_runs_in_a_copy_of_the_house(tmp_path, nano_data, title, blocks):
+    copy = tmp_path / "house"
+    copy.mkdir()
+    for name in subprocess.check_output(["git", "ls-files"], cwd=HOUSE, text=True).splitlines():
+        if not name.startswith(("weights/", "tests/")) and (HOUSE / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(HOUSE / name, copy / name)
+    (copy / "weights").symlink_to(HOUSE / "weights")
+    (copy / "data").mkdir()
+    (copy / "data" / "nano").symlink_to(nano_data)
+    for language, code in blocks:
+        if language == "python":
+            target = copy / re.match(r"# (\S+)", code)[1]
+            target.write_text(target.read_text() + "\n\n" + code)
+            continue
+        for line in code.strip().splitlines():
+            words = shlex.split(line, comments=True)
+            done = subprocess.run([sys.executable, *words[1:]], cwd=copy, capture_output=True, text=True)
+            assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
