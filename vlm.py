@@ -390,6 +390,9 @@ class OpenAICompatible(Server):
             content += [{"type": kind, kind: {"url": url}} for url in urls]
         messages = [{"role": "system", "content": text}, {"role": "user", "content": content}]
         optional = {} if self.settings.temperature is None else {"temperature": self.settings.temperature}
+        if self.settings.as_user:
+            messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+            optional["max_tokens"] = self.settings.max_tokens
         if schema:
             strict = {**schema, "required": list(schema["properties"]), "additionalProperties": False}
             optional["response_format"] = {"type": "json_schema",

@@ -125,7 +125,7 @@ def scale(folder, records=100_000, vectors=200_000, width=768):
     curate.main([str(made), "--out", str(folder / "out"), "--set", "duplicate=1", "page=1"])
     seconds, peak = time.perf_counter() - start, memory()
 
-    centres = F.normalize(torch.randn(vectors // 20, width, generator=torch.Generator().manual_seed(0)), dim=1)
+    centres = F.normalize(torch.randn(-(-vectors // 20), width, generator=torch.Generator().manual_seed(0)), dim=1)
     noise = torch.randn(vectors, width, generator=torch.Generator().manual_seed(1)) * 0.6 / width**0.5
     features = F.normalize(centres.repeat(20, 1)[:vectors] + noise, dim=1)
     device = curate.pick_device(None)

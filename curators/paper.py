@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 from connectors import PIXEL_MEAN, PIXEL_STD
 from curators import KINDS, Rejected, box_of, frame_at, moments
-from curators.classical import inked, large_regions
+from curators.classical import grow, inked, large_regions
 from load import local_path
 from media import frame_rate, open_media, pad_reference, read_image, resize, write_image
 from metrics import as_float
@@ -174,7 +174,7 @@ def read_verdict(text):
 
 def open_model(name, device, workers=1):
     """A model to ask: http://HOST/v1#MODEL, or a folder or hub id, BASE+ADAPTER with a LoRA. ValueError."""
-    settings = Settings(device=device, max_pixels=1280 * 720, max_tokens=512, deadline=120.0, as_user=True, concurrency=workers)
+    settings = Settings(device=device, max_pixels=1280 * 720, max_tokens=512, deadline=120.0, as_user=True, temperature=0.0, concurrency=workers)
     if name.startswith(("http://", "https://")):
         address, _, model = name.partition("#")
         return OpenAICompatible(served(address, model), settings.__class__(**{**vars(settings), "endpoint": address}))
@@ -436,7 +436,7 @@ class Paper:
 
         frame, label = frame_at(target_path, row["key"]), row.get("label", "object")
         mask = F.interpolate(mask[None, None].float(), frame.shape[:2])[0, 0] > 0.5
-        soft = (F.max_pool2d(mask[None, None].float(), 9, 1, 4)[0, 0] > 0.5)[..., None]
+        soft = (grow(mask[None, None].float(), max(1, min(mask.shape) // 180))[0, 0] > 0.5)[..., None]
         if row["kind"] == "subject":
             frame = around(torch.where(soft, frame, torch.tensor(255, dtype=torch.uint8)), box_of(mask))
         else:

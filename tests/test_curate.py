@@ -431,6 +431,7 @@ def test_two_processes_do_what_one_does_and_a_stray_world_size_is_not_waited_for
 
 def test_ray_finishes_with_fewer_gpus_than_stages_and_leaves_a_ray_that_was_there(tmp_path, pairs, run, monkeypatch):
     ray = pytest.importorskip("ray", reason="needs Ray Data: pip install 'ray[data]'")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     ray.init(num_cpus=2, num_gpus=1, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
     make = curate.Stage.__init__
     monkeypatch.setattr(curate.Stage, "__init__", lambda self, *a: make(self, *a) or setattr(self, "gpus", 1))
