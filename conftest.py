@@ -346,7 +346,7 @@ RED, GREEN, BLUE = (220, 30, 30), (30, 200, 40), (40, 60, 220)
 
 def score(folder, fake, *more, judge_="openai:m", out="out"):
     arguments = ["score", "--bench", "refvie", folder / "bench.yaml", "--edits", folder / "edits", "--judge", judge_,
-                 "--endpoint", fake.url, "--wait", 0.01, "--out", folder / out, *more]  # fmt: skip
+                 "--endpoint", fake.url, "--set", "wait=0.01", "--out", folder / out, *more]  # fmt: skip
     judge.main(list(map(str, arguments)))
 
 

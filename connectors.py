@@ -108,7 +108,7 @@ def patchify(frames, patch=14, mean=PIXEL_MEAN, std=PIXEL_STD):
 
     A patch is 2 frames (an odd count repeats the last) x 14 x 14 pixels; 2x2 neighbours, which the vision
     tower merges to one token, follow one another. Values are normalised and rounded to bfloat16.
-    Another patch, mean and std are those of another Qwen (judges.py).
+    Another patch, mean and std are those of another Qwen (vlm.py).
     """
     x = (frames.float() - 255 * torch.tensor(mean)) / (255 * torch.tensor(std))
     if len(x) % 2:
