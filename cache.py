@@ -34,7 +34,7 @@ from media import (
 
 
 class Shapes:
-    """What every file looks like, measured once: shapes.jsonl of a run or cache, lines [path, size, time, shape or fault].
+    """What every file looks like, measured once: shapes.jsonl of a run or cache, [path, size, time, shape or fault].
 
     A file whose size or time changed is measured again; nothing else is opened.
     """
@@ -90,7 +90,7 @@ class Shapes:
         if kind == "image":
             return 1, height, width
         if 1 < min(a, b) < 5:
-            return f"{row.target}: has {min(a, b)} frames; a clip needs at least 5, a picture belongs into {FILES['image']}"
+            return f"{row.target}: has {min(a, b)} frames; a clip needs at least 5; pictures go into {FILES['image']}"
         if (
             source_rate
             and rate
@@ -103,8 +103,8 @@ class Shapes:
 
 
 def look(path):
-    """(frames, height, width, frames a second) of a picture or clip, upright, from its header and first frame; `measure`
-    with the rate. MediaError."""
+    """(frames, height, width, frames a second) of a picture or clip, upright, from its header and first frame.
+    MediaError."""
     with open_media(path) as (container, stream):
         frames = decode(path, container, stream)
         _, rgb = next(frames)
@@ -117,7 +117,7 @@ def look(path):
 class Cache:
     """Rows encoded once, in a folder, found by what they are made of: a file of tensors for each row, shape and part.
 
-    parts: {"latents": ..., and "context" (of a frozen MLLM) or "seen" (the vision tower's tokens, where it trains): ...},
+    parts: {"latents": ..., and "context" (of a frozen MLLM) or "seen" (of one that trains: the vision tower's tokens)};
     the values name what makes them: weights and settings. The name of a file is the hash of its part's value, of path,
     size and time of the row's files, of the shape and, for a context, of the prompt. So a row more or a word mended
     costs one file, and a file that changed is encoded anew.
@@ -162,8 +162,10 @@ class Cache:
         """ValueError unless every (row, shape) is here."""
         absent = [row for row, shape in wanted if self.absent(row, shape)]
         if absent:
-            raise ValueError(f"{self.folder}: {len(absent)} of {len(wanted)} rows are new, changed, or encoded by other weights "
-                             f"or settings (the first: {absent[0].target}); run data.py cache again, it adds what is absent")  # fmt: skip
+            raise ValueError(
+                f"{self.folder}: {len(absent)} of {len(wanted)} rows are new, changed, or encoded by other weights "
+                f"or settings (the first: {absent[0].target}); run data.py cache again"
+            )
 
 
 class CachedPairs(Pairs):
@@ -222,7 +224,7 @@ def weights_print(files, prefix):
 
 @torch.no_grad()
 def write_cache(args, stage, ranks, model, cache, data):
-    """Encode what the cache lacks, each rank its part; it can be interrupted. References are shrunk once and for all."""
+    """Encode what the cache lacks, each rank its part; it can be interrupted. References are shrunk once."""
     todo = [
         (row, shape, absent)
         for _, row, shape in data.rows()[ranks.rank :: ranks.world]

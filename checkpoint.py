@@ -1,6 +1,7 @@
 """The folder of a training run: what is written to it, and what is made of it.
 
-    RUN/config.json  metrics.jsonl  bad.jsonl  shapes.jsonl  samples/  step-NNNNNN/{weights,ema}.safetensors, state/, train.json
+    RUN/config.json  metrics.jsonl  bad.jsonl  shapes.jsonl  samples/
+        step-NNNNNN/{weights,ema}.safetensors, state/, train.json
 
 `Checkpoints` writes while training goes on; `open_run` finds where to resume; `export` and `export_lora` make weights
 for others of it; `plot_losses` draws it.
@@ -230,7 +231,7 @@ def write_config(args, stage, model, out):
     typed = {name: Path(vars(args)[name]) for name in ("weights", "base", "qwen") if vars(args)[name]}
     began = {name: path for name, path in typed.items() if path.exists() and not path.is_absolute()}
     config = {"format": "nanokiwi run", "args": vars(args), "stage": asdict(stage), "model": asdict(model.config),
-              "began": {name: os.path.relpath(path.resolve(), out.resolve()) for name, path in began.items()}}  # fmt: skip
+              "began": {name: os.path.relpath(p.resolve(), out.resolve()) for name, p in began.items()}}  # fmt: skip
     write_text(out / "config.json", json.dumps(config, indent=1))
 
 

@@ -138,7 +138,7 @@ def below(base, name, where):
 
 
 def csv_lines(path, columns=()):
-    """Yield (place, line as a dict) of a CSV table that has these columns. ValueError where csv alone would misread it."""
+    """Yield (place, line as a dict) of a CSV table that has these columns. ValueError where csv would misread it."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, strict=True)  # an unclosed quote would swallow the rest
         try:
@@ -191,8 +191,8 @@ def row_group(path, file, group, columns):
 
 @lru_cache(maxsize=2)
 def reference_bytes(path, group):
-    """The reference pictures of a row group. `check` reads in order; training shuffles and reads a group for nearly every
-    picture, so ref_video.csv with its files, or a cache, is quicker there."""
+    """The reference pictures of a row group. `check` reads in order; training shuffles and reads a group for nearly
+    every picture, so ref_video.csv with its files, or a cache, is quicker there."""
     return row_group(path, parquet_file(path), group, ["ref_image_bytes"]).column(0)
 
 
@@ -238,7 +238,7 @@ def fill_buckets(shapes, max_frames, max_pixels):
 
 
 def read_pair(row, shape):
-    """Frames uint8 (T, h, w, 3) of a row's target and source at `shape` (T, h, w), and its reference or None. MediaError."""
+    """Frames uint8 (T, h, w, 3) of a row's target and source at `shape`, and its reference or None. MediaError."""
     target, source = (read_frames(path, shape[0], shape[1:]) for path in (row.target, row.source))
     return target, source, read_reference(row.ref) if row.ref else None
 
@@ -311,7 +311,7 @@ def interleave(ratio):
 
 
 class Curriculum:
-    """Mixtures one after the other: [(number of its first batch, Mixture)]. `self[n]` -> (mixture, kind, shape, rows)."""
+    """Mixtures one after the other: [(first batch, Mixture)]. `self[n]` -> (mixture, kind, shape, rows)."""
 
     def __init__(self, phases):
         self.phases = phases
@@ -370,7 +370,7 @@ class Pairs(torch.utils.data.Dataset):
 
 
 def from_row(bucket, number):
-    """A row's number and then those after it in its bucket, round to the one before. (`index` runs for broken rows only.)"""
+    """A row's number and then those after it in its bucket, round to the one before."""
     yield number
     start = bucket.index(number)
     yield from bucket[start + 1 :] + bucket[:start]

@@ -1,6 +1,6 @@
 """LoRA: low-rank updates of frozen linears, their files in five dialects, and the 8-bit base below them.
 
-    y = x W^T + b + (x A^T) B^T,  A (rank, in), B (out, rank);   a file's update is alpha / rank * B A, ours has factor 1
+    y = x W^T + b + (x A^T) B^T,  A (rank, in), B (out, rank); a file's update is alpha / rank * B A, ours has factor 1
 
 W may be 16 bits or `kernels.linear.QuantLinear`. Files of others are merged into W in float32, before quantising; every
 key is accounted for. Dialects: diffusers/PEFT, ComfyUI, kohya/musubi, DiffSynth, FastVideo (`lora_key`).
@@ -38,8 +38,8 @@ class QuantLoRALinear(QuantLinear):
 
 
 def inject_lora(module, rank, targets):
-    """Give every linear of `module` whose name ends in one of `targets` ("q_proj", "ffn.0", ...) a LoRA. ValueError for a
-    target that no linear has."""
+    """Give every linear of `module` whose name ends in one of `targets` ("q_proj", "ffn.0", ...) a LoRA. ValueError for
+    a target that no linear has."""
     kinds = {nn.Linear: LoRALinear, QuantLinear: QuantLoRALinear}
     linears = [f".{name}" for name, child in module.named_modules() if type(child) in kinds]
     for target in targets:
@@ -51,8 +51,8 @@ def inject_lora(module, rank, targets):
 
 
 def quantise(model, kind, device="cpu", parts=("dit", "mllm")):
-    """Replace the linears of the DiT's blocks and of the language model's layers by 8-bit ones, one at a time on `device`,
-    so that the card never holds the 16 bits. Modulations, norms, embeddings and the head stay; so do LoRA layers."""
+    """Replace the linears of the DiT's blocks and of the language model's layers by 8-bit ones, one at a time on
+    `device`, so that the card never holds the 16 bits. Modulations, norms, embeddings and head stay; LoRA layers too."""
 
     def quantised(name, child):
         if type(child) is nn.Linear and BLOCK_LINEAR.search(name) and name.split(".")[0] in parts:
@@ -64,9 +64,8 @@ def quantise(model, kind, device="cpu", parts=("dit", "mllm")):
 # Files
 
 
-LORA_PARTS = re.compile(
-    r"(.+?)\.((?:lora_[AB](?:\.default)?|lora_down|lora_up)(?:\.weight|\.bias)?|(?:lora_)?alpha|lora_rank|diff|diff_b|diff_m)$"
-)
+MATRIX = r"(?:lora_[AB](?:\.default)?|lora_down|lora_up)(?:\.weight|\.bias)?"
+LORA_PARTS = re.compile(rf"(.+?)\.({MATRIX}|(?:lora_)?alpha|lora_rank|diff(?:_[bm])?)$")
 PARTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_alpha": "alpha", "lora_rank": "rank"}
 UNSUPPORTED = {
     "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT",
@@ -96,7 +95,7 @@ def wan_name(name, modules):
 
 
 def read_lora(path):
-    """The tensors of a LoRA file by layer: {layer as written: {part: tensor}}. ValueError names what is not supported."""
+    """The tensors of a LoRA file: {layer as written: {part: tensor}}. ValueError names what is not supported."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"--lora {path}: no such file")
@@ -121,7 +120,7 @@ def read_lora(path):
 
 
 def add_lora(dit, path, scale=1.0):
-    """Merge a file into a DiT's weights in float32, times `scale` -> a line that says what was merged and what unused."""
+    """Merge a file into a DiT's weights in float32, times `scale` -> a line about what was merged and what not."""
     own = dict(dit.named_parameters())
     layers = {name.rsplit(".", 1)[0] for name in own} | {name for name in own if name.endswith("modulation")}
     merged, unused = 0, []

@@ -1,6 +1,6 @@
 """Several processes as one: which rank am I, which device, and how ranks share weights, data and sequences.
 
-    torchrun -> Ranks: dp x sp processes. Data-parallel ranks take other samples, the sp ranks of a sequence the same ones
+    torchrun -> Ranks: dp x sp processes. Data-parallel ranks take other samples, the sp ranks of a sequence the same
     parallelise(model) -> DDP (whole weights on each rank) or FSDP2 (float32 shards, gathered block by block)
     Ulysses: tokens (B, N, D) split over sp ranks; in self-attention all tokens, heads split (arXiv 2309.14509)
 
@@ -20,12 +20,12 @@ from kernels import attention
 
 
 def rank_and_world():
-    """This process's number under torchrun and how many there are; else 0 and 1, though some machines set WORLD_SIZE."""
+    """This process's number under torchrun and how many there are; else 0 and 1, even if WORLD_SIZE is set."""
     return (int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", 1))) if "RANK" in os.environ else (0, 1)
 
 
 def pick_device(name=None):
-    """The torch device of that name; by default this process's GPU (LOCAL_RANK under torchrun), or the CPU. ValueError."""
+    """The torch device of that name; by default this process's GPU (torchrun: LOCAL_RANK), or the CPU. ValueError."""
     name = name or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(1, device=name).device
@@ -115,15 +115,15 @@ def parallelise(model, ranks, checkpointing=True):
     model.dit.blocks[0].register_forward_pre_hook(reached_by_the_backward, prepend=True)  # before FSDP's own
     if layers and any(p.requires_grad for name, p in model.mllm.named_parameters() if "connector" not in name):
         layers[0].register_forward_pre_hook(reached_by_the_backward, prepend=True)
-    # The vision tower runs once a picture, not equally often on every rank: the root gathers it. The VAE stays whole: it
-    # is called before the rest and apart from it.
+    # The vision tower runs once a picture, not equally often on every rank: the root gathers it. The VAE stays whole:
+    # it is called before the rest and apart from it.
     apart = set(model.vae.parameters()) if model.vae else set()
     return fully_shard(model, mesh=ranks.mesh, mp_policy=policy, ignored_params=apart)
 
 
 def reached_by_the_backward(block, arguments):
-    """Ranks must run identical backward graphs, or FSDP deadlocks: whatever a kind of data trains before the blocks, the
-    backward goes through all of them."""
+    """Ranks must run identical backward graphs, or FSDP deadlocks: whatever a kind of data trains before the blocks,
+    the backward goes through all of them."""
     if torch.is_grad_enabled():
         arguments[0].requires_grad_()
 

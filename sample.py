@@ -60,7 +60,7 @@ def parse_arguments(argv=None):
         help="VAE: work on N x N latent pixels at once; the same result, less memory",
     )
     add("--lora", nargs="+", default=[], metavar="FILE[:SCALE]", help="LoRA of the DiT, in any dialect, one or more")
-    add("--quantise", choices=("fp8", "int8"), help="linears in 8 bits: 10 GB of DiT and MLLM instead of 17, a little less exact")
+    add("--quantise", choices=("fp8", "int8"), help="linears in 8 bits: half the memory, a little less exact")
     add("--compare", action="store_true", help="also write source, references and edit side by side: <out>_compare")
     argv = sys.argv[1:] if argv is None else argv
     if "--" in argv:  # argparse cannot intermix behind it

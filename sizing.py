@@ -63,14 +63,15 @@ def memory(config, stage, shape, gpus=1, cache=False, quantise=None, checkpointi
     dequantised = 10 * config.dit.dim * config.dit.ffn_dim if quantise else 0  # one linear: 8 -> 32 -> 16 bits
     return {
         "frozen weights": frozen / share, "trained weights": 4 * trained / share, "gathered": gathered,
-        "gradients": 4 * trained / share, "moments": 8 * trained / share, "average": 4 * trained / share * (stage.ema > 0),
+        "gradients": 4 * trained / share, "moments": 8 * trained / share,
+        "average": 4 * trained / share * (stage.ema > 0),
         "activations": activations(config, stage, shape, cache, checkpointing) + dequantised,
     }  # fmt: skip
 
 
 def activations(config, stage, shape, cache, checkpointing):
-    """Bytes: of every block its input and the output of self-attention, and what the backward of one block keeps inside,
-    some 20 D + 4 F numbers a token with its gradients; the same for the language model where it is trained."""
+    """Bytes: of every block its input and the output of self-attention, and what the backward of one block keeps
+    inside, some 20 D + 4 F numbers a token with its gradients; the same for the language model where it is trained."""
     c, m, (frames, height, width) = config.dit, config.mllm, shape
     tokens = (config.vae.latent_frames(frames) + (stage.ref > 0)) * height * width // config.pixel_grid**2
     lora = 1.2 if "dit.lora" in stage.trains else 1  # its own outputs beside the base's

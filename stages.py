@@ -108,7 +108,7 @@ STAGES = {
 
 
 def choose_stage(args):
-    """The stage asked for, with its settings. The release trains the 14B model's DiT by LoRA, on shorter clips (with half
+    """The stage asked for, with its settings. The release trains the 14B model's DiT by LoRA, on shorter clips (at half
     the learning rate at 720p), and gives its language model a larger LoRA."""
     stage = STAGES[args.preset][args.stage]
     if args.preset == "released" and args.config == "wan21_14b":
@@ -137,8 +137,7 @@ def with_settings(config, settings):
 
 
 def cast(value, old, kind=None):
-    """Text as a value of the type of `old`, or, where that tells of none, as Python has it. kind: the field's, which alone
-    tells that a number may also be left out. ValueError where it is none."""
+    """Parse `value` as the type of `old`; if that is None or (), as a literal. kind: the field's type. ValueError."""
     if kind == int | None:
         return None if value.lower() == "none" else int(value)
     if isinstance(old, bool):

@@ -26,8 +26,8 @@ HELD_OUT = 16  # rows of each table of --val
 
 
 def load_model(args, stage, ranks, checkpoint, data):
-    """The model with the weights to start from, LoRA in place, trained parts in float32 and the rest in `dtype`, exactly
-    what the stage trains requiring gradients; and the cache. What a cache holds the output of is not loaded."""
+    """The model with the weights to start from, LoRA in place, trained parts in float32 and the rest in `dtype`,
+    exactly what the stage trains requiring gradients; and the cache. What a cache holds the output of is not loaded."""
     config, files = read_start(args, ranks)
     config = config_of(args, config, checkpoint)
     if config.dit.num_heads % ranks.sp:
@@ -59,8 +59,8 @@ def load_model(args, stage, ranks, checkpoint, data):
         load_weights(model, TensorFiles().add(checkpoint / "weights.safetensors"), partial=True)
     query_connector = getattr(model.mllm, "connector", None)
     if "dit" in stage.trains and ranks.first and query_connector is not None and not query_connector[2].weight.any():
-        print("warning: the Query Connector is untrained, so stage 1 was left out; the paper measured 1.47/3.01 without "
-              "it against 2.84/3.98 (Table 5)", file=sys.stderr)  # fmt: skip
+        print("warning: the Query Connector is untrained, so stage 1 was left out; the paper measured 1.47/3.01 "
+              "without it against 2.84/3.98 (Table 5)", file=sys.stderr)  # fmt: skip
     return model.train(), cache
 
 
@@ -126,7 +126,7 @@ def has_lora(module):
 
 
 def choose_trained(model, stage, ranks):
-    """Put LoRA in place, and set requires_grad for exactly what the stage trains. ValueError for a part that is absent."""
+    """Put LoRA in place; set requires_grad for exactly what the stage trains. ValueError for a part that is absent."""
     if "lora" in stage.trains and model.mllm.language_model is not None:
         held = {len(p) for name, p in model.mllm.named_parameters() if ".lora_A." in name}
         if not held:

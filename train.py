@@ -5,9 +5,9 @@
       -> noise and a timestep from the sample's number -> KiwiEdit.forward -> loss -> gradients of the global batch
       -> AdamW -> every N steps a checkpoint, written while training goes on
 
-Paper, Section 5.1: the MLLM learns to speak to the DiT, both learn to edit, both learn references. A row of `STAGES` says
-what a stage trains. Randomness belongs to samples, by their number, and not to processes: one process, DDP, FSDP2,
-sequence parallelism and a run that was killed and resumed give the same losses. The release cannot resume, takes one
+Paper, Section 5.1: the MLLM learns to speak to the DiT, both learn to edit, both learn references. A row of
+`STAGES` says what a stage trains. Randomness belongs to samples, by their number, and not to processes: one process,
+DDP, FSDP2, sequence parallelism and a run that was killed and resumed give the same losses. The release cannot resume, takes one
 sample at a time and replaces broken ones in silence.
 """
 
@@ -83,7 +83,7 @@ def parse_arguments(argv=None):
     add("--image-csv", metavar="FILE", help="this instead of DIR/image.csv")
     add("--video-csv", metavar="FILE", help="likewise")
     add("--ref-csv", metavar="FILE", help="likewise")
-    add("--base-path", metavar="DIR", help="where the paths in the tables start (default: the table's folder); with any "
+    add("--base-path", metavar="DIR", help="where the tables' paths start (default: the table's folder); with any "
         "--*-csv, in those alone")  # fmt: skip
     add("--val", metavar="DIR", help="held-out rows, in the same tables: their loss and previews")
     add("--out", metavar="RUN", help="folder of the run: config.json, metrics.jsonl, checkpoints (default: runs/STAGE)")
@@ -92,7 +92,7 @@ def parse_arguments(argv=None):
     add("--qwen", metavar="PATH|HUB_ID", help="Qwen2.5-VL's (default: Qwen/Qwen2.5-VL-3B-Instruct)")
     add("--init", choices=("weights", "random"), default="weights", help="random: no weights at all")
     add("--quantise", choices=("fp8", "int8"), help="frozen linears in 8 bits: half the memory of a LoRA's base")
-    add("--resume", metavar="auto|PATH", help="auto: from --out's last checkpoint if there is one. A run or checkpoint, "
+    add("--resume", metavar="auto|PATH", help="auto: from --out's last checkpoint, if any. A run or checkpoint, "
         "alone: with the run's own arguments")  # fmt: skip
     flag("--seed", 0, "N", "order of the data, noise, and what the weights lack (default %(default)s)")
     add(
@@ -286,9 +286,7 @@ class Trainer:
         self.saver.wait()
         if self.ranks.first:
             hint = f"; go on with --resume {self.out}" if self.stop else ""
-            print(
-                f"{self.stop + ': ' if self.stop else ''}step {counts['step']} of {stage.steps}, {self.saver.last()}{hint}"
-            )
+            print(f"{self.stop or 'done'}: step {counts['step']} of {stage.steps}, {self.saver.last()}{hint}")
 
     def step(self):
         """One update -> its line of metrics; None if a signal came before its end: then it leaves no trace."""
@@ -357,8 +355,8 @@ class Trainer:
             raise InterruptedError
 
     def reduce_gradients(self, last):
-        """Ranks add their gradients once an update; FSDP2 on each backward where it trains whole blocks, whose gradients
-        no rank has room for."""
+        """Ranks add their gradients once an update; at each backward where FSDP2 trains whole blocks, since no rank has
+        room for all gradients."""
         if hasattr(self.module, "require_backward_grad_sync"):
             self.module.require_backward_grad_sync = last  # DDP
         elif hasattr(self.module, "set_requires_gradient_sync") and "dit" not in self.stage.trains:
@@ -405,8 +403,8 @@ class Trainer:
         ), tokens
 
     def update(self, rate, losses):
-        """Clip the gradients and step the optimizers, unless they are not finite -> the gradients' norm, losses as numbers:
-        the one place of a step that waits for the device."""
+        """Clip the gradients and step the optimizers, unless they are not finite -> the gradients' norm and the losses
+        as numbers: here a step waits for the device, once."""
         for p, updated in zip(self.trained.values(), self.updated.values()):
             updated.grad = of_one_rank(p.grad, self.ranks)
         norm = torch.nn.utils.clip_grad_norm_(self.updated.values(), self.stage.clip or math.inf)
@@ -428,7 +426,7 @@ class Trainer:
         return norm, losses
 
     def skip(self, norm, suspects, seen):
-        """Report a step whose gradient is not finite, and the samples whose loss is not. ValueError for five in a row."""
+        """Report a step whose gradient is not finite, and samples whose loss is not. ValueError for five in a row."""
         self.counts["skipped"] += 1
         self.trouble += 1
         suspects = self.ranks.gathered(suspects)
@@ -444,12 +442,12 @@ class Trainer:
         counts = self.counts
         counts.update(step=1, samples=self.stage.global_batch, tokens=tokens, bad=bad, seconds=seconds)
         if 100 * counts["bad"] > self.args.max_bad * max(counts["samples"], 100):
-            raise ValueError(f"{counts['bad']:.0f} of {counts['samples']} samples could not be read, more than --max-bad "
+            raise ValueError(f"{counts['bad']:.0f} of {counts['samples']} samples cannot be read, more than --max-bad "
                              f"{self.args.max_bad:g} per cent; see {self.args.out}/bad.jsonl")  # fmt: skip
 
     @torch.no_grad()
     def validate(self):
-        """Mean squared error of the held-out rows, each at a timestep in every quarter of the schedule, with noise fixed by
+        """Mean squared error of the held-out rows, each at a timestep in every quarter of the schedule, noise fixed by
         the row's number -> means by kind and by quarter."""
         self.model.eval()
         rows, ranks, flow = self.data.held_out, self.ranks, FlowMatch(self.stage.shift, weighting="none")
@@ -542,9 +540,7 @@ class Trainer:
                 f"{checkpoint} was trained by {old}: add --set optimizer={old}, or begin anew with --weights"
             )
         if sorted(saved["stage"]["trains"]) != sorted(self.stage.trains):
-            raise ValueError(
-                f"{checkpoint} is of a stage that trains other parts: a next stage begins with --weights {checkpoint.parent}"
-            )
+            raise ValueError(f"{checkpoint} trains other parts: a next stage begins with --weights {checkpoint.parent}")
         if self.ema and not saved["stage"]["ema"]:
             raise ValueError(f"{checkpoint} has no averaged weights: leave out --set ema, or begin anew with --weights")
         changed = self.changed_since(saved, read_json(checkpoint.parent / "config.json")["args"])
@@ -555,8 +551,8 @@ class Trainer:
             dcp.load(state, checkpoint_id=checkpoint / "state")
         except (CheckpointException, RuntimeError, AssertionError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            raise ValueError(f"{checkpoint}/state: cannot be read ({reason}); resume from an older checkpoint, or begin "
-                             "anew with --weights") from None  # fmt: skip
+            raise ValueError(f"{checkpoint}/state: cannot be read ({reason}); resume from an older checkpoint, or "
+                             "begin anew with --weights") from None  # fmt: skip
         for optimizer in self.optimizers:
             for moments in optimizer.state.values():
                 moments["step"].fill_(self.counts["updates"])
@@ -616,7 +612,7 @@ def room_for_batches(shape, batch, workers, cached=None):
         size = 8 * cached.vae.z_dim * cached.vae.latent_frames(frames) * height * width // cached.vae.space_stride**2
     need, disk = size * batch * (2 * workers + 1), os.statvfs("/dev/shm") if Path("/dev/shm").is_dir() else None
     if disk and disk.f_bavail * disk.f_frsize < need:
-        raise ValueError(f"/dev/shm has {disk.f_bavail * disk.f_frsize / 2**20:.0f} MiB, batches on their way need {need / 2**20:.0f}: "
+        raise ValueError(f"/dev/shm has {disk.f_bavail * disk.f_frsize >> 20} MiB, batches in flight need {need >> 20}: "
                          "docker run --shm-size=8g, or --workers 0")  # fmt: skip
 
 
@@ -652,8 +648,8 @@ def rank_batches(curriculum, stage, ranks, step):
 
 
 def of_one_rank(tensor, ranks):
-    """A DTensor's memory as a plain tensor where one rank has all of it: each of Muon's thirty operations a matrix takes
-    longer to dispatch on a DTensor than a small model's to do."""
+    """A DTensor's memory as a plain tensor where one rank has all of it: each of Muon's thirty operations a matrix
+    takes longer to dispatch on a DTensor than a small model's to do."""
     if tensor is None or ranks.world > 1 or not hasattr(tensor, "to_local"):
         return tensor
     with torch.no_grad():
@@ -739,7 +735,8 @@ def run():
         sys.exit("\ntrain.py: interrupted; a cache that is written goes on where it stopped")
     except torch.OutOfMemoryError:
         sys.exit(
-            "train.py: out of GPU memory; --dry-run says what a rank needs: take more GPUs, fewer --set pixels= or frames=, or a smaller --config"
+            "train.py: out of GPU memory; --dry-run says what a card needs: take more GPUs, --cache, --quantise, or "
+            "fewer --set pixels= or frames="
         )
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
