@@ -52,7 +52,7 @@ def inject_lora(module, rank, targets):
 
 def quantise(model, kind, device="cpu", parts=("dit", "mllm")):
     """Replace the linears of the DiT's blocks and of the language model's layers by 8-bit ones, one at a time on
-    `device`, so that the card never holds the 16 bits. Modulations, norms, embeddings and head stay; LoRA layers too."""
+    `device`, so that the card never holds the 16 bits. Modulations, norms, embeddings, head and LoRA stay."""
 
     def quantised(name, child):
         if type(child) is nn.Linear and BLOCK_LINEAR.search(name) and name.split(".")[0] in parts:

@@ -7,8 +7,8 @@
 
 Paper, Section 5.1: the MLLM learns to speak to the DiT, both learn to edit, both learn references. A row of
 `STAGES` says what a stage trains. Randomness belongs to samples, by their number, and not to processes: one process,
-DDP, FSDP2, sequence parallelism and a run that was killed and resumed give the same losses. The release cannot resume, takes one
-sample at a time and replaces broken ones in silence.
+DDP, FSDP2, sequence parallelism and a run that was killed and resumed give the same losses. The release
+cannot resume, takes one sample at a time and replaces broken ones in silence.
 """
 
 import argparse
@@ -612,8 +612,8 @@ def room_for_batches(shape, batch, workers, cached=None):
         size = 8 * cached.vae.z_dim * cached.vae.latent_frames(frames) * height * width // cached.vae.space_stride**2
     need, disk = size * batch * (2 * workers + 1), os.statvfs("/dev/shm") if Path("/dev/shm").is_dir() else None
     if disk and disk.f_bavail * disk.f_frsize < need:
-        raise ValueError(f"/dev/shm has {disk.f_bavail * disk.f_frsize >> 20} MiB, batches in flight need {need >> 20}: "
-                         "docker run --shm-size=8g, or --workers 0")  # fmt: skip
+        raise ValueError(f"/dev/shm has {disk.f_bavail * disk.f_frsize >> 20} MiB, batches in flight need {need >> 20}:"
+                         " docker run --shm-size=8g, or --workers 0")  # fmt: skip
 
 
 def draw(seed, number, flow, rounded, quarter=None):
