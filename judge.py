@@ -53,7 +53,7 @@ def parse_arguments(argv=None):
     def command(name, text, judged=False):
         add = commands.add_parser(name, help=text, description=text, epilog=EXAMPLES, formatter_class=raw).add_argument
         if name != "leaderboard":
-            add("path", nargs="?", help="the items: the benchmark's YAML, CSV or JSON (default: in the --bench file)")
+            add("path", help="the items: the benchmark's YAML, CSV or JSON, or the --bench file if it holds them")
             add(
                 "--bench",
                 required=True,
@@ -234,9 +234,8 @@ class Bench:
     kind: str = "video"
     table: str = "tasks"  # its columns: tasks, or criteria
     skip: tuple = ()
-    items: object = None  # the items, or the file that holds them
+    items: list = ()
     published: dict = field(default_factory=dict)
-    folder: Path = Path()
 
     def task(self, name):
         return self.tasks.get(name) or self.tasks["*"]
@@ -277,10 +276,10 @@ def open_bench(name):
         known = sorted(p.stem for p in (Path(__file__).parent / "benchmarks").glob("*.yaml"))
         raise JudgeError(f"--bench {name}: expected {', '.join(known)}, or a YAML file like benchmarks/refvie.yaml")
     found = read_yaml(path)
-    names = {f.name for f in fields(Bench)} - {"name", "folder"}
+    names = {f.name for f in fields(Bench)} - {"name"}
     if not isinstance(found, dict) or not {"columns", "edit", "tasks"} <= found.keys() <= names:
         raise JudgeError(f"{path}: expected columns, edit, tasks, and no more than {', '.join(sorted(names))}")
-    bench = Bench(path.stem, **found, folder=path.parent)
+    bench = Bench(path.stem, **found)
     for task, told in bench.tasks.items():
         for criterion, anchors in told["criteria"].items():
             if not isinstance(anchors, list) or len(anchors) != 5:
@@ -294,6 +293,7 @@ def rows_of(path):
         yield from ((place, str(i), row) for i, (place, row) in enumerate(csv_lines(path)))
         return
     rows = read_yaml(path)
+    rows = rows["items"] if isinstance(rows, dict) and {"items", "tasks"} <= rows.keys() else rows
     named = rows.items() if isinstance(rows, dict) else enumerate(rows if isinstance(rows, list) else [])
     yield from ((f"{path}, item {key}", str(key), row) for key, row in named)
 
@@ -301,18 +301,10 @@ def rows_of(path):
 def read_bench(bench, path, edits, limit=None):
     """The items of a benchmark, at most `limit`. JudgeError where the file is not what --bench says."""
     bench = bench if isinstance(bench, Bench) else open_bench(bench)
-    if path is None and isinstance(bench.items, list):
-        path, rows = bench.folder / bench.name, enumerate(bench.items)
-        rows = [(f"{bench.name}, item {i}", str(i), row) for i, row in rows]
-    else:
-        if path is None and not bench.items:
-            raise JudgeError(f"--bench {bench.name}: give the benchmark's YAML, CSV or JSON after it")
-        path = Path(path) if path is not None else bench.folder / bench.items
-        if not path.is_file():
-            raise JudgeError(f"{path}: no such file; give the benchmark's YAML, CSV or JSON")
-        rows = rows_of(path)
-    items, names = [], {}
-    for index, (place, key, row) in enumerate(rows):
+    path, items, names = Path(path), [], {}
+    if not path.is_file():
+        raise JudgeError(f"{path}: no such file; give the benchmark's YAML, CSV or JSON")
+    for index, (place, key, row) in enumerate(rows_of(path)):
         texts = {ours: text_of(row, theirs, place) for ours, theirs in bench.columns.items()}
         task = texts["task"]
         if task in bench.skip:
@@ -1457,7 +1449,8 @@ def main(argv=None):
             args
         )
     except KeyboardInterrupt:
-        sys.exit("judge.py: interrupted; run the same command again to go on")
+        print("judge.py: interrupted; run the same command again to go on", file=sys.stderr, flush=True)
+        os._exit(1)  # threads that wait for a server would hold up a regular end; the ledger is on disk
     except (ValueError, OSError) as error:
         sys.exit(f"judge.py: {' '.join(str(error).split())}")
     except RuntimeError as error:  # torch.OutOfMemoryError, or CUDA's own where not even its context fits

@@ -4,11 +4,13 @@ import base64
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
 import time
 from contextlib import nullcontext
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +25,7 @@ from safetensors.torch import load_file, save_file
 import curate
 import judge
 import vlm
-from conftest import BLUE, GREEN, HOUSE, RED, SHARED, demo, score, smooth_clip, tiny_local_judge
+from conftest import BLUE, GREEN, HOUSE, RED, score, smooth_clip, tiny_local_judge
 from media import read_clip, write_image, write_video
 from model import KiwiEdit
 
@@ -132,7 +134,15 @@ class FakeJudge:
         gemini = path.endswith(":generateContent")
         text = body["systemInstruction"]["parts"][0]["text"] if gemini else body["messages"][0]["content"]
         parts = body["contents"][0]["parts"] if gemini else body["messages"][1]["content"]
-        return dict(path=path, headers=dict(headers), gemini=gemini, text=text, parts=parts, item=text.split("\n")[-1])
+        return dict(
+            path=path,
+            headers=dict(headers),
+            gemini=gemini,
+            text=text,
+            parts=parts,
+            body=body,
+            item=text.split("\n")[-1],
+        )
 
     def answer(self, handler, request):
         with self.lock:
@@ -140,7 +150,9 @@ class FakeJudge:
             self.requests.append(request)
         said = self.say(request, nth)
         code, extra = 200, {}
-        if isinstance(said, str):
+        if isinstance(said, dict):
+            data = json.dumps(said).encode()
+        elif isinstance(said, str):
             tokens = len(request["text"])
             shape = {
                 "choices": [{"message": {"content": said}}],
@@ -154,7 +166,9 @@ class FakeJudge:
             code, extra, data = (
                 said[1],
                 said[2],
-                b"API key not valid. " * (said[1] == 400) + str(request["headers"]).encode(),
+                said[3]
+                if len(said) > 3
+                else b"API key not valid. " * (said[1] == 400) + str(request["headers"]).encode(),
             )
         elif said[0] == "raw":
             data = said[1]
@@ -669,14 +683,18 @@ def test_a_local_judge_numbers_and_generates_as_transformers_does(tmp_path, kind
     assert (seen * 255 - small).abs().mean() < 6
     kinds = torch.zeros_like(ids)
     kinds[ids == ours.token("<|image_pad|>")], kinds[ids == ours.token("<|video_pad|>")] = 1, 2
-    with pytest.raises(vlm.Malformed, match="cut off after 8 tokens") as cut:
-        ours.ask("Judge it.", media, 4.0)
-    assert cut.value.answer.tokens_in == ids.shape[1] and cut.value.answer.tokens_out == 8
+    try:
+        said = ours.ask("Judge it.", media, 4.0)
+    except vlm.Malformed as cut:  # at 8 tokens: no answer, and paid for all the same
+        said = cut.answer
+        assert "cut off after 8 tokens" in str(cut) and said.tokens_out == 8
+    assert said.tokens_in == ids.shape[1]
     if kind == "qwen3_vl":  # transformers numbers what follows a Qwen2.5-VL video otherwise (FACTS.md)
         theirs = ours.mllm.model.get_rope_index(ids, kinds, pixels["image_grid_thw"], pixels["video_grid_thw"])[0]
         assert torch.equal(positions, theirs)
         expected = ours.mllm.generate(ids, mm_token_type_ids=kinds, **pixels, max_new_tokens=8, do_sample=False)
-        assert cut.value.answer.text == ours.tokenizer.decode(expected[0, ids.shape[1] :].tolist())
+        ends = (ours.token("<|im_end|>"), ours.token("<|endoftext|>"))
+        assert said.text == ours.tokenizer.decode([t for t in expected[0, ids.shape[1] :].tolist() if t not in ends])
     else:  # 2 positions a second, 4 frames a second, 2 a step
         video = positions[0, 0][kinds[0] == 2]
         assert video.unique().diff().tolist() == [1] * (pixels["video_grid_thw"][0, 0].item() - 1)
@@ -746,3 +764,221 @@ def test_a_refusal_of_one_request_is_no_refusal_of_the_key():
 def test_frames_closer_than_a_position_share_it():
     _, positions = vlm.lay_out([[1, 2], (7, (4, 2, 2), 0.5)])
     assert positions[0, 0].tolist() == [0, 1, 2, 2, 3, 3]
+
+
+def openai_says(content, reason="stop", **more):
+    return {"choices": [{"message": {"content": content}, "finish_reason": reason}],
+            "usage": {"prompt_tokens": 9000, "completion_tokens": 7}, **more}  # fmt: skip
+
+
+THOUGHT = "<think>… identity consistency: 2 … temporal consistency: 1 … physical integration: 1. Wait,"
+
+
+@pytest.mark.parametrize("said, judge_", [
+    (openai_says(THOUGHT, "length"), "openai:m"), (openai_says(THOUGHT), "openai:m"),
+    (openai_says(THOUGHT.replace("<think>", ""), "content_filter"), "openai:m"),
+    ({"candidates": [{"content": {"parts": [{"text": THOUGHT[8:]}]}, "finishReason": "MAX_TOKENS"}],
+      "usageMetadata": {"promptTokenCount": 9000, "thoughtsTokenCount": 7}}, "gemini-x"),
+    ({"promptFeedback": {"blockReason": "OTHER"}, "usageMetadata": {"promptTokenCount": 9000, "thoughtsTokenCount": 7}},
+     "gemini-x"),
+])  # fmt: skip
+def test_nothing_is_read_from_what_was_cut_off_and_its_tokens_are_counted(refvie, monkeypatch, capsys, said, judge_):
+    monkeypatch.setenv("GEMINI_API_KEY", "k")
+    with FakeJudge(lambda request, nth: said) as fake, pytest.raises(SystemExit, match="3 of 3 items lack a result"):
+        score(refvie, fake, "--controls", 0, "--set", "tries=1", judge_=judge_)
+    assert not any(line["ok"] for line in lines_of(refvie))
+    paid = [line for line in capsys.readouterr().out.splitlines() if line.startswith("paid")]
+    assert "27,000 tokens in, 21 out" in paid[0]
+
+
+@pytest.mark.parametrize("text", [
+    [{"type": "reasoning", "text": "5"}, {"type": "text", "text": "identity consistency: 4\ntemporal consistency: 3\n"},
+     {"type": "text", "text": "physical integration: 2"}],
+    '{"identity_consistency": {"score": 4, "why": "x"}, "temporal_consistency": {"score": "3/5"}, "physical_integration": 2}',
+    "### Identity Consistency\nIt fits.\n**Score:** 4/5\n## 2. Temporal Consistency\nScore: 3\n**Physical Integration**\nScore: 2",
+])  # fmt: skip
+def test_lists_of_parts_objects_with_a_score_and_headings_are_read(refvie, text):
+    with FakeJudge(lambda request, nth: openai_says(text)) as fake:
+        score(refvie, fake, "--controls", 0, "--limit", 2)
+    assert [list(line["value"].values()) for line in lines_of(refvie)] == [[4, 3, 2]] * 2
+
+
+def test_who_answered_is_kept_and_another_endpoint_or_rate_is_asked_anew(refvie):
+    say = lambda request, nth: openai_says(good_answer(request), model="other-7b")
+    with FakeJudge(say) as fake, FakeJudge(say) as elsewhere:
+        for server, more in ((fake, ()), (elsewhere, ()), (elsewhere, ("--mode", "strict")), (fake, ())):
+            score(refvie, server, "--controls", 0, *more)
+        assert len(fake.requests) == 3 and len(elsewhere.requests) == 6
+    assert {line["model"] for line in lines_of(refvie)} == {"other-7b"}
+    assert "Answered by other-7b, not by openai:m." in (refvie / "out" / "refvie.md").read_text()
+
+
+def test_a_quota_costs_time_and_no_item(refvie):
+    asked, lock = [], threading.Lock()
+
+    def say(request, nth):  # 5 requests every 0.3 s, and Google's way of saying when to come back
+        with lock:
+            now = time.monotonic()
+            if sum(now - t < 0.3 for t in asked) >= 5:
+                return ("status", 429, {}, b'{"error": {"details": [{"@type": "RetryInfo", "retryDelay": "0.31s"}]}}')
+            asked.append(now)
+        return good_answer(request)
+
+    with FakeJudge(say) as fake:
+        score(refvie, fake, "--controls", 0, "--repeats", 12, "--set", "tries=1")
+    assert len([line for line in lines_of(refvie) if line["ok"]]) == 36
+
+
+def test_seconds_to_wait_are_read_in_all_their_forms():
+    later = formatdate(time.time() + 90, usegmt=True)
+    told = [
+        vlm.seconds_to_wait(*words)
+        for words in (("1.5", ""), (later, ""), ("", '"retryDelay": "34.07s"'), ("soon", ""))
+    ]
+    assert told[0] == 1.5 and told[1] == pytest.approx(90, abs=3) and told[2] == 34.07 and told[3] is None
+
+
+@pytest.mark.parametrize("say, says, sent", [
+    (lambda request, nth: ("status", 429, {}, b'{"error": {"code": "insufficient_quota"}}'), "no quota is left", 1),
+    (lambda request, nth: ("status", 429, {"Retry-After": "7200"}, b"{}"), "used up for 7200 s more", 1),
+    (lambda request, nth: openai_says("I rate it four stars."), "10 answers, and none could be read", 10),
+])  # fmt: skip
+def test_a_judge_that_will_not_answer_is_stopped_and_costs_no_more(refvie, say, says, sent):
+    with FakeJudge(say) as fake, pytest.raises(SystemExit, match=says):
+        score(refvie, fake, "--repeats", 9)
+    assert len(fake.requests) == sent
+
+
+def test_what_a_server_refuses_to_be_told_is_left_out(refvie):
+    def say(request, nth):
+        name = next((name for name in ("temperature", "response_format") if name in request["body"]), None)
+        return ("status", 400, {}, f"unsupported parameter: {name}".encode()) if name else good_answer(request)
+
+    with FakeJudge(say) as fake:
+        score(refvie, fake, "--controls", 0)
+        assert len(fake.requests) == 3 + 2 and len(lines_of(refvie)) == 3
+
+
+def test_a_key_that_a_server_echoes_in_an_answer_reaches_no_file(refvie, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-key-123")
+    say = lambda request, nth: openai_says(
+        good_answer(request).replace("as seen", "secret-key-123"), model="secret-key-123"
+    )
+    with FakeJudge(say) as fake:
+        score(refvie, fake, "--controls", 0)
+    written = b"".join(p.read_bytes() for p in (refvie / "out").rglob("*") if p.is_file())
+    assert b"***" in written and b"secret-key-123" not in written
+
+
+def test_an_answer_without_end_is_not_read_to_its_end():
+    with (
+        FakeJudge(lambda request, nth: ("raw", b" " * 9_000_000)) as fake,
+        pytest.raises(vlm.TryAgain, match="more than 4 MB"),
+    ):
+        vlm.post(fake.url + "/chat/completions", {}, {"messages": [{"content": "x"}, {"content": []}]}, 30)
+
+
+def test_ctrl_c_ends_the_run_within_two_seconds(refvie):
+    with FakeJudge(lambda request, nth: ("hang",)) as fake:
+        words = [
+            "score",
+            "--bench",
+            "refvie",
+            "bench.yaml",
+            "--edits",
+            "edits",
+            "--judge",
+            "openai:m",
+            "--endpoint",
+            fake.url,
+        ]
+        process = subprocess.Popen([sys.executable, HOUSE / "judge.py", *words, "--out", "out"], cwd=refvie,
+                                   stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)  # fmt: skip
+        until = time.monotonic() + 90
+        while not fake.requests and time.monotonic() < until:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        assert "interrupted; run the same command again" in process.communicate(timeout=20)[1]
+        assert time.monotonic() - began < 2 and process.returncode == 1
+
+
+def test_frames_are_decoded_once_for_all_questions(refvie, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(vlm, "decode", lambda path, *rest, true=vlm.decode: decoded.append(path) or true(path, *rest))
+    with FakeJudge() as fake:
+        score(refvie, fake, "--controls", 0, "--repeats", 3)
+    assert len(decoded) == len(set(decoded)) == 6
+
+
+BENCH = """
+title: Mine
+columns: {source: clip, instruction: wish, task: kind}
+edit: "{key}.mp4"
+tasks:
+  zoom:
+    grade: a change of the camera
+    criteria: {compliance: [none, little, half, most, all], quality: [bad, poor, fair, good, best]}
+items:
+  - {clip: 0_src.mp4, wish: Zoom in., kind: zoom}
+published: {judge: Someone, model: "openai:m", prompts: mine, items: 1, rows: {Their model: {overall: 3.5}}}
+"""
+
+
+def test_a_benchmark_of_one_s_own_is_a_yaml_file_and_its_prompts_another(refvie):
+    (refvie / "mine.yaml").write_text(BENCH)
+    (refvie / "prompts.yaml").write_text('name: mine\nzoom: "Grade {instruction} Lines: Compliance: n, Quality: n"')
+    shutil.copy(next((refvie / "edits").iterdir()), refvie / "edits" / "0.mp4")
+    said = ('{"compliance": 4, "quality": 5}', "Compliance: 4\nQuality: 5")
+    with FakeJudge(lambda request, nth: said["Lines" in request["text"]]) as fake:
+        words = ["score", "--bench", refvie / "mine.yaml", refvie / "mine.yaml", "--edits", refvie / "edits", "--judge", "openai:m", "--endpoint",
+                 fake.url, "--controls", 0, "--out", refvie / "out"]  # fmt: skip
+        judge.main([str(word) for word in words])
+        text = (refvie / "out" / "mine.md").read_text()
+        assert "| edits | 4.00 | 4.00 |" in text and "| the same, uncapped | 4.50 | 4.50 |" in text
+        assert "| Their model, published (Someone; other prompts: compare ranks) | – | 3.50 |" in text
+        assert "1: none" in fake.requests[0]["text"] and "response_format" in fake.requests[0]["body"]
+        judge.main([str(word) for word in [*words, "--prompts", refvie / "prompts.yaml"]])
+        assert "Grade Zoom in. Lines" in fake.requests[1]["text"] and "response_format" not in fake.requests[1]["body"]
+    assert "published (Someone; comparable)" in (refvie / "out" / "mine.md").read_text()
+
+
+def test_sparkle_s_edits_lie_in_folders_by_scene(tmp_path):
+    (tmp_path / "b.csv").write_text("original_video,prompt,edited_type\nsource_videos/a.mp4,Night.,time\n")
+    assert judge.read_bench("sparkle", tmp_path / "b.csv", tmp_path)[0].edit == tmp_path / "time" / "a_edited.mp4"
+    (tmp_path / "time" / "night---sky").mkdir(parents=True)
+    (tmp_path / "time" / "night---sky" / "a_edited.mp4").touch()
+    assert judge.read_bench("sparkle", tmp_path / "b.csv", tmp_path)[0].edit.parent.name == "night---sky"
+
+
+def test_a_leaderboard_marks_runs_that_were_asked_otherwise_and_reads_released_files(refvie, tmp_path, capsys):
+    with FakeJudge() as fake:
+        score(refvie, fake, "--controls", 0, out="a")
+        score(refvie, fake, "--controls", 0, "--mode", "strict", "--name", "b", out="b")
+    answer = "Physical Integration & Tracking: 1\nIdentity Consistency: 3\nTemporal Consistency & Texture Fidelity: 2"
+    released = {"scores": [1, 3, 2], "result": answer, "subtask": "subject"}
+    (tmp_path / "theirs.jsonl").write_text(json.dumps(released))
+    capsys.readouterr()
+    judge.main(["leaderboard", *map(str, (refvie / "a", refvie / "b", tmp_path / "theirs.jsonl"))])
+    said = capsys.readouterr().out
+    assert "| edits | openai:m | 3 | 3.00" in said and "| b | openai:m | 3 | 3.00" in said
+    assert (
+        "other asked than the first" in said and "| theirs | as the file has it | 1 | 2.00 | – | 2.00 | 2.00 |" in said
+    )
+
+
+def test_shares_and_wins_of_few_pairs_are_told_with_their_doubt():
+    assert judge.wilson(1.0, 3) == pytest.approx((0.4385, 1.0), abs=1e-3)
+    assert judge.sign_test(3, 0) == 0.25 and judge.sign_test(5, 5) == 1 and judge.sign_test(10, 0) == 2 / 1024
+    assert str(judge.mean_of([[1.0, 2.0, 3.0]])) == "2.00 (1.00, 2.00, 3.00)"
+    assert judge.pairwise([1, 2, 3], [1, 3, 2]) == pytest.approx(2 / 3) and judge.pairwise([1, 1], [1, 2]) is None
+
+
+def test_raters_are_compared_with_each_other_and_with_the_judge(refvie):
+    (refvie / "people.csv").write_text("item,rater,q\n0,x,1\n1,x,3\n2,x,5\n0,y,2\n1,y,5\n2,y,4\n")
+    say = lambda request, nth: good_answer(request, [int(re.search(r"number (.)", request["item"])[1]) + 1] * 3)
+    with FakeJudge(say) as fake:
+        score(refvie, fake, "--controls", 0, "--human", refvie / "people.csv")
+    text = (refvie / "out" / "refvie.md").read_text()
+    assert "| q | raters among themselves | all |  |  |  | 0.67 |" in text
+    assert "| q | mean score | subject | 2 | – | – | 1.00 |" in text
