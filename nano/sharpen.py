@@ -62,9 +62,11 @@ def distance(output, target, certain):
         if target.shape[axis] > 1:
             loss = loss + 0.2 * (certain * error.diff(dim=axis).abs()).mean()
     a, b = frames_of(output), frames_of(target)
-    fine = laplacians(a) - laplacians(b)  # where, and of the whole frame: a blur lacks it on average
-    loss = loss + fine.abs().mean() + 3 * fine.mean(dim=(2, 3)).abs().mean()
-    return loss + 0.75 * (amplitudes(a) - amplitudes(b)).abs().mean()
+    loss = loss + 0.75 * (amplitudes(a) - amplitudes(b)).abs().mean() + (laplacians(a) - laplacians(b)).abs().mean()
+    for x, y in ((a, b), (F.avg_pool2d(a, 2), F.avg_pool2d(b, 2))):  # a blur lacks detail over the whole frame
+        loss = loss + 1.5 * (laplacians(x).mean(dim=(2, 3)) - laplacians(y).mean(dim=(2, 3))).abs().mean()
+    grid = F.avg_pool3d(F.pixel_unshuffle(frames_of(error), 4).unflatten(1, (3, 16)), (1, 4, 4))  # (N, 3, 16, ...)
+    return loss + 8 * (grid - grid.mean(dim=2, keepdim=True)).abs().mean()  # of the cheapest detail, a raster
 
 
 @torch.no_grad()
