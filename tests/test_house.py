@@ -20,10 +20,10 @@ from bench import table
 from conftest import HOUSE
 
 HOUSE_FLOORS = (
-    "kernels report",
+    "kernels report stats",
     "parallel dit vae connectors media",
     "data load metrics vlm",
-    "model",
+    "model benchmarks",
     "sample train judge nano bench",
     "curate app",  # curate stands above nano until its --measure moves to bench/curate.py
     "conftest",
