@@ -72,6 +72,7 @@ class Settings:
     max_pixels: int = FRAME_PIXELS
     device: str | None = None
     dry_run: bool = False
+    as_user: bool = False  # text after the pictures in the user's turn, max_tokens sent along; else a system prompt
 
 
 class JudgeError(ValueError):
@@ -389,6 +390,9 @@ class OpenAICompatible(Server):
             content += [{"type": kind, kind: {"url": url}} for url in urls]
         messages = [{"role": "system", "content": text}, {"role": "user", "content": content}]
         optional = {} if self.settings.temperature is None else {"temperature": self.settings.temperature}
+        if self.settings.as_user:
+            messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+            optional["max_tokens"] = self.settings.max_tokens
         if schema:
             strict = {**schema, "required": list(schema["properties"]), "additionalProperties": False}
             told = {"name": "answer", "schema": strict, "strict": True}
@@ -473,7 +477,8 @@ class Local:
         words = lambda s: self.tokenizer.encode(s, add_special_tokens=False).ids
         names = ("im_start", "im_end", "vision_start", "vision_end")
         start, end, open_, close = ([self.token(f"<|{name}|>")] for name in names)
-        pieces = [start + words("system\n" + text) + end + words("\n") + start + words("user\n")]
+        system = [] if self.settings.as_user else start + words("system\n" + text) + end + words("\n")
+        pieces = [system + start + words("user\n")]
         kinds = {"image": ([], []), "video": ([], [])}
         for label, path in media:
             pieces.append(words(label + ": "))
@@ -491,7 +496,7 @@ class Local:
             else:
                 rate = (len(seconds) - 1) / seconds[-1] if seconds[-1] else 1.0
                 pieces += [open_, (pad, grid, (self.positions_a_second or 0) * 2 / rate), close]
-        pieces.append(end + words("\n") + start + words("assistant\n"))
+        pieces.append((words(text) if self.settings.as_user else []) + end + words("\n") + start + words("assistant\n"))
         pixels = {}
         for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
             if kinds[kind][0]:

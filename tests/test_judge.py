@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 import curate
 import judge
 import vlm
-from conftest import BLUE, GREEN, HOUSE, RED, SHARED, demo, score, smooth_clip, tiny_local_judge
+from conftest import BLUE, GREEN, HOUSE, RED, score, smooth_clip, tiny_local_judge
 from media import read_clip, write_image, write_video
 from model import KiwiEdit
 
