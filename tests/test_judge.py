@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-import curate
 import judge
 import vlm
 from conftest import BLUE, GREEN, HOUSE, RED, score, smooth_clip, tiny_local_judge
@@ -336,9 +335,6 @@ def test_two_runs_never_share_a_folder(tmp_path):
     with pytest.raises(judge.JudgeError, match="another judge.py"):
         judge.Ledger(tmp_path / "answers.jsonl")
     held.close()
-    with curate.only_run(curate.Ledger(tmp_path), 0), pytest.raises(ValueError, match="another curate.py"):
-        with curate.only_run(curate.Ledger(tmp_path), 0):
-            pass
 
 
 def test_a_broken_line_of_the_ledger_is_put_aside(tmp_path, capsys):
