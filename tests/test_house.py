@@ -20,10 +20,10 @@ from bench import table
 from conftest import HOUSE
 
 HOUSE_FLOORS = (
-    "kernels report",
+    "kernels report stats",
     "parallel dit vae connectors media",
     "data load metrics vlm ledger",
-    "model curators",
+    "model curators benchmarks",
     "sample train judge curate nano app",
     "bench",
     "conftest",
