@@ -22,10 +22,10 @@ from conftest import HOUSE
 HOUSE_FLOORS = (
     "kernels report",
     "parallel dit vae connectors media",
-    "data load metrics vlm",
-    "model",
-    "sample train judge nano bench",
-    "curate app",  # curate stands above nano until its --measure moves to bench/curate.py
+    "data load metrics vlm ledger",
+    "model curators",
+    "sample train judge nano curate",
+    "bench app",
     "conftest",
     "test_all",
 )
