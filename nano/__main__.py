@@ -16,6 +16,7 @@ EXAMPLES = """examples:
   python -m nano pretrain vae --data ../nano_train --out ../pre                           (then mllm, then dit)
   python -m nano eval --weights weights/nano --data ../nano_test --out ../report
 """
+NANO = Path(__file__).parents[1] / "weights" / "nano"
 COMMANDS = {  # the module and the function of each
     "assets": ("assets", "fetch_assets"), "data": ("data", "make_data"), "bench": ("data", "make_bench"),
     "pretrain": ("pretrain", "pretrain"), "ship": ("ship", "ship"), "eval": ("evaluate", "evaluate"),
@@ -47,13 +48,19 @@ def parse_arguments(argv=None):
     add_world(add)
 
     add = commands.add_parser("pretrain", help="train the parts that Kiwi-Edit starts from").add_argument
-    add("part", choices=("vae", "mllm", "dit"), help="in this order")
+    add("part", choices=("vae", "mllm", "dit", "decoder"), help="in this order; decoder: sharper, over --weights")
     add("--data", required=True, metavar="DIR", help="what `data` wrote")
     add("--out", required=True, metavar="DIR", help="states to resume from, and weights/ for `train.py --weights`")
+    add(
+        "--weights",
+        metavar="DIR",
+        help="whose decoder to train (decoder alone; default: weights/nano)",
+        default=str(NANO),
+    )
     add("--minutes", type=float, default=9, help="stop after so long with exit code 75; the next call goes on "
         "(default %(default)s)")  # fmt: skip
-    add("--steps", type=positive, help="of the whole training (default: 4000, 1000, 800)")
-    add("--batch", type=positive, help="default: 16 stills or 8 clips, 16, 64")
+    add("--steps", type=positive, help="of the whole training (default: 4000, 1000, 800, 1500)")
+    add("--batch", type=positive, help="default: 16 stills or 8 clips, 16, 64, 16 stills or 4 clips")
     add("--seed", type=int, default=0, help="default %(default)s")
 
     add = commands.add_parser("ship", help="make a training checkpoint a folder of weights of its own").add_argument

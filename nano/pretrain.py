@@ -141,10 +141,14 @@ def reconstruct(vae, video, generator):
     """Video through encoder, a sample of the posterior and decoder, not clamped -> (video, mean, log-variance)."""
     mean, log_variance = vae.moments(video, chunk=99)
     noise = torch.randn(mean.shape, generator=generator).to(mean)
-    z = vae.conv2(mean + noise * (0.5 * log_variance.clamp(-20, 10)).exp(), {})
-    state = {}
+    return decoded(vae, mean + noise * (0.5 * log_variance.clamp(-20, 10)).exp()), mean, log_variance
+
+
+def decoded(vae, z):
+    """Latents, not normalised -> video, not clamped."""
+    z, state = vae.conv2(z, {}), {}
     parts = [vae.decoder.up(vae.decoder.bottom(z[:, :, a:b], state), state) for a, b in chunks(z.shape[2], 99)]
-    return torch.cat(parts, dim=2), mean, log_variance
+    return torch.cat(parts, dim=2)
 
 
 def start_vae(vae):
@@ -332,5 +336,10 @@ def pretrain(args):
     torch.manual_seed(args.seed)
     device = pick_device()
     rows = read_truth(args.data)
-    if not {"vae": pretrain_vae, "mllm": pretrain_mllm, "dit": pretrain_dit}[args.part](args, rows, device):
+    parts = {"vae": pretrain_vae, "mllm": pretrain_mllm, "dit": pretrain_dit}
+    if args.part == "decoder":
+        from nano.sharpen import pretrain_decoder as part
+    else:
+        part = parts[args.part]
+    if not part(args, rows, device):
         sys.exit(75)  # "call me again": sysexits' EX_TEMPFAIL

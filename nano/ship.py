@@ -110,10 +110,10 @@ def phases_of(checkpoint, weights):
     """What was trained up to a checkpoint, as a Markdown table, as far as the files are still there. Weights that were
     shipped themselves bring the rows of their card; runs of one phase are added up."""
     rows = []
-    for part in ("vae", "mllm", "dit"):
-        if (path := weights.parent / f"{part}.pt").is_file():
+    for path in [*(weights.parent / f"{part}.pt" for part in ("vae", "mllm", "dit")), checkpoint.parent / "decoder.pt"]:
+        if path.is_file():
             state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-            rows.append([f"pretrain {part}", 1, state["step"], 0, round(state["seconds"])])
+            rows.append([f"pretrain {path.stem}", 1, state["step"], 0, round(state["seconds"])])
     if (card := weights / "MODEL_CARD.md").is_file():
         lines = [line for line in card.read_text().splitlines() if line.startswith(("| pretrain ", "| train.py "))]
         for phase, *cells in (line.strip("| ").split(" | ") for line in lines):

@@ -247,6 +247,16 @@ def test_a_checkpoint_ships_as_small_weights_that_edit(tmp_path, pretrained, tes
     assert model.edit(frames, text, ref, steps=1).shape == frames.shape
 
 
+def test_a_decoder_is_trained_alone_over_weights_that_exist(tmp_path, nano_data, test_clips):
+    run_pretrain("decoder", nano_data, tmp_path)
+    nano = HOUSE / "weights/nano"
+    run_ship(tmp_path / "decoder.safetensors", nano, test_clips, tmp_path / "shipped")
+    old, new = (KiwiEdit.from_pretrained(folder).state_dict() for folder in (nano, tmp_path / "shipped"))
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert {".".join(name.split(".")[:2]) for name in changed} == {"vae.conv2", "vae.decoder"}
+    assert "| pretrain decoder | 1 | 2 |" in (tmp_path / "shipped/MODEL_CARD.md").read_text()
+
+
 def train_from(weights, nano_data, run_):
     words = ["--config", "nano", "--stage", 3, "--data", nano_data, "--weights", weights, "--workers", 0, "--out", run_]
     train.main([*map(str, words), "--set", "steps=1", "global_batch=2"])
