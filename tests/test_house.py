@@ -22,8 +22,10 @@ from conftest import HOUSE
 HOUSE_FLOORS = (
     "kernels report stats",
     "parallel dit vae connectors media",
-    "data load metrics vlm ledger",
+    "data load lora sizing metrics vlm ledger",
     "model curators benchmarks",
+    "checkpoint cache stages",
+    "start",
     "sample train judge curate nano app",
     "bench",
     "conftest",
@@ -100,7 +102,7 @@ def test_the_recipes_are_bash_whose_commands_parse(tmp_path, recipe):
 
 @pytest.mark.parametrize("program", sorted(COMMANDS.keys() - {"judge.py"}))
 def test_every_flag_of_a_command_is_read(program):
-    files = sorted(HOUSE.glob("nano/*.py")) if program == "-m nano" else [HOUSE / program]
+    files = sorted(HOUSE.glob("nano/*.py")) if program == "-m nano" else [HOUSE / program, *(HOUSE / name for name in ("stages.py", "start.py"))]
     text = "".join(path.read_text() for path in files)
-    flags = re.findall(r'add\(\s*(?:"-\w", )?"--([\w-]+)"', text)
+    flags = re.findall(r'(?:add|flag)\(\s*(?:"-\w", )?"--([\w-]+)"', text)
     assert flags and all(re.search(rf"args\.{flag.replace('-', '_')}\b", text) for flag in flags)
