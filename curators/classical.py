@@ -529,8 +529,8 @@ class Classical:
         wanted = colours(picture[:, ink].T)
         after, before = (colours(torch.cat([clip[i][:, place[i]].T for i in others])) for clip in (target, source))
         near, far = ((wanted - x).abs().mean().item() for x in (after, before))
-        limit = ALIKE if "given_ref" not in row else 4 * ALIKE  # another picture of the thing, in another light
-        return near < min(limit, far), f"colours {near:.0f} from the edit's, {far:.0f} from the source's (CIELAB)"
+        limit = 4 * ALIKE if "given_ref" in row else min(ALIKE, far)  # another picture of the thing, in another light
+        return near < limit, f"colours {near:.0f} from the edit's, {far:.0f} from the source's (CIELAB)"
 
     def in_place(self, target_path, picture, ink, row):
         """What is wrong with a reference that was cut out of the key frame, held against that frame; None if nothing."""
