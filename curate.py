@@ -160,7 +160,6 @@ from tqdm import tqdm
 
 from curators import KINDS, Rejected, box_of, frame_at
 from data import COLUMNS, FILES, has_columns, inside, parquet_file, read_reference, row_group
-
 from ledger import Ledger, is_open, journal, only_run, parsed
 from media import MediaError, measure, read_image, resize, whole_file, whole_folder, write_image, write_text
 from parallel import pick_device, rank_and_world
@@ -259,9 +258,14 @@ def read_lines(path):
             try:
                 for line in reader:
                     ragged = any(line.pop(None, None) or ())
-                    yield f"line {reader.line_num}", "more fields than columns; quote a prompt with commas" if ragged else line
+                    yield (
+                        f"line {reader.line_num}",
+                        "more fields than columns; quote a prompt with commas" if ragged else line,
+                    )
             except (csv.Error, UnicodeDecodeError) as error:
-                raise ValueError(f"{path}, after line {reader.line_num}: {error}; UTF-8, and every quote closed?") from None
+                raise ValueError(
+                    f"{path}, after line {reader.line_num}: {error}; UTF-8, and every quote closed?"
+                ) from None
     else:
         raise ValueError(f"{path}: a table is .csv, .parquet, .json or .jsonl")
 
@@ -362,7 +366,12 @@ class Reader:
 
     def start(self, row, texts, fields, wrong, place):
         """What a row brings, and its kind; a row with an empty field, or a path that leaves its base, is over at once."""
-        over = {"kind": "unknown", "id": hashed(place.rpartition("/")[2], row["id"]), "status": "failed", "stage": "read"}
+        over = {
+            "kind": "unknown",
+            "id": hashed(place.rpartition("/")[2], row["id"]),
+            "status": "failed",
+            "stage": "read",
+        }
         empty = [key for key in PAIR if texts[key] != row[key] or not row[key].strip()]
         if wrong or empty:
             return over | {"reason": f"{place}: {wrong or f'{empty[0]} is empty, or no text'}"}
@@ -401,7 +410,10 @@ class Reader:
 
 def brought(fields):
     """What a table's row brings of the stages' work; a CSV's numbers and lists are read as JSON."""
-    value = {key: parsed(text) if isinstance(text := fields.get(key), str) else text for key in ("edit_score", "frame_scores", "box")}
+    value = {
+        key: parsed(text) if isinstance(text := fields.get(key), str) else text
+        for key in ("edit_score", "frame_scores", "box")
+    }
     number = lambda v, high: type(v) in (int, float) and 0 <= v <= high
     out = {}
     if number(value["edit_score"], 10):
@@ -409,7 +421,13 @@ def brought(fields):
     if isinstance(value["frame_scores"], list) and all(number(v, 10) for v in value["frame_scores"]):
         out["frame_scores"] = value["frame_scores"]
     box = value["box"]
-    if isinstance(box, list) and len(box) == 4 and all(number(v, 1) for v in box) and box[0] < box[2] and box[1] < box[3]:
+    if (
+        isinstance(box, list)
+        and len(box) == 4
+        and all(number(v, 1) for v in box)
+        and box[0] < box[2]
+        and box[1] < box[3]
+    ):
         out["box"] = box
     for key, name in (("mask", "given_mask"), ("ref_image", "given_ref")):
         if isinstance(fields.get(key), str | list) and fields[key]:
@@ -435,7 +453,9 @@ def adopt(row, theirs, out):
 
 def read_all(args, ledger):
     """The tables into shards of records, once; rows that were appended since become more shards."""
-    state = {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for p in args.pairs for _, file, _ in tables_of(p)}
+    state = {
+        str(file): [file.stat().st_size, file.stat().st_mtime_ns] for p in args.pairs for _, file, _ in tables_of(p)
+    }
     names = [stage.__name__.lower() for stage in PIPELINE]
     told = ledger.told or {"shards": [], "bases": []}
     if told.get("state") == state:
@@ -458,7 +478,9 @@ def read_all(args, ledger):
     if gone:
         raise ValueError(f"{gone} records of {ledger.out} are gone from the tables, or changed: give another --out")
     if reader.unknown and args.models == "classical":
-        print(f"kinds       {reader.unknown} records are of unknown kind: no edit_type, and no keyword of English in the prompt")
+        print(
+            f"kinds       {reader.unknown} records are of unknown kind: no edit_type, and no keyword of English in the prompt"
+        )
     write_text(ledger.folder / "settings.json", json.dumps(settings_of(args), indent=1))
     told = {"shards": sizes, "stages": names, "bases": reader.bases, "state": state, "copies": reader.copies}
     write_text(ledger.folder / "read.json", json.dumps(told))
@@ -466,7 +488,19 @@ def read_all(args, ledger):
 
 def settings_of(args):
     """What the records of a folder depend on."""
-    free = ("pairs", "out", "engine", "workers", "retry_failed", "device", "show_prompts", "rejects", "page", "max_bad", "set")
+    free = (
+        "pairs",
+        "out",
+        "engine",
+        "workers",
+        "retry_failed",
+        "device",
+        "show_prompts",
+        "rejects",
+        "page",
+        "max_bad",
+        "set",
+    )
     models = MODELS if args.models == "classical" else ()
     return {key: value for key, value in vars(args).items() if key not in (*free, *models)}
 
@@ -596,12 +630,18 @@ class Score(Stage):
         if kind not in KINDS and not (kind == "unknown" and self.args.models == "paper"):  # a grounder will say it
             raise Rejected(no_reference(kind), found)
         if score < self.args.min_ref_score:
-            raise Rejected(f"score {score:g} is below {self.args.min_ref_score:g}, enough for instruction tuning only", found)
+            raise Rejected(
+                f"score {score:g} is below {self.args.min_ref_score:g}, enough for instruction tuning only", found
+            )
         return found
 
 
 def no_reference(kind):
-    why = {"remove": "a removal leaves nothing to show", "style": "a style is no object", "unknown": "its kind is unknown"}
+    why = {
+        "remove": "a removal leaves nothing to show",
+        "style": "a style is no object",
+        "unknown": "its kind is unknown",
+    }
     return f"no reference for this kind of edit: {why.get(kind, 'neither object nor background')}"
 
 
@@ -746,7 +786,12 @@ def deduplicate(features, order, threshold, block=2048, known_from=0.9, device="
                 closer = value > best[near]
                 place[near[closer]], best[near[closer]] = others[index[closer]], value[closer]
         among = (features[rows] @ features[rows].T).cpu().numpy()
-        best, place, rows, new = best.cpu().numpy(), place.cpu().numpy(), rows.cpu().numpy(), []  # new: kept of this block
+        best, place, rows, new = (
+            best.cpu().numpy(),
+            place.cpu().numpy(),
+            rows.cpu().numpy(),
+            [],
+        )  # new: kept of this block
         for i in range(len(rows)):
             if new:
                 j = new[int(among[i, new].argmax())]
@@ -811,7 +856,9 @@ def guard_of(args):
         return lambda row: None
     files, models = benchmark_files(args.guard), load_models(args)
     models.setup("guard")
-    theirs = np.stack([models.embed([read_image(path)])[0].numpy() for path in tqdm(files, desc="guard", mininterval=1)])
+    theirs = np.stack(
+        [models.embed([read_image(path)])[0].numpy() for path in tqdm(files, desc="guard", mininterval=1)]
+    )
 
     def resembled(row):
         for own in ("source_feature", "feature"):
@@ -831,7 +878,10 @@ def benchmark_files(folder):
     if not files:
         raise ValueError(f"--guard {folder}: no pictures or clips there")
     other = sorted({path.suffix.lower() or path.name for path in found} - set(kinds))
-    print(f"guard       {len(files)} pictures and clips of {folder}" + (f"; not read: {', '.join(other)}" if other else ""))
+    print(
+        f"guard       {len(files)} pictures and clips of {folder}"
+        + (f"; not read: {', '.join(other)}" if other else "")
+    )
     return files
 
 
@@ -870,7 +920,11 @@ def final_rows(ledger, rejects):
     """Yield all records; one that a person rejected leaves the tuning tables too, wherever it had ended."""
     for shard in range(len(ledger.told["shards"])):
         for row in ledger.rows("deduplicate", shard):
-            yield row | {"tuning": False, **ended("person", "rejected", rejects[row["id"]])} if row["id"] in rejects else row
+            yield (
+                row | {"tuning": False, **ended("person", "rejected", rejects[row["id"]])}
+                if row["id"] in rejects
+                else row
+            )
 
 
 def read_rejects(path):
@@ -1036,7 +1090,10 @@ def write_page(args, ledger, bases, rows, counts, told, rejects):
 
     def card(row):
         clips = [Path(bases[row["base"]]) / row[key] for key in ("src_video", "tgt_video")]
-        known = {key: row.get(key, "") for key in ("id", "name", "kind", "prompt", "stage", "status", "reason", "verdict_reason")}
+        known = {
+            key: row.get(key, "")
+            for key in ("id", "name", "kind", "prompt", "stage", "status", "reason", "verdict_reason")
+        }
         known |= {"why": short(known["reason"]), "score": f"{row['edit_score']:.1f}" if "edit_score" in row else "",
                   "clips": [os.path.relpath(clip, ledger.out) for clip in clips], "still": row.get("frames") == 1}  # fmt: skip
         known["reference"] = row["ref_image"] if "ref_image" in row else ""
@@ -1050,7 +1107,10 @@ def write_page(args, ledger, bases, rows, counts, told, rejects):
         cards = list(tqdm(pool.map(card, rows), total=len(rows), desc="page", mininterval=1))
     values = dict(cards=cards, funnel=counts.svg(), reasons=counts.rows(), rejects=rejects, kept=counts.kinds.total())
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in pair_by_pair(told).splitlines()]
-    write_text(ledger.out / "page.html", page("curate.html", title="RefVIE quadruplets", lines=[lines[0], *lines[2:]], **values))
+    write_text(
+        ledger.out / "page.html",
+        page("curate.html", title="RefVIE quadruplets", lines=[lines[0], *lines[2:]], **values),
+    )
 
 
 def marked(clip, out, row, longest=640):
@@ -1162,7 +1222,9 @@ def main(argv=None):
     if args.show_prompts:
         return importlib.import_module("curators.paper").show_prompts(args.prompts)
     if given := [name for name in MODELS if has_secret(getattr(args, name))]:
-        raise ValueError(f"--set {given[0]}: no user, password or query in the address; put the key into OPENAI_API_KEY")
+        raise ValueError(
+            f"--set {given[0]}: no user, password or query in the address; put the key into OPENAI_API_KEY"
+        )
     rank, world = rank_and_world()
     if world > 1 and args.engine == "ray":
         raise ValueError("--engine ray finds its own processes: start it without torchrun")
@@ -1201,7 +1263,9 @@ def preflight(args, ledger):
 def tell(args, text, counts, common):
     print(text)
     names = [name for name in (*FILES.values(), "refvie") if (Path(args.out) / name).exists()]
-    print(f"write       {args.out}/{''.join(f'{name}, ' for name in names)}funnel.md, statistics.json; look at page.html")
+    print(
+        f"write       {args.out}/{''.join(f'{name}, ' for name in names)}funnel.md, statistics.json; look at page.html"
+    )
     if sum(number for (_, status, _), number in counts.reasons.items() if status == "failed") == counts.total:
         raise ValueError(f"not one of {counts.total} records could be worked on; the table above says why (--retry-failed "
                          "tries them again)")  # fmt: skip

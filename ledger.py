@@ -158,5 +158,7 @@ def only_run(ledger, rank):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"{ledger.out}: another curate.py is at work there; wait for it, or give another --out") from None
+            raise ValueError(
+                f"{ledger.out}: another curate.py is at work there; wait for it, or give another --out"
+            ) from None
         yield

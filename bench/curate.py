@@ -10,7 +10,6 @@ import json
 import math
 import random
 import resource
-
 import time
 from collections import Counter
 from dataclasses import replace

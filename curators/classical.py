@@ -180,7 +180,9 @@ def grab_cut(frame, mask, inner, ring, reach):
     state[reach.numpy()], state[inner.numpy()] = cv2.GC_PR_BGD, cv2.GC_PR_FGD
     state[(grow(ring[None, None].float(), 4)[0, 0] < 0.5).numpy() & reach.numpy()] = cv2.GC_BGD
     cv2.setRNGSeed(0)
-    cv2.grabCut(np.ascontiguousarray(frame), state, None, np.zeros((1, 65)), np.zeros((1, 65)), 4, cv2.GC_INIT_WITH_MASK)
+    cv2.grabCut(
+        np.ascontiguousarray(frame), state, None, np.zeros((1, 65)), np.zeros((1, 65)), 4, cv2.GC_INIT_WITH_MASK
+    )
     return torch.from_numpy((state == cv2.GC_FGD) | (state == cv2.GC_PR_FGD))
 
 
@@ -260,7 +262,9 @@ def without_foreground(frames, foreground, key):
     for t in range(len(frames)):
         if t == key or not (1 - grown[t : t + 1])[grown[key : key + 1] > 0.5].any() and t % 3:
             continue
-        way, error = camera_way(small[t : t + 1], small[key : key + 1], (1 - grown[key : key + 1]) * (1 - grown[t : t + 1]))
+        way, error = camera_way(
+            small[t : t + 1], small[key : key + 1], (1 - grown[key : key + 1]) * (1 - grown[t : t + 1])
+        )
         if error > 0.04:
             continue
         grid = F.affine_grid(way[None], (1, 3, height, width), align_corners=False)[:, hole][:, None]  # (1, 1, N, 2)
@@ -303,7 +307,9 @@ def from_surroundings(picture, known):
     coarse = F.avg_pool2d(picture * known, 2, ceil_mode=True, count_include_pad=False) / weight.clamp_min(1e-6)
     if min(coarse.shape[2:]) > 1 or weight.min() == 0 < weight.max() and max(coarse.shape[2:]) > 1:
         coarse = from_surroundings(coarse, weight > 0)
-    return picture * known + (1 - known) * F.interpolate(coarse, picture.shape[2:], mode="bilinear", align_corners=False)
+    return picture * known + (1 - known) * F.interpolate(
+        coarse, picture.shape[2:], mode="bilinear", align_corners=False
+    )
 
 
 def camera_way(moving, fixed, weight):
@@ -379,7 +385,9 @@ def inked(picture):
 def layout(picture, mask, size=32):
     """What a mask bool (H, W) shows of a picture (3, H, W), its box stretched: CIELAB (3, size, size), mask (size, size)."""
     x1, y1, x2, y2 = (round(v * side) for v, side in zip(box_of(mask), mask.shape[::-1] * 2))
-    stretched = lambda x: F.interpolate(x[None, :, y1:y2, x1:x2], (size, size), mode="bilinear", antialias=True, align_corners=False)
+    stretched = lambda x: F.interpolate(
+        x[None, :, y1:y2, x1:x2], (size, size), mode="bilinear", antialias=True, align_corners=False
+    )
     return 100 * lab(stretched(picture))[0], stretched(mask[None].float())[0, 0] > 0.5
 
 
@@ -419,13 +427,17 @@ class Classical:
         strength = 1 - math.exp(-(apart[whole].mean().item() if whole.any() else 0.0) / 8)
         left = apart[~whole].square().mean().sqrt().item() if not whole.all() else 99.0
         if kind == "style":
-            edges = [(luma(x[None])[..., 1:, 1:] - luma(x[None])[..., :-1, :-1]).abs().flatten() for x in (source, target)]
+            edges = [
+                (luma(x[None])[..., 1:, 1:] - luma(x[None])[..., :-1, :-1]).abs().flatten() for x in (source, target)
+            ]
             kept = torch.corrcoef(torch.stack(edges))[0, 1].nan_to_num().item()
             return strength * ramp(area, 0.05, 0.6) * (0.4 + 0.6 * ramp(kept, 0.0, 0.6))
         if kind == "background":
             return strength * ramp(area, 0.05, 0.3) * ramp(1 - area, 0.0, 0.05)
         together = (changed & whole).sum().item() / max(changed.sum().item(), 1)  # the rest is scattered about
-        place = min(math.exp(-((left / 14) ** 2)), ramp(together, 0.3, 0.9), ramp(area, 0.85, 0.5), ramp(area, 0.0, 0.001))
+        place = min(
+            math.exp(-((left / 14) ** 2)), ramp(together, 0.3, 0.9), ramp(area, 0.85, 0.5), ramp(area, 0.0, 0.001)
+        )
         return strength * place * (ramp(area, 0.1 * usual, 0.4 * usual) if usual else 0.0)
 
     def exchanged(self, source, target, whole, row):
@@ -450,10 +462,14 @@ class Classical:
             within[:, y1:y2, x1:x2] = True
             masks = masks & within
         area = masks.float().mean(dim=(1, 2))
-        edge = torch.stack([masks[:, 0].any(1), masks[:, -1].any(1), masks[..., 0].any(1), masks[..., -1].any(1)]).sum(0)
+        edge = torch.stack([masks[:, 0].any(1), masks[:, -1].any(1), masks[..., 0].any(1), masks[..., -1].any(1)]).sum(
+            0
+        )
         if area.max() < 2e-4:
             raise Rejected("nothing changed" if kind == "subject" else "nothing stayed: no foreground")
-        best = (area * (1 - 0.2 * edge) if kind == "subject" else -area * (1 - 0.1 * edge) - (area < 2e-4).float()).argmax()
+        best = (
+            area * (1 - 0.2 * edge) if kind == "subject" else -area * (1 - 0.1 * edge) - (area < 2e-4).float()
+        ).argmax()
         if kind == "subject" and area[best] > 0.6:
             raise Rejected(f"{area[best]:.0%} of the frame changed: not a local edit")
         if kind == "background" and not 0.005 < area[best] < 0.75:
@@ -464,7 +480,9 @@ class Classical:
             mask = resized(mask, frame.shape[:2])
             mask = mask | by_colour(frame, mask, mask)
         if kind == "subject":
-            mask = self.whole_object(frames_at(target_path, [key], CUT_PIXELS)[0][0], mask, apart[best] > split_value(apart))
+            mask = self.whole_object(
+                frames_at(target_path, [key], CUT_PIXELS)[0][0], mask, apart[best] > split_value(apart)
+            )
         return box_of(mask), mask, key, {}
 
     def whole_object(self, frame, mask, changed):
@@ -559,7 +577,9 @@ def look_feature(image, size=16):
     Shown is what lies within two standard deviations of its ink, so that a white margin, a resize or a JPEG's noise
     around the object move nothing.
     """
-    picture = F.interpolate(as_float(image[None]), (64, 64), mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
+    picture = F.interpolate(
+        as_float(image[None]), (64, 64), mode="bilinear", antialias=True, align_corners=False
+    ).clamp(0, 1)
     ink = (0.92 - picture.amin(dim=1)[0]).clamp_min(1e-12).sqrt()
     axis = (torch.arange(64) + 0.5) / 32 - 1
     spread = []

@@ -32,8 +32,19 @@ from load import local_path
 from media import frame_rate, open_media, pad_reference, read_image, resize, write_image
 from metrics import as_float
 from parallel import pick_device
-from vlm import (Answer, Asker, Local, Malformed, NoRedirect, OpenAICompatible, Settings, json_objects, key_of,
-                 sampled_frames, sound)  # fmt: skip
+from vlm import (
+    Answer,
+    Asker,
+    Local,
+    Malformed,
+    NoRedirect,
+    OpenAICompatible,
+    Settings,
+    json_objects,
+    key_of,
+    sampled_frames,  # fmt: skip
+    sound,
+)
 
 PROMPTS = {
     "ground": (
@@ -82,7 +93,9 @@ def editscore_prompts(path=None):
     spec = None if path else importlib.util.find_spec("editscore")
     path = Path(path) if path else spec and Path(spec.submodule_search_locations[0]) / "vie_prompts.py"
     if not path or not path.is_file():
-        raise ValueError("EditScore's wording is not here: pip install --no-deps editscore, or give its vie_prompts.py with --prompts")
+        raise ValueError(
+            "EditScore's wording is not here: pip install --no-deps editscore, or give its vie_prompts.py with --prompts"
+        )
     texts = {}
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
@@ -137,7 +150,9 @@ def read_box(text, size=(1000, 1000)):
     if any(f.get("bbox_2d") == [] for f in objects) or re.search(r"\[\s*\]", text) and "bbox" not in text:
         raise Rejected("the grounder sees nothing of the kind")
     found = [(f.get("bbox_2d", f.get("bbox")), f.get("label")) for f in objects]
-    found = [(box, label) for box, label in found if isinstance(box, list) and len(box) == 4 and all(map(is_number, box))]
+    found = [
+        (box, label) for box, label in found if isinstance(box, list) and len(box) == 4 and all(map(is_number, box))
+    ]
     if not found:  # half a JSON, or none
         four = r"\s*,\s*".join([f"({NUMBERS})"] * 4)
         for match in re.finditer(rf"bbox(?:_2d)?[\"']?\s*:\s*\[\s*{four}\s*\]", text):
@@ -174,7 +189,15 @@ def read_verdict(text):
 
 def open_model(name, device, workers=1):
     """A model to ask: http://HOST/v1#MODEL, or a folder or hub id, BASE+ADAPTER with a LoRA. ValueError."""
-    settings = Settings(device=device, max_pixels=1280 * 720, max_tokens=512, deadline=120.0, as_user=True, temperature=0.0, concurrency=workers)
+    settings = Settings(
+        device=device,
+        max_pixels=1280 * 720,
+        max_tokens=512,
+        deadline=120.0,
+        as_user=True,
+        temperature=0.0,
+        concurrency=workers,
+    )
     if name.startswith(("http://", "https://")):
         address, _, model = name.partition("#")
         return OpenAICompatible(served(address, model), settings.__class__(**{**vars(settings), "endpoint": address}))
@@ -247,16 +270,22 @@ class Batch(Local):
 def served(address, model):
     """The model of an OpenAI-compatible server: `model`, or the only one. ValueError."""
     key = key_of("OPENAI_API_KEY")
-    request = urllib.request.Request(f"{address.rstrip('/')}/models", headers={"Authorization": f"Bearer {key}"} if key else {})
+    request = urllib.request.Request(
+        f"{address.rstrip('/')}/models", headers={"Authorization": f"Bearer {key}"} if key else {}
+    )
     try:
         with urllib.request.build_opener(NoRedirect).open(request, timeout=30) as answer:
             names = [entry["id"] for entry in json.load(answer)["data"]]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(f"{address}: no OpenAI-compatible server answers there ({error}); start it, or name a model") from None
+        raise ValueError(
+            f"{address}: no OpenAI-compatible server answers there ({error}); start it, or name a model"
+        ) from None
     if (model or len(names) != 1) and model not in names:
         raise ValueError(f"{address}: serves {len(names)} models, {', '.join(names[:8])}: say which, {address}#MODEL")
     if re.search("qwen2[._]5.vl", model or names[0], re.IGNORECASE):
-        raise ValueError(f"{address}: Qwen2.5-VL counts boxes in pixels of a size that only its server knows: serve Qwen3-VL")
+        raise ValueError(
+            f"{address}: Qwen2.5-VL counts boxes in pixels of a size that only its server knows: serve Qwen3-VL"
+        )
     return model or names[0]
 
 
@@ -271,20 +300,28 @@ def add_adapter(module, folder):
     lower = {name for name in tensors if ".lora_A." in name}
     other = tensors.keys() - lower - {name.replace(".lora_A.", ".lora_B.") for name in lower}
     if other or len(tensors) != 2 * len(lower):
-        raise ValueError(f"{folder}: not pairs of lora_A and lora_B alone ({', '.join(sorted(other)[:3]) or 'a lora_B is missing'})")
+        raise ValueError(
+            f"{folder}: not pairs of lora_A and lora_B alone ({', '.join(sorted(other)[:3]) or 'a lora_B is missing'})"
+        )
     for name in lower:
         layer = name.split(".lora_A.")[0]
-        tail = re.search(r"(?:language_model\.|visual\.|model\.)?(?:layers|blocks|merger|deepstack_merger_list)\..*", layer)
+        tail = re.search(
+            r"(?:language_model\.|visual\.|model\.)?(?:layers|blocks|merger|deepstack_merger_list)\..*", layer
+        )
         places = [w for w in weights if tail and w.endswith(re.sub(r"^model\.", "", tail[0]))]
         if "visual" not in layer:  # names of transformers 4 leave out language_model.; both towers have layers
             places = [w for w in places if "visual" not in w]
         if len(places) != 1:
-            raise ValueError(f"{folder}: {layer} finds {'no place' if not places else 'several places'} in {type(module).__name__}")
+            raise ValueError(
+                f"{folder}: {layer} finds {'no place' if not places else 'several places'} in {type(module).__name__}"
+            )
         by_name = lambda field, value: next((v for key, v in (config.get(field) or {}).items() if re.fullmatch(rf"(.*\.)?{key}", layer)), value)  # fmt: skip
         rank, alpha = by_name("rank_pattern", config["r"]), by_name("alpha_pattern", config["lora_alpha"])
         update = tensors[name.replace(".lora_A.", ".lora_B.")].float() @ tensors[name].float()
         with torch.no_grad():
-            weights[places[0]] += (alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) * update).to(weights[places[0]])
+            weights[places[0]] += (alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) * update).to(
+                weights[places[0]]
+            )
 
 
 def open_editor(name, device):
@@ -306,7 +343,9 @@ def tell_of_pictures(mllm):
     def told(module, arguments, keywords):
         if "mm_token_type_ids" in keywords or keywords.get("input_ids") is None:
             return None
-        return arguments, keywords | {"mm_token_type_ids": (keywords["input_ids"] == module.config.image_token_id).int()}
+        return arguments, keywords | {
+            "mm_token_type_ids": (keywords["input_ids"] == module.config.image_token_id).int()
+        }
 
     if "mm_token_type_ids" in inspect.signature(mllm.forward).parameters:  # older ones see it from the tokens
         mllm.register_forward_pre_hook(told, with_kwargs=True)
@@ -343,7 +382,12 @@ class Paper:
     def preflight(self, stages):
         """ValueError or FileNotFoundError for what is missing, before days of work: models (SAM 3 is gated), packages,
         servers, EditScore's words."""
-        need = {"score": ["scorer"], "ground": ["grounder", "segmenter"], "synthesize": ["editor"], "verify": ["verifier", "embedder"]}
+        need = {
+            "score": ["scorer"],
+            "ground": ["grounder", "segmenter"],
+            "synthesize": ["editor"],
+            "verify": ["verifier", "embedder"],
+        }
         if "score" in stages:
             editscore_prompts(self.args.prompts)
         if "synthesize" in stages:
@@ -366,7 +410,10 @@ class Paper:
 
     def setup(self, stage):
         if stage == "score":
-            self.scorer, self.words = open_model(self.args.scorer, self.device, self.args.workers), editscore_prompts(self.args.prompts)
+            self.scorer, self.words = (
+                open_model(self.args.scorer, self.device, self.args.workers),
+                editscore_prompts(self.args.prompts),
+            )
         elif stage == "ground":
             from transformers import Sam3TrackerModel
 
@@ -418,9 +465,13 @@ class Paper:
         else:
             absolute = isinstance(self.grounder, Local) and self.grounder.positions_a_second  # Qwen2.5-VL
             size = self.grounder.seen_size(*frame.shape[:2])[::-1] if absolute else (1000, 1000)
-            kinds = f'"{row["kind"]}"' if row["kind"] in KINDS else '"subject", "background", "remove", "style" or "other"'
+            kinds = (
+                f'"{row["kind"]}"' if row["kind"] in KINDS else '"subject", "background", "remove", "style" or "other"'
+            )
             prompt = PROMPTS["ground"].format(prompt=row["prompt"], what=PROMPTS[row["kind"]], kinds=kinds)
-            box, more["label"], kind = self.ask(self.grounder, prompt, {"frame": frame}, lambda said: read_box(said, tuple(size)), BOX)
+            box, more["label"], kind = self.ask(
+                self.grounder, prompt, {"frame": frame}, lambda said: read_box(said, tuple(size)), BOX
+            )
             if row["kind"] not in KINDS:
                 more["kind"] = kind or "unknown"
         with self.lock:
@@ -452,7 +503,9 @@ class Paper:
 
     def verify(self, source_path, target_path, ref_path, row):
         images = {"edited": frame_at(target_path, row.get("key", 0)), "reference": read_image(ref_path)}
-        return self.ask(self.verifier, PROMPTS[f"verify_{row['kind']}"].format(prompt=row["prompt"]), images, read_verdict, VERDICT)
+        return self.ask(
+            self.verifier, PROMPTS[f"verify_{row['kind']}"].format(prompt=row["prompt"]), images, read_verdict, VERDICT
+        )
 
     def embed(self, images):
         with self.lock:
@@ -481,7 +534,10 @@ def reachable(name):
         return
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    if any(isinstance(try_to_load_from_cache(name, file), str) for file in ("config.json", "model_index.json", "adapter_config.json")):
+    if any(
+        isinstance(try_to_load_from_cache(name, file), str)
+        for file in ("config.json", "model_index.json", "adapter_config.json")
+    ):
         return
     try:
         HfApi().auth_check(name)

@@ -113,26 +113,16 @@ def test_refvie_s_parquet_holds_the_jpegs_and_is_read_again_as_it_is(tmp_path, r
 
 
 def test_a_stage_is_one_line_of_the_list_also_after_verify(tmp_path, pairs, run, monkeypatch):
-    class Bright(curate.Stage):
-        """Rejects dark references."""
-
-        def setup(self):
-            self.least = 0.5
-
-        def one(self, row):
-            light = read_image(self.file(row, "ref_image")).float().mean().item() / 255
-            if light < self.least:
-                raise curate.Rejected("the reference is dark")
-            return {"light": light}
-
-    monkeypatch.setattr(curate, "PIPELINE", [*curate.PIPELINE, Bright])
+    monkeypatch.setattr(curate, "PIPELINE", list(curate.PIPELINE))
+    (story,) = re.findall(r"```python\n(class Sharp.*?)```", (HOUSE / "docs/curation.md").read_text(), re.DOTALL)
+    kept = [read_image(run / row["ref_image"]).float().diff(dim=1).abs().mean() for row in kept_in(records_in(run))]
+    exec(story.replace("< 1:", f"< {sorted(kept)[1]}:"), {"curate": curate})
     rows = curated(shutil.copytree(run, tmp_path / "out"), pairs)
-    passed = [row for row in rows if "light" in row]
-    dark = [row for row in rows if row.get("stage") == "bright"]
-    assert passed and kept_in(rows) and not kept_in(dark)
+    passed, blurred = ([row for row in rows if test(row)] for test in (lambda r: "sharpness" in r, lambda r: r.get("stage") == "sharp"))  # fmt: skip
+    assert passed and blurred and all(row["status"] == "rejected" for row in blurred) and kept_in(rows)
     funnel = (tmp_path / "out/funnel.md").read_text()
-    assert f"| bright | {len(passed)} |" in funnel and (tmp_path / "out/ledger/bright/00000.jsonl").is_file()
-    assert not dark or "the reference is dark" in funnel
+    assert f"| sharp | {len(passed)} |" in funnel and f"| sharp | rejected | the reference is blurred | {len(blurred)} |" in funnel
+    assert (tmp_path / "out/ledger/sharp/00000.jsonl").is_file()
 
 
 def test_a_run_read_again_takes_other_thresholds_and_asks_no_model(tmp_path, run, pairs, no_models):
@@ -143,7 +133,9 @@ def test_a_run_read_again_takes_other_thresholds_and_asks_no_model(tmp_path, run
     assert any("a side below 2000" in row.get("reason", "") for row in small) and not kept_in(small)
     assert all((tmp_path / "strict" / row["ref_image"]).is_file() for row in kept_in(rows))
     assert curated(tmp_path / "strict", run, "--min-ref-score", scores[-1]) == rows
-    with pytest.raises(ValueError, match="was made with min_score 6.0, not 7.0: give another --out; .* keeps what was paid for"):
+    with pytest.raises(
+        ValueError, match="was made with min_score 6.0, not 7.0: give another --out; .* keeps what was paid for"
+    ):
         curated(tmp_path / "strict", run, "--min-ref-score", scores[-1], "--min-score", 7)
 
 
@@ -184,12 +176,19 @@ def test_bad_pairs_cost_only_themselves_and_can_be_tried_again(tmp_path, pairs):
     broken = tmp_path / good[0].split(",")[1]
     content = broken.read_bytes()
     broken.write_bytes(content[:40])
-    odd = ["none.mp4,none.mp4,Add a hat.,add", "../a.mp4,b.mp4,Add a hat.,add", "a,b,,add", "a,b,Replace it, then leave,add,x"]
+    odd = [
+        "none.mp4,none.mp4,Add a hat.,add",
+        "../a.mp4,b.mp4,Add a hat.,add",
+        "a,b,,add",
+        "a,b,Replace it, then leave,add,x",
+    ]
     (tmp_path / "p.csv").write_text("\n".join(["src_video,tgt_video,prompt,edit_type", *good, *odd]))
     before = curated(tmp_path / "out", tmp_path / "p.csv")
     reasons = [row["reason"] for row in before if row["status"] == "failed"]
     assert len(reasons) == 5 and len(before) == 10
-    for reason, words in zip(reasons[1:], ("no such file", "is outside of", "prompt is empty", "more fields than columns")):
+    for reason, words in zip(
+        reasons[1:], ("no such file", "is outside of", "prompt is empty", "more fields than columns")
+    ):
         assert words in reason
     broken.write_bytes(content)
     after = curated(tmp_path / "out", tmp_path / "p.csv", "--retry-failed")
@@ -200,7 +199,14 @@ def test_bad_pairs_cost_only_themselves_and_can_be_tried_again(tmp_path, pairs):
 def test_odd_lines_cost_only_themselves_and_odd_fields_nothing(tmp_path, pairs, run):
     (good,) = lines_of(pairs, 1)
     odd = good | {"edit_score": "high", "box": [3, 4], "mask": "/etc/passwd", "verdict": "yes", "frames": "9"}
-    lines = [good | {"edit_score": 10**400, "prompt": "x"}, "{half", "[]", good | {"prompt": ["x"]}, good | {"prompt": "half \ud83d"}, odd]
+    lines = [
+        good | {"edit_score": 10**400, "prompt": "x"},
+        "{half",
+        "[]",
+        good | {"prompt": ["x"]},
+        good | {"prompt": "half \ud83d"},
+        odd,
+    ]
     rows = curated(tmp_path / "out", write_lines(tmp_path / "p.jsonl", lines), "--base-path", pairs.parent)
     assert [row["status"] == "failed" for row in rows] == [False, True, True, True, True, True]
     first = next(row for row in records_in(run) if row["src_video"] == good["src_video"])
@@ -232,7 +238,9 @@ def test_exact_copies_fall_at_reading_and_rows_can_be_appended_but_not_changed(t
     more = lines_of(pairs, 5, edit_score=5)
     grown = curated(tmp_path / "out", write_lines(table, more), "--base-path", pairs.parent)
     assert grown[:3] == rows and len(grown) == 5
-    assert [row["id"] for row in grown] == [row["id"] for row in curated(tmp_path / "two", table, "--base-path", pairs.parent)]
+    assert [row["id"] for row in grown] == [
+        row["id"] for row in curated(tmp_path / "two", table, "--base-path", pairs.parent)
+    ]
     write_lines(table, more[:4] + [more[4] | {"prompt": "another"}])
     with pytest.raises(ValueError, match="1 records of .* are gone from the tables, or changed: give another --out"):
         curated(tmp_path / "out", table, "--base-path", pairs.parent)
@@ -248,7 +256,10 @@ def test_the_published_sets_are_read_in_their_own_formats(tmp_path, capsys):
     put("ditto/training_metadata/x.json", json.dumps([{"source_path": "s/a.mp4", "edited_path": "e/a.mp4", "instruction": "Replace the background with snow."}]))  # fmt: skip
     put("reco/replace/replace_data_configs.json", json.dumps([{"src_video": "088301.mp4", "tar_video": "088301.mp4", "instruction_final_refine": "x", "video_masks": ["replace/video_masks/088301.mp4"]}]))  # fmt: skip
     put("openve.csv", "original_video,video,prompt,edited_type\no/1.mp4,v/1.mp4,Add a hat.,local_remove\n")
-    put("sparkle/prompts/time_train.csv", "prompt,src_video,tgt_video,task\nAt dusk.,time/a.mp4,time/b.mp4,Sparkle_time_000001\n")
+    put(
+        "sparkle/prompts/time_train.csv",
+        "prompt,src_video,tgt_video,task\nAt dusk.,time/a.mp4,time/b.mp4,Sparkle_time_000001\n",
+    )
     inputs = [str(tmp_path / name) for name in ("ditto", "reco", "openve.csv", "sparkle")]
     rows = list(curate.Reader(curate.parse_arguments([*inputs, "--out", "x"])))
     assert [(r["src_video"], r["tgt_video"], r["kind"], r["name"]) for r in rows] == [
@@ -286,7 +297,9 @@ def test_an_edit_s_kind_is_its_type_else_what_english_keywords_say(edit_type, pr
     assert curate.kind_of(edit_type, prompt) == kind
 
 
-@pytest.mark.parametrize("word", ["背景を変えて", "Donaudampfschifffahrt", "0f3a9c", "replace the ", "put ", "a", " ", "background "])
+@pytest.mark.parametrize(
+    "word", ["背景を変えて", "Donaudampfschifffahrt", "0f3a9c", "replace the ", "put ", "a", " ", "background "]
+)
 def test_no_prompt_takes_more_than_a_millisecond(word):
     prompt = (word * 2000)[:2000]
     assert min(timed(lambda: curate.kind_of(None, prompt)) for _ in range(5)) < 0.001
@@ -331,7 +344,10 @@ def test_one_budget_of_failures_stops_the_run_and_holds_until_it_is_raised(tmp_p
     lines = [f"refs/a.mp4,refs/b.mp4,Add hat {i}." for i in range(40)]  # not --out's refs
     (tmp_path / "p.csv").write_text("\n".join(["src_video,tgt_video,prompt", *lines]))
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"20 of 20 records failed, more than --max-bad 0.2.*`score`.*mend that and add --retry-failed"):
+        with pytest.raises(
+            ValueError,
+            match=r"20 of 20 records failed, more than --max-bad 0.2.*`score`.*mend that and add --retry-failed",
+        ):
             curated(tmp_path / "out", tmp_path / "p.csv")
     with pytest.raises(ValueError, match="not one of 40 records could be worked on"):
         curated(tmp_path / "out", tmp_path / "p.csv", "--max-bad", 1)
@@ -345,7 +361,10 @@ def test_one_budget_of_failures_stops_the_run_and_holds_until_it_is_raised(tmp_p
 
 def test_a_score_that_a_table_brings_does_not_make_up_for_a_missing_source(tmp_path, pairs):
     target = next(row["tgt_video"] for row in lines_of(pairs, 16) if row["tgt_video"].endswith("mp4"))
-    lines = [f"{source},{target},Add a hat.,{score}" for source, score in (("none.mp4", 7), (target, 5.9), ("./" + target, 7))]
+    lines = [
+        f"{source},{target},Add a hat.,{score}"
+        for source, score in (("none.mp4", 7), (target, 5.9), ("./" + target, 7))
+    ]
     (tmp_path / "p.csv").write_text("\n".join(["src_video,tgt_video,prompt,edit_score", *lines]))
     gone, poor, there = curated(tmp_path / "out", tmp_path / "p.csv", "--base-path", pairs.parent)
     assert "none.mp4: no such file" in gone["reason"] and "enough for instruction tuning only" in there["reason"]
@@ -354,7 +373,11 @@ def test_a_score_that_a_table_brings_does_not_make_up_for_a_missing_source(tmp_p
 
 def test_styles_and_removals_are_for_tuning_alone():
     stage = curate.Score(SimpleNamespace(min_score=6.0, min_ref_score=8.0, models="classical"), [])
-    for kind, score, says in (("style", 9.0, "a style is no object"), ("remove", 9.0, "leaves nothing"), ("subject", 7.0, "tuning only")):
+    for kind, score, says in (
+        ("style", 9.0, "a style is no object"),
+        ("remove", 9.0, "leaves nothing"),
+        ("subject", 7.0, "tuning only"),
+    ):
         with pytest.raises(curate.Rejected, match=says) as error:
             stage.one({"edit_score": score, "kind": kind, "frames": 9})
         assert error.value.found["tuning"]
@@ -380,8 +403,13 @@ def test_limits_are_of_the_longer_side_to_the_shorter_and_of_the_mask(tmp_path, 
 
 def same_result(out, expected):
     """Two runs left the same ledger and pictures, and nothing half done."""
-    names = [sorted(str(p.relative_to(f)) for p in f.rglob("*") if p.suffix in (".jsonl", ".png", ".jpg", ".part")) for f in (out, expected)]
-    return names[0] == names[1] and all((out / name).read_bytes() == (expected / name).read_bytes() for name in names[0])
+    names = [
+        sorted(str(p.relative_to(f)) for p in f.rglob("*") if p.suffix in (".jsonl", ".png", ".jpg", ".part"))
+        for f in (out, expected)
+    ]
+    return names[0] == names[1] and all(
+        (out / name).read_bytes() == (expected / name).read_bytes() for name in names[0]
+    )
 
 
 def start_curate(out, *words, **environment):
@@ -443,7 +471,10 @@ def test_ray_finishes_with_fewer_gpus_than_stages_and_leaves_a_ray_that_was_ther
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
-    with curate.only_run(Ledger(tmp_path, []), 0), pytest.raises(ValueError, match="another curate.py is at work there"):
+    with (
+        curate.only_run(Ledger(tmp_path, []), 0),
+        pytest.raises(ValueError, match="another curate.py is at work there"),
+    ):
         with curate.only_run(Ledger(tmp_path, []), 0):
             pass
 
@@ -470,7 +501,14 @@ def test_models_that_cannot_be_loaded_are_loaded_once(monkeypatch):
     monkeypatch.setattr(Classical, "setup", lambda self, stage: tries.append(stage) or int("no such model"))
     stage = curate.Score(curate.parse_arguments(["x", "--out", "x", "--workers", "4"]), [])
     with pytest.raises(curate.Barred, match="score: invalid literal"):
-        list(stage([{"id": str(i), "frames": 9, "src_video": "a", "tgt_video": "b", "base": 0, "kind": "subject"} for i in range(8)]))
+        list(
+            stage(
+                [
+                    {"id": str(i), "frames": 9, "src_video": "a", "tgt_video": "b", "base": 0, "kind": "subject"}
+                    for i in range(8)
+                ]
+            )
+        )
     assert tries == ["score"]
 
 
@@ -511,7 +549,10 @@ def test_of_two_alike_the_better_is_kept_and_the_next_best_when_a_person_rejects
     again()
     assert statuses() == ["rejected", "kept", "rejected"]
     write = ledger.write
-    with monkeypatch.context() as killed, pytest.raises(SystemExit):  # killed between: the old files do not pass for new
+    with (
+        monkeypatch.context() as killed,
+        pytest.raises(SystemExit),
+    ):  # killed between: the old files do not pass for new
         killed.setattr(ledger, "write", lambda stage, shard, rows: sys.exit() if shard else write(stage, shard, rows))
         again({"b": "torn"})
     again({"b": "torn"})

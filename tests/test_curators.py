@@ -11,18 +11,28 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_curate import curated, kept_in, pairs  # noqa: F401
 
 import curate
 import media
 import vlm
-from conftest import (BLUE, GREEN, RED, SHARED, close, demo, moving_picture, randomise, smooth_clip, tiny_local_judge,
-                      write_clip)  # fmt: skip
+from conftest import (
+    BLUE,
+    GREEN,
+    RED,
+    SHARED,
+    close,
+    demo,
+    moving_picture,
+    randomise,
+    smooth_clip,
+    tiny_local_judge,
+    write_clip,  # fmt: skip
+)
 from curators import Rejected, classical, paper
 from curators.classical import Classical
 from curators.paper import Paper
-from ledger import Ledger
 from media import MediaError, read_image, write_image, write_video
-from test_curate import curated, kept_in, pairs  # noqa: F401
 
 with_and_without_opencv = pytest.mark.parametrize("opencv", [True, False])
 
@@ -99,17 +109,25 @@ def test_a_background_is_filled_only_where_little_of_it_is_never_seen(monkeypatc
     shown = frames.clone()
     shown[foreground] = torch.tensor(BLUE, dtype=torch.uint8)
     filled = classical.without_foreground(shown, foreground, 1)
-    assert (filled.float() - frames[1].float()).abs().mean() < 4 and (filled[50:66, 50:66, 2] > 180).float().mean() < 0.05
+    assert (filled.float() - frames[1].float()).abs().mean() < 4 and (
+        filled[50:66, 50:66, 2] > 180
+    ).float().mean() < 0.05
     foreground[:, 20:100, 20:100] = True
     with pytest.raises(Rejected, match="of the background is never seen"):
         classical.without_foreground(shown, foreground, 1)
 
 
-@pytest.mark.parametrize("prompt, exchanged", [("Add a red ball.", True), ("Replace the ball with a red one.", True), ("Add a ball.", False)])
-def test_a_pair_whose_source_and_target_are_exchanged_is_found_by_the_colour_that_the_words_name(tmp_path, prompt, exchanged):
+@pytest.mark.parametrize(
+    "prompt, exchanged", [("Add a red ball.", True), ("Replace the ball with a red one.", True), ("Add a ball.", False)]
+)
+def test_a_pair_whose_source_and_target_are_exchanged_is_found_by_the_colour_that_the_words_name(
+    tmp_path, prompt, exchanged
+):
     for name, places in (("a", [(48, 48, 20)]), ("b", [])):
         write_video(tmp_path / f"{name}.mp4", disc(places=places), 8, None, media.EXACT_VIDEO_CODEC)
-    score = lambda a, b: np.mean(Classical(None).score(tmp_path / a, tmp_path / b, {"kind": "subject", "prompt": prompt}))
+    score = lambda a, b: np.mean(
+        Classical(None).score(tmp_path / a, tmp_path / b, {"kind": "subject", "prompt": prompt})
+    )
     assert score("b.mp4", "a.mp4") > 8 and (score("a.mp4", "b.mp4") < 6) == exchanged
 
 
@@ -203,7 +221,10 @@ def test_editscore_is_asked_in_its_own_words_read_but_never_run(tmp_path):
     words = paper.editscore_prompts(tmp_path / "vie_prompts.py")
     assert words["success"].split("\n")[2] == "_SC 0 to 25, of <instruction>" and "_PQ 0 to 25" in words["quality"]
     (tmp_path / "other.py").write_text("x = 1")
-    for path, says in ((tmp_path / "other.py", "has no '_context"), (tmp_path / "none.py", "give its vie_prompts.py with --prompts")):
+    for path, says in (
+        (tmp_path / "other.py", "has no '_context"),
+        (tmp_path / "none.py", "give its vie_prompts.py with --prompts"),
+    ):
         with pytest.raises(ValueError, match=says):
             paper.editscore_prompts(path)
 
@@ -217,13 +238,17 @@ def tiny_paper_models(folder, kind, said, args):
     from transformers import CLIPConfig, CLIPModel, Sam3TrackerConfig, Sam3TrackerModel
 
     models = Paper(args)
-    asked = paper.Batch(tiny_local_judge(folder, kind), vlm.Settings(device="cpu", max_pixels=64 * 64, max_tokens=2, as_user=True))
+    asked = paper.Batch(
+        tiny_local_judge(folder, kind), vlm.Settings(device="cpu", max_pixels=64 * 64, max_tokens=2, as_user=True)
+    )
     mumble = asked.ask
     asked.ask = lambda prompt, media, fps, schema: replace(mumble(prompt, media, fps), text=said(prompt, media))
     models.scorer = models.grounder = models.verifier = asked
     models.words = {"success": "two whole numbers: <instruction>", "quality": "two whole numbers, natural"}
     small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
-    backbone = dict(small, image_size=112, patch_size=14, window_size=4, global_attn_indexes=[0], pretrain_image_size=112)
+    backbone = dict(
+        small, image_size=112, patch_size=14, window_size=4, global_attn_indexes=[0], pretrain_image_size=112
+    )
     config = Sam3TrackerConfig(
         vision_config=dict(backbone_config=dict(backbone, model_type="sam3_vit_model"), fpn_hidden_size=32, backbone_feature_sizes=[[32, 32], [16, 16], [8, 8]]),
         prompt_encoder_config=dict(hidden_size=32, image_size=112), mask_decoder_config=dict(hidden_size=32, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=32),
@@ -253,7 +278,9 @@ class Editor:
     def __call__(self, image, prompt, negative_prompt, true_cfg_scale, num_inference_steps, generator):
         from PIL import Image
 
-        self.asked.append((prompt, negative_prompt, true_cfg_scale, num_inference_steps, torch.rand(1, generator=generator).item()))
+        self.asked.append(
+            (prompt, negative_prompt, true_cfg_scale, num_inference_steps, torch.rand(1, generator=generator).item())
+        )
         self.seen.append(torch.from_numpy(np.array(image[0])))
         picture = torch.full((96, 96, 3), 255, dtype=torch.uint8)
         picture[24:80, 16:72] = self.seen[-1].float().mean(dim=(0, 1)).to(torch.uint8) // 2
@@ -261,9 +288,13 @@ class Editor:
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
-def test_the_paper_s_models_go_through_all_stages_and_say_the_kind(tmp_path, nano_data, pairs, kind, monkeypatch, arguments):  # noqa: F811
+def test_the_paper_s_models_go_through_all_stages_and_say_the_kind(
+    tmp_path, nano_data, pairs, kind, monkeypatch, arguments
+):  # noqa: F811
     pytest.importorskip("PIL", reason="needs Pillow, as diffusers does: pip install pillow")
-    models = tiny_paper_models(tmp_path / "mllm", kind, in_pixels if kind == "qwen2_5_vl" else paper_answers, arguments())
+    models = tiny_paper_models(
+        tmp_path / "mllm", kind, in_pixels if kind == "qwen2_5_vl" else paper_answers, arguments()
+    )
     models.editor = Editor()
     monkeypatch.setattr(paper, "segment", lambda model, frame, box, true=paper.segment: (
         true(model, frame, box) | True) & torch.nn.functional.pad(torch.ones(20, 20, dtype=bool), (10, 34, 15, 29)))  # fmt: skip
@@ -272,9 +303,13 @@ def test_the_paper_s_models_go_through_all_stages_and_say_the_kind(tmp_path, nan
     rows = curated(tmp_path / "out", nano_data / "video.csv", "--models", "paper", duplicate=1.1)
     live = [row for row in kept_in(rows)]
     assert len(live) == len(rows) >= 2 and {row["kind"] for row in rows} == {"subject"}  # of which no table spoke
-    assert all(row["edit_score"] == 8.0 and row["label"] == "a red car" and row["verdict_reason"] == "same" for row in live)
+    assert all(
+        row["edit_score"] == 8.0 and row["label"] == "a red car" and row["verdict_reason"] == "same" for row in live
+    )
     assert {asked[1:4] for asked in models.editor.asked} == {(" ", 4.0, 40)}
-    assert len({seed for *_, seed in models.editor.asked}) == len(live) and all("a red car" in prompt for prompt, *_ in models.editor.asked)
+    assert len({seed for *_, seed in models.editor.asked}) == len(live) and all(
+        "a red car" in prompt for prompt, *_ in models.editor.asked
+    )
     white = [(seen == 255).all(-1).float().mean() for seen in models.editor.seen]  # what the mask leaves out
     assert all(0.02 < share < 0.6 for share in white)
 
@@ -334,7 +369,9 @@ def test_an_adapter_is_merged_as_peft_would(tmp_path, style):
 
     def merge(tensors, **config):
         save_file(tensors, tmp_path / "adapter_model.safetensors")
-        (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config}))
+        (tmp_path / "adapter_config.json").write_text(
+            json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, **config})
+        )
         paper.add_adapter(asked.mllm, tmp_path)
 
     good = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
@@ -405,7 +442,11 @@ def test_a_server_is_asked_in_the_user_s_turn_with_a_schema_and_again_when_it_mu
     image = {"edited": smooth_clip(RED)[0]}
     assert models.ask(model, "Is it?", image, paper.read_verdict, paper.VERDICT) == (True, "same")
     body = Server.asked[-1]
-    assert [turn["role"] for turn in body["messages"]] == ["user"] and body["temperature"] == 0 and body["max_tokens"] == 512
+    assert (
+        [turn["role"] for turn in body["messages"]] == ["user"]
+        and body["temperature"] == 0
+        and body["max_tokens"] == 512
+    )
     assert [part["type"] for part in body["messages"][0]["content"]] == ["text", "image_url", "text"]
     assert body["response_format"]["json_schema"]["schema"]["properties"].keys() == {"reason", "match"}
     server.shutdown()
