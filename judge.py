@@ -31,14 +31,14 @@ from statistics import fmean, stdev
 
 EXAMPLES = """examples:
   python judge.py run --bench refvie refvie_bench.yaml --weights weights/nano --edits out/edits
-  python judge.py score --bench refvie refvie_bench.yaml --edits out/edits --judge gemini-3-flash-preview --out out/judge
+  python judge.py score --bench refvie refvie_bench.yaml --edits out/edits --judge gemini-3-flash-preview
   python judge.py compare --bench refvie refvie_bench.yaml out/edits_a out/edits_b --judge metrics
   python judge.py leaderboard out/judge_a out/judge_b
 
 judges (--judge):
   metrics                 no model, no network; always computed, whatever the judge
   gemini-...              Google's native API, key in GEMINI_API_KEY
-  openai:MODEL            any OpenAI-compatible server at --endpoint (vLLM, ...), key, if it wants one, in OPENAI_API_KEY
+  openai:MODEL            any OpenAI-compatible server at --endpoint (vLLM, ...), its key in OPENAI_API_KEY
   local:PATH|HUB_ID       Qwen2.5-VL or Qwen3-VL through transformers
 """
 MODES = {"official": (1.0, "medium"), "strict": (4.0, "high")}  # frames a second, resolution that the judge sees
@@ -58,9 +58,9 @@ def parse_arguments(argv=None):
                 "--bench",
                 required=True,
                 metavar="NAME|FILE",
-                help="refvie, openve, imgedit, sparkle, or a YAML like theirs",
+                help="refvie, openve, imgedit, sparkle, or a YAML like them",
             )
-            add("--limit", type=positive, metavar="N", help="only the first N items")
+            add("--limit", type=number(1), metavar="N", help="only the first N items")
         if judged:
             add("--judge", default="metrics", help="see below (default %(default)s)")
             add("--mode", choices=MODES, default="official", help="1 frame a second, or 4 at high resolution")
@@ -69,34 +69,16 @@ def parse_arguments(argv=None):
             add("--dry-run", action="store_true", help="stop after the cost estimate")
             add("--allow-missing", action="store_true", help="average over what succeeded")
             add("--human", type=Path, metavar="CSV", help="item, rater, and people's scores, or what `people` saved")
-            add(
-                "--set",
-                action="append",
-                default=[],
-                metavar="NAME=VALUE",
-                help="how models are asked (docs/judging.md)",
-            )
+            add("--set", action="append", default=[], metavar="NAME=VALUE", help="how to ask (docs/judging.md)")
         if judged or name == "people":
-            add(
-                "--out",
-                type=Path,
-                default="out/judge",
-                metavar="DIR",
-                help="folder of the report (default %(default)s)",
-            )
+            add("--out", type=Path, default="out/judge", metavar="DIR", help="for the report (default %(default)s)")
         return add
 
     add = command("score", "score finished edits and write a report", judged=True)
     add("--edits", type=Path, required=True, metavar="DIR", help="the edited videos, under the release's names")
     add("--prompts", type=Path, metavar="FILE", help="YAML, task: template with {instruction}; instead of our rubric")
-    add("--repeats", type=positive, default=1, help="answers an item (default %(default)s)")
-    add(
-        "--controls",
-        type=natural,
-        default=4,
-        metavar="N",
-        help="items with known-answer questions (default %(default)s)",
-    )
+    add("--repeats", type=number(1), default=1, help="answers an item (default %(default)s)")
+    add("--controls", type=number(0), default=4, metavar="N", help="items with known answers (default %(default)s)")
     add("--name", help="the system's name in the tables (default: the folder of the edits)")
 
     add = command("compare", "compare two systems, order swapped", judged=True)
@@ -108,7 +90,7 @@ def parse_arguments(argv=None):
     add("b", metavar="B", help="the edits of the other")
 
     add = command("leaderboard", "one table over several runs")
-    add("runs", nargs="+", type=Path, metavar="RUN", help="--out of a `score`, or a score file of the released scripts")
+    add("runs", nargs="+", type=Path, metavar="RUN", help="--out of a `score`")
 
     add = command("run", "make the edits with Kiwi-Edit, under torchrun on several GPUs")
     add("--edits", type=Path, required=True, metavar="DIR", help="where they go, under the release's names")
@@ -118,12 +100,12 @@ def parse_arguments(argv=None):
     add("--qwen", metavar="PATH|HUB_ID", help="likewise")
     add("--ref-pad-first", action="store_true", help="as for sample.py")
     add("--ref", action=argparse.BooleanOptionalAction, default=True, help="give the reference image to the model")
-    add("--steps", type=positive, help="denoising steps (default: 50; nano 2)")
-    add("--ref-guidance", type=rate, metavar="G", help="how far references are followed (default: 1; nano 1.2)")
+    add("--steps", type=number(1), help="denoising steps (default: 50; nano 2)")
+    add("--ref-guidance", type=number(1e-9, float), metavar="G", help="of references (default: 1; nano 1.2)")
     add("--seed", type=int, default=0, help="of every edit, as in the release (default %(default)s)")
-    add("--frames", type=positive, help="at most so many (default: 81; nano 9)")
-    add("--max-pixels", type=positive, help="larger frames are shrunk (default: 921600; nano 4096)")
-    add("--tile", type=positive, metavar="N", help="VAE tiles, for small cards")
+    add("--frames", type=number(1), help="at most so many (default: 81; nano 9)")
+    add("--max-pixels", type=number(1), help="larger frames are shrunk (default: 921600; nano 4096)")
+    add("--tile", type=number(1), metavar="N", help="VAE tiles, for small cards")
     add("--device", help="default: this process's GPU, or the CPU")
 
     args = parser.parse_args(argv)
@@ -135,37 +117,37 @@ def parse_arguments(argv=None):
     return args
 
 
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+def number(least, kind=int):
+    """A type for argparse: a finite number of at least so much."""
 
+    def parse(text):
+        value = kind(text)
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return value
 
-def natural(text):
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is less than 0")
-    return value
-
-
-def rate(text):
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+    return parse
 
 
 if __name__ == "__main__":
     parse_arguments()  # parse before importing torch
 
-import numpy as np
 import torch
-import yaml
 from tqdm import tqdm
 
 import report
-from data import csv_lines, inside
+from benchmarks import (
+    Item,
+    enforce,
+    open_bench,
+    read_answer,
+    read_bench,
+    read_reason,
+    read_winner,
+    read_yaml,
+    wrong_references,
+)
+from data import csv_lines
 from load import local_path, read_json
 from media import (
     MediaError,
@@ -182,177 +164,25 @@ from media import (
 from metrics import DAMAGES, METRICS, WORST, measure_files, write_damaged
 from model import KiwiEdit, is_out_of_memory, read_for, read_weights
 from parallel import pick_device, rank_and_world
+from stats import Mean, kendall, mean_of, pairwise, sign_test, spearman, wilson, with_interval
 from vlm import (
     Asker,
     Gemini,
     JudgeError,
     Local,
-    Malformed,
     OpenAICompatible,
     Settings,
     TryAgain,
     has_secret,
     in_threads,
-    json_objects,
-    spoken,
     tokens_of,
 )
 
-ANSWER = """
-Think in one or two sentences, then answer with JSON alone, scores last, whole numbers from 1 to 5. No score may be above
-the first. {"reasoning": "...", FIELDS}
-
-The instruction of the edit was: {instruction}"""
-PAIR = """You compare two edits of one {kind}. You see {what}, then edit 1 and edit 2. Say which one a careful viewer would
-prefer: first by how well it does what was asked, then by what it kept, then by how clean, sharp and stable it is.
+PAIR = """You compare two edits of one {kind}. You see {what}, then edit 1 and edit 2. Say which one a careful viewer
+would prefer: first by how well it does what was asked, then by what it kept, then by how clean, sharp and stable it is.
 Answer with JSON alone: {"reasoning": "...", "winner": "1"}, "2" in place of "1", or "tie".
 
 The instruction of the edit was: {instruction}"""
-
-
-@dataclass(frozen=True)
-class Item:
-    """One edit to judge. `key` names it in every table; `edit` follows the release's naming of outputs."""
-
-    key: str
-    task: str
-    instruction: str
-    source: Path
-    edit: Path
-    ref: Path | None = None
-
-
-@dataclass(frozen=True)
-class Bench:
-    """A benchmark, as benchmarks/*.yaml describe it. tasks: {name or "*": {grade, criteria: {name: five anchors}}}."""
-
-    name: str
-    columns: dict  # ours: theirs
-    edit: str  # the name of an output: {index}, {key}, {task}, {stem}, {name}, {instruction}
-    tasks: dict
-    title: str = ""
-    kind: str = "video"
-    table: str = "tasks"  # its columns: tasks, or criteria
-    skip: tuple = ()
-    items: list = ()
-    published: dict = field(default_factory=dict)
-
-    def task(self, name):
-        return self.tasks.get(name) or self.tasks["*"]
-
-    def criteria(self, name):
-        return list(self.task(name)["criteria"])
-
-    def rubric(self, item, prompts=None):
-        """What the judge is asked about an item."""
-        text = (prompts or {}).get(item.task) or (prompts or {}).get("*")
-        if text is None:
-            lines = [f"You grade {self.task(item.task)['grade']}."]
-            for name, anchors in self.task(item.task)["criteria"].items():
-                lines += ["", f"{name}:", *(f"{i}: {anchor}" for i, anchor in enumerate(anchors, 1))]
-            scores = ", ".join(f'"{name}": n' for name in self.criteria(item.task))
-            text = "\n".join(lines) + "\n" + ANSWER.replace("FIELDS", scores)
-        elif "{instruction}" not in text:
-            text += "\n\nThe instruction of the edit was: {instruction}"
-        return text.replace("{instruction}", item.instruction)
-
-
-def read_yaml(path):
-    """A YAML or JSON file. JudgeError where it is neither."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date is a ValueError
-        kind = "JSON" if path.suffix == ".json" else "YAML"
-        raise JudgeError(f"{path}: is not {kind} ({str(error).splitlines()[0]})") from None
-
-
-def open_bench(name):
-    """A Bench by its name, or from a YAML file. JudgeError where it is not described well enough to judge by."""
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        path = Path(__file__).parent / "benchmarks" / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(p.stem for p in (Path(__file__).parent / "benchmarks").glob("*.yaml"))
-        raise JudgeError(f"--bench {name}: expected {', '.join(known)}, or a YAML file like benchmarks/refvie.yaml")
-    found = read_yaml(path)
-    names = {f.name for f in fields(Bench)} - {"name"}
-    if not isinstance(found, dict) or not {"columns", "edit", "tasks"} <= found.keys() <= names:
-        raise JudgeError(f"{path}: expected columns, edit, tasks, and no more than {', '.join(sorted(names))}")
-    bench = Bench(path.stem, **found)
-    for task, told in bench.tasks.items():
-        for criterion, anchors in told["criteria"].items():
-            if not isinstance(anchors, list) or len(anchors) != 5:
-                raise JudgeError(f"{path}: {task}, {criterion}: expected five anchors, for 1 to 5")
-    return bench
-
-
-def rows_of(path):
-    """Yield (place, key, row) of a table of items: CSV, or YAML or JSON with a list, or a mapping from keys."""
-    if path.suffix == ".csv":
-        yield from ((place, str(i), row) for i, (place, row) in enumerate(csv_lines(path)))
-        return
-    rows = read_yaml(path)
-    rows = rows["items"] if isinstance(rows, dict) and {"items", "tasks"} <= rows.keys() else rows
-    named = rows.items() if isinstance(rows, dict) else enumerate(rows if isinstance(rows, list) else [])
-    yield from ((f"{path}, item {key}", str(key), row) for key, row in named)
-
-
-def read_bench(bench, path, edits, limit=None):
-    """The items of a benchmark, at most `limit`. JudgeError where the file is not what --bench says."""
-    bench = bench if isinstance(bench, Bench) else open_bench(bench)
-    path, items, names = Path(path), [], {}
-    if not path.is_file():
-        raise JudgeError(f"{path}: no such file; give the benchmark's YAML, CSV or JSON")
-    for index, (place, key, row) in enumerate(rows_of(path)):
-        texts = {ours: text_of(row, theirs, place) for ours, theirs in bench.columns.items()}
-        task = texts["task"]
-        if task in bench.skip:
-            continue
-        if task not in bench.tasks and "*" not in bench.tasks:
-            raise JudgeError(f"{place}: unknown task {task!r}; --bench {bench.name} has {', '.join(bench.tasks)}")
-        item = Item(key, task, texts["instruction"], source_of(path, texts["source"], place),
-                    edit_of(bench, edits, index, key, texts, place),
-                    source_of(path, texts["ref"], place) if "ref" in texts else None)  # fmt: skip
-        items.append(item)
-        if (other := names.setdefault(item.edit, item)) is not item:
-            print(f"warning: {path}: items {other.key} and {key} share the edit {item.edit.name}, as the released names "
-                  "have it: both are judged by the one file, which `run` makes of the first", file=sys.stderr)  # fmt: skip
-    if not items:
-        raise JudgeError(f"{path}: holds no items of --bench {bench.name}; is it the right file?")
-    return items[:limit]
-
-
-def text_of(row, name, place):
-    value = row.get(name) if isinstance(row, dict) else None
-    if not isinstance(value, str) or not value.strip():
-        raise JudgeError(f"{place}: has no {name}; is it the right --bench?")
-    return value.strip()
-
-
-def source_of(path, name, place):
-    """A source or reference: from the table's folder or, as OpenVE-Bench is published, with that folder's name."""
-    folder = path.absolute().parent
-    published = name.split("/")[0] == folder.name and not (folder / name).exists()
-    return inside(folder.parent if published else path.parent, name, place)
-
-
-def edit_of(bench, edits, index, key, texts, place):
-    """Where the edit of an item lies: the benchmark's pattern, whose `*/` is a folder of any name, or missing."""
-    source = Path(texts["source"])
-    name = bench.edit.format(index=index, key=key, task=texts["task"], instruction=texts["instruction"],
-                             stem=source.stem, name=source.name)  # fmt: skip
-    plain = inside(edits, name.replace("*/", ""), place)
-    return next(iter(sorted(Path(edits).glob(name))), plain) if "*/" in bench.edit else plain
-
-
-def wrong_references(items, item):
-    """Up to 5 references of other items, those of the same task first, from the next item on, cyclically."""
-    if item.ref is None:
-        return []
-    at = items.index(item)
-    others = [i for i in items[at + 1 :] + items[:at] if i.ref and i.ref != item.ref and i.ref.is_file()]
-    return [other.ref for other in sorted(others, key=lambda other: other.task != item.task)][:5]
 
 
 class Ledger:
@@ -525,79 +355,6 @@ def ask_all(judge, args, ledger, questions):
     return asker.stop
 
 
-def read_score(text):
-    """ "4", 4, "4/5", "**4**", {"score": 4} -> 4. Malformed for anything but a whole number from 1 to 5."""
-    if isinstance(text, dict):
-        text = text.get("score", text)
-    match = re.fullmatch(NUMBER, str(text).strip(" *_`\"'.,"))
-    if isinstance(text, bool) or not match:
-        raise Malformed(f"{text!r} is not a score")
-    if match[2] and match[2] != "5":
-        raise Malformed(f"{text!r} is not on the scale from 1 to 5")
-    if float(match[1]) not in (1, 2, 3, 4, 5):
-        raise Malformed(f"{match[1]} is not a whole number from 1 to 5")
-    return int(float(match[1]))
-
-
-NUMBER = r"(-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*(\d+))?"
-LONE = r"(?![\d.]*\d|\s*(?:/|-|–|to|or)\s*\d)(?(2)|(?![ \t]+(?!stars?\b|points?\b|of 5\b)[a-z]))"  # not "2 of the hats"
-
-
-def spelled(name):
-    """A pattern for a criterion's name as judges write it: "consistency_detail" in "Consistency & Detail"."""
-    return r"[\s_]+(?:(?:&|and)[\s_]+)?".join(map(re.escape, name.split("_")))
-
-
-def read_answer(text, names):
-    """A judge's answer -> {name: score} for all of `names`, by name and not by order; Malformed with the reason.
-
-    JSON first, whatever stands around it; else lines such as "**Visual quality:** 4/5", also out of half a JSON, or a
-    heading with the name and "Score: 4" below it.
-    """
-    for found in reversed(list(json_objects(text))):
-        flat = {re.sub(r"[^a-z]+", "_", str(k).lower()).strip("_"): v for k, v in found.items()}
-        if all(name in flat for name in names):
-            return {name: read_score(flat[name]) for name in names}
-    scores = {}
-    heading = rf"^[#*\s\d.]*(?:{'|'.join(map(spelled, names))})"
-    for name in names:
-        given = re.finditer(rf"{spelled(name)}[^\n:=]{{0,60}}[:=][\s*_\"']*{NUMBER}{LONE}", text, re.IGNORECASE)
-        given = {m[0][m.start(1) - m.start() :] for m in given}
-        if not given:
-            for part in re.split(rf"(?im)(?={heading})", text):
-                if re.match(rf"(?i)[#*\s\d.]*{spelled(name)}[^\n]*\n", part):
-                    found = re.finditer(rf"(?im)^[\s*_-]*score[\s*_]*[:=][\s*_]*{NUMBER}{LONE}", part)
-                    given |= {m[0][m.start(1) - m.start() :] for m in found}
-        values = {read_score(value) for value in given}
-        if len(values) != 1:
-            said = " ".join(text.split())[:120]
-            raise Malformed(f"{name} is {'given twice' if values else 'missing'} in the answer: {said!r}")
-        scores[name] = values.pop()
-    return scores
-
-
-def read_reason(text):
-    """Why, from the object that `read_answer` reads."""
-    text = spoken(text)
-    found = [f["reasoning"] for f in json_objects(text) if isinstance(f.get("reasoning"), str)]
-    return found[-1] if found else " ".join(text.split())[:400]
-
-
-def read_winner(text):
-    """A pairwise answer -> {"winner": "1" | "2" | "tie"}."""
-    given = re.findall(r"winner[\"'*\s]*[:=][\s\"'*]*(1|2|tie)(?=[\"'*\s]*(?:[,}.;(\n]|$))", text, re.IGNORECASE)
-    if len({g.lower() for g in given}) != 1:
-        raise Malformed(f"no winner in the answer: {' '.join(text.split())[:120]!r}")
-    return {"winner": given[0].lower()}
-
-
-def enforce(scores):
-    """The hierarchy: {name: score} in order -> (the same with none above the first, whether it was broken)."""
-    first = next(iter(scores.values()))
-    kept = {name: min(score, first) for name, score in scores.items()}
-    return kept, kept != scores
-
-
 def frames_seen(path, fps):
     """About how many frames of a file a judge sees; 0 of a picture, 1 of what cannot be read."""
     if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
@@ -615,11 +372,12 @@ def announce(questions, ledger, args):
     a_frame, a_picture = tokens_of(args.judge, s.resolution)
     if args.judge.startswith("openai:") and s.send == "frames":
         a_frame = a_picture
-    shown = lambda q: [q.item.edit if q.control in DAMAGES else path for _, path in q.media]
-    seen = {path: frames_seen(path, s.fps) for path in {path for q in due for path in shown(q)}}
-    tokens_in = sum(len(q.text) // 4 + sum(a_frame * seen[p] or a_picture for p in shown(q)) for q in due)
-    print(f"cost        {len(due)} of {len(questions)} questions to ask, about {tokens_in:,} tokens in, "
-          f"{120 * len(due):,} out{dollars(args.price, tokens_in, 120 * len(due))}; a thinking model says more")  # fmt: skip
+    seen_by = lambda q: [q.item.edit if q.control in DAMAGES else path for _, path in q.media]
+    seen = {path: frames_seen(path, s.fps) for path in {path for q in due for path in seen_by(q)}}
+    tokens_in = sum(len(q.text) // 4 + sum(a_frame * seen[p] or a_picture for p in seen_by(q)) for q in due)
+    out = 120 * len(due)  # tokens; a thinking model says more
+    print(f"cost        {len(due)} of {len(questions)} questions to ask, about {tokens_in:,} tokens in, {out:,} out"
+          f"{dollars(args.price, tokens_in, out)}")  # fmt: skip
 
 
 def dollars(price, tokens_in, tokens_out):
@@ -636,79 +394,6 @@ def account(ledger, questions, price):
     return (f"{sent} requests sent, {len(answers)} answered or given up, {unread} of these without a score, "
             f"{sent - len(answers)} cut off, {late} timed out (perhaps paid); {t_in:,} tokens in, {t_out:,} out"
             f"{dollars(price, t_in, t_out)}")  # fmt: skip
-
-
-FEW = 10  # below so many items the values are shown: a bootstrap of 3 covers 73 % where it says 95
-
-
-@dataclass
-class Mean:
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    missing: int = 0
-    values: tuple = ()
-
-    def __str__(self):
-        missing = f" ({self.missing} missing)" if self.missing else ""
-        if self.value is None:
-            return f"–{missing}"
-        digits = 3 if abs(self.value) < 1 else 2
-        show = lambda *numbers: ", ".join(f"{number:.{digits}f}" for number in numbers)
-        spread = f" [{show(self.low, self.high)}]" if self.low is not None else ""
-        return f"{show(self.value)}{spread or (f' ({show(*self.values)})' if len(self.values) > 1 else '')}{missing}"
-
-
-def mean_of(groups, missing=0, allow_missing=True):
-    """The mean of the groups' means, with a 95 % bootstrap interval over items within each group.
-
-    groups: lists of one number an item (repeats averaged before: items, not answers, are what varies). No value where
-    a group is empty, or items are missing and averaging over failures is not allowed; no interval below 10 items.
-    """
-    if not groups or not all(groups) or (missing and not allow_missing):
-        return Mean(None, missing=missing)
-    value = float(np.mean([np.mean(g) for g in groups]))
-    if min(map(len, groups)) < FEW:
-        return Mean(value, missing=missing, values=tuple(groups[0]) if len(groups) == 1 else ())
-    draw = np.random.default_rng(0)
-    means = np.mean([np.array(g)[draw.integers(len(g), size=(2000, len(g)))].mean(1) for g in groups], axis=0)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Mean(value, float(low), float(high), missing)
-
-
-def wilson(share, count, z=1.96):
-    """A 95 % interval of a share."""
-    middle, half = share + z * z / 2 / count, z * math.sqrt(share * (1 - share) / count + (z / 2 / count) ** 2)
-    return (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
-
-
-def sign_test(wins, losses):
-    """Two-sided p of so many wins and losses if both were as likely."""
-    n, tail = wins + losses, sum(math.comb(wins + losses, k) for k in range(min(wins, losses) + 1))
-    return min(1.0, 2 * tail / 2**n)
-
-
-def spearman(a, b):
-    """Rank correlation with ties; None where one side does not vary or there are fewer than 3 pairs."""
-    ra, rb = (np.sign(np.subtract.outer(x, x)).sum(axis=1) for x in (a, b))  # ranks, ties sharing theirs, up to scale
-    if len(ra) < 3 or ra.std() == 0 or rb.std() == 0:
-        return None
-    return float(np.corrcoef(ra, rb)[0, 1])
-
-
-def kendall(a, b):
-    """Kendall's tau-b; None as `spearman`."""
-    da, db = (np.sign(np.subtract.outer(x, x))[np.triu_indices(len(x), 1)] for x in (a, b))  # of two items the higher
-    if len(a) < 3 or not da.any() or not db.any():
-        return None
-    return float((da * db).sum() / math.sqrt((da != 0).sum() * (db != 0).sum()))
-
-
-def pairwise(people, ours):
-    """Of the pairs of items that people tell apart, the share that `ours` puts in their order; a tie of ours counts half."""
-    da, db = (np.sign(np.subtract.outer(x, x))[np.triu_indices(len(x), 1)] for x in (people, ours))
-    agreed = (da * db)[da != 0]
-    return float((agreed > 0).mean() + (agreed == 0).mean() / 2) if len(agreed) else None
 
 
 @dataclass
@@ -770,7 +455,7 @@ def measure_all(items, ledger, out):
 
 
 def collect(rows, questions, ledger):
-    """Put the ledger's answers into the rows; answers to controls are returned: {(control, item key): scores or None}."""
+    """Put the ledger's answers into the rows -> answers to controls, {(control, item key): scores or None}."""
     by_key, controls = {row.item.key: row for row in rows}, {}
     failures = {line["key"]: line["error"] for line in ledger.lines if line["event"] == "answer" and not line["ok"]}
     for q in questions:
@@ -884,7 +569,7 @@ def score_means(bench, rows, allow_missing, cap=True):
 
 
 def score_table(args, rows, trusted):
-    """The paper's Table 3 (a column for each criterion) or 2 (one for each task), capped and not, and published rows."""
+    """The paper's Table 3 (a column for each criterion) or 2 (one for each task), capped and not."""
     bench, lines = args.bench, []
     for cap in (True, False):
         means, overall = score_means(bench, rows, args.allow_missing, cap)
@@ -900,7 +585,8 @@ def score_table(args, rows, trusted):
             given = known.get(task, "–")
             given = given if isinstance(given, list) else [given]
             if wide:
-                given = [*given, fmean(given)] if len(given) == len(bench.criteria(task)) else ["–"] * len(means[task])
+                complete = len(given) == len(bench.criteria(task))
+                given = [*given, fmean(given)] if complete else ["–"] * len(means[task])
             cells += [f"{v:.2f}" if isinstance(v, int | float) else v for v in (given if wide else given[:1])]
         whole = len(means) == len(bench.tasks) or "*" in bench.tasks
         cells.append(f"{known['overall']:.2f}" if whole and "overall" in known else "–")
@@ -935,7 +621,7 @@ def metric_table(rows, allow_missing):
     return table
 
 
-def number(value):
+def shown(value):
     return "–" if value is None else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
 
 
@@ -967,9 +653,9 @@ def score_text(rows, args):
     spreads = [row.spread() for row in rows if row.spread() is not None]
     return (
         f"{args.judge} at {s.fps:g} frames a second, {s.resolution} resolution, temperature {s.temperature}, "
-        f"{args.repeats} answer(s) an item, rubric: {(args.prompts or {}).get('name', 'ours')}. Overall is the mean of the "
-        f"tasks' means. The judge broke the hierarchy in {broken} of {len(answers)} answers; the first row caps every score "
-        f"by the first, published rows were merely asked to. {missing} answers are missing."
+        f"{args.repeats} answer(s) an item, rubric: {(args.prompts or {}).get('name', 'ours')}. Overall is the mean of "
+        f"the tasks' means. The judge broke the hierarchy in {broken} of {len(answers)} answers; the first row caps "
+        f"every score by the first, published rows were merely asked to. {missing} answers are missing."
         + (f" Standard deviation over repeats, mean over items: {fmean(spreads):.2f}." if spreads else "")
     )
 
@@ -987,9 +673,10 @@ def csv_text(rows):
     writer.writerow(["item", "task", "edit", *names, "uncapped", "answers", "spread", *METRICS, "error", "instruction"])
     for row in rows:
         scores = [cell(row.scores().get(name)) for name in names]
-        writer.writerow([row.item.key, row.item.task, row.item.edit.name, *scores, cell(row.total(False)), len(row.answers),
-                         cell(row.spread()), *(cell(row.metrics.get(name)) for name in METRICS), row.lost or "",
-                         row.item.instruction])  # fmt: skip
+        measured = [cell(row.metrics.get(name)) for name in METRICS]
+        item, total = row.item, cell(row.total(False))
+        told = [item.key, item.task, item.edit.name, *scores, total, len(row.answers), cell(row.spread()), *measured]
+        writer.writerow([*told, row.lost or "", item.instruction])
     return buffer.getvalue()
 
 
@@ -1005,18 +692,18 @@ def card(row, out, **more):
     known = {name: value for name, value in row.metrics.items() if name in METRICS and value is not None}
     keys = {"score": row.total(), **known} if row.answers else known
     return dict(key=item.key, task=item.task, instruction=item.instruction, clips=clips, ref=ref, keys=keys,
-                scores={name.replace("_", " "): number(value) for name, value in row.scores().items()},
-                metrics={name: number(value) for name, value in known.items()}, reasons=row.reasons,
-                problems=[row.error] if row.error else [f"no score: {why}" for why in row.failures], **more)  # fmt: skip
+                scores={name.replace("_", " "): shown(value) for name, value in row.scores().items()},
+                metrics={name: shown(value) for name, value in known.items()}, reasons=row.reasons,
+                problems=[row.error] if row.error else [f"no score: {w}" for w in row.failures], **more)  # fmt: skip
 
 
 def write_page(path, title, args, verdict, parts, cards, bars, sort):
     """The report: verdict, a bar a task, items with the worst first, tables, what the metrics are at the end."""
     shown = [part for part in parts if part[0] in ("Scores", "Preferences")]
-    keys = list(dict.fromkeys(name for one in cards for name in one["keys"]))
+    keys, tasks = dict.fromkeys(name for one in cards for name in one["keys"]), dict.fromkeys(c["task"] for c in cards)
     write_text(path, report.page("judge.html", title=title, verdict=verdict, command=args.command_line, bars=bars,
                                  first=shown, rest=[part for part in parts if part not in shown], cards=cards,
-                                 tasks=list(dict.fromkeys(one["task"] for one in cards)), keys=keys, sort=sort))  # fmt: skip
+                                 tasks=list(tasks), keys=list(keys), sort=sort))  # fmt: skip
 
 
 def bar(task, mean, low, high):
@@ -1081,17 +768,6 @@ def human_agreement(human, rows):
     return table
 
 
-def with_interval(f, a, b):
-    """f(a, b), with a 95 % bootstrap interval over items from 10 on."""
-    value = f(a, b)
-    if value is None or len(a) < FEW:
-        return "–" if value is None else f"{value:.2f}"
-    draw, a, b = np.random.default_rng(0), np.array(a), np.array(b)
-    drawn = [f(a[i], b[i]) for i in draw.integers(len(a), size=(300, len(a)))]
-    low, high = np.quantile([d for d in drawn if d is not None], [0.025, 0.975])
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
-
-
 def edits_exist(*folders):
     """JudgeError where a folder of edits is not there: a report on it would take the place of a good one."""
     for folder in folders:
@@ -1116,8 +792,8 @@ def finish(verdict, page, lost, count, args, stopped=None):
     if verdict.bad:
         sys.exit(3)
     if lost and not args.allow_missing:
-        raise JudgeError(f"{lost} of {count} items lack a result, see {page}; mend them and run again, or average over the "
-                         "rest with --allow-missing")  # fmt: skip
+        raise JudgeError(f"{lost} of {count} items lack a result, see {page}; mend them and run again, or average over "
+                         "the rest with --allow-missing")  # fmt: skip
 
 
 def score(args):
@@ -1147,7 +823,8 @@ def score(args):
     write_text(page.with_suffix(".csv"), csv_text(rows))
     means, overall = score_means(args.bench, rows, args.allow_missing)
     told = {"bench": args.bench.name, "name": args.name, "judge": args.judge, "answered": answered, "items": len(rows),
-            "asked": asked_how(args), "prompts": key_of_question(*(args.bench.rubric(item, args.prompts) for item in items)),
+            "asked": asked_how(args),
+            "prompts": key_of_question(*(args.bench.rubric(item, args.prompts) for item in items)),
             "overall": str(overall), "uncapped": str(score_means(args.bench, rows, args.allow_missing, False)[1]),
             "tasks": {task: str(mean["average"]) for task, mean in means.items()},
             "verdict": verdict.text, "trusted": not verdict.bad}  # fmt: skip
@@ -1283,7 +960,7 @@ def compare(args):
         one["clips"] = [(name.replace("edit", "A"), *rest) for name, *rest in one["clips"]]
         one["clips"] += [("B", *rest) for name, *rest in other["clips"] if name == "edit"]
         one["keys"] = {n: v - other["keys"][n] for n, v in one["keys"].items() if n in other["keys"]}
-        one["metrics"] = {f"{n}, A - B": number(v) for n, v in one["keys"].items()}
+        one["metrics"] = {f"{n}, A - B": shown(v) for n, v in one["keys"].items()}
         cards.append(one | {"problems": one["problems"] + other["problems"], "scores": {}})
     shares = share_of_a(votes, {a.item.key: a.item.task for a, _ in pairs})
     bars = [bar(f"{task}: A preferred", fmean(v), 0, 1) for task, v in shares.items()]
@@ -1351,8 +1028,8 @@ def preferences(votes, task_of, lost, allow_missing):
     swayed = {"all": sum(v in ("first", "second") for v in votes.values())}
     for item, vote in votes.items():
         swayed[task_of[item]] = swayed.get(task_of[item], 0) + (vote in ("first", "second"))
-    table = [["task", "A wins", "B wins", "undecided", "of these: followed the position", "pairs", "share of A [Wilson 95 %]",
-              "sign test p"]]  # fmt: skip
+    table = [["task", "A wins", "B wins", "undecided", "of these: followed the position", "pairs",
+              "share of A [Wilson 95 %]", "sign test p"]]  # fmt: skip
     for task, share in share_of_a(votes, task_of).items():
         a, b = share.count(1), share.count(0)
         low, high = wilson(fmean(share), len(share))
@@ -1386,8 +1063,9 @@ def people(args):
     bench = open_bench(args.bench)
     sides = [read_bench(bench, args.path, folder, args.limit) for folder in (args.a, args.b)]
     to = lambda path: Path(os.path.relpath(path, args.out)).as_posix()
+    both = [(a, b) for a, b in zip(*sides) if a.edit.is_file() and b.edit.is_file()]
     pairs = [dict(item=a.key, instruction=a.instruction, source=to(a.source), a=to(a.edit), b=to(b.edit),
-                  ref=a.ref and to(a.ref)) for a, b in zip(*sides) if a.edit.is_file() and b.edit.is_file()]  # fmt: skip
+                  ref=a.ref and to(a.ref)) for a, b in both]  # fmt: skip
     if not pairs:
         raise JudgeError(f"{args.a}, {args.b}: no item has both edits")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -1400,7 +1078,7 @@ def people(args):
 
 def leaderboard(args):
     """`judge.py leaderboard`: one table over several runs. Those asked in other ways are marked."""
-    told = [read_released(path) if path.is_file() else read_json(path / "summary.json") for path in args.runs]
+    told = [read_json(path / "summary.json") for path in args.runs]
     tasks = list(dict.fromkeys(task for run in told for task in run["tasks"]))
     table = [["", "judge", "items", *tasks, "overall", "uncapped", "verdict"]]
     same = ("bench", "judge", "asked", "prompts", "items")
@@ -1411,35 +1089,6 @@ def leaderboard(args):
         table.append([run["name"], run["judge"], run["items"], *(run["tasks"].get(task, "–") for task in tasks),
                       run["overall"], run["uncapped"], note])  # fmt: skip
     print(report.table(table))
-
-
-def read_released(path):
-    """A score file of the released scripts -> a summary like a run's; failures are not in such files.
-
-    Names come from the answer kept beside the scores: the release orders RefVIE scores as the judge happened to.
-    """
-    refvie, tasks = open_bench("refvie"), {}
-    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
-        try:
-            value = json.loads(line) if line.strip() else {"scores": [], "edited_type": "", "result": ""}
-            task, scores = value.get("subtask") or value["edited_type"], [int(score) for score in value["scores"]]
-            names = refvie.criteria(task) if task in refvie.tasks else (
-                ["instruction_compliance", "visual_quality", "consistency"])  # fmt: skip
-            try:
-                scores = list(read_answer(value["result"], names).values())
-            except Malformed:
-                pass  # in stored order
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise JudgeError(f"{path}, line {i + 1}: not a line of the released scripts' score files") from None
-        if scores:
-            tasks.setdefault(task, []).append(scores)
-    if not tasks:
-        raise JudgeError(f"{path}: holds no scores")
-    capped = {t: [fmean(min(s, whole[0]) for s in whole) for whole in of if len(whole) == 3] for t, of in tasks.items()}
-    plain = [[fmean(whole) for whole in of] for of in tasks.values()]
-    return {"bench": "released", "name": path.stem, "judge": "as the file has it", "items": sum(map(len, plain)),
-            "tasks": {task: str(mean_of([of])) for task, of in capped.items()}, "overall": str(mean_of(list(capped.values()))),
-            "uncapped": str(mean_of(plain)), "trusted": True}  # fmt: skip
 
 
 def main(argv=None):

@@ -531,7 +531,7 @@ def read_sound(source, sound, start, duration, rate, layout) -> np.ndarray:
             at = place if frame.pts is None else round((frame.pts * frame.time_base - start) * rate)
             if at >= out.shape[1]:
                 break
-            now = (frame.format.name, frame.layout.name, frame.sample_rate)
+            now = (frame.format.name, frame.layout.nb_channels, frame.sample_rate)
             jumps = abs(at - place) > 0.012 * rate
             if jumps or now != kind:  # at first, after a gap, and where its kind changes within the file
                 put(resampler.resample(None) if resampler else [])

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 
 from media import (
-    SMALL_VIDEO_CODEC,
     MediaError,
     faithful_codec,
     fit_frames,
@@ -35,6 +34,7 @@ PSNR_LIMIT = 60.0
 PIXELS = 256 * 448  # at most, of the working size
 WINDOWS = (16, 32)  # pixels a side of the patches compared with a reference
 LAGS = 8  # frames, the largest delay that is looked for
+PAGE_CODEC = ("yuv420p", {"crf": "28", "preset": "veryfast", "x264-params": "mbtree=0"})  # to look at on a page
 REACH = 4  # pixels, the largest motion between two frames that block matching follows
 
 METRICS = {  # name: (better when, formula and range, what it cannot see)
@@ -53,7 +53,7 @@ METRICS = {  # name: (better when, formula and range, what it cannot see)
     "sharpness_edited": ("", "the same over the changed blocks", "a smooth thing asked for lowers it rightly"),
     "frozen_share": ("lower", "share of moments at which the source moves and the edit stands still, 0..1",
                      "a slowed motion; sources that stand still have none"),
-    "lag": ("near 0", f"frames by which the edit's motion comes late, -{LAGS}..{LAGS}; {LAGS} if nothing moves any more",
+    "lag": ("near 0", f"frames by which the edit's motion comes late, -{LAGS}..{LAGS}; {LAGS} if nothing moves",
             "clips whose motion repeats"),
     "warp_error": ("lower", "mean |luma| difference to the best match in the frame before, 8x8 blocks within "
                    f"{REACH} pixels, in the changed blocks, levels", "slow boiling; fast motion counts as boiling"),
@@ -61,7 +61,7 @@ METRICS = {  # name: (better when, formula and range, what it cannot see)
                 "blur, compression and freezing lower it: read it with sharpness and frozen_share"),
     "flicker_excess": ("", "flicker of the edit minus flicker of the source", "the same; motion that the edit stopped"),
     "reference_similarity": ("higher", "mean exp(-d^2/2) over the edit's patches, weighted by their change, and over "
-                             "the reference's; d: distance to the nearest of the other by colour, contrast, edges; 0..1",
+                             "the reference's; d: distance to the nearest of the other by colour, contrast, edges",
                              "shape, identity, text: a red hat and a red shoe of one cloth look alike"),
     "reference_gain": ("higher", "reference_similarity minus the unedited source's in the same places; -1..1",
                        "the same; a source that looked like the reference has little to gain"),
@@ -79,11 +79,11 @@ def measure(source, edit, refs=()):
     out = dict.fromkeys(METRICS)
     out["edit_strength"] = change.mean().item() * 255
     out["edited_area"] = changed.float().mean().item()
-    out["shift"], *preserved_ = aligned_and_preserved(source, edit, changed)
-    out["preserved_psnr"], out["preserved_ssim"] = preserved_
-    y, x = luma(source) * 255, luma(edit) * 255
-    sharp, everywhere = [edges(v) for v in (y, x, blurred(x))], changed[::2] | True
-    out["sharpness_kept"], out["sharpness_edited"] = (ratio(sharp[1], sharp[0], w[::2]) for w in (~changed, changed))
+    y, x = luma(source), luma(edit)
+    out["shift"], out["preserved_psnr"], out["preserved_ssim"] = aligned_and_preserved(source, edit, y, x, changed)
+    y, x = y.mul_(255), x.mul_(255)
+    sharp, everywhere = [edges(v) for v in (y, x, blurred(x))], changed[::4] | True
+    out["sharpness_kept"], out["sharpness_edited"] = (ratio(sharp[1], sharp[0], w[::4]) for w in (~changed, changed))
     out["control_blurred"] = ratio(sharp[2], sharp[1], everywhere)
     if len(x) > 1:
         out["frozen_share"], out["lag"] = frozen_share(y, x), lag(y, x)
@@ -139,21 +139,21 @@ def otsu(values, bins, highest):
     return (between.argmax().item() + 1) * highest / bins
 
 
-def aligned_and_preserved(source, edit, changed):
+def aligned_and_preserved(source, edit, y, x, changed):
     """-> pixels by which the edit is displaced, and PSNR and SSIM over the kept blocks once that is undone."""
-    (dy, dx), shift = displacement(luma(source[::4]), luma(edit[::4])), 0.0
+    (dy, dx), shift = displacement(y[::4], x[::4]), 0.0
     margin = math.ceil((max(abs(dy), abs(dx)) + 0.01) / BLOCK) * BLOCK  # what came in at the edges is not there
     if math.hypot(dy, dx) >= 0.25 and 4 * margin < min(source.shape[2:]):
         inner = lambda x: x[..., margin:-margin, margin:-margin]
         few, back = inner(source[::4]), inner(moved_by(edit[::4], -dy, -dx))
         if psnr(few, back) > psnr(few, inner(edit[::4])) + 1:
             shift, source, edit = math.hypot(dy, dx), inner(source), inner(moved_by(edit, -dy, -dx))
-            changed = changed_blocks(change_map(source, edit))
+            y, x, changed = luma(source), luma(edit), changed_blocks(change_map(source, edit))
     if changed.float().mean() > 0.98:
         return shift, None, None
     pixels = F.pad((~changed).repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2),
                    (0, source.shape[3] % BLOCK, 0, source.shape[2] % BLOCK))  # fmt: skip
-    return shift, psnr(source, edit, pixels), ssim(luma(source), luma(edit), ~changed, BLOCK, BLOCK)
+    return shift, psnr(source, edit, pixels), ssim(y, x, ~changed, BLOCK, BLOCK)
 
 
 def displacement(a, b):
@@ -182,8 +182,8 @@ def moved_by(x, dy, dx):
 
 
 def edges(y):
-    """Mean |Laplacian| of every second frame (T, 1, H, W) -> its blocks (T/2, H/8, W/8)."""
-    y = F.pad(y[::2], (1, 1, 1, 1), mode="replicate")
+    """Mean |Laplacian| of every fourth frame (T, 1, H, W) -> its blocks (T/4, H/8, W/8)."""
+    y = F.pad(y[::4], (1, 1, 1, 1), mode="replicate")
     found = 4 * y[..., 1:-1, 1:-1] - y[..., :-2, 1:-1] - y[..., 2:, 1:-1] - y[..., 1:-1, :-2] - y[..., 1:-1, 2:]
     return F.avg_pool2d(found.abs(), BLOCK)[:, 0]
 
@@ -358,7 +358,7 @@ def write_media(media, source, edit, fps, ref_path):
     for name, frames in (("source", source), ("edit", edit)):
         write_image(place(f"{name}.jpg"), frames[len(frames) // 2])
         if len(frames) > 1:
-            write_video(place(f"{name}.mp4"), frames, fps, codec=SMALL_VIDEO_CODEC)
+            write_video(place(f"{name}.mp4"), frames, fps, codec=PAGE_CODEC)
     if len(source) == 1:
         return read_image(place("source.jpg"))[None]
     return read_clip(place("source.mp4"), len(source), source[0].numel()).frames

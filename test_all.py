@@ -276,7 +276,7 @@ def stories():
     """(title, [(language, code)]) of every change that README's section shows."""
     section = re.search(r"^## Change it\n(.*?)^## ", (HOUSE / "README.md").read_text(), re.DOTALL | re.MULTILINE)[1]
     for title, text in re.findall(r"^\*\*(.*?)\*\*(.*?)(?=^\*\*|\Z)", section, re.DOTALL | re.MULTILINE):
-        yield title, re.findall(r"```(python|bash)\n(.*?)```", text, re.DOTALL)
+        yield title, re.findall(r"```(python|yaml|bash)\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.mark.parametrize("title, blocks", list(stories()), ids=[title for title, _ in stories()])
@@ -291,9 +291,10 @@ def test_a_story_of_the_readme_runs_in_a_copy_of_the_house(tmp_path, nano_data, 
     (copy / "data").mkdir()
     (copy / "data" / "nano").symlink_to(nano_data)
     for language, code in blocks:
-        if language == "python":
+        if language != "bash":
             target = copy / re.match(r"# (\S+)", code)[1]
-            target.write_text(target.read_text() + "\n\n" + code)
+            text, last, run = (target.read_text() if target.is_file() else "").rpartition("\n\nif __name__ ==")
+            target.write_text(f"{text}\n\n{code}{last}{run}" if last else f"{run}\n\n{code}")
             continue
         for line in code.strip().splitlines():
             words = shlex.split(line, comments=True)

@@ -170,6 +170,12 @@ class ResidualBlock(nn.Module):
         return y + (x if self.shortcut is None else self.shortcut(x, state))
 
 
+def apply(layers, x, state):
+    for layer in layers:
+        x = layer(x, state)
+    return x
+
+
 def residual_blocks(in_dim, out_dim, count):
     return [ResidualBlock(dim, out_dim) for dim in (in_dim, *[out_dim] * (count - 1))]
 
@@ -264,10 +270,7 @@ class DownLevel(nn.Module):
             self.downsamples.append(Downsample(out_dim, time))
 
     def forward(self, x, state):
-        shortcut = average_down(x, self.out_dim, self.time, self.space)
-        for layer in self.downsamples:
-            x = layer(x, state)
-        return x + shortcut
+        return apply(self.downsamples, x, state) + average_down(x, self.out_dim, self.time, self.space)
 
 
 class UpLevel(nn.Module):
@@ -283,9 +286,7 @@ class UpLevel(nn.Module):
     def forward(self, x, state):
         first = self not in state
         state[self] = True
-        y = x
-        for layer in self.upsamples:
-            y = layer(y, state)
+        y = apply(self.upsamples, x, state)
         return y + repeat_up(x, self.out_dim, self.time, 2, first) if self.space else y
 
 
@@ -313,12 +314,6 @@ def middle_layers(dim):
 
 def head_layers(in_dim, out_dim):
     return nn.ModuleDict({"0": NormSiLU(in_dim, 3), "2": CausalConv3d(in_dim, out_dim, (3, 3, 3))})
-
-
-def apply(layers, x, state):
-    for layer in layers:
-        x = layer(x, state)
-    return x
 
 
 class Encoder(nn.Module):
@@ -368,10 +363,8 @@ class Decoder(nn.Module):
 
 
 def tile_windows(height, width, tile, halo):
-    """Split a latent grid into cores of at most tile x tile and their windows, `halo` larger on each inner side.
-
-    -> [(core, window)], each ((y0, y1), (x0, x1)). tile None: one tile, everything. ValueError for a tile below 1.
-    """
+    """Split a latent grid into cores of at most tile x tile (None: one) and their windows, `halo` larger on each inner
+    side -> [(core, window)], each ((y0, y1), (x0, x1))."""
     if tile is not None and tile < 1:
         raise ValueError(f"tile: {tile}, expected at least 1 latent pixel, or None")
 
@@ -437,10 +430,10 @@ class VAE(nn.Module):
         """Mean and log-variance of the posterior, not normalised: each (B, z, 1 + (T-1)/4, H/s, W/s). As `encode`."""
         c = self.config
         self.weights_like_activations()
-        latent_frames = c.latent_frames(video.shape[2])
+        spans = chunks(c.latent_frames(video.shape[2]), chunk)
         if video.shape[3] % c.space_stride or video.shape[4] % c.space_stride:
             raise ValueError(f"frames of {tuple(video.shape[3:])}: the VAE takes multiples of {c.space_stride}")
-        weight, tiles, spans = self.conv1.weight, [], chunks(latent_frames, chunk)
+        weight, tiles = self.conv1.weight, []
         height, width = video.shape[3] // c.space_stride, video.shape[4] // c.space_stride
         windows = tile_windows(height, width, tile, self.halo(2 * c.num_res_blocks))
         for core, window in windows:
@@ -453,8 +446,7 @@ class VAE(nn.Module):
                 features.append(crop(self.encoder.down(x, state), inner))
                 on_chunk and on_chunk(len(tiles) * len(spans) + len(features), len(windows) * len(spans))
             tiles.append((core, torch.cat(features, dim=2)))
-        features = join_tiles(tiles, height, width)
-        state = {}
+        features, state = join_tiles(tiles, height, width), {}
         out = [self.encoder.top(features[:, :, a:b], state) for a, b in spans]
         return self.conv1(torch.cat(out, dim=2), {}).chunk(2, dim=1)
 
@@ -464,8 +456,7 @@ class VAE(nn.Module):
         video: (B, 3, T, H, W) in [-1, 1], or uint8, on any device (chunks are moved as they are needed), T = 4k + 1,
         H and W multiples of the space stride -> (B, z, 1 + k, H/s, W/s).
         tile: latent pixels a side that are worked on at once; None: the whole frame. The result is the same.
-        on_chunk(done, total): called after each chunk of each tile, for progress bars.
-        ValueError where T, H or W do not fit.
+        on_chunk(done, total): called after each chunk of each tile. ValueError where T, H or W do not fit.
         """
         return self.normalise(self.moments(video, tile, chunk, on_chunk)[0])
 
@@ -479,8 +470,7 @@ class VAE(nn.Module):
         c = self.config
         self.weights_like_activations()
         latent_frames, height, width = latents.shape[2:]
-        z = self.conv2(self.denormalise(latents.to(self.conv2.weight)), {})
-        state = {}
+        z, state = self.conv2(self.denormalise(latents.to(self.conv2.weight)), {}), {}
         features = [self.decoder.bottom(z[:, :, a:b], state) for a, b in chunks(latent_frames, chunk)]
         windows, tiles, finite = tile_windows(height, width, tile, self.halo(2 * c.num_res_blocks + 2)), [], []
         for core, window in windows:

@@ -5,7 +5,7 @@
 
 Gemini's native API (OpenAI-style calls lose its videos), any OpenAI-compatible server, Qwen2.5-VL and Qwen3-VL through
 transformers. Three things go wrong: TryAgain (busy, slow, connection lost), Malformed (an answer without what was asked
-for) and Barred (nothing more is to be sent). An answer that was cut off is Malformed; its tokens are counted all the same.
+for) and Barred (nothing more is to be sent). An answer that was cut off is Malformed; its tokens count.
 """
 
 import base64
@@ -395,8 +395,8 @@ class OpenAICompatible(Server):
             optional["max_tokens"] = self.settings.max_tokens
         if schema:
             strict = {**schema, "required": list(schema["properties"]), "additionalProperties": False}
-            optional["response_format"] = {"type": "json_schema",
-                                           "json_schema": {"name": "answer", "schema": strict, "strict": True}}  # fmt: skip
+            told = {"name": "answer", "schema": strict, "strict": True}
+            optional["response_format"] = {"type": "json_schema", "json_schema": told}
         body = {"model": self.model, "messages": messages}
         if self.settings.send == "video":
             body["mm_processor_kwargs"] = {"fps": fps}  # vLLM's name for the frame rate
@@ -605,7 +605,7 @@ class Asker:
                 self.not_before = max(self.not_before, then)  # everybody waits
                 if then > until:
                     self.stop = Barred(f"the quota is used up for {wait:.0f} s more, beyond --set patience="
-                                       f"{self.settings.patience:g} ({problem}); run the same command later")  # fmt: skip
+                                       f"{self.settings.patience:g} ({problem}); run it again later")  # fmt: skip
                     raise self.stop
             elif tries < self.settings.tries:
                 self.pause(then)

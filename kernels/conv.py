@@ -58,7 +58,7 @@ def folding_pays(x, weight):
 
 
 def upsample_conv(x, weight, bias, kept):
-    """`upsample_conv_plain` as four convolutions, if that pays. kept: a dict that keeps their weights for later calls."""
+    """`upsample_conv_plain` as four convolutions, if that pays. kept: a dict that keeps their weights over calls."""
     if not folding_pays(x, weight):
         return upsample_conv_plain(x, weight, bias)
     B, _, T, H, W = x.shape

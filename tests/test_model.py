@@ -87,7 +87,8 @@ def test_a_batch_with_sources_and_two_references_equals_its_items():
 
 
 @pytest.mark.parametrize("how, share", [
-    ("add_scaled", 0.3), ("add_learned", 0.3), ("add_unscaled", 1), ("add_shared_patch_embed", 0.3), ("channel_concat", 1),
+    ("add_scaled", 0.3), ("add_learned", 0.3), ("add_unscaled", 1), ("add_shared_patch_embed", 0.3),
+    ("channel_concat", 1),
 ])  # fmt: skip
 def test_every_way_to_inject_the_source_of_the_paper_adds_its_patches(how, share):
     model, t = denoiser(source=how), torch.tensor([300.0])
@@ -151,7 +152,8 @@ def test_an_edit_is_guided_as_its_weights_ask_unless_told_otherwise(qwen_folder)
     model.edit(moving_picture(1, 32, 32), "Replace the sky.", moving_picture(1, 32, 32)[0], steps=1, ref_guidance=1)
     assert calls[10:] == [True]
     picture = moving_picture(1, 32, 32)
-    for wrong, says in (({"ref_guidance": 0}, "ref_guidance: 0, expected a number above 0"), ({"steps": -1}, "steps: -1"),
+    for wrong, says in (({"ref_guidance": 0}, "ref_guidance: 0, expected a number above 0"),
+                        ({"steps": -1}, "steps: -1"),
                         ({"ref": picture}, r"ref: expected uint8 \(H, W, 3\) each")):  # fmt: skip
         with pytest.raises(ValueError, match=says):
             model.edit(picture, "Replace the sky.", **wrong)
@@ -219,7 +221,8 @@ def test_bfloat16_weights_leave_transformers_rotary_tables_in_float32(tmp_path, 
 
 WRONG_CONFIGS = {
     "unknown key": lambda config: {**config, "dit": {**config["dit"], "width": 1}}, "a list": lambda config: [config],
-    "no fields": lambda config: {**config, "dit": [1]}, "a word": lambda config: {**config, "dit": {**config["dit"], "dim": "x"}},
+    "no fields": lambda config: {**config, "dit": [1]},
+    "a word": lambda config: {**config, "dit": {**config["dit"], "dim": "x"}},
 }  # fmt: skip
 
 
@@ -241,9 +244,11 @@ def damage(folder, how):
 
 
 @pytest.mark.parametrize("how, says", [
-    ("truncated", r"dit\.safetensors: cannot be read"), ("absent", r"missing: dit\."), ("another size", "of another size"),
+    ("truncated", r"dit\.safetensors: cannot be read"), ("absent", r"missing: dit\."),
+    ("another size", "of another size"),
     ("unknown key", "unknown key width"), ("a list", r"config\.json: expected a JSON object"),
-    ("no fields", r"config\.json: expected the fields of DiTConfig"), ("a word", r"config\.json: DiTConfig: "), ("no tokenizer", r"tokenizer\.json is missing"),
+    ("no fields", r"config\.json: expected the fields of DiTConfig"), ("a word", r"config\.json: DiTConfig: "),
+    ("no tokenizer", r"tokenizer\.json is missing"),
 ])  # fmt: skip
 def test_damaged_weights_are_refused_with_the_reason(tmp_path, qwen_folder, how, says):
     small_model(qwen_folder).save(tmp_path / "own")
