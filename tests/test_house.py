@@ -63,7 +63,10 @@ COMMANDS = {"sample.py": sample, "train.py": train, "judge.py": judge, "curate.p
 @pytest.mark.parametrize(
     "program, line", [(program, line) for program in COMMANDS for line in readme_commands(program)]
 )
-def test_the_readme_s_commands_parse(program, line):
+def test_the_readme_s_commands_parse(tmp_path, monkeypatch, program, line):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)  # --resume reads the run's arguments
+    (tmp_path / "runs" / "mine" / "config.json").write_text('{"args": {"stage": 3, "preset": "lora"}, "began": {}}')
     words = shlex.split(line, comments=True)
     COMMANDS[program].parse_arguments(words[words.index(program.split()[-1]) + 1 :])
 
