@@ -47,7 +47,9 @@ def test_ddp_fsdp_and_sequence_parallelism_give_the_losses_of_one_process_and_re
     train.main(lessons(lesson, tmp_path / "muon", settings=muon))
     train.main(lessons(lesson, tmp_path / "whole", settings=odd))
     train.main(lessons(lesson, tmp_path / "alone", *lora, settings=small))
-    assert same_course(tmp_path / "lora", tmp_path / "alone") and same_course(tmp_path / "lora16", tmp_path / "alone", 3e-2)
+    assert same_course(tmp_path / "lora", tmp_path / "alone") and same_course(
+        tmp_path / "lora16", tmp_path / "alone", 3e-2
+    )
     assert same_course(tmp_path / "odd", tmp_path / "whole")
     assert len(losses(tmp_path / "fsdp")) == 20
     assert same_course(tmp_path / "matrices", tmp_path / "muon") and losses(tmp_path / "muon") != losses(
@@ -78,9 +80,7 @@ def test_sharded_ranks_do_not_wait_for_ever_where_one_kind_of_data_trains_what_a
     assert all(same_course(tmp_path / f"two{i}", tmp_path / f"one{i}", 1e-4) for i in range(len(runs)))
 
 
-def test_a_sample_that_one_rank_cannot_read_is_left_out_by_all(
-    tmp_path, lesson
-):
+def test_a_sample_that_one_rank_cannot_read_is_left_out_by_all(tmp_path, lesson):
     lost = """
 def read_pair(row, shape, read=train.read_pair):
     if parallel.dist.get_rank() and row.target.endswith(".png"):
@@ -93,10 +93,7 @@ train.read_pair = read_pair"""
         [lessons(lesson, tmp_path / "run", "--parallel", "fsdp", *flags, settings=["steps=1"]) for flags in more],
         lost,
     )
-    assert (
-        done.returncode == 0
-        and "no sample of image: is not here" in done.stderr
-    )
+    assert done.returncode == 0 and "no sample of image: is not here" in done.stderr
     assert sorted(path.name for path in (tmp_path / "run/samples").iterdir()) == [
         "step-000001-ref.mp4",
         "step-000001-video.mp4",

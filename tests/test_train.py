@@ -88,7 +88,9 @@ def test_what_a_stage_saves_has_exactly_the_released_names_and_shapes(real_qwen_
     args = train.parse_arguments(["--config", name, "--stage", str(stage), "--preset", "released"])
     chosen, preset = train.choose_stage(args), PRESETS[name]
     with torch.device("meta"):
-        model = KiwiEdit(start.config_of(args, replace(preset, mllm=replace(preset.mllm, folder=str(real_qwen_folder)))))
+        model = KiwiEdit(
+            start.config_of(args, replace(preset, mllm=replace(preset.mllm, folder=str(real_qwen_folder))))
+        )
         start.choose_trained(model, chosen, None)
     saved = {released_name(n): tuple(p.shape) for n, p in model.named_parameters() if train.belongs(n, chosen)}
     assert saved == {n: tuple(t.shape) for n, t in manifest(f"trainable_{config}_stage{stage}").items()}
@@ -407,12 +409,17 @@ def test_a_base_path_is_of_the_tables_named_where_some_are(tmp_path, lesson):
 
 def test_a_diverged_run_skips_steps_saves_nothing_and_stops_with_the_sample(tmp_path, lesson, capsys):
     flags, settings = ["--save-every", "1"], ["lr=1e30", "weight_decay=0", "warmup=0"]
-    with pytest.raises(ValueError, match=r"5 steps in a row were skipped.*sound checkpoint: .*step-000001.*_tgt\.(png|mp4)"):
+    with pytest.raises(
+        ValueError, match=r"5 steps in a row were skipped.*sound checkpoint: .*step-000001.*_tgt\.(png|mp4)"
+    ):
         train.main(lessons(lesson, tmp_path / "run", *flags, settings=settings))
     said = capsys.readouterr().err
     assert "skipped: its gradient is" in said and "not saved; the last sound checkpoint" in said
     assert [path.name for path in valid_checkpoints(tmp_path / "run")] == ["step-000001"]
-    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line, parse_constant=pytest.fail)
+        for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    ]
     assert lines[-1]["loss"] is None, "NaN is no JSON"
 
 
