@@ -76,22 +76,15 @@ def settings_from(pairs):
     return Settings(**given)
 
 
-def score(text):
-    if not 0 <= (value := float(text)) <= 10:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 10")
-    return value
+def between(low, high, kind=float):
+    """The type of a flag whose number lies in low..high."""
 
+    def number(text):
+        if not low <= (value := kind(text)) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
 
-def share(text):
-    if not 0 <= (value := float(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def count(text):
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
+    return number
 
 
 def parse_arguments(argv=None):
@@ -107,16 +100,33 @@ def parse_arguments(argv=None):
     add("--out", metavar="DIR", help="the ledger and the result; the same again resumes")
     add("--base-path", metavar="DIR", help="what paths in the tables start from (default: the table's folder)")
     add("--models", choices=("classical", "paper"), default="classical", help="default %(default)s")
-    add("--min-score", type=score, default=6.0, metavar="0..10", help="for instruction tuning (default %(default)s)")
-    add("--min-ref-score", type=score, default=8.0, metavar="0..10", help="to get a reference (default %(default)s)")
+    add(
+        "--min-score",
+        type=between(0, 10),
+        default=6.0,
+        metavar="0..10",
+        help="for instruction tuning (default %(default)s)",
+    )
+    add(
+        "--min-ref-score",
+        type=between(0, 10),
+        default=8.0,
+        metavar="0..10",
+        help="to get a reference (default %(default)s)",
+    )
     add("--guard", metavar="DIR", help="pictures and clips of a benchmark, e.g. RefVIE-Bench: a record whose reference or "
         "first frame resembles one is rejected")  # fmt: skip
     add("--rejects", metavar="FILE", help="rejects.json of page.html: these records leave the result")
-    add("--max-bad", type=share, default=0.2, metavar="0..1", help="stop when a larger share of the records fails, at "
+    add("--max-bad", type=between(0, 1), default=0.2, metavar="0..1", help="stop when a larger share of the records fails, at "
         "least 20 (default %(default)s)")  # fmt: skip
     add("--retry-failed", action="store_true", help="try again what failed: no network, no memory, a missing file")
     add("--engine", choices=("local", "ray"), default="local", help="ray: many machines; pip install 'ray[data]'")
-    add("--workers", type=count, default=2, help="records at a time; with ray also actors (default %(default)s)")
+    add(
+        "--workers",
+        type=between(1, 9999, int),
+        default=2,
+        help="records at a time; with ray also actors (default %(default)s)",
+    )
     add("--device", metavar="NAME", help="default: cuda if there is one")
     add("--prompts", metavar="FILE", help="EditScore's vie_prompts.py (default: from pip install editscore)")
     add("--show-prompts", action="store_true", help="print what the models are asked, and stop")
@@ -136,319 +146,30 @@ if __name__ == "__main__":
     parse_arguments()  # --help answers before torch is there
 
 import base64
-import csv
 import errno
-import hashlib
 import importlib
 import os
-import random
-import re
 import shlex
-import shutil
-import sqlite3
 import threading
 import time
-from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
 from itertools import islice
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
-from curators import KINDS, Rejected, box_of, frame_at
-from data import COLUMNS, FILES, has_columns, inside, parquet_file, read_reference, row_group
+from curators import KINDS, Rejected, box_of, ended, frame_at
+from curators.pairs import Reader, tables_of
+from curators.result import read_rejects, write_results
+from data import FILES, inside, read_reference
 from ledger import Ledger, is_open, journal, only_run, parsed
-from media import MediaError, measure, read_image, resize, whole_file, whole_folder, write_image, write_text
+from media import measure, read_image, write_image, write_text
 from parallel import pick_device, rank_and_world
-from report import page, table
-from vlm import Barred, Malformed, TryAgain, has_secret, jpeg_uri, sound
+from vlm import Barred, Malformed, TryAgain, has_secret
 
 # one record's fault, not the run's
 FORESEEN = (ValueError, OSError, RuntimeError, ArithmeticError, LookupError, TypeError, TryAgain, Malformed)
-
-# ---- records
-
-PAIR = COLUMNS["video"]  # src_video, tgt_video, prompt
-SETS = {  # their columns for these, and the licence to print
-    "pairs": (PAIR, None),
-    "RefVIE": (PAIR, None),
-    "Sparkle": (PAIR, "CC-BY-4.0"),
-    "ReCo": (PAIR, "CC-BY-NC-SA-4.0"),
-    "Ditto-1M": (("source_path", "edited_path", "instruction"), "CC-BY-NC-SA-4.0"),
-    "OpenVE-3M": (("original_video", "video", "prompt"), "CC-BY-NC-4.0"),
-}
-TYPES = {  # edit types of the sets -> kinds
-    "subject": "subject change add replace local_change local_add local_modification subject_add",
-    "background": "background background_change background_replacement background_ref location season time",
-    "remove": "remove local_remove", "style": "style global_style style_transfer",
-    "other": "creative_edit camera_edit subtitle_edit subtitles_edit",
-}  # fmt: skip
-TYPES = {name: kind for kind, names in TYPES.items() for name in names.split()}
-VERBS = {
-    "remove": "remove delete erase eliminate omit hide discard clear wipe",
-    "style": "apply restyle stylize stylise reimagine",
-    "whole": "change turn transform convert make render give redraw repaint",
-    "subject": "add insert put place attach replace swap exchange substitute dress paint draw introduce include switch set shift",
-}  # fmt: skip
-VERBS = {word: kind for kind, words in VERBS.items() for word in words.split()}
-PLACES = set("background backdrop surroundings scenery environment".split())
-WHOLE = set("video clip scene image picture photo footage everything it this all".split())
-STYLES = set("style aesthetic painting watercolor watercolour cartoon anime sketch filter mood".split())
-
-
-def kind_of(edit_type, prompt):
-    """The kind of an edit by its type, else by English keywords around the instruction's first verb: in linear time."""
-    if known := TYPES.get((edit_type or "").strip().lower().replace(" ", "_")):
-        return known
-    words = re.findall("[a-z]+", prompt[:2000].lower())
-    at = next((i for i, word in enumerate(words) if word in VERBS), None)
-    if at is None:
-        return "unknown"
-    verb, after = VERBS[words[at]], words[at + 1 : at + 7]
-    place = next((i for i, word in enumerate(after) if word in PLACES), None)
-    if place is not None and not {"in", "from", "of", "into"} & set(after[max(place - 2, 0) : place]):
-        return "background"
-    if verb == "whole" and WHOLE & set(after[:3]) or verb != "remove" and STYLES & set(after) and WHOLE & set(words):
-        return "style"
-    return "subject" if verb == "whole" else verb
-
-
-def tables_of(source):
-    """The tables of an input: [(set or None, file, base folder)]. ValueError, FileNotFoundError."""
-    path = Path(source)
-    if path.is_file():
-        return [(None, path, path.parent)]
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such file or folder")
-    if (path / "ledger" / "read.json").is_file():
-        return [("run", path / "ledger" / "read.json", path)]
-    layouts = {"training_metadata/*.json": "Ditto-1M", "*/*_data_configs.json": "ReCo", "prompts/*_train.csv": "Sparkle",
-               "chunk_*.parquet": "RefVIE"}  # fmt: skip
-    for pattern, name in layouts.items():
-        if found := sorted(path.glob(pattern)):
-            return [(name, file, path) for file in found]
-    raise ValueError(f"{path}: no folder of Ditto-1M (training_metadata/), ReCo (*/*_data_configs.json), Sparkle "
-                     "(prompts/*_train.csv), RefVIE (chunk_*.parquet) or a run; give a table")  # fmt: skip
-
-
-def read_lines(path):
-    """Yield (place, dict, or a text that says what is wrong with the line) of a .csv, .parquet, .jsonl or .json file."""
-    if path.suffix == ".parquet":
-        file = parquet_file(path)
-        names = [name for name in file.schema_arrow.names if not name.endswith("_bytes")]
-        for group in range(file.num_row_groups):
-            for i, line in enumerate(row_group(path, file, group, names).to_pylist()):
-                if "ref_image_bytes" in file.schema_arrow.names:
-                    line["ref_image"] = [str(path.resolve()), group, i]
-                yield f"row {i} of group {group}", line
-    elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8-sig", errors="replace") as file:
-            yield from ((f"line {number}", parsed(text)) for number, text in enumerate(file, 1) if text.strip())
-    elif path.suffix == ".json":
-        lines = parsed(path.read_text(encoding="utf-8-sig"))
-        if not isinstance(lines, list):
-            raise ValueError(f"{path}: is not JSON, or has no list of pairs")
-        yield from ((f"entry {number}", line) for number, line in enumerate(lines))
-    elif path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            try:
-                for line in reader:
-                    ragged = any(line.pop(None, None) or ())
-                    yield (
-                        f"line {reader.line_num}",
-                        "more fields than columns; quote a prompt with commas" if ragged else line,
-                    )
-            except (csv.Error, UnicodeDecodeError) as error:
-                raise ValueError(
-                    f"{path}, after line {reader.line_num}: {error}; UTF-8, and every quote closed?"
-                ) from None
-    else:
-        raise ValueError(f"{path}: a table is .csv, .parquet, .json or .jsonl")
-
-
-def reco_line(line, task):
-    """A line of ReCo by our names: its clips lie under <task>/src_videos and <task>/tar_videos."""
-    below = lambda name, folder: name if name.startswith(f"{task}/") else f"{task}/{folder}/{Path(name).name}"
-    first = lambda value: value[0] if isinstance(value, list) and value else value
-    source, mask = line.get("src_video"), first(line.get("video_masks"))
-    target = line.get("tar_video") or source
-    prompt = next((line[key] for key in ("instruction_final_refine", "instruction", "prompt") if line.get(key)), None)
-    if not isinstance(source, str) or not isinstance(target, str):
-        return {"prompt": prompt}
-    return {"src_video": below(source, "src_videos"), "tgt_video": below(target, "tar_videos"), "prompt": prompt,
-            "edit_type": task, "name": f"reco_{task}_{Path(source).stem}",
-            "mask": below(mask, "video_masks") if isinstance(mask, str) else None}  # fmt: skip
-
-
-class Seen:
-    """Ids that were read, on disk: memory stays constant. add -> is it new?"""
-
-    def __init__(self):
-        self.table = sqlite3.connect("")
-        self.table.execute("create table seen (id text primary key, base int, again int default 0) without rowid")
-
-    def add(self, key, base):
-        return self.table.execute("insert or ignore into seen (id, base) values (?, ?)", (key, base)).rowcount == 1
-
-    def again(self, key):
-        self.table.execute("update seen set again = 1 where id = ?", (key,))
-
-    def base(self, key):
-        return self.table.execute("select base from seen where id = ?", (key,)).fetchone()[0]
-
-    def never_again(self):
-        return self.table.execute("select count(*), min(id) from seen where again = 0").fetchone()
-
-
-def hashed(*texts):
-    return hashlib.sha256("\0".join(map(sound, texts)).encode()).hexdigest()[:16]
-
-
-class Reader:
-    """The records of all inputs. `bases` are the folders that their paths start from; `copies` counts exact duplicates.
-
-    Nothing is opened but the tables: a missing clip is one failed record when it is its turn.
-    """
-
-    def __init__(self, args, bases=()):
-        self.args, self.bases, self.seen, self.known = args, list(bases), Seen(), Seen()
-        self.copies, self.unknown, self.licences = 0, 0, set()
-
-    def __iter__(self):
-        total = 0
-        for source in self.args.pairs:
-            for name, file, folder in tables_of(source):
-                for row in self.of_run(folder) if name == "run" else self.of_table(name, file, folder):
-                    total += 1
-                    if self.seen.add(row["id"], row["base"]):
-                        yield row
-                    elif self.seen.base(row["id"]) == row["base"]:
-                        self.copies += 1
-                    elif self.seen.add(other := hashed(row["id"], self.bases[row["base"]]), row["base"]):
-                        yield row | {"id": other}  # the same names below another folder
-                    else:
-                        self.copies += 1
-        if not total:
-            raise ValueError(f"{', '.join(self.args.pairs)}: no pairs")
-
-    def base(self, folder):
-        folder = str(Path(folder).resolve())
-        if folder not in self.bases:
-            if unsound := [path for path in (folder, self.args.out) if sound(path) != path]:
-                raise ValueError(f"{sound(unsound[0])}: its name is no UTF-8 text, which no table can hold; rename it")
-            self.bases.append(folder)
-        return self.bases.index(folder)
-
-    def of_table(self, name, file, folder):
-        number = self.base(self.args.base_path or folder)
-        for place, line in read_lines(file):
-            fields = line if isinstance(line, dict) else {}
-            if name == "ReCo" and fields:
-                fields = reco_line(fields, file.parent.name)
-            if name is None and fields:  # the first line decides what the table is
-                name = next((key for key, (columns, _) in SETS.items() if set(columns) <= fields.keys()), None)
-                if name is None:
-                    has_columns(file, PAIR, list(fields))  # raises: it has not
-            columns, licence = SETS[name or "pairs"]
-            if licence and name not in self.licences:
-                self.licences.add(name)
-                print(f"licence     {name}: {licence}")
-            texts = {key: fields.get(column) for key, column in zip(PAIR, columns)}
-            sane = {key: sound(value) if isinstance(value, str) else "" for key, value in texts.items()}
-            given = next((fields[key] for key in ("name", "id", "iid", "task") if fields.get(key)), "")
-            row = {"id": hashed(*sane.values()), "name": sound(str(given)), **sane, "base": number}
-            yield row | self.start(row, texts, fields | ({"edit_type": "background"} if name == "Sparkle" else {}),
-                                   line if isinstance(line, str) else "", f"{file}, {place}")  # fmt: skip
-
-    def start(self, row, texts, fields, wrong, place):
-        """What a row brings, and its kind; a row with an empty field, or a path that leaves its base, is over at once."""
-        over = {
-            "kind": "unknown",
-            "id": hashed(place.rpartition("/")[2], row["id"]),
-            "status": "failed",
-            "stage": "read",
-        }
-        empty = [key for key in PAIR if texts[key] != row[key] or not row[key].strip()]
-        if wrong or empty:
-            return over | {"reason": f"{place}: {wrong or f'{empty[0]} is empty, or no text'}"}
-        found = brought(fields)
-        try:
-            for name in (row["src_video"], row["tgt_video"], found.get("given_mask"), found.get("given_ref")):
-                if isinstance(name, str):
-                    inside(self.bases[row["base"]], name, place)
-        except ValueError as error:
-            return over | {"reason": str(error)}
-        given = next((fields[key] for key in ("edit_type", "edited_type") if isinstance(fields.get(key), str)), "")
-        kind = kind_of(given, row["prompt"] if self.args.models == "classical" or "given_ref" in found else "")
-        if "given_ref" in found and kind not in KINDS:
-            kind = "subject"
-        self.unknown += kind == "unknown"
-        return found | {"edit_type": given, "kind": kind}
-
-    def of_run(self, folder):
-        """The records of another run with all that was paid for; what its thresholds decided is decided again."""
-        told = parsed((folder / "ledger" / "read.json").read_text())
-        theirs, ours = parsed((folder / "ledger" / "settings.json").read_text()), settings_of(self.args)
-        ledger = Ledger(folder, told["stages"])
-        numbers = [self.base(self.args.base_path or base) for base in told["bases"]]
-        for shard in range(len(told["shards"])):
-            for row in ledger.rows(ledger.reached(shard), shard):
-                if any(theirs.get(key) != ours.get(key) for key in ("models", "embedder")):
-                    row.pop("feature", None), row.pop("source_feature", None)
-                adopt(row, folder, Path(self.args.out))
-                again = row.get("stage") == "score" if row.get("status") == "rejected" else self.args.retry_failed
-                if "status" in row and again and row["stage"] != "read":
-                    row = {key: value for key, value in row.items() if key not in ("status", "stage", "reason")}
-                elif "status" in row:
-                    row["tuning"] = row.get("tuning", False) and row.get("edit_score", -1) >= self.args.min_score
-                yield row | {"base": numbers[row["base"]]}
-
-
-def brought(fields):
-    """What a table's row brings of the stages' work; a CSV's numbers and lists are read as JSON."""
-    value = {
-        key: parsed(text) if isinstance(text := fields.get(key), str) else text
-        for key in ("edit_score", "frame_scores", "box")
-    }
-    number = lambda v, high: type(v) in (int, float) and 0 <= v <= high
-    out = {}
-    if number(value["edit_score"], 10):
-        out["edit_score"] = value["edit_score"]
-    if isinstance(value["frame_scores"], list) and all(number(v, 10) for v in value["frame_scores"]):
-        out["frame_scores"] = value["frame_scores"]
-    box = value["box"]
-    if (
-        isinstance(box, list)
-        and len(box) == 4
-        and all(number(v, 1) for v in box)
-        and box[0] < box[2]
-        and box[1] < box[3]
-    ):
-        out["box"] = box
-    for key, name in (("mask", "given_mask"), ("ref_image", "given_ref")):
-        if isinstance(fields.get(key), str | list) and fields[key]:
-            out[name] = fields[key]
-    return out
-
-
-def adopt(row, theirs, out):
-    """Take over the pictures that another run made for a record: a link if the disk allows, else a copy."""
-    for key in ("mask", "ref_image"):
-        if key in row:
-            inside(theirs, row[key], row["id"]) if row[key][0] == "/" or ".." in row[key] else None
-            source, target = f"{theirs}/{row[key]}", f"{out}/{row[key]}"
-            try:
-                os.makedirs(os.path.dirname(target), exist_ok=True)
-                os.link(source, target)
-            except FileExistsError:
-                pass
-            except OSError:
-                with whole_file(target) as temporary:
-                    shutil.copyfile(source, temporary)
 
 
 def read_all(args, ledger):
@@ -462,7 +183,7 @@ def read_all(args, ledger):
         if told["stages"] != names:
             write_text(ledger.folder / "read.json", json.dumps(told | {"stages": names}))
         return
-    reader = Reader(args, told["bases"])
+    reader = Reader(args, settings_of(args), told["bases"])
     for shard in range(len(told["shards"])):
         for row in ledger.rows("read", shard):
             reader.known.add(row["id"], 0)
@@ -520,9 +241,7 @@ def same_settings(args, ledger):
 
 
 def load_models(args):
-    return {"classical": "Classical", "paper": "Paper"}[args.models] and getattr(
-        importlib.import_module(f"curators.{args.models}"), args.models.capitalize()
-    )(args)
+    return getattr(importlib.import_module(f"curators.{args.models}"), args.models.capitalize())(args)
 
 
 class Stage:
@@ -605,11 +324,6 @@ class Stage:
         path = Path(self.args.out) / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return name, path
-
-
-def ended(stage, status, reason):
-    reason = " ".join(str(reason).split()) or type(reason).__name__
-    return {"status": status, "stage": stage, "reason": reason[:300]}
 
 
 class Score(Stage):
@@ -886,246 +600,6 @@ def benchmark_files(folder):
 
 
 # ---- the result
-
-
-def write_results(args, ledger, bases, rejects):
-    """Training tables, RefVIE's parquet, the funnel, statistics and the page."""
-    out, counts, told, samples = ledger.out, Funnel(ledger), [], {True: Sample(args.page), False: Sample(args.page)}
-    common, digest = os.path.commonpath([out, *bases]), hashlib.sha256()
-    start = [os.path.relpath(base, common) for base in bases]
-    with training_tables(out) as write:
-        for row in final_rows(ledger, rejects):
-            counts.add(row)
-            kept = row["status"] == "kept"
-            if len(told) < 200:
-                told.append(row)
-            if row["stage"] != "read" if not kept else True:
-                samples[kept].add(row)
-            if not row.get("tuning"):
-                continue
-            pair = [os.path.normpath(f"{start[row['base']]}/{row[key]}") for key in ("src_video", "tgt_video")]
-            write("image" if row.get("frames") == 1 else "video", [*pair, row["prompt"]])
-            if kept:
-                write("ref", [*pair, row["prompt"], os.path.relpath(inside(out, row["ref_image"], row["id"]), common)])
-                digest.update(row["id"].encode())
-    write_refvie(out, ledger, bases, rejects, digest.hexdigest())
-    write_page(args, ledger, bases, [row for sample in samples.values() for row in sample.rows], counts, told, rejects)
-    text = counts.markdown() + ("\n" + pair_by_pair(told) if counts.total <= len(told) else "")
-    for name, content in (("funnel.md", text), ("funnel.svg", counts.svg()), ("statistics.json", counts.statistics())):
-        write_text(out / name, content)
-    return text, counts, common
-
-
-def final_rows(ledger, rejects):
-    """Yield all records; one that a person rejected leaves the tuning tables too, wherever it had ended."""
-    for shard in range(len(ledger.told["shards"])):
-        for row in ledger.rows("deduplicate", shard):
-            yield (
-                row | {"tuning": False, **ended("person", "rejected", rejects[row["id"]])}
-                if row["id"] in rejects
-                else row
-            )
-
-
-def read_rejects(path):
-    """{id: reason} that a person chose on page.html."""
-    if path is None:
-        return {}
-    found = parsed(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: is not the rejects.json that page.html saves")
-    return {str(key): str(reason) for key, reason in found.items()}
-
-
-class Sample:
-    """At most half of `most` of the rows that come by, each as likely as another."""
-
-    def __init__(self, most):
-        self.most, self.rows, self.seen, self.chosen = (most + 1) // 2, [], 0, random.Random(0)
-
-    def add(self, row):
-        self.seen += 1
-        row = {key: value for key, value in row.items() if not key.endswith("feature")}
-        if len(self.rows) < self.most:
-            self.rows.append(row)
-        elif (place := self.chosen.randrange(self.seen)) < self.most:
-            self.rows[place] = row
-
-
-@contextmanager
-def training_tables(out):
-    """Yield write(kind, fields) for ref_video.csv, video.csv and image.csv; a table without rows is not left behind."""
-    counts = dict.fromkeys(FILES, 0)
-    with ExitStack() as stack:
-        writers = {}
-        for kind, name in FILES.items():
-            temporary = stack.enter_context(whole_file(out / name))
-            writers[kind] = csv.writer(stack.enter_context(temporary.open("w", newline="", encoding="utf-8")))
-            writers[kind].writerow(COLUMNS[kind])
-
-        def write(kind, fields):
-            writers[kind].writerow(fields)
-            counts[kind] += 1
-
-        yield write
-    for kind, number in counts.items():
-        if not number:
-            (out / FILES[kind]).unlink()
-
-
-def write_refvie(out, ledger, bases, rejects, digest, rows=1000):
-    """refvie/chunk_*.parquet in the layout of the published set, JPEGs as they lie in refs/; paths start from the inputs'
-    folder, of several from the one above all. Written anew only if other records are kept."""
-    try:
-        import pyarrow
-        from pyarrow.parquet import write_table
-    except ImportError:
-        return print("note        refvie/ is not written; pip install pyarrow, and the same command again")
-    mark, home = ledger.folder / "refvie.json", os.path.commonpath(bases)
-    if mark.is_file() and parsed(mark.read_text()) == digest and (out / "refvie").is_dir():
-        return None
-    fields = [(name, pyarrow.string()) for name in ("iid", "prompt", "src_video", "tgt_video")]
-    schema = pyarrow.schema([*fields, ("ref_image_bytes", pyarrow.binary())])
-
-    def line(row):
-        clips = [os.path.relpath(Path(bases[row["base"]]) / row[key], home) for key in ("src_video", "tgt_video")]
-        picture = inside(out, row["ref_image"], row["id"]).read_bytes()
-        return dict(zip(schema.names, [row["name"] or row["id"], row["prompt"], *clips, picture]))
-
-    kept = (line(row) for row in final_rows(ledger, rejects) if row["status"] == "kept")
-    with whole_folder(out / "refvie") as folder:
-        for number in range(10**5):
-            if not (lines := list(islice(kept, rows))):
-                break
-            write_table(pyarrow.Table.from_pylist(lines, schema), folder / f"chunk_{number:05d}.parquet")
-    return write_text(mark, json.dumps(digest))
-
-
-class Funnel:
-    """How many records reached which stage, and why the others did not (the paper's Figure 3), with what the kept ones
-    are like (Figure 4)."""
-
-    def __init__(self, ledger):
-        self.stages, self.copies = (*ledger.stages[:-1], "person", ledger.stages[-1]), ledger.told.get("copies", 0)
-        self.total, self.tuning = self.copies, 0
-        self.reasons = Counter({("read", "rejected", "an exact copy"): self.copies} if self.copies else {})
-        self.kinds, self.frames, self.sides = Counter(), Counter(), Counter()
-        self.nearest = []  # cosine of each record to the nearest one kept before it
-
-    def add(self, row):
-        self.total += 1
-        self.tuning += bool(row.get("tuning"))
-        if row.get("nearest") is not None and row.get("stage") != "person":
-            self.nearest.append(row["nearest"])
-        if row["status"] == "kept":
-            self.kinds[row["kind"]] += 1
-            self.frames[str(row.get("frames", 0))] += 1
-            self.sides[f"{2 ** int(math.log2(max(min(row.get('ref_size', [1])), 1)))} and up"] += 1
-            return
-        self.reasons[row["stage"], row["status"], short(row["reason"])] += 1
-
-    def steps(self):
-        """[(stage, records that passed it)]"""
-        left, out = self.total, [("pairs", self.total)]
-        for stage in self.stages:
-            ended_here = sum(number for (at, _, _), number in self.reasons.items() if at == stage)
-            left -= ended_here
-            if stage != "person" or ended_here:
-                out.append((stage, left))
-        return out
-
-    def rows(self):
-        return [(*key, number) for key, number in sorted(self.reasons.items(), key=lambda kv: (self.stages.index(kv[0][0]), -kv[1]))]  # fmt: skip
-
-    def markdown(self):
-        steps = [(name, number, f"{number / max(self.total, 1):.1%}") for name, number in self.steps()]
-        return "\n".join([
-            table([("stage", "records that passed", "of all"), *steps]), "",
-            f"Good for instruction tuning: {self.tuning} of {self.total}.", "",
-            table([("left at", "as", "why", "records"), *self.rows()]), "",
-        ])  # fmt: skip
-
-    def statistics(self):
-        """Of the kept: kinds, frames, reference sizes; and about how many would be left at other thresholds of likeness:
-        what is near to one that another threshold would drop counts as dropped too."""
-        curve = {str(t): sum(n <= t for n in self.nearest) for t in (0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99)}
-        return json.dumps({
-            "records": self.total, "exact_copies": self.copies, "instruction_tuning": self.tuning,
-            "kept": self.kinds.total(), "kinds": dict(sorted(self.kinds.items())),
-            "frames": dict(sorted(self.frames.items())), "reference_shorter_side": dict(sorted(self.sides.items())),
-            "left_at_a_threshold_of": curve,
-        }, indent=1)  # fmt: skip
-
-    def svg(self, width=640, bar=26):
-        """The funnel as bars."""
-        parts, steps = [], self.steps()
-        for i, (name, number) in enumerate(steps):
-            part, y = number / max(self.total, 1), bar * i
-            parts.append(f'<text x="100" y="{y + 20}" text-anchor="end">{name}</text>')
-            parts.append(f'<rect x="110" y="{y + 6}" width="{380 * part:.1f}" height="{bar - 8}" fill="#4477aa"/>')
-            parts.append(f'<text x="{118 + 380 * part:.1f}" y="{y + 20}">{number} ({part:.0%})</text>')
-        head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {bar * len(steps) + 8}" width="{width}"'
-        return f'{head} font-family="sans-serif" font-size="13">{"".join(parts)}</svg>'
-
-
-def short(reason):
-    """A reason without the file, line or number that it speaks of, so that one reason is counted as one."""
-    reason = re.sub(r"^(?:/.*?|[^:]*, (?:line|row|entry) \d[^:]*): (?:.* (?=is outside of ))?", "", reason)
-    reason = re.sub(r"is that of [0-9a-f]{16}", "is that of another", reason)
-    return re.sub(r"\d+(?:\.\d+)?x\d+|\d+(?:\.\d+)?%?", "#", reason).split(":")[0][:80]
-
-
-def pair_by_pair(rows):
-    """What became of each record and why, as Markdown."""
-    lines = [("record", "kind", "score", "ended", "why")]
-    for row in rows:
-        kept = row["status"] == "kept"
-        lines.append((row["name"] or row["id"], row["kind"], f"{row['edit_score']:.1f}" if "edit_score" in row else "",
-                      "kept" if kept else row["stage"], row.get("verdict_reason", "") if kept else row["reason"]))  # fmt: skip
-    return table([[" ".join(str(cell).split()) for cell in line] for line in lines]) + "\n"
-
-
-def write_page(args, ledger, bases, rows, counts, told, rejects):
-    """page.html: kept and rejected records with their clips side by side, mask and box drawn in."""
-
-    def card(row):
-        clips = [Path(bases[row["base"]]) / row[key] for key in ("src_video", "tgt_video")]
-        known = {
-            key: row.get(key, "")
-            for key in ("id", "name", "kind", "prompt", "stage", "status", "reason", "verdict_reason")
-        }
-        known |= {"why": short(known["reason"]), "score": f"{row['edit_score']:.1f}" if "edit_score" in row else "",
-                  "clips": [os.path.relpath(clip, ledger.out) for clip in clips], "still": row.get("frames") == 1}  # fmt: skip
-        known["reference"] = row["ref_image"] if "ref_image" in row else ""
-        try:
-            known["marked"] = jpeg_uri(marked(clips[1], ledger.out, row)) if "mask" in row else ""
-        except (MediaError, OSError) as error:
-            known |= {"marked": "", "reason": known["reason"] or str(error)}
-        return known
-
-    with ThreadPoolExecutor(args.workers) as pool:
-        cards = list(tqdm(pool.map(card, rows), total=len(rows), desc="page", mininterval=1))
-    values = dict(cards=cards, funnel=counts.svg(), reasons=counts.rows(), rejects=rejects, kept=counts.kinds.total())
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in pair_by_pair(told).splitlines()]
-    write_text(
-        ledger.out / "page.html",
-        page("curate.html", title="RefVIE quadruplets", lines=[lines[0], *lines[2:]], **values),
-    )
-
-
-def marked(clip, out, row, longest=640):
-    """The key frame with its mask's outline in red and its box in yellow, uint8 (H, W, 3)."""
-    frame, mask = frame_at(clip, row["key"]), read_image(out / row["mask"])[None, ..., 0] > 127
-    scale = min(1.0, longest / max(frame.shape[:2]))
-    height, width = (round(side * scale / 2) * 2 for side in frame.shape[:2])
-    frame = resize(frame[None], (height, width))[0]
-    mask = F.interpolate(mask[None].float(), (height, width))[0, 0] > 0.5
-    rim = (F.max_pool2d(mask[None].float(), 5, 1, 2)[0] > 0.5) & ~mask
-    frame[rim] = torch.tensor([255, 40, 40], dtype=torch.uint8)
-    x1, y1, x2, y2 = (round(v * side) for v, side in zip(row["box"], (width, height) * 2))
-    for part in (frame[y1:y2, x1 : x1 + 2], frame[y1:y2, max(x2 - 2, 0) : x2], frame[y1 : y1 + 2, x1:x2], frame[max(y2 - 2, 0) : y2, x1:x2]):  # fmt: skip
-        part[:] = torch.tensor([255, 210, 0], dtype=torch.uint8)
-    return frame
 
 
 # ---- running

@@ -21,6 +21,12 @@ class Rejected(Exception):
         self.found = found or {}
 
 
+def ended(stage, status, reason):
+    """The columns of a record that ends in a stage."""
+    reason = " ".join(str(reason).split()) or type(reason).__name__
+    return {"status": status, "stage": stage, "reason": reason[:300]}
+
+
 def frame_at(path, index):
     """Frame `index` of a clip or picture, uint8 (H, W, 3), at its own size. MediaError."""
     with open_media(path) as (container, stream):

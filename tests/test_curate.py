@@ -20,6 +20,8 @@ import curate
 import data
 from conftest import HOUSE
 from curators.classical import Classical
+from curators.pairs import kind_of
+from curators.result import Funnel
 from data import read_table
 from ledger import Ledger, is_open, read_json_lines, write_json_lines
 from media import MediaError, read_image, write_image
@@ -113,26 +115,19 @@ def test_refvie_s_parquet_holds_the_jpegs_and_is_read_again_as_it_is(tmp_path, r
 
 
 def test_a_stage_is_one_line_of_the_list_also_after_verify(tmp_path, pairs, run, monkeypatch):
-    class Bright(curate.Stage):
-        """Rejects dark references."""
-
-        def setup(self):
-            self.least = 0.5
-
-        def one(self, row):
-            light = read_image(self.file(row, "ref_image")).float().mean().item() / 255
-            if light < self.least:
-                raise curate.Rejected("the reference is dark")
-            return {"light": light}
-
-    monkeypatch.setattr(curate, "PIPELINE", [*curate.PIPELINE, Bright])
+    monkeypatch.setattr(curate, "PIPELINE", list(curate.PIPELINE))
+    (story,) = re.findall(r"```python\n(class Sharp.*?)```", (HOUSE / "docs/curation.md").read_text(), re.DOTALL)
+    kept = [read_image(run / row["ref_image"]).float().diff(dim=1).abs().mean() for row in kept_in(records_in(run))]
+    exec(story.replace("< 1:", f"< {sorted(kept)[1]}:"), {"curate": curate})
     rows = curated(shutil.copytree(run, tmp_path / "out"), pairs)
-    passed = [row for row in rows if "light" in row]
-    dark = [row for row in rows if row.get("stage") == "bright"]
-    assert passed and kept_in(rows) and not kept_in(dark)
+    passed, blurred = ([row for row in rows if test(row)] for test in (lambda r: "sharpness" in r, lambda r: r.get("stage") == "sharp"))  # fmt: skip
+    assert passed and blurred and all(row["status"] == "rejected" for row in blurred) and kept_in(rows)
     funnel = (tmp_path / "out/funnel.md").read_text()
-    assert f"| bright | {len(passed)} |" in funnel and (tmp_path / "out/ledger/bright/00000.jsonl").is_file()
-    assert not dark or "the reference is dark" in funnel
+    assert (
+        f"| sharp | {len(passed)} |" in funnel
+        and f"| sharp | rejected | the reference is blurred | {len(blurred)} |" in funnel
+    )
+    assert (tmp_path / "out/ledger/sharp/00000.jsonl").is_file()
 
 
 def test_a_run_read_again_takes_other_thresholds_and_asks_no_model(tmp_path, run, pairs, no_models):
@@ -304,7 +299,7 @@ def test_a_table_that_cannot_be_read_is_one_line(tmp_path, name, text, says):
     (None, "背景を雪山に変えてください。", "unknown"), (None, "Turn the car into a bus.", "subject"),
 ])  # fmt: skip
 def test_an_edit_s_kind_is_its_type_else_what_english_keywords_say(edit_type, prompt, kind):
-    assert curate.kind_of(edit_type, prompt) == kind
+    assert kind_of(edit_type, prompt) == kind
 
 
 @pytest.mark.parametrize(
@@ -312,7 +307,7 @@ def test_an_edit_s_kind_is_its_type_else_what_english_keywords_say(edit_type, pr
 )
 def test_no_prompt_takes_more_than_a_millisecond(word):
     prompt = (word * 2000)[:2000]
-    assert min(timed(lambda: curate.kind_of(None, prompt)) for _ in range(5)) < 0.001
+    assert min(timed(lambda: kind_of(None, prompt)) for _ in range(5)) < 0.001
 
 
 def timed(function):
@@ -591,7 +586,7 @@ def test_a_person_s_rejects_and_a_benchmark_s_pictures_leave_the_result(tmp_path
 
 
 def test_the_funnel_counts_one_reason_as_one_whatever_file_or_line_it_speaks_of(tmp_path):
-    funnel = curate.Funnel(SimpleNamespace(stages=("read", "score", "deduplicate"), told={}))
+    funnel = Funnel(SimpleNamespace(stages=("read", "score", "deduplicate"), told={}))
     file, line = "/my clips/{}.mp4: no such file", "pairs.csv, line 3: {}.mp4 is outside of /base; give paths"
     for reason in (file, line, "pairs.csv, line 4: prompt is empty, or no text"):
         for name in ("seaside", "a---b"):
