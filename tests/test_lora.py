@@ -23,7 +23,7 @@ from model import PRESETS, KiwiEdit
 
 A, B = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
 DOWN, UP = torch.randn(4, 64, generator=A), torch.randn(64, 4, generator=B)
-LAYER = "blocks.1.self_attn.q"
+LAYER, SCALE = "blocks.1.self_attn.q", torch.ones(())
 DIALECTS = {  # layer, names of the two matrices, what else there is; factor of the update
     "diffusers": ("transformer.blocks.1.attn1.to_q", "lora_A.weight lora_B.weight", {}, 1.0),
     "comfy": (f"diffusion_model.{LAYER}", "lora_down.weight lora_up.weight", {"alpha": torch.tensor(2)}, 0.5),
@@ -31,8 +31,7 @@ DIALECTS = {  # layer, names of the two matrices, what else there is; factor of 
     "kohya": ("lora_unet_blocks_1_self_attn_q", "lora_down.weight lora_up.weight", {"alpha": torch.tensor(8.0)}, 2.0),
     "musubi": ("lora_unet__blocks_1_self_attn_q", "lora_down.weight lora_up.weight", {}, 1.0),
     "diffsynth": (LAYER, "lora_A.default.weight lora_B.default.weight", {}, 1.0),
-    "fastvideo": ("blocks.1.attn1.to_q", "lora_A lora_B", {"lora_rank": torch.tensor(4), "lora_alpha": torch.ones(()) * 4},
-                  1.0),
+    "fastvideo": ("blocks.1.attn1.to_q", "lora_A lora_B", {"lora_rank": torch.tensor(4), "lora_alpha": 4 * SCALE}, 1.0),
 }  # fmt: skip
 
 
