@@ -222,10 +222,8 @@ class Trainer:
 
     def __init__(self, args, stage, ranks, model, data, cache):
         self.args, self.stage, self.ranks, self.model, self.data, self.cache = args, stage, ranks, model, data, cache
-        self.out, self.counts = (
-            Path(args.out),
-            Counter(step=0, updates=0, samples=0, tokens=0, bad=0, skipped=0, seconds=0.0),
-        )
+        self.out = Path(args.out)
+        self.counts = Counter(step=0, updates=0, samples=0, tokens=0, bad=0, skipped=0, seconds=0.0)
         self.module = parallelise(model, ranks, args.checkpointing)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.updated = {name: of_one_rank(p, ranks) for name, p in self.trained.items()}
@@ -257,7 +255,7 @@ class Trainer:
         args, stage, counts, saved = self.args, self.stage, self.counts, time.monotonic()
         if self.ranks.first:
             write_config(args, stage, self.model, self.out)
-            cut_log(self.out / "metrics.jsonl", counts["step"])
+            cut_log(self.out / "metrics.jsonl", counts["step"] or -1)
             cut_log(self.out / "bad.jsonl", counts["step"])
             print(self.summary(), file=sys.stderr)
         self.batches = iter(self.loader())
