@@ -98,7 +98,9 @@ def test_the_recipes_are_bash_whose_commands_parse(tmp_path, recipe, count):
 
 @pytest.mark.parametrize("program", sorted(COMMANDS.keys() - {"judge.py"}))
 def test_every_flag_of_a_command_is_read(program):
-    files = sorted(HOUSE.glob("nano/*.py")) if program == "-m nano" else [HOUSE / program]
+    files = {"-m nano": HOUSE.glob("nano/*.py"), "curate.py": [HOUSE / program, *HOUSE.glob("curators/*.py")]}.get(
+        program, [HOUSE / program]
+    )
     text = "".join(path.read_text() for path in files)
     flags = re.findall(r'add\(\s*(?:"-\w", )?"--([\w-]+)"', text)
     assert flags and all(re.search(rf"args\.{flag.replace('-', '_')}\b", text) for flag in flags)
