@@ -22,8 +22,10 @@ from conftest import HOUSE
 HOUSE_FLOORS = (
     "kernels report stats",
     "parallel dit vae connectors media",
-    "data load metrics vlm ledger",
+    "data load lora sizing metrics vlm ledger",
     "model curators benchmarks",
+    "checkpoint cache stages",
+    "start",
     "sample train judge curate nano app",
     "bench",
     "conftest",
@@ -84,23 +86,25 @@ def test_the_figures_of_readme_and_docs_are_those_of_the_committed_benchmark():
     assert quoted >= 5
 
 
-@pytest.mark.parametrize("recipe, count", [("nano_h100", 14), ("nano_cpu", 14), ("ablations", 26)])
-def test_the_recipes_are_bash_whose_commands_parse(tmp_path, recipe, count):
+@pytest.mark.parametrize("recipe", sorted(HOUSE.glob("runs/*.sh")), ids=lambda path: path.name)
+def test_the_recipes_are_bash_whose_commands_parse(tmp_path, recipe):
     tell = 'python() { printf "%q " "$@"; echo; }; timeout() { shift; "$@"; }; torchrun() { shift 2; python "$@"; }\n'
     env = {**os.environ, "out": str(tmp_path), "assets": str(tmp_path), "cached": "1", "seeds": "0"}
-    done = subprocess.run(["bash", "-c", f"{tell}. {HOUSE}/runs/{recipe}.sh"], capture_output=True, text=True, env=env)
-    lines = [shlex.split(line) for line in done.stdout.splitlines() if line.startswith(("train.py ", "-m nano "))]
-    assert len(lines) == count, done.stderr
-    for words in lines:
-        program = "-m nano" if words[0] == "-m" else words[0]
-        COMMANDS[program].parse_arguments(words[len(program.split()) :])
+    done = subprocess.run(["bash", "-c", f"{tell}. {recipe}"], capture_output=True, text=True, env=env)
+    programs = {
+        line: next((p for p in COMMANDS if line.startswith(f"{p} ")), None) for line in done.stdout.splitlines()
+    }
+    assert done.returncode == 0 and any(programs.values()), done.stderr
+    for line, program in programs.items():
+        if program:
+            COMMANDS[program].parse_arguments(shlex.split(line)[len(program.split()) :])
 
 
 @pytest.mark.parametrize("program", sorted(COMMANDS.keys() - {"judge.py"}))
 def test_every_flag_of_a_command_is_read(program):
-    files = {"-m nano": HOUSE.glob("nano/*.py"), "curate.py": [HOUSE / program, *HOUSE.glob("curators/*.py")]}.get(
-        program, [HOUSE / program]
-    )
+    others = {"-m nano": HOUSE.glob("nano/*.py"), "curate.py": HOUSE.glob("curators/*.py")}
+    more = others.get(program, (HOUSE / name for name in ("stages.py", "start.py")))
+    files = [*more, *([HOUSE / program] if program in COMMANDS and program[0] != "-" else [])]
     text = "".join(path.read_text() for path in files)
-    flags = re.findall(r'add\(\s*(?:"-\w", )?"--([\w-]+)"', text)
+    flags = re.findall(r'(?:add|flag)\(\s*(?:"-\w", )?"--([\w-]+)"', text)
     assert flags and all(re.search(rf"args\.{flag.replace('-', '_')}\b", text) for flag in flags)
