@@ -43,6 +43,7 @@ where training starts (--weights): a run (its last checkpoint), a checkpoint fol
 several processes (torchrun): data parallel by --parallel; --sp N of them share each sequence.
 watch a run by metrics.jsonl, TensorBoard if installed, and `python train.py --plot RUN` (an SVG).
 """
+KIWI = "linyq/kiwi-edit-5b-instruct-reference-diffusers"  # what a LoRA is trained on by default
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16
 
 
@@ -136,8 +137,10 @@ def parse_arguments(argv=None):
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
     if (args.export or args.export_lora) and args.out is None:
         parser.error("--export and --export-lora need --out")
-    if args.stage is None and args.preset == "lora":
-        args.stage = 3
+    if args.preset == "lora":
+        args.stage = args.stage or 3
+        if args.config == "wan22_5b" and args.init == "weights":
+            args.weights = args.weights or (None if args.base else KIWI)
     if not (args.plot or args.export or args.export_lora) and args.stage is None:
         parser.error("--stage is needed, or --preset lora")
     if args.out is None and args.stage:

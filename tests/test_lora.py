@@ -263,5 +263,6 @@ def test_a_dry_run_needs_no_weights_and_says_which_cards_fit(capsys):
         assert "49x480x832" in said and "dit.lora" in said
         fits[name] = re.search(r"fits cards of (\d+)", said)[1]
     assert fits == {"16 bits": "16", "8 bits": "12"}
+    assert "kiwi-edit-5b" in train.parse_arguments(["--preset", "lora"]).weights, "a LoRA starts from the release"
     train.main(["--config", "wan21_14b", "--preset", "released", "--stage", "2", "--gpus", "8", "--dry-run"])
     assert "GiB of a card (8 cards, 49x" in capsys.readouterr().out
