@@ -1,8 +1,10 @@
 """Tests of lora.py, sizing.py and `train.py --preset lora`"""
 
+import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -266,3 +268,13 @@ def test_a_dry_run_needs_no_weights_and_says_which_cards_fit(capsys):
     assert "kiwi-edit-5b" in train.parse_arguments(["--preset", "lora"]).weights, "a LoRA starts from the release"
     train.main(["--config", "wan21_14b", "--preset", "released", "--stage", "2", "--gpus", "8", "--dry-run"])
     assert "GiB of a card (8 cards, 49x" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe, count", [("finetune", 5), ("paper_stages", 4)])
+def test_a_recipe_is_bash_whose_commands_parse(recipe, count):
+    tell = 'python() { printf "%q " "$@"; echo; }; torchrun() { shift 2; python "$@"; }\n'
+    done = subprocess.run(["bash", "-c", f"{tell}. {HOUSE}/runs/{recipe}.sh"], capture_output=True, text=True)
+    lines = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert len(lines) == count, done.stderr
+    for program, *words in lines:
+        importlib.import_module(program.removesuffix(".py")).parse_arguments(words)
