@@ -194,7 +194,7 @@ def test_an_answer_without_a_possible_score_is_refused_and_never_guessed(text, s
 
 
 def test_what_a_judge_thinks_aloud_is_not_its_answer_and_a_winner_is_one():
-    draft, final = ('{"quality": %d, "consistency": %d}' % (score, score) for score in (5, 1))
+    draft, final = (json.dumps({"quality": score, "consistency": score}) for score in (5, 1))
     thought = "Let me see. " * 2000
     for text in (draft + thought + final, f"<think>{draft}</think>\nQuality: 1\nConsistency: 1"):
         assert set(judge.read_answer(vlm.spoken(text), ("quality", "consistency")).values()) == {1}
@@ -661,9 +661,13 @@ def test_benchmarks_are_read_in_their_own_formats_and_lead_nowhere_else(tmp_path
     table, read = tmp_path / "b.csv", lambda name="openve": judge.read_bench(name, tmp_path / "b.csv", "edits")
     table.write_text(rows)
     (item,) = read()
-    assert (item.edit, item.task, item.source) == (Path("edits/a_edited.mp4"), "local_add", tmp_path / "videos/a.mp4")
+    assert (item.edit, item.task, item.source) == (
+        Path("edits/a_edited.mp4").absolute(),
+        "local_add",
+        tmp_path / "videos/a.mp4",
+    )
     (tmp_path / "i.json").write_text('{"12": {"id": "animal/7.jpg", "prompt": "Add a hat.", "edit_type": "add"}}')
-    assert judge.read_bench("imgedit", tmp_path / "i.json", "edits")[0].edit == Path("edits/add/127.jpg")
+    assert judge.read_bench("imgedit", tmp_path / "i.json", "edits")[0].edit == Path("edits/add/127.jpg").absolute()
     table.write_text(rows.replace("videos/a", f"{tmp_path.name}/videos/a"))  # as published
     (tmp_path / "videos").mkdir()
     (tmp_path / "blob").touch()
@@ -677,7 +681,7 @@ def test_benchmarks_are_read_in_their_own_formats_and_lead_nowhere_else(tmp_path
     with pytest.raises(judge.JudgeError, match="right"):
         judge.read_bench("refvie", tmp_path / "i.json", "edits")
     table.write_text("original_video,prompt,edited_type\nsource_videos/a.mp4,Night.,time\n")
-    assert read("sparkle")[0].edit == Path("edits/time/a_edited.mp4")
+    assert read("sparkle")[0].edit == Path("edits/time/a_edited.mp4").absolute()
     (tmp_path / "time" / "night---sky").mkdir(parents=True)
     (tmp_path / "time" / "night---sky" / "a_edited.mp4").touch()
     assert judge.read_bench("sparkle", table, tmp_path)[0].edit.parent.name == "night---sky"
