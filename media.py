@@ -16,9 +16,10 @@ import shutil
 import sys
 import threading
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ class MediaError(ValueError):
 
 @dataclass
 class Clip:
-    frames: torch.Tensor  # uint8 (T, H, W, 3)
+    frames: torch.Tensor  # uint8 (T, H, W, 3), or a `FrameFile` that stands for it
     fps: Fraction
     still: bool  # from a picture file: the edit is written as a picture too
     source_size: tuple[int, int]  # (height, width) before resizing, upright
@@ -171,6 +172,42 @@ def read_clip(path, max_frames=81, max_pixels=MAX_PIXELS, max_fps=None, size_of=
     count = usable_frames(len(frames), max_frames)
     frames = torch.stack(frames[: count if count > 1 else 4])  # of fewer than 5 one alone would be a picture
     return Clip(frames, fps / stride, still, source_size, str(path))
+
+
+@dataclass(frozen=True)
+class FrameFile:
+    """The frames of a clip that is too long for memory, decoded and fitted anew whenever they are iterated."""
+
+    path: str
+    count: int
+    size: tuple[int, int]  # (h, w)
+    stride: int = 1
+    dtype = torch.uint8
+
+    @property
+    def shape(self):
+        return (self.count, *self.size, 3)
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        with open_media(self.path) as (container, stream):
+            frames = decode(self.path, container, stream)
+            for _, rgb in islice(frames, 0, (self.count - 1) * self.stride + 1, self.stride):
+                yield fit_frames(rgb[None], self.size)[0]
+
+
+def long_clip(path, held, max_frames=81, max_pixels=MAX_PIXELS, max_fps=None, size_of=working_size) -> Clip:
+    """`read_clip`; of a clip with more than `held` frames they stay in their file, a `FrameFile`."""
+    clip = read_clip(path, min(max_frames, held + 4), max_pixels, max_fps, size_of)  # 4: or 4k + 1 would hide the rest
+    if max_frames <= held or len(clip.frames) <= held:
+        return clip
+    with open_media(path) as (container, stream):
+        stride = round(frame_rate(stream) / clip.fps)
+        frames = islice(decode(path, container, stream), 0, (max_frames - 1) * stride + 1, stride)
+        count = usable_frames(sum(1 for _ in frames), max_frames)
+    return replace(clip, frames=FrameFile(str(path), count, tuple(clip.frames.shape[1:3]), stride))
 
 
 def read_image(path, content: bytes | None = None) -> torch.Tensor:

@@ -15,6 +15,7 @@ import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,9 @@ from torch import nn
 from connectors import Encoder, MLLMConfig, merge_lora, meta_parameters
 from dit import DiT, DiTConfig
 from load import QWEN_BASE, WAN_BASE, from_dict, listed, load_weights, move_buffers, only_weights, read_fields
-from media import MAX_PIXELS, nearest_size, pad_reference, read_clip, whole_folder
+from media import MAX_PIXELS, FrameFile, long_clip, nearest_size, pad_reference, whole_folder
 from parallel import pick_device
+from sampler import Sampler, averaged, chunked, filled, mask_latents, outside, pasted, window_frames, windows
 from vae import VAE, VAEConfig
 
 
@@ -149,6 +151,11 @@ class KiwiConfig:
             raise ValueError(f"KiwiConfig.trained: {self.trained!r}, expected frames, height, width, frames a second")
         if self.source not in Source.named:
             raise ValueError(f"KiwiConfig.source: {self.source!r}, expected one of {', '.join(Source.named)}")
+
+    @property
+    def window(self):
+        """Frames that the weights were trained on; a longer clip is edited in windows of so many."""
+        return self.trained[0] if self.trained else 81
 
     @property
     def pixel_grid(self):
@@ -335,102 +342,121 @@ class KiwiEdit(nn.Module):
 
     @torch.no_grad()
     def denoise(
-        self,
-        noise,
-        context,
-        source=None,
-        ref=None,
-        steps=50,
-        flow=FlowMatch(),
-        on_step=None,
-        unshown=None,
-        guidance=1.0,
-    ):
-        """Euler steps from noise (B, C, T, H, W), float32, to latents. One forward a step: Kiwi-Edit has no
-        classifier-free guidance. The latents stay float32 between the steps (the release keeps them in bfloat16).
+        self, noise, context, source=None, ref=None, steps=50, flow=FlowMatch(), on_step=None, unshown=None,
+        guidance=1.0, sampler=Sampler(), stay=None, generator=None, spans=None,
+    ):  # fmt: skip
+        """From noise (B, C, T, H, W), float32, to latents: `Sampler.sample` of the velocity. One forward a step: Kiwi-Edit
+        has no classifier-free guidance. The latents stay float32 between the steps (the release keeps them in bfloat16).
 
         unshown: the context of the same request without its references, for a second forward a step without them: the
         velocity is then v_unshown + guidance (v - v_unshown), as InstructPix2Pix has it of its picture (arXiv
         2211.09800, Eq. 3); above 1 the edit is more like the references, and less like what it was trained to be.
+        spans: windows in latent time (`sampler.windows`); context and unshown are then lists, one of each window.
         """
-        context, unshown, source, ref = (z if z is None else z.to(self.dtype) for z in (context, unshown, source, ref))
-        if not hasattr(self.dit.blocks[0], "unshard"):  # a sharded block has its weights only while it is called
-            context, unshown = (z if z is None else self.dit.context_keys_values(z) for z in (context, unshown))
-        sigmas = flow.sigmas(steps)
-        timesteps = (1000 * sigmas).to(noise.device)
-        x = noise.float()
-        for i, step in enumerate((sigmas[1:] - sigmas[:-1]).tolist()):
-            now = x.to(self.dtype), timesteps[i].expand(len(x))
-            v = self.velocity(*now, context, source, ref).float()
-            if unshown is not None:
-                v = torch.lerp(self.velocity(*now, unshown, source).float(), v, guidance)
-            x = x + step * v
-            on_step and on_step(i + 1, steps)
-        return x
+        spans = spans or [(0, noise.shape[2])]
+        contexts, shy = (z if isinstance(z, list) else [z] * len(spans) for z in (context, unshown))
+        contexts, shy = ([z if z is None else z.to(self.dtype) for z in listed] for listed in (contexts, shy))
+        source, ref = (z if z is None else z.to(self.dtype) for z in (source, ref))
+        if len(spans) == 1 and not hasattr(self.dit.blocks[0], "unshard"):  # sharded blocks have weights only when called
+            contexts, shy = ([z if z is None else self.dit.context_keys_values(z) for z in zs] for zs in (contexts, shy))
+
+        def velocity(x, t, i, a, b):  # of window i
+            now = x[:, :, a:b].to(self.dtype), t
+            part = source if source is None else source[:, :, a:b]
+            v = self.velocity(*now, contexts[i], part, ref).float()
+            return v if shy[i] is None else torch.lerp(self.velocity(*now, shy[i], part).float(), v, guidance)
+
+        return sampler.sample(
+            lambda x, t, on_window: averaged(partial(velocity, x, t), x, spans, on_window),
+            noise.float(), sampler.sigmas(flow, steps), stay, on_step, generator, len(spans),
+        )  # fmt: skip
+
+    def edit(self, *args, **kwargs):
+        """`edit_stream`, all of it: -> uint8 torch (T, H, W, 3), on the CPU."""
+        return torch.cat(list(self.edit_stream(*args, **kwargs)))
 
     @torch.no_grad()
-    def edit(
+    def edit_stream(
         self, video, instruction, ref=None, steps=None, seed=0, flow=FlowMatch(), tile=None, offload_to=None,
-        progress=None, ref_guidance=None,
+        progress=None, ref_guidance=None, sampler=Sampler(), mask=None,
     ):  # fmt: skip
-        """Edit a clip.
+        """Edit a clip. Yields uint8 frames (t, H, W, 3) on the CPU as they are decoded.
 
-        video: uint8 (T, H, W, 3), torch or numpy, H and W multiples of 32 (`media.read_clip` makes them so); a T other
-        than 4k + 1 is filled by repeating the last frame and cut again. instruction: text. ref: uint8 (H, W, 3) of any
-        size, or a list of such. steps: of denoising, by default `config.steps`. flow: their schedule. tile: latent
-        pixels a side for the VAE on small cards. offload_to: a device to which each part is brought while it works.
-        progress(phase, done, total) is called as work goes on. ref_guidance: above 0, by default
-        `config.ref_guidance`; other than 1 it takes two forwards a step (`denoise`), one of them as if there were no
-        reference, which weights for references alone cannot. Same seed, same result.
-        -> uint8 torch (T, H, W, 3), on the CPU. ValueError where an argument does not fit.
+        video: uint8 (T, H, W, 3), torch or numpy, H and W multiples of 32 (`media.read_clip` makes them so), or a
+        `media.FrameFile`, of which a few frames at a time are in memory; a T other than 4k + 1 is filled by repeating
+        the last frame and cut again. A clip longer than `config.window` is denoised in windows (sampler.py). instruction:
+        text. ref: uint8 (H, W, 3) of any size, or a list of such. steps: of denoising, `config.steps` if not given.
+        flow: their schedule. tile: latent pixels a side for the VAE on small cards. offload_to: a device to which each
+        part is brought only while it works. progress(phase, done, total) is called as work goes on. ref_guidance: above
+        0, `config.ref_guidance` if not given; other than 1 it takes two forwards a step (`denoise`), one of them as if
+        there were no reference, which weights for references alone cannot. sampler: how the steps are taken. mask: what
+        may change, like video, white or true there, (T, H, W) or (T, H, W, 3). Same seed, same result.
+        ValueError where an argument does not fit.
         """
-        tell = progress or (lambda phase, done, total: None)
-        video = torch.as_tensor(video).cpu()
-        refs = (
-            []
-            if ref is None
-            else [torch.as_tensor(r).cpu() for r in (ref if isinstance(ref, (list, tuple)) else [ref])]
-        )
-        unit = self.config.pixel_grid
-        if video.ndim != 4 or video.dtype != torch.uint8 or video.shape[-1] != 3 or not len(video):
-            raise ValueError(f"video: expected uint8 (T, H, W, 3), got {video.dtype} {tuple(video.shape)}")
+        tell, vae = progress or (lambda phase, done, total: None), self.config.vae
+        video = video if isinstance(video, FrameFile) else torch.as_tensor(video).cpu()
+        refs = [] if ref is None else list(ref) if isinstance(ref, (list, tuple)) else [ref]
+        refs = [torch.as_tensor(picture).cpu() for picture in refs]
+        self.check_pictures(video, refs)
         count, height, width = video.shape[:3]
-        if height % unit or width % unit or not height * width:
-            raise ValueError(f"frames of {width}x{height}: both must be multiples of {unit}; see media.fit_frames")
         guidance = self.config.ref_guidance if ref_guidance is None else ref_guidance
         if not 0 < guidance < math.inf:
             raise ValueError(f"ref_guidance: {guidance}, expected a number above 0")
-        for picture in refs:
-            if picture.ndim != 3 or picture.dtype != torch.uint8 or picture.shape[-1] != 3 or not picture.numel():
-                raise ValueError(f"ref: expected uint8 (H, W, 3) each, got {picture.dtype} {tuple(picture.shape)}")
         steps = self.config.steps if steps is None else steps
         if steps < 1:
             raise ValueError(f"steps: {steps}, expected at least 1")
-        padding = (1 - count) % self.config.vae.time_stride
-        video = torch.cat([video, video[-1:].expand(padding, -1, -1, -1)])
+        if mask is not None and tuple(mask.shape[:3]) != (count, height, width):
+            raise ValueError(f"mask: {tuple(mask.shape)} does not fit the clip's {(count, height, width)}")
+        length = count + (1 - count) % vae.time_stride
+        latent_frames = vae.latent_frames(length)
+        spans = windows(latent_frames, vae.latent_frames(self.config.window))
 
-        tell("understand", 0, 1)
+        contexts, unshown = [], []
         with working_on(self.mllm, offload_to):
-            context = self.mllm(instruction, video, refs or None)
-            unshown = self.mllm(instruction, video) if refs and guidance != 1 else None
-        tell("understand", 1, 1)
+            tell("understand", 0, len(spans))
+            for seen in window_frames(filled(video, length), spans, vae.time_stride):
+                contexts.append(self.mllm(instruction, seen, refs or None))
+                unshown.append(self.mllm(instruction, seen) if refs and guidance != 1 else None)
+                tell("understand", len(contexts), len(spans))
 
         with working_on(self.vae, offload_to):
-            source = self.encode_frames(video, tile, partial(tell, "encode"))
+            parts = (part.permute(3, 0, 1, 2)[None] for part in chunked(filled(video, length), vae.time_stride))
+            source = self.vae.encode(parts, tile, 1, partial(tell, "encode"), (length, height, width))
             pictures = [pad_reference(image, (height, width))[None] for image in refs]
             ref_latents = torch.cat([self.encode_frames(p, tile) for p in pictures], dim=2) if refs else None
 
-        noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(seed)).to(source.device)
+        generator = torch.Generator().manual_seed(seed)
+        noise, stay = torch.randn(source.shape, generator=generator).to(source.device), None
+        if mask is not None:
+            stay = outside(mask_latents(filled(mask, length), vae).to(source.device), source.float(), noise)
         denoiser = tuple(part for name, part in self.named_children() if name not in ("vae", "mllm"))
         with working_on(denoiser, offload_to):
-            told = partial(tell, "denoise")
-            latents = self.denoise(noise, context, source, ref_latents, steps, flow, told, unshown, guidance)
+            latents = self.denoise(
+                noise, contexts, source, ref_latents, steps, flow, partial(tell, "denoise"), unshown, guidance,
+                sampler, stay, generator, spans,
+            )  # fmt: skip
         if not latents.isfinite().all():
-            mend = "take bfloat16" if self.dtype == torch.float16 else "do the weights hold NaN?"
-            raise ValueError(f"the edit's numbers are not finite in {str(self.dtype)[6:]}: {mend}")
+            raise ValueError(f"the edit's numbers are not finite in {str(self.dtype)[6:]}: "
+                             + ("take bfloat16" if self.dtype == torch.float16 else "do the weights hold NaN?"))  # fmt: skip
 
         with working_on(self.vae, offload_to):
-            return self.decode_fitting(latents, tile, partial(tell, "decode"))[:count]
+            frames = (frame for part in self.decode_fitting(latents, tile, partial(tell, "decode")) for frame in part)
+            if mask is not None:
+                frames = map(pasted, frames, video, mask)
+            for part in chunked(islice(frames, count), vae.time_stride):
+                yield part
+
+    def check_pictures(self, video, refs):
+        """ValueError where an edit cannot take them."""
+        unit = self.config.pixel_grid
+        if len(video.shape) != 4 or video.dtype != torch.uint8 or video.shape[-1] != 3 or not len(video):
+            raise ValueError(f"video: expected uint8 (T, H, W, 3), got {video.dtype} {tuple(video.shape)}")
+        height, width = video.shape[1:3]
+        if height % unit or width % unit or not height * width:
+            raise ValueError(f"frames of {width}x{height}: both must be multiples of {unit}; see media.fit_frames")
+        for picture in refs:
+            if picture.ndim != 3 or picture.dtype != torch.uint8 or picture.shape[-1] != 3 or not picture.numel():
+                raise ValueError(f"ref: expected uint8 (H, W, 3) each, got {picture.dtype} {tuple(picture.shape)}")
 
     def encode_frames(self, frames, tile=None, on_chunk=None):
         """uint8 frames (T, H, W, 3) -> latents (1, z, 1 + (T-1)/4, h, w), on the VAE's device."""
@@ -442,14 +468,19 @@ class KiwiEdit(nn.Module):
         return pixels[0].permute(1, 2, 3, 0).contiguous()
 
     def decode_fitting(self, latents, tile, on_chunk):
-        """`decode_frames`, in tiles where the card is too small: an edit needs most memory when its steps are done."""
+        """Yield what `decode_frames` gives, and in tiles where the card is too small: decoding needs most memory."""
+        stream, told = partial(self.vae.decode_stream, latents, on_chunk=on_chunk, out_device="cpu", levels=True), 0
         try:
-            return self.decode_frames(latents, tile, on_chunk)
+            for pixels in stream(tile):
+                yield pixels[0].permute(1, 2, 3, 0).contiguous()
+                told += 1
+            return
         except RuntimeError as error:  # cuDNN swallows the OutOfMemoryError of a convolution's workspace
             if tile is not None or not is_out_of_memory(error):
                 raise
         print("note: out of GPU memory: decoding once more, in tiles (tile=16), to the same result", file=sys.stderr)
-        return self.decode_frames(latents, 16, on_chunk)
+        for pixels in islice(stream(16), told, None):
+            yield pixels[0].permute(1, 2, 3, 0).contiguous()
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=torch.bfloat16, base=None, qwen=None, ref_pad_first=False):
@@ -560,7 +591,7 @@ def read_for(config, path, frames=None, max_pixels=None, every_frame=False):
     """A clip file as weights of this config edit it: `media.read_clip`, at their size if they know one kind of clip
     only. every_frame: at the file's own frame rate, so that frame i of the edit is frame i of the file."""
     if config.trained is None:
-        return read_clip(path, frames or 81, max_pixels or MAX_PIXELS)
+        return long_clip(path, config.window, frames or 81, max_pixels or MAX_PIXELS)
     count, height, width, fps = config.trained
-    size_of = partial(nearest_size, grid=config.pixel_grid)
-    return read_clip(path, frames or count, max_pixels or height * width, None if every_frame else fps, size_of)
+    size_of, rate = partial(nearest_size, grid=config.pixel_grid), None if every_frame else fps
+    return long_clip(path, config.window, frames or count, max_pixels or height * width, rate, size_of)

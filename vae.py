@@ -18,7 +18,7 @@ a halo of their receptive field, and the attention always sees the whole frame: 
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import count, pairwise, tee
 
 import torch
 import torch.nn.functional as F
@@ -405,6 +405,7 @@ class VAE(nn.Module):
         self.conv1 = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1))
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
         self.decoder = Decoder(config)
+        self.shared = None  # `parallel.SharedFrames` of ranks that edit one clip
 
     @torch.inference_mode(False)  # what is laid out once may meet autograd later
     def weights_like_activations(self):
@@ -432,72 +433,102 @@ class VAE(nn.Module):
         mean, std = (z.new_tensor(s).view(-1, 1, 1, 1) for s in self.config.statistics)
         return z * std + mean
 
+    def by_tiles(self, work, parts, height, width, tile, halo, on_step):
+        """work(part, window, core in the window, state) on every part in time of every tile -> the joined parts, in time.
+
+        One tile streams. Several go one after the other and keep their parts, or the states of all would fill the card;
+        ranks that share the frames (`parallel.share_frames`) take a tile or a few each, and join every part."""
+        tile = self.shared.tile(height, width) if self.shared else tile
+        windows = tile_windows(height, width, tile, halo)
+
+        def stream(parts, core, window):
+            state, inner = {}, [(a - w, b - w) for (a, b), (w, _) in zip(core, window)]
+            for part in parts:
+                yield core, work(part, window, inner, state)
+                on_step(len(windows))
+
+        if self.shared and len(windows) > 1:
+            mine = self.shared.mine(windows)
+            streams = [stream(copy, *spans) for copy, spans in zip(tee(parts, len(mine)), mine)]
+            yield from (self.shared.join(pieces, height, width) for pieces in zip(*streams))
+        elif len(windows) > 1:
+            parts = list(parts)
+            streams = [list(stream(parts, *spans)) for spans in windows]
+            yield from (join_tiles(pieces, height, width) for pieces in zip(*streams))
+        else:
+            yield from (piece for _, piece in stream(parts, *windows[0]))
+
     @fastest_convolutions()
-    def moments(self, video, tile=None, chunk=1, on_chunk=None):
+    def moments(self, video, tile=None, chunk=1, on_chunk=None, size=None):
         """Mean and log-variance of the posterior, not normalised: each (B, z, 1 + (T-1)/4, H/s, W/s). As `encode`."""
-        c = self.config
+        c, weight = self.config, self.conv1.weight
         self.weights_like_activations()
-        latent_frames = c.latent_frames(video.shape[2])
-        if video.shape[3] % c.space_stride or video.shape[4] % c.space_stride:
-            raise ValueError(f"frames of {tuple(video.shape[3:])}: the VAE takes multiples of {c.space_stride}")
-        weight, tiles, spans = self.conv1.weight, [], chunks(latent_frames, chunk)
-        height, width = video.shape[3] // c.space_stride, video.shape[4] // c.space_stride
-        windows = tile_windows(height, width, tile, self.halo(2 * c.num_res_blocks))
-        for core, window in windows:
-            state, features = {}, []
-            for start, stop in spans:
-                frames = video[:, :, max(0, (start - 1) * c.time_stride + 1) : (stop - 1) * c.time_stride + 1]
-                x = crop(frames, window, c.space_stride).to(weight.device)
-                x = (x.float() * (2 / 255) - 1 if x.dtype == torch.uint8 else x).to(weight.dtype)
-                inner = [(a - w, b - w) for (a, b), (w, _) in zip(core, window)]
-                features.append(crop(self.encoder.down(x, state), inner))
-                on_chunk and on_chunk(len(tiles) * len(spans) + len(features), len(windows) * len(spans))
-            tiles.append((core, torch.cat(features, dim=2)))
-        features = join_tiles(tiles, height, width)
-        state = {}
-        out = [self.encoder.top(features[:, :, a:b], state) for a, b in spans]
+        frames, *pixels = size or video.shape[2:]
+        spans = chunks(c.latent_frames(frames), chunk)
+        if pixels[0] % c.space_stride or pixels[1] % c.space_stride:
+            raise ValueError(f"frames of {tuple(pixels)}: the VAE takes multiples of {c.space_stride}")
+        height, width = (side // c.space_stride for side in pixels)
+        first = lambda latent: max(0, (latent - 1) * c.time_stride + 1)
+        parts = video if size else (video[:, :, first(start) : first(stop)] for start, stop in spans)
+
+        def down(frames, window, inner, state):
+            x = crop(frames, window, c.space_stride).to(weight.device)
+            x = (x.float() * (2 / 255) - 1 if x.dtype == torch.uint8 else x).to(weight.dtype)
+            return crop(self.encoder.down(x, state), inner)
+
+        halo, state = self.halo(2 * c.num_res_blocks), {}
+        features = self.by_tiles(down, parts, height, width, tile, halo, counter(on_chunk, len(spans)))
+        out = [self.encoder.top(part, state) for part in features]
         return self.conv1(torch.cat(out, dim=2), {}).chunk(2, dim=1)
 
-    def encode(self, video, tile=None, chunk=1, on_chunk=None):
+    def encode(self, video, tile=None, chunk=1, on_chunk=None, size=None):
         """Video to normalised latents, the posterior's mean and not a sample.
 
         video: (B, 3, T, H, W) in [-1, 1], or uint8, on any device (chunks are moved as they are needed), T = 4k + 1,
-        H and W multiples of the space stride -> (B, z, 1 + k, H/s, W/s).
+        H and W multiples of the space stride -> (B, z, 1 + k, H/s, W/s). With size (T, H, W) an iterator of it: one
+        frame, then 4 * `chunk` at a time.
         tile: latent pixels a side that are worked on at once; None: the whole frame. The result is the same.
         on_chunk(done, total): called after each chunk of each tile, for progress bars.
         ValueError where T, H or W do not fit.
         """
-        return self.normalise(self.moments(video, tile, chunk, on_chunk)[0])
+        return self.normalise(self.moments(video, tile, chunk, on_chunk, size)[0])
 
-    @fastest_convolutions()
     def decode(self, latents, tile=None, chunk=1, on_chunk=None, out_device=None, levels=False):
         """Normalised latents (B, z, 1 + k, h, w) to video (B, 3, 4k + 1, h*s, w*s), clamped to [-1, 1].
 
         out_device: where the frames are collected (default: the latents' device). levels: as uint8, rounded to the
         nearest of 256 levels on the decoding device. Other arguments as for `encode`.
         """
-        c = self.config
+        return torch.cat(list(self.decode_stream(latents, tile, chunk, on_chunk, out_device, levels)), dim=2)
+
+    def decode_stream(self, latents, tile=None, chunk=1, on_chunk=None, out_device=None, levels=False):
+        """`decode`, chunk by chunk as the frames come."""
+        c, finite, state = self.config, [], {}
         self.weights_like_activations()
         latent_frames, height, width = latents.shape[2:]
-        z = self.conv2(self.denormalise(latents.to(self.conv2.weight)), {})
-        state = {}
-        features = [self.decoder.bottom(z[:, :, a:b], state) for a, b in chunks(latent_frames, chunk)]
-        windows, tiles, finite = tile_windows(height, width, tile, self.halo(2 * c.num_res_blocks + 2)), [], []
-        for core, window in windows:
-            state, frames = {}, []
-            inner = [(a - w, b - w) for (a, b), (w, _) in zip(core, window)]
-            for part in features:
-                x = crop(self.decoder.up(crop(part, window), state), inner, c.space_stride)
-                finite.append(x.isfinite().all())  # asked at the end: no chunk waits for the device
-                x = x.clamp(-1, 1)
-                x = ((x.float() + 1) * 127.5).round().to(torch.uint8) if levels else x
-                frames.append(x.to(out_device or latents.device))
-                on_chunk and on_chunk(len(tiles) * len(features) + len(frames), len(windows) * len(features))
-            tiles.append((core, torch.cat(frames, dim=2)))
+        spans = chunks(latent_frames, chunk)
+
+        def up(part, window, inner, state):
+            x = crop(self.decoder.up(crop(part, window), state), inner, c.space_stride)
+            finite.append(x.isfinite().all())  # asked at the end: no chunk waits for the device
+            x = x.clamp(-1, 1)
+            x = ((x.float() + 1) * 127.5).round().to(torch.uint8) if levels else x
+            return x.to(out_device or latents.device)
+
+        with fastest_convolutions():
+            z = self.conv2(self.denormalise(latents.to(self.conv2.weight)), {})
+            features = (self.decoder.bottom(z[:, :, a:b], state) for a, b in spans)
+            halo = self.halo(2 * c.num_res_blocks + 2)
+            yield from self.by_tiles(up, features, height, width, tile, halo, counter(on_chunk, len(spans)))
         if not torch.stack(finite).all():
             mend = "take bfloat16" if z.dtype == torch.float16 else "do the weights hold NaN?"
             raise ValueError(f"the decoder's numbers are not finite in {str(z.dtype)[6:]}: {mend}")
-        return join_tiles(tiles, height, width)
+
+
+def counter(tell, parts):
+    """-> what counts a part of one of so many tiles as done: tell(done, total)."""
+    done = count(1)
+    return lambda tiles: tell(next(done), tiles * parts) if tell else None
 
 
 def join_tiles(tiles, height, width):

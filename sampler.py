@@ -1,0 +1,181 @@
+"""From noise to latents along the flow: dx = v dsigma, sigma from 1 to 0, v(x, t) the model's velocity.
+
+    Euler                 x += h v                                   one forward a step: the release's way, the default
+    Adams-Bashforth 2     x += h (v + h / (2 h') (v - v'))           as good with half the steps
+    reuse                 a step whose predicted change is small takes v - x from the last forward (arXiv 2507.02860)
+    re-noise              x0 = x - sigma v, noised anew to the next sigma: the sampler of distilled few-step weights
+
+A clip longer than the model knows is denoised in overlapping windows of latent frames: each step averages their
+velocities with a ramp (arXiv 2302.08113), so that all windows walk together and nothing is blended afterwards.
+`Sampler()` with one window is the plain loop.
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+
+SOLVERS = ("euler", "ab2")
+WARM_UP = 3  # forwards before `reuse` may skip
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How the steps are taken. `reuse`: the accumulated relative change of v up to which forwards are skipped, 0: none.
+    `re_noise`: the timesteps in (0, 1000], falling, of weights that were distilled for them."""
+
+    solver: str = "euler"
+    reuse: float = 0.0
+    re_noise: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if self.solver not in SOLVERS:
+            raise ValueError(f"Sampler.solver: {self.solver!r}, expected {' or '.join(SOLVERS)}")
+        if not 0 <= self.reuse < math.inf:
+            raise ValueError(f"Sampler.reuse: {self.reuse}, expected 0 or more, e.g. 0.02")
+        t = (1001, *self.re_noise, 0)
+        if not all(a > b for a, b in zip(t, t[1:])) or max(self.re_noise, default=0) > 1000:
+            raise ValueError(f"Sampler.re_noise: {self.re_noise}, expected falling timesteps in (0, 1000], e.g. 1000,757,522")
+        if self.re_noise and (self.reuse or self.solver != "euler"):
+            raise ValueError("Sampler.re_noise: it takes neither another solver nor reuse")
+
+    def sigmas(self, flow, steps):
+        """(steps + 1,), from 1 down to 0."""
+        return torch.tensor([*self.re_noise, 0]) / 1000 if self.re_noise else flow.sigmas(steps)
+
+    def sample(self, velocity, noise, sigmas, stay=None, on_step=None, generator=None, parts=1):
+        """velocity(x, t (B,), on_part) -> v like x, float32; noise float32 (B, C, T, H, W) -> latents.
+
+        stay(x, sigma): puts back what must not change after each step (`Mask`). on_step(done, total) counts the parts
+        (windows) of all steps. generator: draws the noise of `re_noise`.
+        """
+        x, timesteps, steps = noise, (1000 * sigmas).to(noise.device), sigmas.diff().tolist()
+        before, cache, tell = None, Reuse(self.reuse), on_step or (lambda done, total: None)
+        for i, step in enumerate(steps):
+            v = cache.guess(x) if i + 1 < len(steps) else None
+            if v is None:
+                part = lambda done: tell(parts * i + done, parts * len(steps))
+                v = velocity(x, timesteps[i].expand(len(x)), part)
+                cache.learn(x, v)
+            if self.re_noise:
+                x = x - sigmas[i].item() * v
+                if i + 1 < len(steps):
+                    fresh = torch.randn(x.shape, generator=generator).to(x.device)
+                    x = torch.lerp(x, fresh, sigmas[i + 1].item())
+            elif self.solver == "ab2" and i:
+                x = x + step * (v + step / (2 * steps[i - 1]) * (v - before))
+            else:
+                x = x + step * v
+            before, x = v, stay(x, sigmas[i + 1].item()) if stay else x
+            tell(parts * (i + 1), parts * len(steps))
+        return x
+
+
+class Reuse:
+    """EasyCache (arXiv 2507.02860): while x moves little, v - x of the last forward stands for that of the next.
+
+    The last two forwards say by how much v changes where x changes by one; of each skipped step the change so
+    predicted, relative to v, is added up, and a forward is due when the sum reaches the limit."""
+
+    def __init__(self, limit):
+        self.limit, self.forwards, self.sum, self.rate = limit, 0, 0.0, 0.0
+
+    def learn(self, x, v):
+        if not self.limit:
+            return
+        if self.forwards:
+            self.rate = float((v - self.v).norm() / (x - self.x).norm())
+        self.forwards, self.sum, self.x, self.v, self.before = self.forwards + 1, 0.0, x, v, x
+
+    def guess(self, x):
+        """v at x, or None where the model must be asked."""
+        if not self.limit or self.forwards < WARM_UP:
+            return None
+        self.sum += self.rate * float((x - self.before).norm() / self.v.norm())
+        self.before = x
+        return self.v + (x - self.x) if self.sum < self.limit else None
+
+
+def windows(frames, length, overlap=None):
+    """Latent frames -> spans [(start, stop)] of `length` that cover them, evenly spread, each sharing at least
+    `overlap` (a quarter) with the next. One span where they fit."""
+    if frames <= length:
+        return [(0, frames)]
+    overlap = max(length // 4, 1) if overlap is None else overlap
+    count = math.ceil((frames - overlap) / (length - overlap))
+    starts = [round(i * (frames - length) / (count - 1)) for i in range(count)]
+    return [(start, start + length) for start in starts]
+
+
+def ramp(length):
+    """Weights of a window's frames: least at its ends, where it sees the fewest neighbours."""
+    place = torch.arange(length)
+    return torch.minimum(place + 1, length - place).float().view(-1, 1, 1)
+
+
+def averaged(velocity, x, spans, on_window=lambda done: None):
+    """velocity(i, start, stop) of each window -> that of x, averaged where windows overlap."""
+    if len(spans) == 1:
+        return velocity(0, *spans[0])
+    total, weights = torch.zeros_like(x), x.new_zeros(x.shape[2], 1, 1)
+    for i, (start, stop) in enumerate(spans):
+        weight = ramp(stop - start).to(x.device)
+        total[:, :, start:stop] += weight * velocity(i, start, stop)
+        weights[start:stop] += weight
+        on_window(i + 1)
+    return total / weights
+
+
+def filled(frames, length):
+    """Frames, then the last again, until there are `length`."""
+    last = None
+    for last in frames:
+        yield last
+    for _ in range(length - len(frames)):
+        yield last
+
+
+def chunked(frames, stride):
+    """Frames -> stacks of them, in the VAE's way: the first alone, then `stride` at a time."""
+    frames, size = iter(frames), 1
+    while part := list(islice(frames, size)):
+        yield torch.stack(part)
+        size = stride
+
+
+def window_frames(frames, spans, stride):
+    """Frames -> the stack of each window of latent frames. A latent frame stands for `stride` frames, the clip's first for
+    one: of later windows the first is taken so too, so that all have equally many."""
+    held, start, frames = [], 0, iter(frames)
+    for a, b in spans:
+        first, stop = stride * a, stride * (b - 1) + 1
+        held += islice(frames, stop - start - len(held))
+        held, start = held[first - start :], first
+        yield torch.stack(held)
+
+
+def mask_latents(mask, vae):
+    """Frames of a mask (H, W) or (H, W, 3) -> (1, 1, t, h, w), true where any pixel of a latent may change."""
+    chunks = (F.max_pool2d(white(part).float(), vae.space_stride).amax(0) for part in chunked(mask, vae.time_stride))
+    return torch.stack(list(chunks))[None, None] > 0
+
+
+def white(mask):
+    return (mask.float().mean(-1) if mask.ndim > 2 and mask.shape[-1] == 3 else mask.float()) > (
+        0 if mask.dtype == torch.bool else 127
+    )
+
+
+def outside(changes, source, noise):
+    """-> stay(x, sigma): outside of `changes` the source's latents at this noise level."""
+    return lambda x, sigma: torch.where(changes, x, torch.lerp(source, noise, sigma))
+
+
+def pasted(edit, source, mask, feather=4):
+    """A frame (H, W, 3) of the edit where its mask is white, of the source elsewhere; the edge is soft."""
+    size = 2 * feather + 1
+    share = F.avg_pool2d(white(mask).float()[None, None], size, 1, feather, count_include_pad=False)
+    share = F.avg_pool2d(share, size, 1, feather, count_include_pad=False)[0, 0, :, :, None]
+    return torch.lerp(source.float(), edit.float(), share).round().to(torch.uint8)
