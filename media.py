@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 import threading
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
@@ -447,27 +447,33 @@ def faithful_codec(frames):
     return EXACT_VIDEO_CODEC if frames[0].numel() <= SMALL_FRAME else VIDEO_CODEC
 
 
-def write_video(path, frames, fps, audio_from=None, codec=VIDEO_CODEC):
-    """uint8 frames (T, H, W, 3), H and W even, to an h264 mp4 (BT.709) at `fps`.
+def write_video(path, frames, fps, audio_from=None, codec=VIDEO_CODEC, count=None):
+    """uint8 frames (T, H, W, 3), H and W even, to an h264 mp4 (BT.709) at `fps`. With `count` any iterable of so many
+    frames (H, W, 3), which are written as they come.
 
     audio_from: a file whose sound, if it has any, is kept for the length of the clip. Sound that cannot be kept
     is reported on stderr and never costs the video. codec: VIDEO_CODEC, SMALL_VIDEO_CODEC or EXACT_VIDEO_CODEC.
     ValueError without frames, or for a rate of 0. MediaError where the file cannot be written.
     """
-    if not len(frames) or fps <= 0:
-        raise ValueError(f"{path}: a video of {len(frames)} frames at {fps} a second cannot be written")
-    fps = Fraction(fps).limit_denominator(1001000)
+    count = len(frames) if count is None else count
+    if not count or fps <= 0:
+        raise ValueError(f"{path}: a video of {count} frames at {fps} a second cannot be written")
+    frames, fps = iter(frames), Fraction(fps).limit_denominator(1001000)
+    frames = chain([first := next(frames)], frames)
+    size, duration = tuple(first.shape[:2]), count / fps
     with whole_file(path) as temporary:
         try:
-            mux_video(temporary, frames, fps, audio_from, codec)
-        except Exception as error:
-            full = isinstance(error, OSError) and error.errno == 28  # no space left on device
-            if isinstance(error, OSError) and (full or audio_from is None):
-                raise unwritable(path, error) from None
-            if audio_from is None:
-                raise
-            no_sound(audio_from, error)
-            mux_video(temporary, frames, fps, None, codec)
+            try:
+                mux_video(temporary, frames, size, fps, duration, audio_from, codec)
+            except SoundError as error:  # before the first frame
+                no_sound(audio_from, error.__cause__)
+                mux_video(temporary, frames, size, fps, duration, None, codec)
+        except OSError as error:
+            raise unwritable(path, error) from None
+
+
+class SoundError(Exception):
+    """Its cause kept a sound track from being written."""
 
 
 def unwritable(path, error):
@@ -478,22 +484,32 @@ def no_sound(path, reason):
     print(f"note: {path}: its sound cannot be kept ({getattr(reason, 'strerror', None) or reason})", file=sys.stderr)
 
 
-def mux_video(path, frames, fps, audio_from, codec):
-    duration, (pixel_format, options) = len(frames) / fps, codec
-    heard = nullcontext() if audio_from is None else av.open(str(Path(audio_from).absolute()))
+def mux_video(path, frames, size, fps, duration, audio_from, codec):
+    pixel_format, options = codec
     options_mp4 = {"movflags": "faststart"}
-    with heard as source, av.open(str(Path(path).absolute()), "w", format="mp4", container_options=options_mp4) as out:
+    with ExitStack() as stack:
+        try:
+            source = audio_from and stack.enter_context(av.open(str(Path(audio_from).absolute())))
+        except Exception as error:
+            raise SoundError from error
+        out = stack.enter_context(av.open(str(Path(path).absolute()), "w", format="mp4", container_options=options_mp4))
         video = out.add_stream("libx264", rate=fps, options=options)
-        video.height, video.width, video.pix_fmt = *frames.shape[1:3], pixel_format
+        video.height, video.width, video.pix_fmt = *size, pixel_format
         context = video.codec_context
         context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
         context.color_range = 1  # limited
-        add_sound = sound_track(out, source, duration)  # streams are added before the first packet is written
+        try:
+            sound_track(out, source, duration)()  # streams are added before the first packet is written
+        except OSError as error:
+            if error.errno == 28:  # no space left on device
+                raise
+            raise SoundError from error
+        except Exception as error:
+            raise SoundError from error
         for image in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             out.mux(video.encode(frame.reformat(format=pixel_format, dst_colorspace="ITU709")))
         out.mux(video.encode())
-        add_sound()
 
 
 def sound_track(out, source, duration):

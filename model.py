@@ -442,9 +442,8 @@ class KiwiEdit(nn.Module):
         with working_on(self.vae, offload_to):
             frames = (frame for part in self.decode_fitting(latents, tile, partial(tell, "decode")) for frame in part)
             if mask is not None:
-                frames = map(pasted, frames, video, mask)
-            for part in chunked(islice(frames, count), vae.time_stride):
-                yield part
+                frames = map(pasted, frames, filled(video, length), filled(mask, length))
+            yield from chunked((frame for i, frame in enumerate(frames) if i < count), vae.time_stride)
 
     def check_pictures(self, video, refs):
         """ValueError where an edit cannot take them."""

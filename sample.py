@@ -1,10 +1,12 @@
 """Edit a video or a picture: `python sample.py in.mp4 "replace the car" --ref car.png`; alone, the bundled example.
 
-read (data.py) -> understand the request (connectors.py) -> encode (vae.py) -> denoise (dit.py, model.py)
--> decode (vae.py) -> write (data.py), with a progress bar for each phase. A still picture gives a picture.
+read (media.py) -> understand the request (connectors.py) -> encode (vae.py) -> denoise (dit.py, sampler.py)
+-> decode (vae.py) -> write (media.py), with a progress bar for each phase. A still picture gives a picture, a long clip
+streams. Processes that torchrun starts share one edit (parallel.py).
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +14,7 @@ EXAMPLES = """examples:
   python sample.py                                             (the example bundled with the weights, on any computer)
   python sample.py in.mp4 "Replace the car with a vintage bus." --weights linyq/kiwi-edit-5b-instruct-only-diffusers
   python sample.py in.mp4 "Replace the car with the one shown." --ref car.png -o bus.mp4 --compare --offload
+  torchrun --nproc-per-node 8 sample.py in.mp4 "Make it night." --frames 241 --solver ab2 --steps 25 --weights ...
 
 weights (--weights):
   a folder in the released diffusers layout, or its hub id (linyq/kiwi-edit-5b-{instruct-only,reference-only,
@@ -44,21 +47,23 @@ def parse_arguments(argv=None):
     add("--ref-pad-first", action="store_true", help="a released training checkpoint whose name says pad_first: references "
         "come before the clip")  # fmt: skip
     add("--steps", type=positive, help="denoising steps (default: 50; nano 2)")
+    add("--solver", choices=("euler", "ab2"), default="euler", help="ab2: as good with half the steps (default %(default)s)")
+    add("--reuse", type=float, default=0.0, metavar="T", help="skip forwards while the predicted change stays below T, e.g. "
+        "0.02 (default: none)")  # fmt: skip
+    add("--re-noise", type=timesteps, default=(), metavar="T,T,...", help="the timesteps of distilled weights, e.g. "
+        "1000,757,522, noised anew at each, in place of --steps")  # fmt: skip
+    add("--mask", metavar="PNG|MP4", help="of the input's size: only what is white may change")
     add("--ref-guidance", type=float, metavar="G", help="above 1 the edit is more like the references than trained, in twice "
         "the time; 1 is as released (default: 1; nano 1.2)")  # fmt: skip
     add("--shift", type=float, default=5.0, help="shift of the noise schedule (default %(default)s)")
     add("--seed", type=int, default=0, help="same seed, same result (default %(default)s)")
-    add("--frames", type=positive, help="at most so many frames, from 5 on reduced to 4k + 1 (default: 81; nano 9)")
+    add("--frames", type=positive, help="at most so many frames, from 5 on reduced to 4k + 1; more than the default "
+        "(81; nano 9) are edited in windows")  # fmt: skip
     add("--max-pixels", type=positive, help="larger frames are shrunk (default: 921600; nano 4096)")
     add("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one)")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, on a CPU float32")
     add("--offload", action="store_true", help="keep on the GPU only the part at work")
-    add(
-        "--tile",
-        type=positive,
-        metavar="N",
-        help="VAE: work on N x N latent pixels at once; the same result, less memory",
-    )
+    add("--tile", type=positive, metavar="N", help="VAE: work on N x N latent pixels at once; the same result, less memory")
     add("--compare", action="store_true", help="also write source, references and edit side by side: <out>_compare")
     argv = sys.argv[1:] if argv is None else argv
     if "--" in argv:  # argparse cannot intermix behind it
@@ -73,24 +78,33 @@ def positive(text):
     return value
 
 
+def timesteps(text):
+    return tuple(float(part) for part in text.split(","))
+
+
 def main(argv=None):
     args = with_example(parse_arguments(argv))
     check_values(args)
     weights_exist(args.weights)
     import torch
 
-    from media import read_image
-    from parallel import pick_device
+    from media import FrameFile, read_image
+    from parallel import pick_device, rank_and_world
+    from sampler import Sampler
 
+    if rank_and_world()[0]:
+        sys.stdout = open(os.devnull, "w")  # the first of several processes speaks
+    sampler = Sampler(args.solver, args.reuse, args.re_noise)
     device = pick_device(args.device)
     if args.offload and device.type == "cpu":
         raise ValueError("--offload moves parts between the CPU and a GPU, and there is no GPU; leave it out")
     dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
 
-    # What headers and first frames tell of wrong files is told before weights, maybe 20 GB, are fetched.
+    # validate inputs before downloading 20 GB
     refs = [read_image(path) for path in args.ref]
     out, beside = places(args)
     clip = read_source(args)
+    mask = read_mask(args.mask, clip) if args.mask else None
 
     from model import FlowMatch, KiwiEdit
 
@@ -104,14 +118,35 @@ def main(argv=None):
         print(
             "note        these weights were not trained to look at the clip itself (stage 1?): little of it will stay"
         )
+    ranks = share_edit(model) if rank_and_world()[1] > 1 else None
+    first = ranks is None or ranks.first
     with Progress() as progress:
-        edited = model.edit(
+        chunks = model.edit_stream(
             clip.frames, args.instruction, refs or None, args.steps, args.seed, FlowMatch(args.shift), args.tile,
-            device if args.offload else None, progress, args.ref_guidance,
+            device if args.offload else None, progress if first else None, args.ref_guidance, sampler, mask,
         )  # fmt: skip
-    write(out, edited, clip)
+        edited, long = (frame for chunk in chunks for frame in chunk), isinstance(clip.frames, FrameFile)
+        if not first:
+            return list(edited) and ranks.leave()
+        edited = edited if long else list(edited)
+        write(out, edited, clip)
     if args.compare:
-        compare(beside, clip, refs, edited)
+        compare(beside, clip, refs, FrameFile(str(out), len(clip.frames), clip.frames.size) if long else edited)
+    if ranks:
+        ranks.leave()
+
+
+def share_edit(model):
+    """All processes of torchrun share the sequence of one edit and the frames of its VAE."""
+    from parallel import Ranks, SharedFrames, Ulysses, rank_and_world
+
+    world, heads = rank_and_world()[1], model.config.dit.num_heads
+    if heads % world:
+        raise ValueError(f"{world} processes cannot share {heads} attention heads: take a number that divides them")
+    ranks = Ranks(sp=world)
+    Ulysses(model.dit, ranks.sequence)
+    model.vae.shared = SharedFrames(ranks.sequence)
+    return ranks
 
 
 def with_example(args):
@@ -168,7 +203,7 @@ def places(args):
         raise MediaError(f"{out}: a picture is written as {', '.join(IMAGE_CODECS)}")
     beside = out.with_stem(out.stem + "_compare")
     written = [out, *([beside, beside.with_suffix(".png")] if args.compare else [])]
-    for path in (args.input, *args.ref):
+    for path in filter(None, (args.input, args.mask, *args.ref)):
         if Path(path).resolve() in [target.resolve() for target in written]:
             raise MediaError(f"{path}: would be replaced by what is written; give another -o")
     writable(out)
@@ -193,6 +228,24 @@ def read_source(args):
     rate = "" if clip.still else f", {float(clip.fps):g} fps"
     print(f"read        {args.input}: {count} frame{'s' * (count > 1)} of {width}x{height}{rate}")
     return clip
+
+
+def read_mask(path, clip):
+    """What may change, at the clip's size: a picture for all frames, or a clip."""
+    from media import FrameFile, MediaError, fit_frames, frame_rate, is_picture, measure, open_media, read_image
+
+    count, *size = clip.frames.shape[:3]
+    total, *source_size = measure(path)
+    if tuple(source_size) != tuple(clip.source_size):
+        shown = [f"{width}x{height}" for height, width in (source_size, clip.source_size)]
+        raise MediaError(f"{path}: {shown[0]} pixels, and the input has {shown[1]}; give a mask of the input's size")
+    with open_media(path) as (container, stream):
+        stride = max(round(frame_rate(stream) / clip.fps), 1)
+        if is_picture(container):
+            return fit_frames(read_image(path)[None], size).expand(count, -1, -1, -1)
+    if total < (count - 1) * stride + 1:
+        raise MediaError(f"{path}: {total} frames are too few for the {count} that are edited")
+    return FrameFile(path, count, tuple(size), stride)
 
 
 def weights_exist(weights):
@@ -233,23 +286,29 @@ def compare(out, clip, refs, edited):
 
     from media import pad_reference, write_image
 
-    shown = [pad_reference(ref, clip.frames.shape[1:3]).expand_as(edited) for ref in refs]
-    frames = torch.cat([clip.frames, *shown, edited], dim=2)
-    scale = max(COMPARED_HEIGHT // frames.shape[1], 1)
-    frames = frames.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    write(out, frames, clip)
+    count, height = clip.frames.shape[:2]
+    shown, scale = [pad_reference(ref, clip.frames.shape[1:3]) for ref in refs], max(COMPARED_HEIGHT // height, 1)
+    middle = out.with_suffix(".png")
+
+    def frames():
+        for i, (source, edit) in enumerate(zip(clip.frames, edited)):
+            frame = torch.cat([source, *shown, edit], dim=1).repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+            if i == count // 2 and not clip.still:
+                write_image(middle, frame)
+            yield frame
+
+    write(out, frames(), clip)
     if not clip.still:
-        write_image(out.with_suffix(".png"), frames[len(frames) // 2])
-        print(f"write       {out.with_suffix('.png')}")
+        print(f"write       {middle}")
 
 
 def write(out, frames, clip):
     from media import write_image, write_video
 
     if clip.still:
-        write_image(out, frames[0])
+        write_image(out, *frames)
     else:
-        write_video(out, frames, clip.fps, audio_from=clip.path)
+        write_video(out, frames, clip.fps, audio_from=clip.path, count=len(clip.frames))
     print(f"write       {out}")
 
 

@@ -440,15 +440,16 @@ class VAE(nn.Module):
         ranks that share the frames (`parallel.share_frames`) take a tile or a few each, and join every part."""
         tile = self.shared.tile(height, width) if self.shared else tile
         windows = tile_windows(height, width, tile, halo)
+        mine = self.shared.mine(windows) if self.shared and len(windows) > 1 else windows
 
         def stream(parts, core, window):
             state, inner = {}, [(a - w, b - w) for (a, b), (w, _) in zip(core, window)]
             for part in parts:
-                yield core, work(part, window, inner, state)
-                on_step(len(windows))
+                piece = work(part, window, inner, state)
+                on_step(len(mine))
+                yield core, piece
 
-        if self.shared and len(windows) > 1:
-            mine = self.shared.mine(windows)
+        if mine is not windows:
             streams = [stream(copy, *spans) for copy, spans in zip(tee(parts, len(mine)), mine)]
             yield from (self.shared.join(pieces, height, width) for pieces in zip(*streams))
         elif len(windows) > 1:
