@@ -27,7 +27,7 @@ from dit import DiT, DiTConfig
 from load import QWEN_BASE, WAN_BASE, from_dict, listed, load_weights, move_buffers, only_weights, read_fields
 from media import MAX_PIXELS, FrameFile, long_clip, nearest_size, pad_reference, whole_folder
 from parallel import pick_device
-from sampler import Sampler, averaged, chunked, filled, mask_latents, outside, pasted, window_frames, windows
+from sampler import Sampler, agreed, crossfaded, filled, in_windows, mask_latents, outside, pasted, window_frames, windows
 from vae import VAE, VAEConfig
 
 
@@ -343,7 +343,7 @@ class KiwiEdit(nn.Module):
     @torch.no_grad()
     def denoise(
         self, noise, context, source=None, ref=None, steps=50, flow=FlowMatch(), on_step=None, unshown=None,
-        guidance=1.0, sampler=Sampler(), stay=None, generator=None, spans=None,
+        guidance=1.0, sampler=Sampler(), stay=None, draw=None, spans=None,
     ):  # fmt: skip
         """From noise (B, C, T, H, W), float32, to latents: `Sampler.sample` of the velocity. One forward a step: Kiwi-Edit
         has no classifier-free guidance. The latents stay float32 between the steps (the release keeps them in bfloat16).
@@ -351,36 +351,45 @@ class KiwiEdit(nn.Module):
         unshown: the context of the same request without its references, for a second forward a step without them: the
         velocity is then v_unshown + guidance (v - v_unshown), as InstructPix2Pix has it of its picture (arXiv
         2211.09800, Eq. 3); above 1 the edit is more like the references, and less like what it was trained to be.
-        spans: windows in latent time (`sampler.windows`); context and unshown are then lists, one of each window.
+        spans: the windows in latent time (`sampler.windows`) that the rows of a batch are; rows then have a context each,
+        in a list, go through the model one by one, and agree where they overlap.
         """
-        spans = spans or [(0, noise.shape[2])]
-        contexts, shy = (z if isinstance(z, list) else [z] * len(spans) for z in (context, unshown))
-        contexts, shy = ([z if z is None else z.to(self.dtype) for z in listed] for listed in (contexts, shy))
+        rows = len(spans) if spans else 1
+        contexts, shy = (z if isinstance(z, list) else [z] * rows for z in (context, unshown))
+        contexts, shy = ([z if z is None else z.to(self.dtype) for z in zs] for zs in (contexts, shy))
         source, ref = (z if z is None else z.to(self.dtype) for z in (source, ref))
-        if len(spans) == 1 and not hasattr(self.dit.blocks[0], "unshard"):  # sharded blocks have weights only when called
+        if rows == 1 and not hasattr(self.dit.blocks[0], "unshard"):  # a sharded block has weights while it is called
             contexts, shy = ([z if z is None else self.dit.context_keys_values(z) for z in zs] for zs in (contexts, shy))
 
-        def velocity(x, t, i, a, b):  # of window i
-            now = x[:, :, a:b].to(self.dtype), t
-            part = source if source is None else source[:, :, a:b]
-            v = self.velocity(*now, contexts[i], part, ref).float()
-            return v if shy[i] is None else torch.lerp(self.velocity(*now, shy[i], part).float(), v, guidance)
+        def velocity(x, t, context, unshown, source):
+            v = self.velocity(x.to(self.dtype), t, context, source, ref).float()
+            if unshown is None:
+                return v
+            return torch.lerp(self.velocity(x.to(self.dtype), t, unshown, source).float(), v, guidance)
 
-        return sampler.sample(
-            lambda x, t, on_window: averaged(partial(velocity, x, t), x, spans, on_window),
-            noise.float(), sampler.sigmas(flow, steps), stay, on_step, generator, len(spans),
-        )  # fmt: skip
+        def of_windows(x, t, on_window):
+            if rows == 1:
+                return velocity(x, t, contexts[0], shy[0], source)
+            parts = []
+            for i in range(rows):
+                one = slice(i, i + 1)
+                parts.append(velocity(x[one], t[one], contexts[i], shy[i], source[one]))
+                on_window(i + 1)
+            return agreed(torch.cat(parts), spans)
+
+        sigmas = sampler.sigmas(flow, steps)
+        return sampler.sample(of_windows, noise.float(), sigmas, stay, on_step, draw, rows)
 
     def edit(self, *args, **kwargs):
         """`edit_stream`, all of it: -> uint8 torch (T, H, W, 3), on the CPU."""
-        return torch.cat(list(self.edit_stream(*args, **kwargs)))
+        return torch.stack(list(self.edit_stream(*args, **kwargs)))
 
     @torch.no_grad()
     def edit_stream(
         self, video, instruction, ref=None, steps=None, seed=0, flow=FlowMatch(), tile=None, offload_to=None,
         progress=None, ref_guidance=None, sampler=Sampler(), mask=None,
     ):  # fmt: skip
-        """Edit a clip. Yields uint8 frames (t, H, W, 3) on the CPU as they are decoded.
+        """Edit a clip. Yields uint8 frames (H, W, 3) on the CPU as they are decoded.
 
         video: uint8 (T, H, W, 3), torch or numpy, H and W multiples of 32 (`media.read_clip` makes them so), or a
         `media.FrameFile`, of which a few frames at a time are in memory; a T other than 4k + 1 is filled by repeating
@@ -410,40 +419,45 @@ class KiwiEdit(nn.Module):
         length = count + (1 - count) % vae.time_stride
         latent_frames = vae.latent_frames(length)
         spans = windows(latent_frames, vae.latent_frames(self.config.window))
+        of_windows = lambda frames: window_frames(filled(frames, length), spans, vae.time_stride)
 
         contexts, unshown = [], []
         with working_on(self.mllm, offload_to):
             tell("understand", 0, len(spans))
-            for seen in window_frames(filled(video, length), spans, vae.time_stride):
-                contexts.append(self.mllm(instruction, seen, refs or None))
-                unshown.append(self.mllm(instruction, seen) if refs and guidance != 1 else None)
+            for clip in of_windows(video):
+                contexts.append(self.mllm(instruction, clip, refs or None))
+                unshown.append(self.mllm(instruction, clip) if refs and guidance != 1 else None)
                 tell("understand", len(contexts), len(spans))
 
         with working_on(self.vae, offload_to):
-            parts = (part.permute(3, 0, 1, 2)[None] for part in chunked(filled(video, length), vae.time_stride))
-            source = self.vae.encode(parts, tile, 1, partial(tell, "encode"), (length, height, width))
+            of = partial(of_part, tell, len(spans))
+            source = torch.cat([self.encode_frames(clip, tile, of("encode", i)) for i, clip in enumerate(of_windows(video))])
             pictures = [pad_reference(image, (height, width))[None] for image in refs]
             ref_latents = torch.cat([self.encode_frames(p, tile) for p in pictures], dim=2) if refs else None
 
-        generator = torch.Generator().manual_seed(seed)
-        noise, stay = torch.randn(source.shape, generator=generator).to(source.device), None
+        generator, stay = torch.Generator().manual_seed(seed), None
+        shape = (1, source.shape[1], latent_frames, *source.shape[3:])
+        draw = lambda: in_windows(torch.randn(shape, generator=generator), spans).to(source.device)
+        noise = draw()
         if mask is not None:
-            stay = outside(mask_latents(filled(mask, length), vae).to(source.device), source.float(), noise)
+            changes = [mask_latents(part, vae) for part in of_windows(mask)]
+            stay = outside(torch.stack(changes).to(source.device), source.float(), noise)
         denoiser = tuple(part for name, part in self.named_children() if name not in ("vae", "mllm"))
         with working_on(denoiser, offload_to):
             latents = self.denoise(
                 noise, contexts, source, ref_latents, steps, flow, partial(tell, "denoise"), unshown, guidance,
-                sampler, stay, generator, spans,
+                sampler, stay, draw, spans,
             )  # fmt: skip
         if not latents.isfinite().all():
-            raise ValueError(f"the edit's numbers are not finite in {str(self.dtype)[6:]}: "
-                             + ("take bfloat16" if self.dtype == torch.float16 else "do the weights hold NaN?"))  # fmt: skip
+            mend = "take bfloat16" if self.dtype == torch.float16 else "do the weights hold NaN?"
+            raise ValueError(f"the edit's numbers are not finite in {str(self.dtype)[6:]}: {mend}")
 
         with working_on(self.vae, offload_to):
-            frames = (frame for part in self.decode_fitting(latents, tile, partial(tell, "decode")) for frame in part)
+            clips = (self.decode_fitting(z[None], tile, of("decode", i)) for i, z in enumerate(latents))
+            frames = crossfaded(clips, spans, vae.time_stride)
             if mask is not None:
                 frames = map(pasted, frames, filled(video, length), filled(mask, length))
-            yield from chunked((frame for i, frame in enumerate(frames) if i < count), vae.time_stride)
+            yield from islice(frames, count)
 
     def check_pictures(self, video, refs):
         """ValueError where an edit cannot take them."""
@@ -467,19 +481,14 @@ class KiwiEdit(nn.Module):
         return pixels[0].permute(1, 2, 3, 0).contiguous()
 
     def decode_fitting(self, latents, tile, on_chunk):
-        """Yield what `decode_frames` gives, and in tiles where the card is too small: decoding needs most memory."""
-        stream, told = partial(self.vae.decode_stream, latents, on_chunk=on_chunk, out_device="cpu", levels=True), 0
+        """`decode_frames`, in tiles where the card is too small: an edit needs most memory when its steps are done."""
         try:
-            for pixels in stream(tile):
-                yield pixels[0].permute(1, 2, 3, 0).contiguous()
-                told += 1
-            return
+            return self.decode_frames(latents, tile, on_chunk)
         except RuntimeError as error:  # cuDNN swallows the OutOfMemoryError of a convolution's workspace
             if tile is not None or not is_out_of_memory(error):
                 raise
         print("note: out of GPU memory: decoding once more, in tiles (tile=16), to the same result", file=sys.stderr)
-        for pixels in islice(stream(16), told, None):
-            yield pixels[0].permute(1, 2, 3, 0).contiguous()
+        return self.decode_frames(latents, 16, on_chunk)
 
     @classmethod
     def from_pretrained(cls, path, device="cpu", dtype=torch.bfloat16, base=None, qwen=None, ref_pad_first=False):
@@ -550,6 +559,11 @@ class KiwiEdit(nn.Module):
             for name, part in self.named_children():
                 state = {k: v.detach().cpu().contiguous() for k, v in part.state_dict(prefix=f"{name}.").items()}
                 save_file(state, temporary / f"{name}.safetensors")
+
+
+def of_part(tell, parts, phase, i):
+    """-> on_chunk(done, total) of part i of a phase."""
+    return lambda done, total: tell(phase, i * total + done, parts * total)
 
 
 def is_out_of_memory(error):

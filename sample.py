@@ -121,11 +121,11 @@ def main(argv=None):
     ranks = share_edit(model) if rank_and_world()[1] > 1 else None
     first = ranks is None or ranks.first
     with Progress() as progress:
-        chunks = model.edit_stream(
+        edited = model.edit_stream(
             clip.frames, args.instruction, refs or None, args.steps, args.seed, FlowMatch(args.shift), args.tile,
             device if args.offload else None, progress if first else None, args.ref_guidance, sampler, mask,
         )  # fmt: skip
-        edited, long = (frame for chunk in chunks for frame in chunk), isinstance(clip.frames, FrameFile)
+        long = isinstance(clip.frames, FrameFile)
         if not first:
             return list(edited) and ranks.leave()
         edited = edited if long else list(edited)

@@ -5,9 +5,9 @@
     reuse                 a step whose predicted change is small takes v - x from the last forward (arXiv 2507.02860)
     re-noise              x0 = x - sigma v, noised anew to the next sigma: the sampler of distilled few-step weights
 
-A clip longer than the model knows is denoised in overlapping windows of latent frames: each step averages their
-velocities with a ramp (arXiv 2302.08113), so that all windows walk together and nothing is blended afterwards.
-`Sampler()` with one window is the plain loop.
+A clip longer than the model knows is a batch of overlapping windows, each encoded and decoded as a clip of its own, as in
+training. At each step their velocities are averaged where they overlap (arXiv 2302.08113): all windows walk together and
+arrive at the same latents. `Sampler()` with one window is the plain loop.
 """
 
 import math
@@ -45,11 +45,11 @@ class Sampler:
         """(steps + 1,), from 1 down to 0."""
         return torch.tensor([*self.re_noise, 0]) / 1000 if self.re_noise else flow.sigmas(steps)
 
-    def sample(self, velocity, noise, sigmas, stay=None, on_step=None, generator=None, parts=1):
+    def sample(self, velocity, noise, sigmas, stay=None, on_step=None, draw=None, parts=1):
         """velocity(x, t (B,), on_part) -> v like x, float32; noise float32 (B, C, T, H, W) -> latents.
 
         stay(x, sigma): puts back what must not change after each step (`Mask`). on_step(done, total) counts the parts
-        (windows) of all steps. generator: draws the noise of `re_noise`.
+        (windows) of all steps. draw(): fresh noise for `re_noise`.
         """
         x, timesteps, steps = noise, (1000 * sigmas).to(noise.device), sigmas.diff().tolist()
         before, cache, tell = None, Reuse(self.reuse), on_step or (lambda done, total: None)
@@ -62,8 +62,7 @@ class Sampler:
             if self.re_noise:
                 x = x - sigmas[i].item() * v
                 if i + 1 < len(steps):
-                    fresh = torch.randn(x.shape, generator=generator).to(x.device)
-                    x = torch.lerp(x, fresh, sigmas[i + 1].item())
+                    x = torch.lerp(x, draw(), sigmas[i + 1].item())
             elif self.solver == "ab2" and i:
                 x = x + step * (v + step / (2 * steps[i - 1]) * (v - before))
             else:
@@ -100,32 +99,35 @@ class Reuse:
 
 def windows(frames, length, overlap=None):
     """Latent frames -> spans [(start, stop)] of `length` that cover them, evenly spread, each sharing at least
-    `overlap` (a quarter) with the next. One span where they fit."""
+    `overlap` with the next: a quarter, and the one of a window's first frame. One span where they fit."""
     if frames <= length:
         return [(0, frames)]
-    overlap = max(length // 4, 1) if overlap is None else overlap
+    overlap = min(max(length // 4, 1) + 1, length - 1) if overlap is None else overlap
     count = math.ceil((frames - overlap) / (length - overlap))
     starts = [round(i * (frames - length) / (count - 1)) for i in range(count)]
     return [(start, start + length) for start in starts]
 
 
-def ramp(length):
-    """Weights of a window's frames: least at its ends, where it sees the fewest neighbours."""
-    place = torch.arange(length)
-    return torch.minimum(place + 1, length - place).float().view(-1, 1, 1)
+def in_windows(x, spans):
+    """Latents (1, C, T, h, w) -> (windows, C, t, h, w)."""
+    return torch.cat([x[:, :, start:stop] for start, stop in spans])
 
 
-def averaged(velocity, x, spans, on_window=lambda done: None):
-    """velocity(i, start, stop) of each window -> that of x, averaged where windows overlap."""
-    if len(spans) == 1:
-        return velocity(0, *spans[0])
-    total, weights = torch.zeros_like(x), x.new_zeros(x.shape[2], 1, 1)
-    for i, (start, stop) in enumerate(spans):
-        weight = ramp(stop - start).to(x.device)
-        total[:, :, start:stop] += weight * velocity(i, start, stop)
-        weights[start:stop] += weight
-        on_window(i + 1)
-    return total / weights
+def agreed(x, spans):
+    """Velocities (windows, C, t, h, w), averaged where windows overlap, most from where a window sees most neighbours.
+
+    A later window's first latent stands for one frame, the same place in another for several: it stays its own."""
+    stop, length = spans[-1][1], x.shape[2]
+    place = torch.arange(length, device=x.device)
+    ramp = torch.minimum(place + 1, length - place).to(x.dtype).view(-1, 1, 1)
+    total, weights = x.new_zeros(x.shape[1], stop, *x.shape[3:]), x.new_zeros(stop, 1, 1)
+    shared = [slice(start + (start > 0), stop) for start, stop in spans]
+    for row, part in zip(x, shared):
+        count = part.stop - part.start
+        total[:, part] += (ramp * row)[:, -count:]
+        weights[part] += ramp[-count:]
+    mean = total / weights
+    return torch.stack([torch.cat([row[:, : length - (p.stop - p.start)], mean[:, p]], 1) for row, p in zip(x, shared)])
 
 
 def filled(frames, length):
@@ -137,17 +139,8 @@ def filled(frames, length):
         yield last
 
 
-def chunked(frames, stride):
-    """Frames -> stacks of them, in the VAE's way: the first alone, then `stride` at a time."""
-    frames, size = iter(frames), 1
-    while part := list(islice(frames, size)):
-        yield torch.stack(part)
-        size = stride
-
-
 def window_frames(frames, spans, stride):
-    """Frames -> the stack of each window of latent frames. A latent frame stands for `stride` frames, the clip's first for
-    one: of later windows the first is taken so too, so that all have equally many."""
+    """Frames -> the stack of each window. A latent frame is `stride` frames; a window's first is one, the last of them."""
     held, start, frames = [], 0, iter(frames)
     for a, b in spans:
         first, stop = stride * a, stride * (b - 1) + 1
@@ -156,10 +149,22 @@ def window_frames(frames, spans, stride):
         yield torch.stack(held)
 
 
+def crossfaded(clips, spans, stride):
+    """The windows' frames -> those of the whole, one by one, blended where windows overlap."""
+    tail = []
+    for clip, (start, _), following in zip(clips, spans, [*spans[1:], None]):
+        for i, old in enumerate(tail):
+            clip[i] = torch.lerp(old.float(), clip[i].float(), (i + 1) / (len(tail) + 1)).round().to(torch.uint8)
+        own = len(clip) if following is None else stride * (following[0] - start)
+        yield from clip[:own]
+        tail = clip[own:]
+
+
 def mask_latents(mask, vae):
-    """Frames of a mask (H, W) or (H, W, 3) -> (1, 1, t, h, w), true where any pixel of a latent may change."""
-    chunks = (F.max_pool2d(white(part).float(), vae.space_stride).amax(0) for part in chunked(mask, vae.time_stride))
-    return torch.stack(list(chunks))[None, None] > 0
+    """A mask of a window, (T, H, W) or (T, H, W, 3) -> (1, t, h, w), true where any pixel of a latent may change."""
+    places = F.max_pool2d(white(mask).float(), vae.space_stride)
+    later = places[1:].unflatten(0, (-1, vae.time_stride)).amax(1)
+    return torch.cat([places[:1], later])[None] > 0
 
 
 def white(mask):

@@ -18,7 +18,7 @@ a halo of their receptive field, and the attention always sees the whole frame: 
 
 import math
 from dataclasses import dataclass
-from itertools import count, pairwise, tee
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -170,6 +170,12 @@ class ResidualBlock(nn.Module):
         return y + (x if self.shortcut is None else self.shortcut(x, state))
 
 
+def apply(layers, x, state):
+    for layer in layers:
+        x = layer(x, state)
+    return x
+
+
 def residual_blocks(in_dim, out_dim, count):
     return [ResidualBlock(dim, out_dim) for dim in (in_dim, *[out_dim] * (count - 1))]
 
@@ -264,10 +270,7 @@ class DownLevel(nn.Module):
             self.downsamples.append(Downsample(out_dim, time))
 
     def forward(self, x, state):
-        shortcut = average_down(x, self.out_dim, self.time, self.space)
-        for layer in self.downsamples:
-            x = layer(x, state)
-        return x + shortcut
+        return apply(self.downsamples, x, state) + average_down(x, self.out_dim, self.time, self.space)
 
 
 class UpLevel(nn.Module):
@@ -283,9 +286,7 @@ class UpLevel(nn.Module):
     def forward(self, x, state):
         first = self not in state
         state[self] = True
-        y = x
-        for layer in self.upsamples:
-            y = layer(y, state)
+        y = apply(self.upsamples, x, state)
         return y + repeat_up(x, self.out_dim, self.time, 2, first) if self.space else y
 
 
@@ -313,12 +314,6 @@ def middle_layers(dim):
 
 def head_layers(in_dim, out_dim):
     return nn.ModuleDict({"0": NormSiLU(in_dim, 3), "2": CausalConv3d(in_dim, out_dim, (3, 3, 3))})
-
-
-def apply(layers, x, state):
-    for layer in layers:
-        x = layer(x, state)
-    return x
 
 
 class Encoder(nn.Module):
@@ -368,10 +363,8 @@ class Decoder(nn.Module):
 
 
 def tile_windows(height, width, tile, halo):
-    """Split a latent grid into cores of at most tile x tile and their windows, `halo` larger on each inner side.
-
-    -> [(core, window)], each ((y0, y1), (x0, x1)). tile None: one tile, everything. ValueError for a tile below 1.
-    """
+    """Split a latent grid into cores of at most tile x tile (None: one) and their windows, `halo` larger on each inner
+    side -> [(core, window)], each ((y0, y1), (x0, x1))."""
     if tile is not None and tile < 1:
         raise ValueError(f"tile: {tile}, expected at least 1 latent pixel, or None")
 
@@ -433,103 +426,77 @@ class VAE(nn.Module):
         mean, std = (z.new_tensor(s).view(-1, 1, 1, 1) for s in self.config.statistics)
         return z * std + mean
 
-    def by_tiles(self, work, parts, height, width, tile, halo, on_step):
-        """work(part, window, core in the window, state) on every part in time of every tile -> the joined parts, in time.
-
-        One tile streams. Several go one after the other and keep their parts, or the states of all would fill the card;
-        ranks that share the frames (`parallel.share_frames`) take a tile or a few each, and join every part."""
-        tile = self.shared.tile(height, width) if self.shared else tile
-        windows = tile_windows(height, width, tile, halo)
-        mine = self.shared.mine(windows) if self.shared and len(windows) > 1 else windows
-
-        def stream(parts, core, window):
-            state, inner = {}, [(a - w, b - w) for (a, b), (w, _) in zip(core, window)]
-            for part in parts:
-                piece = work(part, window, inner, state)
-                on_step(len(mine))
-                yield core, piece
-
-        if mine is not windows:
-            streams = [stream(copy, *spans) for copy, spans in zip(tee(parts, len(mine)), mine)]
-            yield from (self.shared.join(pieces, height, width) for pieces in zip(*streams))
-        elif len(windows) > 1:
-            parts = list(parts)
-            streams = [list(stream(parts, *spans)) for spans in windows]
-            yield from (join_tiles(pieces, height, width) for pieces in zip(*streams))
-        else:
-            yield from (piece for _, piece in stream(parts, *windows[0]))
+    def tiles(self, height, width, tile, convs_per_level):
+        """Tiles to work on, all or this rank's, and what joins them."""
+        halo = self.halo(convs_per_level)
+        windows = tile_windows(height, width, self.shared.tile(height, width) if self.shared else tile, halo)
+        if self.shared is None or len(windows) == 1:
+            return windows, join_tiles
+        return self.shared.mine(windows), self.shared.join
 
     @fastest_convolutions()
-    def moments(self, video, tile=None, chunk=1, on_chunk=None, size=None):
+    def moments(self, video, tile=None, chunk=1, on_chunk=None):
         """Mean and log-variance of the posterior, not normalised: each (B, z, 1 + (T-1)/4, H/s, W/s). As `encode`."""
-        c, weight = self.config, self.conv1.weight
+        c = self.config
         self.weights_like_activations()
-        frames, *pixels = size or video.shape[2:]
-        spans = chunks(c.latent_frames(frames), chunk)
-        if pixels[0] % c.space_stride or pixels[1] % c.space_stride:
-            raise ValueError(f"frames of {tuple(pixels)}: the VAE takes multiples of {c.space_stride}")
-        height, width = (side // c.space_stride for side in pixels)
-        first = lambda latent: max(0, (latent - 1) * c.time_stride + 1)
-        parts = video if size else (video[:, :, first(start) : first(stop)] for start, stop in spans)
-
-        def down(frames, window, inner, state):
-            x = crop(frames, window, c.space_stride).to(weight.device)
-            x = (x.float() * (2 / 255) - 1 if x.dtype == torch.uint8 else x).to(weight.dtype)
-            return crop(self.encoder.down(x, state), inner)
-
-        halo, state = self.halo(2 * c.num_res_blocks), {}
-        features = self.by_tiles(down, parts, height, width, tile, halo, counter(on_chunk, len(spans)))
-        out = [self.encoder.top(part, state) for part in features]
+        spans = chunks(c.latent_frames(video.shape[2]), chunk)
+        if video.shape[3] % c.space_stride or video.shape[4] % c.space_stride:
+            raise ValueError(f"frames of {tuple(video.shape[3:])}: the VAE takes multiples of {c.space_stride}")
+        weight, tiles = self.conv1.weight, []
+        height, width = video.shape[3] // c.space_stride, video.shape[4] // c.space_stride
+        windows, join = self.tiles(height, width, tile, 2 * c.num_res_blocks)
+        for core, window in windows:
+            state, features = {}, []
+            for start, stop in spans:
+                frames = video[:, :, max(0, (start - 1) * c.time_stride + 1) : (stop - 1) * c.time_stride + 1]
+                x = crop(frames, window, c.space_stride).to(weight.device)
+                x = (x.float() * (2 / 255) - 1 if x.dtype == torch.uint8 else x).to(weight.dtype)
+                inner = [(a - w, b - w) for (a, b), (w, _) in zip(core, window)]
+                features.append(crop(self.encoder.down(x, state), inner))
+                on_chunk and on_chunk(len(tiles) * len(spans) + len(features), len(windows) * len(spans))
+            tiles.append((core, torch.cat(features, dim=2)))
+        features, state = join(tiles, height, width), {}
+        out = [self.encoder.top(features[:, :, a:b], state) for a, b in spans]
         return self.conv1(torch.cat(out, dim=2), {}).chunk(2, dim=1)
 
-    def encode(self, video, tile=None, chunk=1, on_chunk=None, size=None):
+    def encode(self, video, tile=None, chunk=1, on_chunk=None):
         """Video to normalised latents, the posterior's mean and not a sample.
 
         video: (B, 3, T, H, W) in [-1, 1], or uint8, on any device (chunks are moved as they are needed), T = 4k + 1,
-        H and W multiples of the space stride -> (B, z, 1 + k, H/s, W/s). With size (T, H, W) an iterator of it: one
-        frame, then 4 * `chunk` at a time.
+        H and W multiples of the space stride -> (B, z, 1 + k, H/s, W/s).
         tile: latent pixels a side that are worked on at once; None: the whole frame. The result is the same.
-        on_chunk(done, total): called after each chunk of each tile, for progress bars.
-        ValueError where T, H or W do not fit.
+        on_chunk(done, total): called after each chunk of each tile. ValueError where T, H or W do not fit.
         """
-        return self.normalise(self.moments(video, tile, chunk, on_chunk, size)[0])
+        return self.normalise(self.moments(video, tile, chunk, on_chunk)[0])
 
+    @fastest_convolutions()
     def decode(self, latents, tile=None, chunk=1, on_chunk=None, out_device=None, levels=False):
         """Normalised latents (B, z, 1 + k, h, w) to video (B, 3, 4k + 1, h*s, w*s), clamped to [-1, 1].
 
         out_device: where the frames are collected (default: the latents' device). levels: as uint8, rounded to the
         nearest of 256 levels on the decoding device. Other arguments as for `encode`.
         """
-        return torch.cat(list(self.decode_stream(latents, tile, chunk, on_chunk, out_device, levels)), dim=2)
-
-    def decode_stream(self, latents, tile=None, chunk=1, on_chunk=None, out_device=None, levels=False):
-        """`decode`, chunk by chunk as the frames come."""
-        c, finite, state = self.config, [], {}
+        c = self.config
         self.weights_like_activations()
         latent_frames, height, width = latents.shape[2:]
-        spans = chunks(latent_frames, chunk)
-
-        def up(part, window, inner, state):
-            x = crop(self.decoder.up(crop(part, window), state), inner, c.space_stride)
-            finite.append(x.isfinite().all())  # asked at the end: no chunk waits for the device
-            x = x.clamp(-1, 1)
-            x = ((x.float() + 1) * 127.5).round().to(torch.uint8) if levels else x
-            return x.to(out_device or latents.device)
-
-        with fastest_convolutions():
-            z = self.conv2(self.denormalise(latents.to(self.conv2.weight)), {})
-            features = (self.decoder.bottom(z[:, :, a:b], state) for a, b in spans)
-            halo = self.halo(2 * c.num_res_blocks + 2)
-            yield from self.by_tiles(up, features, height, width, tile, halo, counter(on_chunk, len(spans)))
+        z, state = self.conv2(self.denormalise(latents.to(self.conv2.weight)), {}), {}
+        features = [self.decoder.bottom(z[:, :, a:b], state) for a, b in chunks(latent_frames, chunk)]
+        (windows, join), tiles, finite = self.tiles(height, width, tile, 2 * c.num_res_blocks + 2), [], []
+        for core, window in windows:
+            state, frames = {}, []
+            inner = [(a - w, b - w) for (a, b), (w, _) in zip(core, window)]
+            for part in features:
+                x = crop(self.decoder.up(crop(part, window), state), inner, c.space_stride)
+                finite.append(x.isfinite().all())  # asked at the end: no chunk waits for the device
+                x = x.clamp(-1, 1)
+                x = ((x.float() + 1) * 127.5).round().to(torch.uint8) if levels else x
+                frames.append(x.to(out_device or latents.device))
+                on_chunk and on_chunk(len(tiles) * len(features) + len(frames), len(windows) * len(features))
+            tiles.append((core, torch.cat(frames, dim=2)))
         if not torch.stack(finite).all():
             mend = "take bfloat16" if z.dtype == torch.float16 else "do the weights hold NaN?"
             raise ValueError(f"the decoder's numbers are not finite in {str(z.dtype)[6:]}: {mend}")
-
-
-def counter(tell, parts):
-    """-> what counts a part of one of so many tiles as done: tell(done, total)."""
-    done = count(1)
-    return lambda tiles: tell(next(done), tiles * parts) if tell else None
+        return join(tiles, height, width)
 
 
 def join_tiles(tiles, height, width):
