@@ -26,7 +26,7 @@ import judge
 import kernels
 from connectors import MLLMConfig
 from dit import DiTConfig
-from media import write_image
+from media import write_image, write_video
 from model import KiwiConfig, KiwiEdit
 from nano.__main__ import main as nano_main
 from vae import VAEConfig
@@ -346,7 +346,7 @@ RED, GREEN, BLUE = (220, 30, 30), (30, 200, 40), (40, 60, 220)
 
 def score(folder, fake, *more, judge_="openai:m", out="out"):
     arguments = ["score", "--bench", "refvie", folder / "bench.yaml", "--edits", folder / "edits", "--judge", judge_,
-                 "--endpoint", fake.url, "--wait", 0.01, "--out", folder / out, *more]  # fmt: skip
+                 "--endpoint", fake.url, "--set", "wait=0.01", "--out", folder / out, *more]  # fmt: skip
     judge.main(list(map(str, arguments)))
 
 
@@ -377,3 +377,45 @@ def tiny_local_judge(folder, kind):
         model = Qwen3VLForConditionalGeneration(config)
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def lesson(tmp_path_factory, qwen_folder):
+    """A data set of some tiny pairs of every kind, and weights of a tiny model with two heads."""
+    folder = tmp_path_factory.mktemp("lesson")
+    tables = {"image.csv": [], "video.csv": [], "ref_video.csv": []}
+    for name, rows in tables.items():
+        for i in range(5):
+            frames = moving_picture(1 if name == "image.csv" else 5 + 4 * (i % 2), 64, 64 + 32 * (i % 3 == 0))
+            files = [f"{name[:-4]}_{i}_{part}.{'png' if len(frames) == 1 else 'mp4'}" for part in ("src", "tgt")]
+            for file, pixels in zip(files, (frames, 255 - frames)):
+                write_image(folder / file, pixels[0]) if len(frames) == 1 else write_video(folder / file, pixels, 8)
+            write_image(folder / f"ref_{i}.png", frames[0, : 40 + 7 * i])
+            rows.append([*files, f"Invert it, {i}.", *[f"ref_{i}.png"] * (name == "ref_video.csv")])
+        write_table(folder / name, rows, ref=name == "ref_video.csv")
+    torch.manual_seed(0)
+    mllm = MLLMConfig(str(qwen_folder), 48, 4, 4, 4, max_ref_tokens=4, max_pixels=64 * 64)
+    dit = tiny_dit(dim=48, ffn_dim=48, num_heads=2, in_dim=48, out_dim=48)
+    model = KiwiEdit(KiwiConfig(dit, VAEConfig(dim=4, dec_dim=4, z_dim=48, num_res_blocks=1), mllm))
+    randomise(model, 0.5).save(folder / "weights")
+    return folder
+
+
+SMALL = ["global_batch=4", "pixels=6144", "frames=9", "warmup=0", "lr=1e-3", "lora_rank=2"]
+
+
+def lessons(lesson, out, *flags, stage=3, weights="weights", settings=()):
+    """The command line of a small run."""
+    words = ["--stage", stage, "--data", lesson, "--out", out, "--weights", lesson / weights, "--workers", 0, *flags]
+    return [*map(str, words), "--set", *SMALL, *settings]
+
+
+def losses(out, name="loss"):
+    lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [line[name] for line in lines if name in line]
+
+
+def same_course(out, expected, tol=1e-5):
+    """Losses and gradient norms agree (AdamW would forgive gradients of a wrong scale)."""
+    pairs = [[torch.tensor(losses(run, name)) for run in (out, expected)] for name in ("loss", "grad_norm")]
+    return all(close(a, b, 10 * tol if i else tol) for i, (a, b) in enumerate(pairs))

@@ -108,7 +108,7 @@ def patchify(frames, patch=14, mean=PIXEL_MEAN, std=PIXEL_STD):
 
     A patch is 2 frames (an odd count repeats the last) x 14 x 14 pixels; 2x2 neighbours, which the vision
     tower merges to one token, follow one another. Values are normalised and rounded to bfloat16.
-    Another patch, mean and std are those of another Qwen (judges.py).
+    Another patch, mean and std are those of another Qwen (vlm.py).
     """
     x = (frames.float() - 255 * torch.tensor(mean)) / (255 * torch.tensor(std))
     if len(x) % 2:
@@ -127,6 +127,7 @@ class MLLMInputs:
     mode: str  # "image", "video" or "ref": which queries are placed
     pieces: list
     pixel_values: dict = field(default_factory=dict)  # name -> (patches, 1176)
+    tokens: dict = field(default_factory=dict)  # instead: name -> (n, hidden), what the vision tower made of them
     grids: dict = field(default_factory=dict)  # name -> (t, h, w) in patches
 
 
@@ -254,7 +255,10 @@ class MLLMEncoder(Encoder, name="qwen2.5-vl"):
             pieces += [vision_start, name, vision_end]
         inputs = MLLMInputs(mode, pieces + ["queries", end + self.ids("\n")])
         for name, frames in visuals.items():
-            inputs.pixel_values[name], inputs.grids[name] = patchify(frames)
+            if isinstance(frames, tuple):  # tokens and grid from a cache
+                inputs.tokens[name], inputs.grids[name] = frames
+            else:
+                inputs.pixel_values[name], inputs.grids[name] = patchify(frames)
         return inputs
 
     def resize_source(self, frames, mode):
@@ -313,16 +317,13 @@ class MLLMEncoder(Encoder, name="qwen2.5-vl"):
         """
         embed = self.model.language_model.embed_tokens
         device, dtype = embed.weight.device, embed.weight.dtype
-        pixels = torch.cat([p for r in requests for p in r.pixel_values.values()]).to(device, dtype)
-        grids = [grid for r in requests for grid in r.grids.values()]
-        seen = self.model.visual(pixels, grid_thw=torch.tensor(grids, device=device)).pooler_output
-        seen = iter(seen.split([num_tokens(grid) for grid in grids]))
+        seen = iter(self.look(requests))
         rows, spans = [], []  # of each request: (S, hidden), and where its references stand
         for inputs in requests:
             parts, at, length = [], [], 0
             for piece in inputs.pieces:
                 if piece == "queries":
-                    part = getattr(self, f"{inputs.mode}_queries")
+                    part = getattr(self, f"{inputs.mode}_queries").to(dtype)
                 elif isinstance(piece, str):
                     part = next(seen)
                     at += [slice(length, length + len(part))] * (piece != "source")
@@ -338,6 +339,16 @@ class MLLMEncoder(Encoder, name="qwen2.5-vl"):
             inputs_embeds=pad(rows), position_ids=pad(positions).permute(2, 0, 1).to(device), use_cache=False
         ).last_hidden_state  # (B, longest S, hidden)
         return [self.context(r.mode, h[: len(row)], at) for r, h, row, at in zip(requests, hidden, rows, spans)]
+
+    def look(self, requests):
+        """The vision tower's tokens (n, hidden) of all pictures of the requests, in order, or those from a cache."""
+        weight = self.model.language_model.embed_tokens.weight
+        if requests[0].tokens:
+            return [tokens.to(weight.device, weight.dtype) for r in requests for tokens in r.tokens.values()]
+        pixels = torch.cat([p for r in requests for p in r.pixel_values.values()]).to(weight.device, weight.dtype)
+        grids = [grid for r in requests for grid in r.grids.values()]
+        seen = self.model.visual(pixels, grid_thw=torch.tensor(grids, device=weight.device)).pooler_output
+        return seen.split([num_tokens(grid) for grid in grids])
 
     def context(self, mode, hidden, spans):
         """What the DiT sees of a request's hidden states (S, hidden), its references' at `spans` -> (1, L, dit_dim)."""

@@ -1,7 +1,9 @@
-"""Tables of editing pairs, their mixture, and the batches that training asks for.
+"""Tables of editing pairs, their mixture, the batches that training asks for, and their cache.
 
-image.csv, video.csv, ref_video.csv -> rows -> buckets of one shape -> batches in an order fixed by the seed
-`python data.py check`: read every file before a long run; `python data.py cache`: encode them once for all training
+    image.csv, video.csv, ref_video.csv -> Row -> Shapes (frames, height, width of every file, measured once)
+      -> buckets of one shape -> Mixture: batches in an order that is a function of the seed -> Pairs | CachedPairs
+
+`python data.py check`: read every file before a long run; `python data.py cache`: encode rows once for all training.
 """
 
 import argparse
@@ -19,9 +21,10 @@ from pathlib import Path
 
 EXAMPLES = """examples:
   python data.py check data/nano/image.csv data/nano/ref_video.csv      # before a long run
-  python data.py cache --stage 2 --config nano --data data/nano --weights weights/nano --out cache/2
-  python train.py --stage 2 --config nano --data data/nano --weights weights/nano --cache cache/2 --out runs/2
+  python data.py cache --preset lora --config nano --data data/nano --weights weights/nano --out cache/nano
+  python train.py --preset lora --config nano --data data/nano --weights weights/nano --cache cache/nano --out runs/mine
 """
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: busy-waiting threads slow small steps tenfold
 
 
 def parse_arguments(argv=None):
@@ -33,26 +36,22 @@ def parse_arguments(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="read every file of the tables and report what is wrong")
     check.add_argument("tables", nargs="+", metavar="TABLE", help="image.csv, video.csv, ref_video.csv or parquet")
-    check.add_argument(
-        "--base-path", metavar="DIR", help="what the paths in the tables start from (default: its folder)"
-    )
-    cache = commands.add_parser("cache", help="write VAE latents; other arguments are those of train.py")
+    check.add_argument("--base-path", metavar="DIR", help="where the paths in the tables start (default: its folder)")
+    cache = commands.add_parser("cache", help="encode rows; the other arguments are those of train.py")
     cache.add_argument("--out", required=True, metavar="DIR", help="the cache")
     return parser.parse_known_args(argv)
 
 
 if __name__ == "__main__":
-    parse_arguments()  # --help answers before torch is there
+    parse_arguments()  # --help answers before torch is imported
 
 import torch
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from media import (
     GRID,
     MediaError,
     decoded_shape,
-    measure,
     read_frames,
     read_image,
     usable_frames,
@@ -63,7 +62,6 @@ FILES = {"image": "image.csv", "video": "video.csv", "ref": "ref_video.csv"}
 PAIR = ("src_video", "tgt_video", "prompt")
 COLUMNS = {"image": PAIR, "video": PAIR, "ref": (*PAIR, "ref_image")}
 ASPECTS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1, 4 / 3, 3 / 2, 16 / 9, 2)  # height / width
-SHARD = 64  # rows of a table whose samples of one shape are a file of a cache
 
 
 @dataclass(frozen=True)
@@ -75,25 +73,28 @@ class Row:
     prompt: str
     ref: str | tuple | None = None  # a file, or (parquet file, row group, row)
 
+    @property
+    def files(self):
+        ref = self.ref[0] if isinstance(self.ref, tuple) else self.ref
+        return [self.source, self.target, *([ref] if ref else [])]
+
+
+# Tables
+
 
 def find_tables(folders, kind):
-    """The tables, .csv or .parquet, that folders have for a kind of data: at least one. RefVIE as it is published has many,
-    chunk_*.parquet. FileNotFoundError."""
+    """The .csv or .parquet tables of a kind of data in these folders; RefVIE is published as chunk_*.parquet.
+    FileNotFoundError."""
     found = []
     for folder in map(Path, folders):
         if not folder.is_dir():
-            raise FileNotFoundError(
-                f"--data {folder}: no such folder; give one with {', '.join(FILES.values())}, or those the stage needs"
-            )
+            raise FileNotFoundError(f"--data {folder}: no such folder; give one with {', '.join(FILES.values())}")
         paths = [(folder / FILES[kind]).with_suffix(suffix) for suffix in (".csv", ".parquet")]
-        found += [path for path in paths if path.is_file()][:1] or sorted(folder.glob("chunk_*.parquet")) * (
-            kind == "ref"
-        )
+        chunks = sorted(folder.glob("chunk_*.parquet")) if kind == "ref" else []
+        found += [path for path in paths if path.is_file()][:1] or chunks
     if not found:
         names = ", ".join(map(str, folders))
-        raise FileNotFoundError(
-            f"{names}: has no {FILES[kind]}, which this stage needs; give its place with --{kind}-csv"
-        )
+        raise FileNotFoundError(f"{names}: has no {FILES[kind]}, which this stage needs; or give it by --{kind}-csv")
     return found
 
 
@@ -103,7 +104,7 @@ def read_table(path, kind, base=None):
     ValueError for a missing column, an empty table or field, or a path that leaves the base folder.
     """
     path = Path(path)
-    base = Path(base or path.parent).resolve()
+    base = os.path.realpath(base or path.parent)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; `python -m nano data DIR` makes a small data set")
     if path.suffix == ".parquet":
@@ -112,28 +113,32 @@ def read_table(path, kind, base=None):
         lines = ((place, [line[name] for name in COLUMNS[kind]]) for place, line in csv_lines(path, COLUMNS[kind]))
     rows = []
     for where, (source, target, prompt, *ref) in lines:
-        texts = [source, target, prompt, *(r for r in ref if not isinstance(r, tuple))]
-        if not all(isinstance(text, str) and text.strip() for text in texts):
-            raise ValueError(f"{where}: an empty field, or no text, among {', '.join(COLUMNS[kind])}")
-        source, target = (str(inside(base, name, where)) for name in (source, target))
-        ref = [str(inside(base, r, where)) if isinstance(r, str) else r for r in ref]
-        rows.append(Row(source, target, prompt.strip(), *ref))
+        for text in (source, target, prompt, *ref):
+            if not isinstance(text, tuple) and not (isinstance(text, str) and text.strip()):
+                raise ValueError(f"{where}: an empty field, or no text, among {', '.join(COLUMNS[kind])}")
+        ref = [below(base, r, where) if isinstance(r, str) else r for r in ref]
+        rows.append(Row(below(base, source, where), below(base, target, where), prompt.strip(), *ref))
     if not rows:
         raise ValueError(f"{path}: has no rows")
     return rows
 
 
 def inside(base, name, where):
-    """base / name, if that is below base; ValueError if not. The words of the path count, not where links lead: in the
-    hub's cache every file is a link to outside of its folder."""
+    """base / name as a path below base; ValueError if it leads out. The words count, not where links lead: in the hub's
+    cache every file is a link to outside of its folder."""
+    return Path(below(os.path.abspath(base), name, where))
+
+
+def below(base, name, where):
+    """`inside` for an absolute base, on texts: ten times as fast for tables of a million rows."""
     path = os.path.normpath(os.path.join(base, name))
-    if Path(os.path.abspath(base)) not in Path(os.path.abspath(path)).parents:
+    if not path.startswith(base.rstrip(os.sep) + os.sep):
         raise ValueError(f"{where}: {name} is outside of {base}; give paths below it (train.py: --base-path)")
-    return Path(path)
+    return path
 
 
 def csv_lines(path, columns=()):
-    """Yield (place, line as a dict) of a CSV table that has these columns. ValueError where csv alone would misread it."""
+    """Yield (place, line as a dict) of a CSV table that has these columns. ValueError where csv would misread it."""
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file, strict=True)  # an unclosed quote would swallow the rest
         try:
@@ -156,7 +161,7 @@ def has_columns(path, columns, found):
 
 
 def read_parquet(path, kind):
-    """Yield (place, fields) of every row; of RefVIE's reference, its picture's bytes, only where they are."""
+    """Yield (place, fields) of every row; for RefVIE's reference the place of its bytes."""
     file = parquet_file(path)
     has_columns(path, [*PAIR, *["ref_image_bytes"] * (kind == "ref")], file.schema_arrow.names)
     for group in range(file.num_row_groups):
@@ -186,8 +191,8 @@ def row_group(path, file, group, columns):
 
 @lru_cache(maxsize=2)
 def reference_bytes(path, group):
-    """The reference pictures of a row group; the last two stay, for `check` reads in order. Training shuffles, and reads
-    a group for nearly every picture: ref_video.csv with its files is quicker there."""
+    """The reference pictures of a row group. `check` reads in order; training shuffles and reads a group for nearly
+    every picture, so ref_video.csv with its files, or a cache, is quicker there."""
     return row_group(path, parquet_file(path), group, ["ref_image_bytes"]).column(0)
 
 
@@ -202,39 +207,29 @@ def read_reference(ref):
     return read_image(f"{path}, row {row} of group {group}", content)
 
 
-def measure_row(row, still):
-    """(frames, height, width) that a row gives: the shorter of its two files, the target's size; or, text, why it has none."""
-    try:
-        (a, *_), (b, height, width) = measure(row.source), measure(row.target)
-        if isinstance(row.ref, str):  # pictures inside of parquet are read when they are needed
-            measure(row.ref)
-    except MediaError as error:
-        return str(error)
-    if min(height, width) < GRID:
-        return f"{row.target}: is {width}x{height}, each side needs at least {GRID} pixels"
-    return (1 if still else min(a, b)), height, width
-
-
-def measure_rows(rows, still):
-    """Of every row what `measure_row` finds."""
-    with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(lambda row: measure_row(row, still), rows))
-
-
 def bucket(shape, max_frames, max_pixels):
     """The shape (T, h, w) at which a clip (frames, height, width) is trained.
 
-    A clip above max_pixels takes the nearest of a few aspects, so that batches fill.
+    A clip above max_pixels takes the nearest of a few aspects, so that batches fill, in the largest size of it.
     """
     frames, height, width = shape
     if height * width > max_pixels:
         aspect = min(ASPECTS, key=lambda a: abs(math.log(a * width / height)))
-        height, width = int(math.sqrt(max_pixels * aspect)), int(math.sqrt(max_pixels / aspect))
+        return usable_frames(frames, max_frames), *largest_size(aspect, max_pixels)
     return usable_frames(frames, max_frames), *working_size(height, width, max_pixels)
 
 
+@lru_cache(maxsize=64)
+def largest_size(aspect, max_pixels):
+    """(h, w) on the grid with the largest area that a crop leaves of an aspect: 832x480 for 16:9 of 409,600 pixels."""
+    sides = range(GRID, max_pixels // GRID + 1, GRID)
+    sizes = [(h, max_pixels // h // GRID * GRID) for h in sides] + [(max_pixels // w // GRID * GRID, w) for w in sides]
+    kept = lambda h, w: min(h / w / aspect, w * aspect / h)
+    return max(((h, w) for h, w in sizes if h and w), key=lambda size: size[0] * size[1] * kept(*size))
+
+
 def fill_buckets(shapes, max_frames, max_pixels):
-    """Measured shapes (a text: left out) -> {shape of training: [row numbers]}."""
+    """Shapes of rows (a text: left out) -> {shape of training: [row numbers]}."""
     buckets = {}
     for number, shape in enumerate(shapes):
         if not isinstance(shape, str):
@@ -243,9 +238,12 @@ def fill_buckets(shapes, max_frames, max_pixels):
 
 
 def read_pair(row, shape):
-    """Frames uint8 (T, h, w, 3) of a row's target and source at `shape` (T, h, w), and its reference or None. MediaError."""
+    """Frames uint8 (T, h, w, 3) of a row's target and source at `shape`, and its reference or None. MediaError."""
     target, source = (read_frames(path, shape[0], shape[1:]) for path in (row.target, row.source))
     return target, source, read_reference(row.ref) if row.ref else None
+
+
+# The order of the data
 
 
 class Mixture:
@@ -313,7 +311,7 @@ def interleave(ratio):
 
 
 class Curriculum:
-    """Mixtures one after the other: [(number of its first batch, Mixture)]. `self[n]` -> (mixture, kind, shape, rows)."""
+    """Mixtures one after the other: [(first batch, Mixture)]. `self[n]` -> (mixture, kind, shape, rows)."""
 
     def __init__(self, phases):
         self.phases = phases
@@ -328,9 +326,9 @@ class Pairs(torch.utils.data.Dataset):
 
     tables: {kind: [Row]}; curriculum: their order; resize: `MLLMEncoder.resize`, done here, in the worker.
     `self[n]` -> a dict of lists, an entry a sample: numbers (counted over the whole run), prompts, paths, pictures
-    (frames uint8 (T, h, w, 3) of target and source, the reference uint8 (H, W, 3) or None), visuals (what `resize`
+    (frames uint8 (T, h, w, 3) of target and source, the reference uint8 (H, W, 3) or None), seen (what `resize`
     returned); besides kind, shape and bad, a list of (path, reason). A row that cannot be read is replaced by the
-    next one of its bucket; where none can, the dict has nothing but `fatal`.
+    next one of its bucket; if none can, the dict has nothing but `fatal`.
     """
 
     def __init__(self, tables, curriculum, resize):
@@ -338,12 +336,12 @@ class Pairs(torch.utils.data.Dataset):
 
     def __getitem__(self, n):
         mixture, kind, shape, numbers = self.curriculum[n]
-        batch = {"kind": kind, "shape": shape, "bad": [], "prompts": [], "paths": [], "pictures": [], "visuals": []}
+        batch = {"kind": kind, "shape": shape, "bad": [], "prompts": [], "paths": [], "pictures": [], "seen": []}
         batch["numbers"] = list(range(n * len(numbers), (n + 1) * len(numbers)))
         try:
             for number in numbers:
                 self.add(batch, mixture.buckets[kind][shape], number)
-        except (ValueError, OSError) as error:  # in a worker: what it raised would come with its traceback
+        except (ValueError, OSError) as error:  # a worker's exception would come with its traceback
             return {"fatal": str(error)}
         return batch
 
@@ -353,30 +351,26 @@ class Pairs(torch.utils.data.Dataset):
         for candidate in from_row(bucket, number):
             row = self.tables[batch["kind"]][candidate]
             try:
-                pictures, visuals = self.read(row, batch["kind"], batch["shape"], candidate)
+                pictures, seen = self.read(row, batch["shape"])
             except MediaError as error:
                 reason = str(error)
                 batch["bad"].append((row.target, reason))
                 continue
-            for name, value in {
-                "prompts": row.prompt,
-                "paths": row.target,
-                "pictures": pictures,
-                "visuals": visuals,
-            }.items():
+            new = {"prompts": row.prompt, "paths": row.target, "pictures": pictures, "seen": seen}
+            for name, value in new.items():
                 batch[name].append(value)
             return
         raise MediaError(
             f"none of the {len(bucket)} samples of {batch['kind']} {batch['shape']} can be read; the last: {reason}"
         )
 
-    def read(self, row, kind, shape, number):
+    def read(self, row, shape):
         target, source, ref = read_pair(row, shape)
         return (target, source, ref), self.resize(source, ref)
 
 
 def from_row(bucket, number):
-    """A row's number and then those after it in its bucket, round to the one before: where it is, is seldom asked for."""
+    """A row's number and then those after it in its bucket, round to the one before."""
     yield number
     start = bucket.index(number)
     yield from bucket[start + 1 :] + bucket[:start]
@@ -384,38 +378,14 @@ def from_row(bucket, number):
 
 def fingerprint(rows, more=None):
     """Rows, in their order, and what else is to be the same, as a short text."""
-    return hashlib.sha256(repr([[(r.source, r.target, r.prompt, r.ref) for r in rows], more]).encode()).hexdigest()[:16]
+    return digest([[(r.source, r.target, r.prompt, r.ref) for r in rows], more])[:16]
 
 
-def shard_path(folder, kind, shape, number):
-    return Path(folder) / f"{kind}-{'x'.join(map(str, shape))}-{number:05d}.safetensors"
+def digest(value):
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:32]
 
 
-def read_shard(folder, kind, shape, shard, row):
-    """The tensors of one row, without the row's number in their names. ValueError where the file is damaged."""
-    path = shard_path(folder, kind, shape, shard)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {k.split(".", 1)[1]: file.get_tensor(k) for k in file.keys() if k.startswith(f"{row}.")}  # noqa: SIM118
-    except (SafetensorError, FileNotFoundError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); write it again with data.py cache") from None
-
-
-class CachedPairs(Pairs):
-    """The same from what `python data.py cache` wrote; pictures are latents (C, T, h, w) then."""
-
-    def __init__(self, tables, curriculum, folder):
-        super().__init__(tables, curriculum, None)
-        self.folder = Path(folder)
-
-    def read(self, row, kind, shape, number):
-        tensors = read_shard(self.folder, kind, shape, number // SHARD, number)
-        if not tensors:
-            raise MediaError(f"{row.target}: could not be read when the cache was written")
-        seen = {name.removeprefix("mllm."): value for name, value in tensors.items() if name.startswith("mllm.")}
-        visuals = {"source": seen.pop("source"), **seen}  # the request has them in this order
-        mode = "ref" if row.ref else "image" if shape[0] == 1 else "video"
-        return tuple(tensors.get(name) for name in ("target", "source", "ref")), (mode, visuals)
+# Commands
 
 
 def main(argv=None):

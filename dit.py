@@ -152,7 +152,7 @@ class Block(nn.Module):
         return gate_residual(x, self.ffn(y), gate_f)
 
     def norm3_as_modulation(self):
-        """The affine norm before cross-attention as shift and scale, (1, 1, D) each, float32: one kernel for all norms."""
+        """The affine norm before cross-attention as float32 shift and scale (1, 1, D): one kernel for all norms."""
         return self.norm3.bias.float()[None, None], self.norm3.weight.float()[None, None] - 1
 
 

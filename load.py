@@ -36,6 +36,7 @@ QWEN_BASE = "Qwen/Qwen2.5-VL-3B-Instruct"
 DIALECTS = [(re.compile(pattern), ours) for pattern, ours in (
     # training checkpoints
     (r"^pipe\.", ""),
+    (r"^(dit\.)?(model\.)?diffusion_model\.", "dit."),
     (r"^vae_condition\.", "source_embedder."),
     (r"^ref_vae_condition\.", "ref_embedder."),
     (r"(^|\.)connetor\.", r"\1connector."),
@@ -158,12 +159,16 @@ def move_buffers(model, device):
 
 
 class TensorFiles(Mapping):
-    """The tensors of several files as one mapping: our names to tensors, read when asked for, straight to `device`."""
+    """The tensors of several files as one mapping: our names to tensors, read when asked for, straight to `device`.
+
+    ComfyUI's scaled 8-bit weights, of either spelling, become bfloat16: stored number times scale.
+    """
 
     def __init__(self):
         self.device = "cpu"
         self.places = {}  # our name -> (path, name in the file)
         self.handles = {}
+        self.scales = {}  # (path, name of a weight in the file) -> name of its scale
 
     def add(self, *paths, prefix="", over=False):
         """Add a layer of .safetensors or .pth files; `prefix` goes before their names. What earlier layers hold stays,
@@ -171,6 +176,8 @@ class TensorFiles(Mapping):
         layer = {}
         for path in paths:
             for name in self.open(path, "cpu").keys():
+                if self.about_8_bits(path, name):
+                    continue
                 ours = our_name(prefix + name)
                 if ours in layer:
                     raise ValueError(f"{layer[ours][0]} and {path} both hold {name}: remove the stale one")
@@ -178,6 +185,17 @@ class TensorFiles(Mapping):
                     layer[ours] = (path, name)
         self.places = {**self.places, **layer} if over else {**layer, **self.places}
         return self
+
+    def about_8_bits(self, path, name):
+        """Whether a tensor is not a parameter, but says how one is stored. ValueError for a format unknown here."""
+        layer, _, part = name.rpartition(".")
+        if part in ("scale_weight", "weight_scale"):
+            self.scales[path, f"{layer}.weight"] = name
+        elif part == "comfy_quant":
+            stored = json.loads(bytes(self.open(path, "cpu").get_tensor(name).tolist()))["format"]
+            if not stored.startswith(("float8", "int8")):
+                raise ValueError(f"{path}: {layer} is stored as {stored}, which is not read here; take fp8 or 16 bits")
+        return part in ("scale_weight", "weight_scale", "comfy_quant", "scale_input", "input_scale", "scaled_fp8")
 
     def drop(self, names):
         self.places = {name: place for name, place in self.places.items() if name not in names}
@@ -190,7 +208,11 @@ class TensorFiles(Mapping):
     def __getitem__(self, name):
         path, inner = self.places[name]
         file = self.open(path, str(self.device))
-        return file.get_tensor(inner) if hasattr(file, "get_tensor") else file[inner]
+        tensor = file.get_tensor(inner) if hasattr(file, "get_tensor") else file[inner]
+        if (path, inner) in self.scales:
+            scale = file.get_tensor(self.scales[path, inner]).float()
+            tensor = (tensor.float() * scale.reshape(-1, *[1] * (tensor.ndim - 1))).bfloat16()
+        return tensor
 
     def shape(self, name):
         path, inner = self.places[name]
@@ -207,6 +229,8 @@ class TensorFiles(Mapping):
 def open_tensors(path, device):
     """Open a .safetensors file, or a .pth of tensors, mapped and not read. ValueError if it is damaged."""
     try:
+        if path.suffix == ".gguf":
+            raise ValueError("GGUF is not read here; take .safetensors")
         if path.suffix == ".safetensors":
             return safe_open(path, framework="pt", device=device)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

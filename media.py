@@ -164,10 +164,11 @@ def read_clip(path, max_frames=81, max_pixels=MAX_PIXELS, max_fps=None, size_of=
             if len(frames) == max_frames:
                 break
         still = is_picture(container) and len(frames) == 1
-        promised = shown_frames(container, stream) if stream.frames and not still else 0
-    if len(frames) < min(promised // stride, max_frames) // 2:
+        promised, counted = 0 if still else shown_frames(container, stream), stream.frames
+    if counted and len(frames) < min(promised // stride, max_frames) // 2:
         raise MediaError(f"{path}: ends after {number + 1} of {promised} frames; fetch the file again")
-    if len(frames) < max_frames and number + 1 < promised - max(2, promised // 50):
+    # without a count the length is the container's, whose sound may be longer
+    if len(frames) < max_frames and number + 1 < promised - max(2, promised // (50 if counted else 10)):
         note(path, f"promises {promised} frames and has {number + 1}: is it cut off? Fetch it again for the rest")
     count = usable_frames(len(frames), max_frames)
     frames = torch.stack(frames[: count if count > 1 else 4])  # of fewer than 5 one alone would be a picture
@@ -293,8 +294,14 @@ def is_picture(container) -> bool:
 def frame_rate(stream) -> Fraction:
     """Frames a second of the grid on which all of a clip's pictures have a place; 25 where its file has no rate.
 
-    That is the stream's base rate, not its average: held and dropped pictures change only the latter.
+    That is the stream's base rate, not its average: held and dropped pictures change only the latter. Where times are
+    irregular, the rate of the median interval of the file's index.
     """
+    if stream.base_rate and stream.base_rate > MAX_RATE:
+        times = sorted(entry.timestamp for entry in stream.index_entries)
+        steps = sorted(b - a for a, b in zip(times, times[1:]) if b > a)
+        if len(steps) > 4 and (rate := 1 / (steps[len(steps) // 2] * stream.time_base)) <= MAX_RATE:
+            return rate
     rates = (stream.guessed_rate, stream.base_rate, stream.average_rate)
     return next((rate for rate in rates if rate and rate <= MAX_RATE), Fraction(25))
 
@@ -383,14 +390,19 @@ def alpha_of(container, stream):
 
 def decoded(packet):
     """The frames of a packet; a PNG whose eXIf chunk is damaged is decoded without it."""
+    codec = packet.stream.codec_context
     try:
-        return packet.decode()
+        frames = packet.decode()
     except av.error.InvalidDataError:
         head, mark, rest = bytes(packet).partition(b"eXIf")
-        if packet.stream.codec_context.name not in ("png", "apng") or not mark:
+        if codec.name not in ("png", "apng") or not mark:
             raise
-        whole = head[:-4] + rest[int.from_bytes(head[-4:], "big") + 4 :]
-        return packet.stream.codec_context.decode(av.Packet(whole))
+        return codec.decode(av.Packet(head[:-4] + rest[int.from_bytes(head[-4:], "big") + 4 :]))
+    if codec.name == "tiff" and b"\xff\xd8\xff" in bytes(packet) and not frames[0].to_ndarray().any():
+        raise MediaError(
+            f"{packet.stream.container.name}: a TIFF of JPEG tiles, which FFmpeg reads black: convert it to PNG"
+        )
+    return frames
 
 
 def upright_rgb(frame, aspect=1, hd=False) -> torch.Tensor:
@@ -572,7 +584,7 @@ def read_sound(source, sound, start, duration, rate, layout) -> np.ndarray:
             at = place if frame.pts is None else round((frame.pts * frame.time_base - start) * rate)
             if at >= out.shape[1]:
                 break
-            now = (frame.format.name, frame.layout.name, frame.sample_rate)
+            now = (frame.format.name, frame.layout.nb_channels, frame.sample_rate)
             jumps = abs(at - place) > 0.012 * rate
             if jumps or now != kind:  # at first, after a gap, and where its kind changes within the file
                 put(resampler.resample(None) if resampler else [])

@@ -1,25 +1,22 @@
-"""Numbers about an edit that need no model: what changed, what stayed, how it flickers, how near the reference it is.
+"""Numbers about an edit that need no model: what changed, what stayed, how it moves, how near the reference it is.
 
     source and edit files -> frames (T, 3, H, W) float32 in 0..1, frame by frame the same moment; ref (1, 3, h, w)
       -> change of each 8x8 block (T, H/8, W/8) -> changed blocks, kept blocks
-      -> {"edit_strength": 24.1, "preserved_psnr": 33.0, "reference_gain": 0.2, ...}
+      -> {"edit_strength": 24.1, "preserved_psnr": 33.0, "frozen_share": 0.0, ...}
 
 None of them knows what the instruction asked for: they say how much changed, not whether it was the right thing.
-They stand beside a judge's scores, catch what a judge overlooks (an untouched copy, flicker, a damaged background)
-and need no network. `METRICS` says of each what it is and what it cannot see; `measure` computes them all.
+They stand beside a judge's scores and catch what it overlooks: an untouched copy, blur, a frozen or late clip, boiling,
+a damaged background. `METRICS` says what each cannot see. `psnr` and `ssim` are the project's only ones.
 """
 
 import functools
 import math
-import tempfile
 from contextlib import suppress
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from media import (
-    SMALL_VIDEO_CODEC,
     MediaError,
     faithful_codec,
     fit_frames,
@@ -36,67 +33,64 @@ CHANGED = (6 / 255, 20 / 255)  # the threshold between kept and changed lies in 
 PSNR_LIMIT = 60.0
 PIXELS = 256 * 448  # at most, of the working size
 WINDOWS = (16, 32)  # pixels a side of the patches compared with a reference
+LAGS = 8  # frames, the largest delay that is looked for
+PAGE_CODEC = ("yuv420p", {"crf": "28", "preset": "veryfast", "x264-params": "mbtree=0"})  # to look at on a page
+REACH = 4  # pixels, the largest motion between two frames that block matching follows
 
 METRICS = {  # name: (better when, formula and range, what it cannot see)
-    "edit_strength": (
-        "",
-        "mean over blocks of the RMS difference of the 8x8 block means of source and edit, RGB levels 0..255",
-        "whether the change is the one asked for; a moved object counts as changed twice",
-    ),
-    "edited_area": (
-        "",
-        "share of blocks whose difference is above Otsu's threshold, kept within 6 to 20 levels; 0..1",
-        "changes below the threshold, such as a faint tint",
-    ),
-    "preserved_psnr": (
-        "higher",
-        "PSNR over the pixels of the other blocks, dB, at most 60",
-        "damage above the threshold, which counts as edit: read it together with edited_area",
-    ),
-    "preserved_ssim": (
-        "higher",
-        "SSIM of the luma in 8x8 windows, mean over the same blocks; at most 1",
-        "the same; colour",
-    ),
-    "flicker": (
-        "lower",
-        "mean |y(t-1) - 2 y(t) + y(t+1)| of the luma y, levels 0..255",
-        "slow drift; fast motion counts as flicker",
-    ),
-    "flicker_excess": (
-        "lower",
-        "flicker of the edit minus flicker of the source; the source's motion cancels where it was kept",
-        "flicker hidden by an edit that is smoother than its source",
-    ),
-    "reference_similarity": (
-        "higher",
-        "mean exp(-d^2/2) over the edit's patches, weighted by their change, and over the reference's, d being the "
-        + "distance to the nearest of the other by colour, contrast and edge directions; 0..1",
-        "shape, identity, text: a red hat and a red shoe of one cloth look alike",
-    ),
-    "reference_gain": (
-        "higher",
-        "reference_similarity minus what the unedited source would get in the same places; -1..1; about 0 for a copy",
-        "the same; an edit whose source looked like the reference already has little to gain",
-    ),
-}
+    "edit_strength": ("", "mean over 8x8 blocks of the RMS difference of their means, RGB levels 0..255",
+                      "whether the change is the one asked for; a moved object counts twice"),
+    "edited_area": ("", "share of blocks whose difference is above Otsu's threshold, kept within 6 to 20 levels; 0..1",
+                    "changes below the threshold, such as a faint tint"),
+    "preserved_psnr": ("higher", "PSNR over the other blocks after alignment, dB, at most 60; 0 if nothing was kept",
+                       "damage above the threshold counts as edit; doing less raises it: read it with edit_strength"),
+    "preserved_ssim": ("higher", "SSIM of the luma in 8x8 windows over the same blocks; 0 if nothing was kept",
+                       "the same; colour"),
+    "shift": ("lower", "pixels at the working size (up to 256x448) by which the whole edit is displaced, by phase "
+              "correlation; 0 where undoing it does not help", "zoom and rotation"),
+    "sharpness_kept": ("near 1", "mean |Laplacian| of the luma, edit to source, over the kept blocks",
+                       "whether the detail is the right one: noise is sharp"),
+    "sharpness_edited": ("", "the same over the changed blocks", "a smooth thing asked for lowers it rightly"),
+    "frozen_share": ("lower", "share of moments at which the source moves and the edit stands still, 0..1",
+                     "a slowed motion; sources that stand still have none"),
+    "lag": ("near 0", f"frames by which the edit's motion comes late, -{LAGS}..{LAGS}; {LAGS} if nothing moves",
+            "clips whose motion repeats"),
+    "warp_error": ("lower", "mean |luma| difference to the best match in the frame before, 8x8 blocks within "
+                   f"{REACH} pixels, in the changed blocks, levels", "slow boiling; fast motion counts as boiling"),
+    "flicker": ("", "mean |y(t-1) - 2 y(t) + y(t+1)| of the luma y, levels 0..255",
+                "blur, compression and freezing lower it: read it with sharpness and frozen_share"),
+    "flicker_excess": ("", "flicker of the edit minus flicker of the source", "the same; motion that the edit stopped"),
+    "reference_similarity": ("higher", "mean exp(-d^2/2) over the edit's patches, weighted by their change, and over "
+                             "the reference's; d: distance to the nearest of the other by colour, contrast, edges",
+                             "shape, identity, text: a red hat and a red shoe of one cloth look alike"),
+    "reference_gain": ("higher", "reference_similarity minus the unedited source's in the same places; -1..1",
+                       "the same; a source that looked like the reference has little to gain"),
+}  # fmt: skip
+WORST = {"preserved_psnr": 0.0, "preserved_ssim": 0.0}  # what an undefined value counts as
 
 
 def measure(source, edit, refs=()):
-    """All metrics of a clip: name -> number, or None where it is not defined (too few frames, nothing kept).
+    """All metrics of a clip: name -> number, or None where it does not apply (a still, no reference, nothing kept).
 
-    refs: the reference, if there is one, and after it wrong ones; the gain of these comes as "control_wrong_gains", and
-    as "control_shuffled_flicker" the flicker of the edit's frames in random order.
+    refs: the reference, if there is one, and after it wrong ones; the gain of these comes as "control_wrong_gains".
     """
     change = change_map(source, edit)
     changed = changed_blocks(change)
     out = dict.fromkeys(METRICS)
     out["edit_strength"] = change.mean().item() * 255
     out["edited_area"] = changed.float().mean().item()
-    out["preserved_psnr"], out["preserved_ssim"] = preserved(source, edit, ~changed)
-    out["flicker"], before = flicker(edit), flicker(source)
+    y, x = luma(source), luma(edit)
+    out["shift"], out["preserved_psnr"], out["preserved_ssim"] = aligned_and_preserved(source, edit, y, x, changed)
+    y, x = y.mul_(255), x.mul_(255)
+    sharp, everywhere = [edges(v) for v in (y, x, blurred(x))], changed[::4] | True
+    out["sharpness_kept"], out["sharpness_edited"] = (ratio(sharp[1], sharp[0], w[::4]) for w in (~changed, changed))
+    out["control_blurred"] = ratio(sharp[2], sharp[1], everywhere)
+    if len(x) > 1:
+        out["frozen_share"], out["lag"] = frozen_share(y, x), lag(y, x)
+        out["warp_error"] = warp_error(x, changed)
+    out["flicker"], before = flicker(x), flicker(y)
     out["flicker_excess"] = None if before is None else out["flicker"] - before
-    out["control_shuffled_flicker"] = flicker(shuffled(edit))
+    out["control_shuffled_flicker"] = flicker(shuffled(x))
     scores = reference_scores(source, edit, change, refs) if refs else [(None, None)]
     out["reference_similarity"], out["reference_gain"] = scores[0]
     out["control_wrong_gains"] = [gain for _, gain in scores[1:]]
@@ -106,6 +100,24 @@ def measure(source, edit, refs=()):
 def luma(x):
     """(T, 3, H, W) -> (T, 1, H, W), BT.601."""
     return (0.299 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2])[:, None]
+
+
+def psnr(a, b, where=None):
+    """dB, at most 60, of (T, C, H, W) in 0..1 where the mask (T, H, W) is true; nan where it is empty."""
+    error = (a - b).square().mean(dim=1)
+    error = (error if where is None else error[where]).mean().item()
+    return error if math.isnan(error) else -10 * math.log10(max(error, 10 ** (-PSNR_LIMIT / 10)))
+
+
+def ssim(a, b, where=None, window=7, stride=1):
+    """SSIM of windows of (T, C, H, W) in 0..1, averaged over channels and those where the mask of windows is true."""
+    pad = window // 2 if stride == 1 else 0
+    mean = lambda x: F.avg_pool2d(x, window, stride, pad, count_include_pad=False)
+    ma, mb = mean(a), mean(b)
+    va, vb, cov = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
+    c1, c2 = 0.01**2, 0.03**2
+    found = ((2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))).mean(dim=1)
+    return (found if where is None else found[where]).mean().item()
 
 
 def change_map(source, edit):
@@ -127,33 +139,119 @@ def otsu(values, bins, highest):
     return (between.argmax().item() + 1) * highest / bins
 
 
-def preserved(source, edit, kept):
-    """PSNR and SSIM over the kept blocks (T, H/8, W/8), bool. None, None where under 2 % of the picture was kept."""
-    if kept.float().mean() < 0.02:
-        return None, None
-    error = F.avg_pool2d((edit - source).square().mean(1, keepdim=True), BLOCK)[:, 0][kept].mean().item()
-    psnr = -10 * math.log10(max(error, 10 ** (-PSNR_LIMIT / 10)))
-    return psnr, ssim_map(luma(source), luma(edit))[kept].mean().item()
+def aligned_and_preserved(source, edit, y, x, changed):
+    """-> pixels by which the edit is displaced, and PSNR and SSIM over the kept blocks once that is undone."""
+    (dy, dx), shift = displacement(y[::4], x[::4]), 0.0
+    margin = math.ceil((max(abs(dy), abs(dx)) + 0.01) / BLOCK) * BLOCK  # what came in at the edges is not there
+    if math.hypot(dy, dx) >= 0.25 and 4 * margin < min(source.shape[2:]):
+        inner = lambda x: x[..., margin:-margin, margin:-margin]
+        few, back = inner(source[::4]), inner(moved_by(edit[::4], -dy, -dx))
+        if psnr(few, back) > psnr(few, inner(edit[::4])) + 1:
+            shift, source, edit = math.hypot(dy, dx), inner(source), inner(moved_by(edit, -dy, -dx))
+            y, x, changed = luma(source), luma(edit), changed_blocks(change_map(source, edit))
+    if changed.float().mean() > 0.98:
+        return shift, None, None
+    pixels = F.pad((~changed).repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2),
+                   (0, source.shape[3] % BLOCK, 0, source.shape[2] % BLOCK))  # fmt: skip
+    return shift, psnr(source, edit, pixels), ssim(y, x, ~changed, BLOCK, BLOCK)
 
 
-def ssim_map(a, b):
-    """SSIM of two lumas (T, 1, H, W) in each block -> (T, H/8, W/8)."""
-    mean = lambda x: F.avg_pool2d(x, BLOCK)
-    ma, mb = mean(a), mean(b)
-    va, vb, cov = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
-    c1, c2 = 0.01**2, 0.03**2
-    return ((2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2)))[:, 0]
+def displacement(a, b):
+    """(dy, dx) in pixels by which b (T, 1, H, W) lies off a, to a fraction, by phase correlation over all frames."""
+    height, width = a.shape[2:]
+    window = torch.hann_window(height)[:, None] * torch.hann_window(width)
+    fa, fb = (torch.fft.rfft2((x[:, 0] - x.mean((1, 2, 3))[:, None, None]) * window) for x in (a, b))
+    cross = fb * fa.conj()
+    peak = torch.fft.irfft2((cross / cross.abs().clamp_min(1e-9)).mean(0), s=(height, width))
+    at = divmod(peak.argmax().item(), width)
+    found = []
+    for axis, size in enumerate((height, width)):
+        before, here, after = (peak[(at[0] + d) % height, at[1]] if axis == 0 else peak[at[0], (at[1] + d) % width]
+                               for d in (-1, 0, 1))  # fmt: skip
+        side = 1 if after > before else -1  # Foroosh et al., 2002
+        share = max(before, after) / (here + max(before, after)) if max(before, after) > 0 else 0.0
+        found.append((at[axis] + size // 2) % size - size // 2 + side * float(share))
+    return found
 
 
-def flicker(x):
-    """Mean |second difference in time| of the luma, levels of 255. None for fewer than 3 frames."""
-    y = luma(x) * 255
+def moved_by(x, dy, dx):
+    """(T, C, H, W) displaced by a fraction of pixels, around the edges."""
+    height, width = x.shape[2:]
+    ramp = torch.fft.fftfreq(height)[:, None] * dy + torch.fft.rfftfreq(width) * dx
+    return torch.fft.irfft2(torch.fft.rfft2(x) * torch.exp(-2j * math.pi * ramp), s=(height, width)).clamp(0, 1)
+
+
+def edges(y):
+    """Mean |Laplacian| of every fourth frame (T, 1, H, W) -> its blocks (T/4, H/8, W/8)."""
+    y = F.pad(y[::4], (1, 1, 1, 1), mode="replicate")
+    found = 4 * y[..., 1:-1, 1:-1] - y[..., :-2, 1:-1] - y[..., 2:, 1:-1] - y[..., 1:-1, :-2] - y[..., 1:-1, 2:]
+    return F.avg_pool2d(found.abs(), BLOCK)[:, 0]
+
+
+def ratio(a, b, where):
+    """Mean of a over that of b in blocks; None in fewer than 1 % of them."""
+    return None if where.float().mean() < 0.01 else (a[where].mean() / b[where].mean().clamp_min(1e-3)).item()
+
+
+def frozen_share(source, edit):
+    """Share of the moments at which the source moves that the edit does not; None where the source stands still."""
+    before, after = ((x[1:] - x[:-1]).abs().mean((1, 2, 3)) for x in (source, edit))
+    moves = before > 0.3
+    return (after < 0.2 * before)[moves].float().mean().item() if moves.any() else None
+
+
+def lag(source, edit):
+    """The delay at which the edit's changes in time resemble the source's most; None where the source stands still."""
+    before, after = (F.avg_pool2d(x[1:] - x[:-1], BLOCK).flatten(1) for x in (source, edit))
+    if before.abs().mean() < 0.1:
+        return None
+    if after.abs().mean() < 0.02:
+        return LAGS
+    before, after = (F.normalize(x, dim=1, eps=1.0) for x in (before, after))  # (T - 1, H/8 * W/8)
+    reach, fit = min(LAGS, len(before) // 3), {}
+    for d in sorted(range(-reach, reach + 1), key=abs):
+        a, b = before[max(0, -d) : len(before) - max(0, d)], after[max(0, d) : len(after) + min(0, d)]
+        fit[d] = (a * b).sum(1).mean().item()
+    best = max(fit, key=fit.get)
+    return best if fit[best] > fit[0] + 0.02 else 0
+
+
+def warp_error(x, changed):
+    """What block matching between neighbouring frames of (T, 1, H, W) leaves over, in the changed blocks."""
+    chosen = torch.linspace(0, len(x) - 2, min(12, len(x) - 1)).round().long()
+    now, before = x[chosen + 1], F.pad(x[chosen], (REACH,) * 4, mode="replicate")
+    height, width = x.shape[2:]
+    left = torch.full_like(F.avg_pool2d(now, BLOCK), math.inf)
+    for dy in range(2 * REACH + 1):
+        for dx in range(2 * REACH + 1):
+            error = (now - before[..., dy : dy + height, dx : dx + width]).abs()
+            left = torch.minimum(left, F.avg_pool2d(error, BLOCK))
+    where = changed[chosen + 1]
+    return left[:, 0][where if where.any() else where | True].mean().item()
+
+
+def flicker(y):
+    """Mean |second difference in time| of the luma. None for fewer than 3 frames."""
     return (y[2:] - 2 * y[1:-1] + y[:-2]).abs().mean().item() if len(y) > 2 else None
 
 
 def shuffled(frames):
     """The same frames in a random order: the known-bad answer for anything temporal."""
     return frames[torch.randperm(len(frames), generator=torch.Generator().manual_seed(0))]
+
+
+def blurred(x):
+    """(T, C, H, W) at a quarter of its resolution and back."""
+    size = [max(1, side // 4) for side in x.shape[2:]]
+    return F.interpolate(F.interpolate(x, size, mode="area"), x.shape[2:], mode="bilinear")
+
+
+DAMAGES = {  # name: (edit, source) -> a worse edit, uint8 (T, H, W, 3)
+    "shuffled": lambda edit, source: shuffled(edit),
+    "blurred": lambda edit, source: as_uint8(blurred(as_float(edit))),
+    "frozen": lambda edit, source: edit[:1].expand_as(edit),
+    "quarter": lambda edit, source: (source + (edit.float() - source) / 4).round().to(torch.uint8),
+}
 
 
 def lab(x):
@@ -202,14 +300,14 @@ def reference_scores(source, edit, change, refs):
     return [(of_edit, of_edit - of_source) for of_source, of_edit in totals.tolist()]
 
 
-def load_pair(source_path, edit_path):
+def load_pair(source_path, edit_path, max_pixels=PIXELS):
     """Source and edit, frame by frame, uint8 (T, H, W, 3) at the edit's aspect, and the frame rate.
 
     Frame i is compared with frame i, whatever the frame rates, as the release keeps frames and not time; the longer is
     cut. An edit by a system that resamples time must be resampled first. MediaError as `read_clip`.
     """
-    edit = read_clip(edit_path, max_pixels=PIXELS)
-    source = read_clip(source_path, max_pixels=PIXELS).frames
+    edit = read_clip(edit_path, max_pixels=max_pixels)
+    source = read_clip(source_path, max_pixels=max_pixels).frames
     count = min(len(edit.frames), len(source))
     source = source[:count]
     if source.shape[1:3] != edit.frames.shape[1:3]:
@@ -219,6 +317,10 @@ def load_pair(source_path, edit_path):
 
 def as_float(frames):
     return frames.permute(0, 3, 1, 2).float() / 255
+
+
+def as_uint8(x):
+    return (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 
 
 @functools.lru_cache(maxsize=64)  # the same reference is a wrong one for other items
@@ -232,45 +334,42 @@ def read_reference(path):
 def measure_files(source_path, edit_path, refs, media):
     """`measure` of an edit, and two numbers of the re-encoded source, which every real edit should beat.
 
-    refs: paths, the true one first. Leaves a filmstrip and a small clip under `media`.
+    refs: paths, the true one first. Leaves small clips and their posters, <media>_source and <media>_edit.
     """
     source, edit, fps = load_pair(source_path, edit_path)
-    write_media(media, source, edit, fps, refs[0] if refs else None)
+    copy = write_media(media, source, edit, fps, refs[0] if refs else None)
     pictures = [read_reference(ref) for ref in refs[:1]]
     for ref in refs[1:]:
         with suppress(MediaError):  # one that is broken is its own item's trouble, and not this one's
             pictures.append(read_reference(ref))
-    out = measure(as_float(source), as_float(edit), pictures)
-    copy = measure(as_float(source), as_float(reencoded(source, fps)), pictures[:1])
-    return out | {"control_copy_strength": copy["edit_strength"], "control_copy_gain": copy["reference_gain"]}
-
-
-def reencoded(frames, fps):
-    """Frames as a lossy file gives them back: the unedited copy that a lazy system would hand in."""
-    with tempfile.TemporaryDirectory() as folder:
-        if len(frames) == 1:
-            write_image(Path(folder) / "x.jpg", frames[0])
-            return read_image(Path(folder) / "x.jpg")[None]
-        write_video(Path(folder) / "x.mp4", frames, fps, codec=SMALL_VIDEO_CODEC)
-        return read_clip(Path(folder) / "x.mp4", len(frames), frames[0].numel()).frames
+    source, edit, copy = map(as_float, (source, edit, copy))
+    out, change = measure(source, edit, pictures), change_map(source, copy)
+    gain = reference_scores(source, copy, change, pictures[:1])[0][1] if pictures else None
+    return out | {"control_copy_strength": change.mean().item() * 255, "control_copy_gain": gain}
 
 
 def write_media(media, source, edit, fps, ref_path):
-    """<media>.jpg: a filmstrip, source above edit, the reference at its end. <media>.mp4: both side by side, small."""
+    """<media>_source.mp4, _edit.mp4 and their .jpg posters, <media>_ref.jpg -> the source as its small file has it: the
+    unedited copy that a lazy system would hand in."""
     media.parent.mkdir(parents=True, exist_ok=True)
-    size = 128, round(edit.shape[2] * 128 / edit.shape[1] / 2) * 2
-    chosen = torch.linspace(0, len(edit) - 1, min(5, len(edit))).round().long()
-    strip = torch.cat([torch.cat(list(resize(x[chosen], size)), 1) for x in (source, edit)], 0)
+    place = lambda name: media.with_name(f"{media.name}_{name}")
     if ref_path:
-        strip = torch.cat([strip, pad_reference(read_image(ref_path), (len(strip), len(strip)))], 1)
-    write_image(media.with_suffix(".jpg"), strip)
-    if len(edit) > 1:
-        both = torch.cat([resize(x, size) for x in (source, edit)], 2)
-        write_video(media.with_suffix(".mp4"), both, fps, codec=SMALL_VIDEO_CODEC)
+        write_image(place("ref.jpg"), pad_reference(read_image(ref_path), (192, 192)))
+    for name, frames in (("source", source), ("edit", edit)):
+        write_image(place(f"{name}.jpg"), frames[len(frames) // 2])
+        if len(frames) > 1:
+            write_video(place(f"{name}.mp4"), frames, fps, codec=PAGE_CODEC)
+    if len(source) == 1:
+        return read_image(place("source.jpg"))[None]
+    return read_clip(place("source.mp4"), len(source), source[0].numel()).frames
 
 
-def write_shuffled(path, edit_path):
-    """The edit with its frames in random order, as a file as good as the edit's: time alone is to be worse."""
+def write_damaged(path, damage, source_path, edit_path):
+    """The edit, damaged, as a file as good as the edit's: a judge should score it lower."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    clip = read_clip(edit_path)
-    write_video(path, shuffled(clip.frames), clip.fps, codec=faithful_codec(clip.frames))
+    source, edit, fps = load_pair(source_path, edit_path, max_pixels=720 * 1280)
+    worse = DAMAGES[damage](edit, source)
+    if path.suffix == ".mp4":
+        write_video(path, worse, fps, codec=faithful_codec(worse))
+    else:
+        write_image(path, worse[0])

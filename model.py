@@ -243,6 +243,10 @@ def balance_weights(latents, source, scale=0.1):
     return weights / weights.mean(dim=(2, 3, 4), keepdim=True)
 
 
+class Contexts(list):
+    """Contexts (1, L, D) from a cache, in place of requests."""
+
+
 class KiwiEdit(nn.Module):
     """The whole model. Parts: dit, source_embedder, ref_embedder and, unless the config leaves them out, vae, mllm.
 
@@ -323,12 +327,13 @@ class KiwiEdit(nn.Module):
     def forward(
         self, requests, latents, t, source=None, ref=None, noise=None, flow=FlowMatch(), balance=False, apart=False
     ):
-        """The training loss of a batch: `training_loss` on what the MLLM makes of the requests (`MLLMEncoder.prepare`).
+        """The training loss of a batch: `training_loss` on what the MLLM makes of the requests (`MLLMEncoder.prepare`), or
+        on `Contexts`.
 
         Contexts with references differ in length and are not padded: equal ones go together. apart: one by one, where
         several ranks train with references, for sharded ranks must call the blocks equally often.
         """
-        contexts = self.mllm.encode(requests)
+        contexts = requests if isinstance(requests, Contexts) else self.mllm.encode(requests)
         groups = {}
         for i, context in enumerate(contexts):
             groups.setdefault(i if apart else context.shape[1], []).append(i)

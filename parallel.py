@@ -1,6 +1,6 @@
 """Several processes as one: which rank am I, which device, and how ranks share weights, data and sequences.
 
-    torchrun -> Ranks: dp x sp processes. Data-parallel ranks take other samples, the sp ranks of a sequence the same ones
+    torchrun -> Ranks: dp x sp processes. Data-parallel ranks take other samples, the sp ranks of a sequence the same
     parallelise(model) -> DDP (whole weights on each rank) or FSDP2 (float32 shards, gathered block by block)
     Ulysses: tokens (B, N, D) split over sp ranks; in self-attention all tokens, heads split (arXiv 2309.14509)
 
@@ -14,17 +14,19 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.nn.utils.stateless import _reparametrize_module
 
 from kernels import attention
 
 
 def rank_and_world():
-    """This process's number under torchrun and how many there are; else 0 and 1, though some machines set WORLD_SIZE."""
+    """This process's number under torchrun and how many there are; else 0 and 1, even if WORLD_SIZE is set."""
     return (int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", 1))) if "RANK" in os.environ else (0, 1)
 
 
 def pick_device(name=None):
-    """The torch device of that name; by default this process's GPU (LOCAL_RANK under torchrun), or the CPU. ValueError."""
+    """The torch device of that name; by default this process's GPU (torchrun: LOCAL_RANK), or the CPU. ValueError."""
     name = name or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(1, device=name).device
@@ -35,7 +37,8 @@ def pick_device(name=None):
 class Ranks:
     """The processes that torchrun started, or one alone. Ranks that share a sequence (sp) are neighbours."""
 
-    def __init__(self, parallel=None, dtype=None, sp=1, dry_run=False):
+    def __init__(self, parallel=None, dtype=None, sp=1, whole=True):
+        """whole: whole modules are trained, whose float32 master weights in 16-bit training are FSDP2's."""
         from torch.distributed.device_mesh import init_device_mesh
 
         launched, has_gpu = "RANK" in os.environ, torch.cuda.is_available()
@@ -44,20 +47,19 @@ class Ranks:
             raise ValueError(f"--sp {sp} does not divide the {world} processes")
         self.parallel = parallel or ("fsdp" if has_gpu else "ddp")
         self.dtype = getattr(torch, dtype or ("bfloat16" if has_gpu else "float32"))
-        if self.dtype != torch.float32 and self.parallel == "ddp":
+        if self.dtype != torch.float32 and self.parallel == "ddp" and whole:
             raise ValueError(
                 "--dtype bfloat16 keeps float32 master weights by FSDP2: take --parallel fsdp, also on one GPU"
             )
-        on_gpu = has_gpu and not dry_run
-        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu")
-        if on_gpu:
+        self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if has_gpu else "cpu")
+        if has_gpu:
             torch.cuda.set_device(self.device)
         self.ours = not dist.is_initialized()  # who calls train.main several times may keep one group for all
         if self.ours:
             alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
             # NCCL gives up after 10 minutes; writing a cache or 60 GB of checkpoint takes longer
-            patience = {"timeout": timedelta(hours=2)} if on_gpu else {}
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", **patience, **alone)
+            patience = {"timeout": timedelta(hours=2)} if has_gpu else {}
+            dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", **patience, **alone)
         self.rank, self.world, self.sp = dist.get_rank(), world, sp
         self.first = self.rank == 0
         self.dp, self.data_rank = self.world // self.sp, self.rank // self.sp
@@ -99,31 +101,66 @@ def parallelise(model, ranks, checkpointing=True):
     """Activation checkpointing, sequence parallelism and DDP or FSDP2 -> the module to call."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     from torch.nn.parallel import DistributedDataParallel
-    from torch.utils.checkpoint import checkpoint
 
-    blocks = [*model.dit.blocks, *model.mllm.blocks()]
+    layers = model.mllm.blocks() if model.mllm else []
     if ranks.sp > 1:
         Ulysses(model.dit, ranks.sequence)
     if checkpointing:
-        for block in blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        for block in (*model.dit.blocks, *layers):
+            block.forward = partial(checkpointed, block.forward)
     if ranks.parallel == "ddp":
         return DistributedDataParallel(model, gradient_as_bucket_view=True) if ranks.world > 1 else model
     policy = MixedPrecisionPolicy(param_dtype=ranks.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in blocks:
+    for block in (*model.dit.blocks, *layers):
         fully_shard(block, mesh=ranks.mesh, mp_policy=policy)
-    for first in (model.dit.blocks[0], *model.mllm.blocks()[:1]):
-        first.register_forward_pre_hook(reached_by_the_backward, prepend=True)  # before FSDP's own
-    # The vision tower runs once a picture, not equally often on every rank: the root gathers it. The VAE stays whole: it
-    # is called before the rest and apart from it.
-    return fully_shard(model, mesh=ranks.mesh, mp_policy=policy, ignored_params=set(model.vae.parameters()))
+    model.dit.blocks[0].register_forward_pre_hook(reached_by_the_backward, prepend=True)  # before FSDP's own
+    if layers and any(p.requires_grad for name, p in model.mllm.named_parameters() if "connector" not in name):
+        layers[0].register_forward_pre_hook(reached_by_the_backward, prepend=True)
+    # The vision tower runs once a picture, not equally often on every rank: the root gathers it. The VAE stays whole:
+    # it is called before the rest and apart from it.
+    apart = set(model.vae.parameters()) if model.vae else set()
+    return fully_shard(model, mesh=ranks.mesh, mp_policy=policy, ignored_params=apart)
 
 
 def reached_by_the_backward(block, arguments):
-    """Ranks must run identical backward graphs, or FSDP deadlocks: whatever a kind of data trains before the blocks, the
-    backward goes through all of them."""
+    """Ranks must run identical backward graphs, or FSDP deadlocks: whatever a kind of data trains before the blocks,
+    the backward goes through all of them."""
     if torch.is_grad_enabled():
         arguments[0].requires_grad_()
+
+
+def checkpointed(forward, *inputs, **more):
+    """Recompute a block in the backward, all but self-attention: 6 KB a token and layer spare a tenth of a step."""
+    from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+    contexts = partial(create_selective_checkpoint_contexts, keep_attention)
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=contexts, **more)
+
+
+def keep_attention(context, operator, *inputs, **more):
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    name, self_attention = (
+        operator.name(),
+        len(inputs) > 2 and getattr(inputs[0], "shape", 0) == getattr(inputs[1], "shape", 1),
+    )
+    kept = self_attention and "attention" in name and "backward" not in name
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def compute_in(model, dtype):
+    """Let linears and convolutions with float32 master weights compute in `dtype` without FSDP2: each casts its weights
+    when it is called, in a recomputed block once more."""
+    for module in model.modules():
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, (nn.Linear, nn.Conv3d)) and any(p.requires_grad for p in own.values()):
+            module.forward = partial(with_weights_in, module, type(module).forward, dtype)
+
+
+def with_weights_in(module, forward, dtype, x):
+    cast = {name: p.to(dtype) for name, p in module.named_parameters(recurse=False)}
+    with _reparametrize_module(module, cast):
+        return forward(module, x)
 
 
 class Ulysses:

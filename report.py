@@ -18,6 +18,15 @@ def table(rows):
     return "\n".join("| " + " | ".join(row) + " |" for row in [lines[0], ["---"] * len(lines[0]), *lines[1:]])
 
 
+def grid(rows):
+    """Rows of cells, the first the header -> an HTML table."""
+    from markupsafe import Markup, escape
+
+    row = lambda cells, tag: "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+    body = "\n".join(row(cells, "td" if i else "th") for i, cells in enumerate(rows))
+    return Markup(f'<div class="wide"><table>{body}</table></div>')
+
+
 @cache
 def templates():
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -27,9 +36,9 @@ def templates():
 
 
 def page(template, **values):
-    """HTML of a template, by name or, where it holds a line break, as its text. Values are escaped; `plot` is at hand."""
+    """HTML of a template: its name, or its text of several lines. Values are escaped; `plot` and `grid` are at hand."""
     found = templates().from_string(template) if "\n" in template else templates().get_template(template)
-    return found.render(plot=plot, **values)
+    return found.render(plot=plot, grid=grid, **values)
 
 
 def ticks(low, high, count=5):
@@ -55,7 +64,7 @@ def plot(series, title="", x="", y="", width=640, height=320, log=False):
     py = lambda v: bottom - (v - y0) / (y1 - y0) * (bottom - top)
     text = lambda a, b, words, more="": f'<text x="{a:.1f}" y="{b:.1f}" {more}>{html.escape(str(words))}</text>'
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-           'font-family="system-ui,sans-serif" font-size="12" fill="#444" style="max-width:100%;height:auto">']  # fmt: skip
+           'font-family="system-ui" font-size="12" fill="#444" style="max-width:100%;height:auto">']  # fmt: skip
     out.append(text(left, 16, title, 'font-size="14" fill="#111"'))
     for v in ticks(y0, y1):
         out.append(f'<path d="M{left} {py(v):.1f}H{right}" stroke="#ddd"/>')

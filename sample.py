@@ -64,6 +64,8 @@ def parse_arguments(argv=None):
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, on a CPU float32")
     add("--offload", action="store_true", help="keep on the GPU only the part at work")
     add("--tile", type=positive, metavar="N", help="VAE: work on N x N latent pixels at once; the same result, less memory")
+    add("--lora", nargs="+", default=[], metavar="FILE[:SCALE]", help="LoRA of the DiT, in any dialect, one or more")
+    add("--quantise", choices=("fp8", "int8"), help="linears in 8 bits: half the memory, a little less exact")
     add("--compare", action="store_true", help="also write source, references and edit side by side: <out>_compare")
     argv = sys.argv[1:] if argv is None else argv
     if "--" in argv:  # argparse cannot intermix behind it
@@ -82,12 +84,22 @@ def timesteps(text):
     return tuple(float(part) for part in text.split(","))
 
 
+def file_and_scale(text):
+    """FILE:SCALE or FILE -> both."""
+    path, _, scale = text.rpartition(":")
+    try:
+        return (path, float(scale)) if path else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
 def main(argv=None):
     args = with_example(parse_arguments(argv))
     check_values(args)
     weights_exist(args.weights)
     import torch
 
+    from lora import add_lora, quantise, read_lora
     from media import FrameFile, read_image
     from parallel import pick_device, rank_and_world
     from sampler import Sampler
@@ -101,6 +113,9 @@ def main(argv=None):
     dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
 
     # validate inputs before downloading 20 GB
+    loras = list(map(file_and_scale, args.lora))
+    for path, _ in loras:
+        read_lora(path)
     refs = [read_image(path) for path in args.ref]
     out, beside = places(args)
     clip = read_source(args)
@@ -108,11 +123,16 @@ def main(argv=None):
 
     from model import FlowMatch, KiwiEdit
 
-    print(f"load        {args.weights} on {device}, {dtype}")
+    print(f"load        {args.weights} on {device}, {dtype}{', linears in ' + args.quantise if args.quantise else ''}")
     home = "cpu" if args.offload else device
     model = KiwiEdit.from_pretrained(
-        args.weights, home, getattr(torch, dtype), args.base, args.qwen, args.ref_pad_first
+        args.weights, "cpu" if args.quantise else home, getattr(torch, dtype), args.base, args.qwen, args.ref_pad_first
     )
+    for path, scale in loras:
+        print(f"lora        {add_lora(model.dit, path, scale)}")
+    if args.quantise:
+        quantise(model, args.quantise, home)
+        model.to(home)
     embedder = getattr(model, "source_embedder", None)
     if embedder is not None and not any(parameter.any() for parameter in embedder.parameters()):
         print(

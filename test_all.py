@@ -3,6 +3,7 @@
 Recorded outputs of the released code lie in ../shared/golden; a test that needs them skips aloud without them.
 """
 
+import json
 import re
 import shlex
 import shutil
@@ -12,6 +13,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from conftest import (
     GOLDEN,
@@ -23,8 +25,11 @@ from conftest import (
     manifest,
     moving_picture,
     recorded,
+    save_diffusers_layout,
+    save_training_layout,
     small_edit,
     small_model,
+    write_qwen_folder,
 )
 from connectors import MLLMConfig, MLLMEncoder, fit_pixels, merge_lora, sample_frames, video_frame_sizes
 from dit import DiT
@@ -203,6 +208,50 @@ def test_the_released_checkpoints_of_every_stage_and_layout_are_taken_in_full(re
     assert load_weights(model, {k: v for k, v in weights.items() if not k.startswith("vae.")}) == []
 
 
+def test_all_three_layouts_load_to_the_same_model(tmp_path, qwen_folder):
+    model = small_model(qwen_folder).eval()
+    model.config = replace(model.config, ref_pad_first=True)
+    model.save(tmp_path / "own")
+    diffusers = save_diffusers_layout(model, tmp_path / "diffusers")
+    checkpoint = save_training_layout(model, tmp_path)
+    expected = model.state_dict()
+    for path in (tmp_path / "own", diffusers):
+        loaded = KiwiEdit.from_pretrained(path, dtype=torch.float32)
+        assert loaded.config.ref_pad_first and loaded.config.mllm.max_pixels == 64 * 64
+        loaded = loaded.state_dict()
+        assert loaded.keys() == expected.keys() and all(torch.equal(loaded[k], expected[k]) for k in expected)
+    for path in (diffusers / "ref_embedder").glob("*.safetensors"):  # as the converter leaves instruct-only weights
+        path.unlink()
+    plain = KiwiEdit.from_pretrained(diffusers, dtype=torch.float32)
+    assert not plain.ref_embedder.patch_embedding.weight.any()
+    (tmp_path / "hub").mkdir()  # as a repository that holds a training checkpoint alone
+    checkpoint = checkpoint.rename(tmp_path / "hub" / "step-15000.safetensors").parent
+    bases = dict(base=tmp_path / "wan", qwen=tmp_path / "qwen", ref_pad_first=True)
+    loaded = KiwiEdit.from_pretrained(checkpoint, dtype=torch.float32, **bases)
+    assert loaded.config.ref_pad_first
+    loaded = loaded.state_dict()
+    differing = {k for k in expected if not torch.equal(loaded[k], expected[k])}
+    assert loaded.keys() == expected.keys()
+    assert differing == {"mllm.model.language_model.layers.0.self_attn.q_proj.weight"}  # where the LoRA was merged
+
+
+def test_an_index_names_the_files_that_are_read_and_copies_are_refused(tmp_path):
+    folder = save_diffusers_layout(small_model(write_qwen_folder(tmp_path / "qwen")), tmp_path / "d")
+    expected = KiwiEdit.from_pretrained(folder, dtype=torch.float32).state_dict()
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    save_file({k: v.half() + 7 for k, v in tensors.items()}, file.with_suffix(".fp16.safetensors"))
+    with pytest.raises(ValueError, match=r"model.fp16.safetensors and .*model.safetensors both hold"):
+        KiwiEdit.from_pretrained(folder)
+    index = {"weight_map": dict.fromkeys(tensors, file.name)}
+    (file.parent / f"{file.name}.index.json").write_text(json.dumps(index))
+    loaded = KiwiEdit.from_pretrained(folder, dtype=torch.float32).state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in expected.items())
+    file.rename(file.with_name("moved.safetensors"))
+    with pytest.raises(FileNotFoundError, match=f"{file.name} is missing"):
+        KiwiEdit.from_pretrained(folder)
+
+
 # An edit
 
 
@@ -227,7 +276,7 @@ def stories():
     """(title, [(language, code)]) of every change that README's section shows."""
     section = re.search(r"^## Change it\n(.*?)^## ", (HOUSE / "README.md").read_text(), re.DOTALL | re.MULTILINE)[1]
     for title, text in re.findall(r"^\*\*(.*?)\*\*(.*?)(?=^\*\*|\Z)", section, re.DOTALL | re.MULTILINE):
-        yield title, re.findall(r"```(python|bash)\n(.*?)```", text, re.DOTALL)
+        yield title, re.findall(r"```(python|yaml|bash)\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.mark.parametrize("title, blocks", list(stories()), ids=[title for title, _ in stories()])
@@ -242,9 +291,10 @@ def test_a_story_of_the_readme_runs_in_a_copy_of_the_house(tmp_path, nano_data, 
     (copy / "data").mkdir()
     (copy / "data" / "nano").symlink_to(nano_data)
     for language, code in blocks:
-        if language == "python":
+        if language != "bash":
             target = copy / re.match(r"# (\S+)", code)[1]
-            target.write_text(target.read_text() + "\n\n" + code)
+            text, last, run = (target.read_text() if target.is_file() else "").rpartition("\n\nif __name__ ==")
+            target.write_text(f"{text}\n\n{code}{last}{run}" if last else f"{run}\n\n{code}")
             continue
         for line in code.strip().splitlines():
             words = shlex.split(line, comments=True)

@@ -5,7 +5,7 @@
 
 Gemini's native API (OpenAI-style calls lose its videos), any OpenAI-compatible server, Qwen2.5-VL and Qwen3-VL through
 transformers. Three things go wrong: TryAgain (busy, slow, connection lost), Malformed (an answer without what was asked
-for) and Barred (nothing more is to be sent). An answer that was cut off is Malformed; its tokens are counted all the same.
+for) and Barred (nothing more is to be sent). An answer that was cut off is Malformed; its tokens count.
 """
 
 import base64
@@ -44,9 +44,14 @@ UNREAD = 10  # answers of which none could be read, before the first that could
 TOKENS = (  # per frame of a video at low, medium, high resolution, and per picture; their documentation, 2026-11
     ("gemini-[34]", {"low": 70, "medium": 70, "high": 280}, {"low": 280, "medium": 560, "high": 1120}),
     ("gemini-", {"low": 66, "medium": 258, "high": 258}, {"low": 66, "medium": 258, "high": 258}),
-    ("qwen.?3", dict.fromkeys(("low", "medium", "high"), 98), dict.fromkeys(("low", "medium", "high"), 196)),
+    ("(?i)qwen.?3", dict.fromkeys(("low", "medium", "high"), 98), dict.fromkeys(("low", "medium", "high"), 196)),
     ("", dict.fromkeys(("low", "medium", "high"), 256), dict.fromkeys(("low", "medium", "high"), 256)),
 )
+
+
+def tokens_of(model, resolution):
+    """-> about how many tokens a frame of a video costs, and a picture."""
+    return next((frame[resolution], picture[resolution]) for name, frame, picture in TOKENS if re.search(name, model))
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class Settings:
     max_pixels: int = FRAME_PIXELS
     device: str | None = None
     dry_run: bool = False
+    as_user: bool = False  # text after the pictures in the user's turn, max_tokens sent along; else a system prompt
 
 
 class JudgeError(ValueError):
@@ -140,7 +146,7 @@ def post(url, headers, body, deadline, secret=None, trusted=False):
     end = time.monotonic() + deadline
     try:
         with urllib.request.build_opener(NoRedirect).open(request, timeout=deadline) as response:
-            answer = json.loads(hide(read_all(response, end).decode("utf-8", "replace")))
+            answer = json.loads(read_all(response, end))
         if not isinstance(answer, dict):
             raise TryAgain("the server's answer is not a JSON object", paid=True)
         return answer
@@ -384,10 +390,13 @@ class OpenAICompatible(Server):
             content += [{"type": kind, kind: {"url": url}} for url in urls]
         messages = [{"role": "system", "content": text}, {"role": "user", "content": content}]
         optional = {} if self.settings.temperature is None else {"temperature": self.settings.temperature}
+        if self.settings.as_user:
+            messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+            optional["max_tokens"] = self.settings.max_tokens
         if schema:
             strict = {**schema, "required": list(schema["properties"]), "additionalProperties": False}
-            optional["response_format"] = {"type": "json_schema",
-                                           "json_schema": {"name": "answer", "schema": strict, "strict": True}}  # fmt: skip
+            told = {"name": "answer", "schema": strict, "strict": True}
+            optional["response_format"] = {"type": "json_schema", "json_schema": told}
         body = {"model": self.model, "messages": messages}
         if self.settings.send == "video":
             body["mm_processor_kwargs"] = {"fps": fps}  # vLLM's name for the frame rate
@@ -468,7 +477,8 @@ class Local:
         words = lambda s: self.tokenizer.encode(s, add_special_tokens=False).ids
         names = ("im_start", "im_end", "vision_start", "vision_end")
         start, end, open_, close = ([self.token(f"<|{name}|>")] for name in names)
-        pieces = [start + words("system\n" + text) + end + words("\n") + start + words("user\n")]
+        system = [] if self.settings.as_user else start + words("system\n" + text) + end + words("\n")
+        pieces = [system + start + words("user\n")]
         kinds = {"image": ([], []), "video": ([], [])}
         for label, path in media:
             pieces.append(words(label + ": "))
@@ -486,7 +496,7 @@ class Local:
             else:
                 rate = (len(seconds) - 1) / seconds[-1] if seconds[-1] else 1.0
                 pieces += [open_, (pad, grid, (self.positions_a_second or 0) * 2 / rate), close]
-        pieces.append(end + words("\n") + start + words("assistant\n"))
+        pieces.append((words(text) if self.settings.as_user else []) + end + words("\n") + start + words("assistant\n"))
         pixels = {}
         for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
             if kinds[kind][0]:
@@ -595,7 +605,7 @@ class Asker:
                 self.not_before = max(self.not_before, then)  # everybody waits
                 if then > until:
                     self.stop = Barred(f"the quota is used up for {wait:.0f} s more, beyond --set patience="
-                                       f"{self.settings.patience:g} ({problem}); run the same command later")  # fmt: skip
+                                       f"{self.settings.patience:g} ({problem}); run it again later")  # fmt: skip
                     raise self.stop
             elif tries < self.settings.tries:
                 self.pause(then)

@@ -41,9 +41,10 @@ def run(program, args, sections):
     from bench.measure import device_name
 
     (what,), rows, path, started = args.what, [], None, time.time()
-    device = {"compile": f"sm_{args.arch}, compiled only", "memory": "computed", "roofline": "computed"}.get(
-        what
-    ) or device_name()
+    without = {"compile": f"sm_{args.arch}, compiled only"} | dict.fromkeys(
+        ("memory", "roofline", "weights8"), "computed"
+    )
+    device = without.get(what) or device_name()
     try:
         for row in sections[what](args):
             rows.append(row)

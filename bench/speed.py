@@ -4,6 +4,7 @@
     vae       encode and decode beside diffusers' AutoencoderKLWan, the same random weights; on a GPU peak memory too
     profile   where the time of a DiT step and of a decoding goes, by class of kernel
     edit      an edit by phase: encode, 50 steps, decode (random weights and context)
+    weights8  the bundled example with 8-bit DiT weights beside float32: bytes and PSNR
     memory    no device needed: peak of an edit at 480p and 720p by part, computed on tensors without storage
     roofline  no device needed: the least time of a 720p step on an H200, by part
 
@@ -17,7 +18,7 @@ import sys
 
 import bench
 
-NAMES = ("dit", "vae", "profile", "edit", "memory", "roofline")
+NAMES = ("dit", "vae", "profile", "edit", "weights8", "memory", "roofline")
 args = bench.parse_arguments("bench.speed", NAMES, __doc__) if __name__ == "__main__" else None
 
 import importlib.util
@@ -66,7 +67,7 @@ def diffusers_dit(config):
 
 
 def diffusers_vae(config):
-    """The same Wan VAE in diffusers; `diffusers_vae_name` gives its names."""
+    """The same Wan VAE in diffusers."""
     from diffusers import AutoencoderKLWan
 
     mean, std = config.statistics
@@ -79,28 +80,16 @@ def diffusers_vae(config):
     return AutoencoderKLWan(**sizes)
 
 
-def diffusers_vae_name(name, config):
-    """Wan's name of a VAE parameter, as our VAE has it -> diffusers' name."""
-    for wan, theirs in (
-        (r"residual\.0\.", "norm1."), (r"residual\.2\.", "conv1."), (r"residual\.3\.", "norm2."),
-        (r"residual\.6\.", "conv2."), (r"shortcut", "conv_shortcut"), (r"middle\.0", "mid_block.resnets.0"),
-        (r"middle\.1", "mid_block.attentions.0"), (r"middle\.2", "mid_block.resnets.1"), (r"head\.0", "norm_out"),
-        (r"head\.2", "conv_out"), (r"coder\.conv1", "coder.conv_in"), (r"^conv1", "quant_conv"),
-        (r"^conv2", "post_quant_conv"),
-    ):  # fmt: skip
-        name = re.sub(wan, theirs, name)
-    if config.version == "2.2":
-        name = re.sub(r"downsamples\.(\d)\.downsamples\.\d\.(resample|time)", r"down_blocks.\1.downsampler.\2", name)
-        name = re.sub(r"upsamples\.(\d)\.upsamples\.\d\.(resample|time)", r"up_blocks.\1.upsampler.\2", name)
-        name = re.sub(r"downsamples\.(\d)\.downsamples\.(\d)", r"down_blocks.\1.resnets.\2", name)
-        return re.sub(r"upsamples\.(\d)\.upsamples\.(\d)", r"up_blocks.\1.resnets.\2", name)
-    name = name.replace("downsamples", "down_blocks")
-    flat = re.search(r"upsamples\.(\d+)", name)
-    if not flat:
-        return name
-    level, place = divmod(int(flat[1]), config.num_res_blocks + 2)  # a level: one block more, then its upsampling
-    inner = "upsamplers.0" if place == config.num_res_blocks + 1 else f"resnets.{place}"
-    return name.replace(flat[0], f"up_blocks.{level}.{inner}")
+def give_weights(ours, theirs):
+    """Our VAE's weights for diffusers', which registers the same layers in the same order, but in the middle attention
+    before the block that it follows."""
+    names = list(theirs.state_dict())
+    for half in ("encoder", "decoder"):
+        attention = [name for name in names if name.startswith(f"{half}.mid_block.attentions.0.")]
+        block = [name for name in names if name.startswith(f"{half}.mid_block.resnets.0.")]
+        at = names.index(attention[0])
+        names[at : at + len(attention + block)] = block + attention
+    theirs.load_state_dict(dict(zip(names, ours.state_dict().values(), strict=True)))
 
 
 def built(device, dtype, make):
@@ -172,7 +161,7 @@ def vae_rows(args, config, size, dtype):
     ours = built(device, dtype, lambda: VAE(config))
     theirs = built(device, dtype, lambda: diffusers_vae(config)) if has_diffusers() else None
     if theirs:
-        theirs.load_state_dict({diffusers_vae_name(k, config): v for k, v in ours.state_dict().items()})
+        give_weights(ours, theirs)
     video = torch.rand(1, 3, *size, device=device, dtype=dtype) * 2 - 1
     latents = ours.encode(video)
     z = ours.denormalise(latents)  # diffusers leaves the normalisation to its pipelines
@@ -233,6 +222,28 @@ def edit(args):
                        (f"{steps} steps", lambda: model.denoise(noise, context, source, steps=next(turns))),
                        ("decode", lambda: model.decode_frames(source))):  # fmt: skip
         yield {"model": name, "frames": "x".join(map(str, size)), "phase": phase, "s": in_turns({phase: run}, 1)[phase]}
+
+
+def weights8(args):
+    """PSNR of the edited example to that of float32 weights, in float32 arithmetic on a CPU; bfloat16: all of it."""
+    from connectors import replace_modules
+    from kernels.linear import QuantLinear
+    from media import read_image
+    from model import KiwiEdit, read_for
+
+    nano, exact = bench.HOUSE / "weights" / "nano", None
+    for kind in ("float32", "bfloat16", "fp8", "int8"):
+        model = KiwiEdit.from_pretrained(nano, "cpu", torch.bfloat16 if kind == "bfloat16" else torch.float32)
+        if kind in ("fp8", "int8"):
+            linear = lambda child: QuantLinear.from_linear(child, kind) if type(child) is torch.nn.Linear else None
+            replace_modules(model.dit.blocks, lambda _, child: linear(child))
+        size = sum(t.numel() * t.element_size() for t in model.dit.blocks.state_dict().values())
+        clip = read_for(model.config, nano / "example" / "source.mp4", None, None).frames
+        prompt, ref = (nano / "example" / "prompt.txt").read_text(), read_image(nano / "example" / "reference.png")
+        pixels = model.edit(clip, prompt.strip(), ref).double()
+        exact = pixels if exact is None else exact
+        psnr = 10 * math.log10(255**2 / (pixels - exact).square().mean()) if kind != "float32" else ""
+        yield {"DiT blocks": kind, "MB": size / 1e6, "PSNR dB": psnr}
 
 
 @torch.no_grad()
@@ -308,6 +319,6 @@ def peak_of_live_tensors(run, module):
     return ledger.peak / 2**30
 
 
-SECTIONS = dict(zip(NAMES, (dit, vae, profile, edit, memory, roofline)))
+SECTIONS = dict(zip(NAMES, (dit, vae, profile, edit, weights8, memory, roofline)))
 if __name__ == "__main__":
     sys.exit(bench.run("bench.speed", args, SECTIONS))

@@ -306,8 +306,13 @@ def launch(name, rows, block, tensors, q, k):
         )
 
 
-@torch.library.custom_op("nanokiwi::attention", mutates_args=())
-def attention_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def operator(name, schema):
+    """Register a function as torch.ops.nanokiwi.<name>: one step for autograd, torch.compile and meta tensors."""
+    return torch.library.custom_op(f"nanokiwi::{name}", mutates_args=(), schema=schema)
+
+
+@operator("attention", "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
+def attention_op(q, k, v):
     """-> out (B, Lq, H, d), lse (B, H, Lq) float32."""
     q, k, v = (x.contiguous() for x in (q, k, v))
     out, lse = outputs = attention_op_shapes(q, k, v)
@@ -321,10 +326,9 @@ def attention_op_shapes(q, k, v):
     return q.new_empty(q.shape), q.new_empty((B, H, Lq), dtype=torch.float32)
 
 
-@torch.library.custom_op("nanokiwi::attention_backward", mutates_args=())
-def attention_backward_op(
-    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+@operator("attention_backward", "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse) -> "
+          "(Tensor, Tensor, Tensor)")  # fmt: skip
+def attention_backward_op(grad, q, k, v, out, lse):
     grad, q, k, v = (x.contiguous() for x in (grad, q, k, v))
     dq, dk, dv = gradients = attention_backward_op_shapes(grad, q, k, v, out, lse)
     delta = torch.empty_like(lse)

@@ -19,7 +19,7 @@ from functools import lru_cache
 
 import torch
 
-from kernels.attention import LOCK, attention_op_shapes, attention_triton, backward, save_for_backward
+from kernels.attention import LOCK, attention_op_shapes, attention_triton, backward, operator, save_for_backward
 
 gl = hop = mb = tma = None  # Gluon, imported by `compiled`
 BLOCK = 128  # queries of a program, keys of a block
@@ -210,8 +210,8 @@ def constants(config):
     return {"D": 128, "M": BLOCK, "N": BLOCK, "STAGES": config[0], "PINGPONG": config[1]}
 
 
-@torch.library.custom_op("nanokiwi::attention_hopper", mutates_args=())
-def attention_hopper_op(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+@operator("attention_hopper", "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
+def attention_hopper_op(q, k, v):
     import triton
 
     q, k, v = (x.contiguous() for x in (q, k, v))

@@ -26,7 +26,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from kernels.attention import hand_to_triton
+from kernels.attention import hand_to_triton, operator
 
 triton = tl = None  # imported by `compiled` at the first launch: nobody on a CPU waits for them
 
@@ -237,15 +237,8 @@ def nothing(x):
     return x.new_empty(0)
 
 
-@torch.library.custom_op("nanokiwi::rms_norm_rope", mutates_args=())
-def rms_norm_rope_op(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    cos: torch.Tensor | None,
-    sin: torch.Tensor | None,
-    num_heads: int,
-    eps: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+@operator("rms_norm_rope", "(Tensor x, Tensor w, Tensor? cos, Tensor? sin, int H, float eps) -> (Tensor, Tensor)")
+def rms_norm_rope_op(x, weight, cos, sin, num_heads, eps):
     """-> out (B, L, H, d), rstd (B, L) float32."""
     B, L, D = x.shape
     out, rstd = outputs = rms_norm_rope_shapes(x, weight, cos, sin, num_heads, eps)
@@ -260,11 +253,9 @@ def rms_norm_rope_shapes(x, weight, cos, sin, num_heads, eps):
     return x.new_empty((B, L, num_heads, D // num_heads)), x.new_empty((B, L), dtype=torch.float32)
 
 
-@torch.library.custom_op("nanokiwi::rms_norm_rope_backward", mutates_args=())
-def rms_norm_rope_backward_op(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None,
-    rstd: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+@operator("rms_norm_rope_backward", "(Tensor grad, Tensor x, Tensor w, Tensor? cos, Tensor? sin, Tensor rstd) -> "
+          "(Tensor, Tensor)")  # fmt: skip
+def rms_norm_rope_backward_op(grad, x, weight, cos, sin, rstd):
     B, L, D = x.shape
     programs = min(B * L, PROGRAMS)
     dx, shares = x.new_empty(x.shape), x.new_empty((programs, D), dtype=torch.float32)
@@ -289,11 +280,9 @@ def rms_norm_rope_gradients(ctx, grad, grad_rstd):
 rms_norm_rope_op.register_autograd(rms_norm_rope_gradients, setup_context=rms_norm_rope_save)
 
 
-@torch.library.custom_op("nanokiwi::residual_norm", mutates_args=())
-def residual_norm_op(
-    x: torch.Tensor, y: torch.Tensor | None, gate: torch.Tensor | None, shift: torch.Tensor | None,
-    scale: torch.Tensor | None, eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+@operator("residual_norm", "(Tensor x, Tensor? y, Tensor? gate, Tensor? shift, Tensor? scale, float eps) -> "
+          "(Tensor, Tensor, Tensor, Tensor)")  # fmt: skip
+def residual_norm_op(x, y, gate, shift, scale, eps):
     """x + gate y and its modulated norm, either of them empty if not asked for, and the norm's mean and rstd (B, L)."""
     B, L, _ = x.shape
     outputs = residual_norm_shapes(x, y, gate, shift, scale, eps)
@@ -312,11 +301,9 @@ def residual_norm_shapes(x, y, gate, shift, scale, eps):
     return new, x.new_empty(x.shape), mean, rstd
 
 
-@torch.library.custom_op("nanokiwi::residual_norm_backward", mutates_args=())
-def residual_norm_backward_op(
-    grad_new: torch.Tensor | None, grad_normed: torch.Tensor | None, new: torch.Tensor, y: torch.Tensor | None,
-    gate: torch.Tensor | None, scale: torch.Tensor | None, mean: torch.Tensor, rstd: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+@operator("residual_norm_backward", "(Tensor? grad_new, Tensor? grad_normed, Tensor new, Tensor? y, Tensor? gate, "
+          "Tensor? scale, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")  # fmt: skip
+def residual_norm_backward_op(grad_new, grad_normed, new, y, gate, scale, mean, rstd):
     """-> dx, dy, dgate, dshift, dscale; empty where it is that of None, or equal to another."""
     B, L, D = new.shape
     programs = min(L, max(1, PROGRAMS // B))
@@ -367,8 +354,8 @@ def residual_norm_gradients(ctx, grad_new, grad_normed, grad_mean, grad_rstd):
 residual_norm_op.register_autograd(residual_norm_gradients, setup_context=residual_norm_save)
 
 
-@torch.library.custom_op("nanokiwi::channel_norm_silu", mutates_args=())
-def channel_norm_silu_op(x: torch.Tensor, gamma: torch.Tensor, past: torch.Tensor | None) -> torch.Tensor:
+@operator("channel_norm_silu", "(Tensor x, Tensor gamma, Tensor? past) -> Tensor")
+def channel_norm_silu_op(x, gamma, past):
     x, out = x.contiguous(memory_format=torch.channels_last_3d), channel_norm_silu_shapes(x, gamma, past)
     D, frames, frame = x.shape[1], x.shape[2], x.shape[3] * x.shape[4]
     if past is not None:

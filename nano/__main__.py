@@ -1,14 +1,7 @@
-"""Train a small Kiwi-Edit from nothing, in a world whose truth is known.
+"""Train a small Kiwi-Edit from nothing, in a world whose truth is known: runs/nano_cpu.sh runs all of it.
 
-    assets    emoji and panoramas, once                         -> a folder outside the repository
-    data      clips of the world                                -> mp4, png, three CSVs, truth.jsonl
-    pretrain  a VAE, a Qwen2.5-VL and a text-to-video DiT, the stand-ins for what the paper starts from -> weights/
-    (train.py runs the paper's three stages on these data and weights)
-    ship      the last checkpoint over those weights            -> weights/nano in bfloat16, example, model card
-    eval      edits of held-out clips against their truth       -> eval.md, eval.json, sheet.png
-    bench     held-out reference edits in RefVIE-Bench's layout -> refvie_bench.yaml for judge.py
-
-runs/nano_cpu.sh and runs/nano_h100.sh run all of that.
+assets, data -> clips and their truth    pretrain -> the VAE, MLLM and DiT that the paper starts from
+(train.py runs the paper's three stages) -> ship -> weights/nano    eval, compare, bench -> how good they are
 """
 
 import argparse
@@ -23,9 +16,11 @@ EXAMPLES = """examples:
   python -m nano pretrain vae --data ../nano_train --out ../pre                           (then mllm, then dit)
   python -m nano eval --weights weights/nano --data ../nano_test --out ../report
 """
+NANO = Path(__file__).parents[1] / "weights" / "nano"
 COMMANDS = {  # the module and the function of each
     "assets": ("assets", "fetch_assets"), "data": ("data", "make_data"), "bench": ("data", "make_bench"),
     "pretrain": ("pretrain", "pretrain"), "ship": ("ship", "ship"), "eval": ("evaluate", "evaluate"),
+    "compare": ("evaluate", "compare"),
 }  # fmt: skip
 
 
@@ -53,13 +48,19 @@ def parse_arguments(argv=None):
     add_world(add)
 
     add = commands.add_parser("pretrain", help="train the parts that Kiwi-Edit starts from").add_argument
-    add("part", choices=("vae", "mllm", "dit"), help="in this order")
+    add("part", choices=("vae", "mllm", "dit", "decoder"), help="in this order; decoder: sharper, over --weights")
     add("--data", required=True, metavar="DIR", help="what `data` wrote")
     add("--out", required=True, metavar="DIR", help="states to resume from, and weights/ for `train.py --weights`")
+    add(
+        "--weights",
+        metavar="DIR",
+        help="whose decoder to train (decoder alone; default: weights/nano)",
+        default=str(NANO),
+    )
     add("--minutes", type=float, default=9, help="stop after so long with exit code 75; the next call goes on "
         "(default %(default)s)")  # fmt: skip
-    add("--steps", type=positive, help="of the whole training (default: 4000, 1000, 800)")
-    add("--batch", type=positive, help="default: 16 stills or 8 clips, 16, 64")
+    add("--steps", type=positive, help="of the whole training (default: 4000, 1000, 800, 1500)")
+    add("--batch", type=positive, help="default: 16 stills or 8 clips, 16, 64, 16 stills or 4 clips")
     add("--seed", type=int, default=0, help="default %(default)s")
 
     add = commands.add_parser("ship", help="make a training checkpoint a folder of weights of its own").add_argument
@@ -81,6 +82,10 @@ def parse_arguments(argv=None):
     add("--cases", type=positive, default=400, help="at most so many (default %(default)s)")
     add("--steps", type=positive, help="denoising steps (default: what the weights ask for)")
     add("--ref-guidance", type=float, metavar="G", help="how far references are followed (default: likewise)")
+
+    add = commands.add_parser("compare", help="how much better some reports are than others").add_argument
+    add("reports", nargs="+", metavar="DIR", help="what `eval` wrote: one way, a folder for each seed")
+    add("--to", nargs="+", required=True, metavar="DIR", help="another way, on the same cases")
     args = parser.parse_args(argv)
     if args.command in ("data", "bench") and (args.size % 32 or args.frames % 4 != 1):
         parser.error(f"--size {args.size} --frames {args.frames}: a multiple of 32, and 4k + 1 (5, 9, 17, ...)")

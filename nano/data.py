@@ -13,24 +13,13 @@ import torch
 from tqdm import tqdm
 
 from media import EXACT_VIDEO_CODEC, read_clip, read_image, whole_file, write_image, write_text, write_video
-from nano.world import (
-    MIXTURE,
-    TASKS,
-    boxes,
-    describe,
-    draw_edit,
-    draw_frames,
-    load_library,
-    read_index,
-    redraw_edit,
-    to_uint8,
-)
+from nano import world
 
 
-def write_example(out, library, world, index):
+def write_example(out, library, settings, index):
     """Draw clip `index` and write its files under `out` -> its line of truth.jsonl."""
-    edit = redraw_edit(library, world, index)
-    source, target, mask = draw_frames(edit, world["size"])
+    edit = world.redraw_edit(library, settings, index)
+    source, target, mask = world.draw_frames(edit, settings["size"])
     still, stem = edit.kind == "image", f"{edit.kind}/{index:06d}"
     ending = "png" if still else "mp4"
     names = {"src_video": f"{stem}_src.{ending}", "tgt_video": f"{stem}_tgt.{ending}"}
@@ -38,27 +27,28 @@ def write_example(out, library, world, index):
         if still:
             write_image(out / name, clip[0])
         else:
-            write_video(out / name, clip, world["fps"], None, EXACT_VIDEO_CODEC)
+            write_video(out / name, clip, settings["fps"], None, EXACT_VIDEO_CODEC)
     if edit.ref is not None:
         names["ref_image"] = f"{stem}_ref.png"
-        write_image(out / names["ref_image"], to_uint8(edit.ref[None])[0])
+        write_image(out / names["ref_image"], world.to_uint8(edit.ref[None])[0])
     rows = mask.flatten(0, 1)[..., None].expand(-1, -1, 3).to(torch.uint8) * 255
     write_image(out / f"{stem}_mask.png", rows)
     return {
         "index": index, "kind": edit.kind, "task": edit.task, "prompt": edit.prompt, **names,
         "mask": f"{stem}_mask.png",
-        "source_caption": describe(edit.source),
-        "target_caption": describe(edit.target) + (f", as {edit.style}" if edit.style else ""), "style": edit.style,
-        "boxes": boxes(edit.source), "target_boxes": boxes(edit.target),
+        "source_caption": world.describe(edit.source),
+        "target_caption": world.describe(edit.target) + (f", as {edit.style}" if edit.style else ""),
+        "style": edit.style,
+        "boxes": world.boxes(edit.source), "target_boxes": world.boxes(edit.target),
         "new": edit.new and {"name": edit.new.name, "look": edit.new.look},
         "photos": sorted({edit.source.photo.name, edit.target.photo.name}),
     }  # fmt: skip
 
 
-def write_share(out, world, indices):
+def write_share(out, settings, indices):
     """A run of clips, on one thread: there are as many workers as cores."""
     torch.set_num_threads(1)
-    return [write_example(out, load_library(world["assets"]), world, i) for i in indices]
+    return [write_example(out, world.load_library(settings["assets"]), settings, i) for i in indices]
 
 
 def write_table(path, rows):
@@ -75,28 +65,28 @@ def write_table(path, rows):
 
 def make_data(args):
     out = Path(args.out)
-    tables = {kind: out / f"{kind}.csv" for kind in TASKS}
+    tables = {kind: out / f"{kind}.csv" for kind in world.TASKS}
     written = (*tables.values(), out / "truth.jsonl")
     others = [path.name for path in written if path.exists()]
     if others and not (out / "world.json").exists():
         raise ValueError(f"{out}: refusing to replace {', '.join(others)}: not nano's; give another folder")
     if args.assets is not None:
-        read_index(args.assets)  # before workers start
-    for kind in TASKS:
+        world.read_index(args.assets)  # before workers start
+    for kind in world.TASKS:
         (out / kind).mkdir(parents=True, exist_ok=True)
-    world = {  # what an example's index needs to be drawn again
+    settings = {  # what an example's index needs to be drawn again
         "assets": args.assets, "split": args.split, "seed": args.seed, "clips": args.clips, "frames": args.frames,
         "size": args.size, "fps": args.fps, "tasks": args.tasks and dict(args.tasks),
     }  # fmt: skip
-    for path in written:  # delete stale tables first: this world replaces their pictures
+    for path in written:  # delete stale tables first: their pictures will be replaced
         path.unlink(missing_ok=True)
     shares, rows = [range(i, min(i + 32, args.clips)) for i in range(0, args.clips, 32)], []
     with tqdm(total=args.clips, desc="draw", unit="clip", mininterval=5) as bar:
         with ProcessPoolExecutor(args.workers, get_context("spawn")) if args.workers > 1 else nullcontext() as pool:
-            for share in (pool.map if pool else map)(partial(write_share, out, world), shares):
+            for share in (pool.map if pool else map)(partial(write_share, out, settings), shares):
                 rows += share
                 bar.update(len(share))
-    write_text(out / "world.json", json.dumps(world))  # first: it says whose the tables are
+    write_text(out / "world.json", json.dumps(settings))  # first: it says whose the tables are
     for kind, path in tables.items():
         write_table(path, [row for row in rows if row["kind"] == kind])
     write_text(out / "truth.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
@@ -109,12 +99,12 @@ def make_bench(args):
     out = Path(args.out)
     for name in ("videos", "refs"):
         (out / name).mkdir(parents=True, exist_ok=True)
-    library, lines, first = load_library(args.assets), [], MIXTURE.index("ref_video")
+    library, lines, first = world.load_library(args.assets), [], world.MIXTURE.index("ref_video")
     for i in range(args.items):
-        edit = draw_edit(library, "test", args.seed, first + i * len(MIXTURE), args.frames, args.size)
-        source = draw_frames(edit, args.size)[0]
+        edit = world.draw_edit(library, "test", args.seed, first + i * len(world.MIXTURE), args.frames, args.size)
+        source = world.draw_frames(edit, args.size)[0]
         write_video(out / "videos" / f"{i:03d}_src.mp4", source, args.fps, None, EXACT_VIDEO_CODEC)
-        write_image(out / "refs" / f"{i:03d}.png", to_uint8(edit.ref[None])[0])
+        write_image(out / "refs" / f"{i:03d}.png", world.to_uint8(edit.ref[None])[0])
         kind = "background" if edit.task == "background_ref" else "subject"
         lines.append(
             f"- src_video: videos/{i:03d}_src.mp4\n  instruction: {json.dumps(edit.prompt)}\n"
@@ -133,10 +123,10 @@ def read_truth(folder):
 
 def read_world(folder):
     """What held-out clips were drawn with. ValueError for training clips."""
-    world = json.loads((Path(folder) / "world.json").read_text())
-    if world["split"] != "test":
-        raise ValueError(f"{folder} is of the {world['split']} split: draw held-out cases with --split test")
-    return world
+    settings = json.loads((Path(folder) / "world.json").read_text())
+    if settings["split"] != "test":
+        raise ValueError(f"{folder} is of the {settings['split']} split: draw held-out cases with --split test")
+    return settings
 
 
 def read_frames(path):

@@ -14,48 +14,28 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from media import pad_reference, write_image, write_text
+from metrics import as_float, luma, psnr, ssim
 from model import KiwiEdit
 from nano.data import read_frames, read_mask, read_truth, read_world
 from nano.world import draw_frames, load_library, nameable, pick, redraw_edit, render, to_uint8
 from parallel import pick_device
+from report import table
 
 CANDIDATES = 20  # the right sprite among so many: chance is 5 %
-ASKED = {  # set before all training: dB gained on a copy inside the edited region, share of right objects
-    "change": (6, 0.6), "add": (6, 0.6), "remove": (6, None), "background": (6, None), "style": (4, None),
-    "subject": (None, 0.7),
-}  # fmt: skip
-
-
-def region_psnr(a, b, region):
-    """PSNR in dB, at most 60, of uint8 (T, H, W, 3) where region (T, H, W) is true; nan where it is empty."""
-    error = ((a.double() - b.double()) / 255).square().mean(dim=-1)[region].mean()
-    return min(60.0, -10 * math.log10(max(float(error), 1e-6))) if region.any() else math.nan
-
-
-def region_ssim(a, b, region, window=7):
-    """SSIM of 7x7 windows centred in the region, mean over windows and colours; nan where it is empty."""
-    smooth = lambda x: F.avg_pool2d(x, window, 1, window // 2, count_include_pad=False)
-    a, b = (x.permute(0, 3, 1, 2).double() / 255 for x in (a, b))
-    mean_a, mean_b = smooth(a), smooth(b)
-    var_a, var_b = smooth(a * a) - mean_a**2, smooth(b * b) - mean_b**2
-    covariance = smooth(a * b) - mean_a * mean_b
-    c1, c2 = 0.01**2, 0.03**2
-    ssim = (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
-    return float(ssim.mean(dim=1)[region].mean()) if region.any() else math.nan
 
 
 def detail(frames, region):
-    """Energy of the luma's Laplacian in the region, in 0..1 per pixel squared: fine edges and grain."""
-    luma = (frames.float() / 255 @ torch.tensor([0.299, 0.587, 0.114]))[:, None]
+    """Sum of the luma's |Laplacian| in the region: fine edges and grain."""
+    y = F.pad(luma(frames), (1, 1, 1, 1), mode="replicate")
     kernel = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]])[None, None]
-    return float(F.conv2d(F.pad(luma, (1, 1, 1, 1), mode="replicate"), kernel)[:, 0].square()[region].sum())
+    return float(F.conv2d(y, kernel)[:, 0].abs()[region].sum())
 
 
 def measure(result, target, region):
-    numbers = {}
+    """uint8 (T, H, W, 3) against its truth, in the region (T, H, W) and out of it; nan where that is empty."""
+    numbers, result, target = {}, as_float(result), as_float(target)
     for where, part in (("in", region), ("out", ~region)):
-        numbers[f"psnr_{where}"] = region_psnr(result, target, part)
-        numbers[f"ssim_{where}"] = region_ssim(result, target, part)
+        numbers[f"psnr_{where}"], numbers[f"ssim_{where}"] = psnr(result, target, part), ssim(result, target, part)
         numbers[f"detail_{where}"], numbers[f"truth_{where}"] = detail(result, part), detail(target, part)
     return numbers
 
@@ -79,8 +59,8 @@ def recognise(edit, library, split, result, region, index):
     look: the sprite that was shown is nearer than the other looks of its name.
     """
     if edit.task == "remove":
-        source, target, _ = draw_frames(edit, result.shape[1])
-        return {"right": region_psnr(result, target, region) >= region_psnr(result, source, region) + 6}
+        source, target, result = map(as_float, (*draw_frames(edit, result.shape[1])[:2], result))
+        return {"right": psnr(result, target, region) >= psnr(result, source, region) + 6}
     if edit.new is None or not region.any():
         return {}
     rng = np.random.default_rng([7, index])
@@ -120,28 +100,17 @@ def mean(values):
 
 
 def sharpness(measures, where):
-    """Laplacian energy of some cases' results to that of their truth: 1 is as sharp, less is blurred; None if flat."""
+    """|Laplacian| of some cases' results to that of their truth: 1 is as sharp, less is blurred; None if flat."""
     truth = sum(m[f"truth_{where}"] for m in measures)
     return sum(m[f"detail_{where}"] for m in measures) / truth if truth else None
-
-
-def by_task(cases):
-    groups = {}
-    for case in cases:
-        groups.setdefault(case["task"], []).append(case["measures"])
-    return groups
-
-
-def markdown(columns, rows):
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
 
 
 def summary(cases):
     """Means by task and method as a Markdown table."""
     columns = {"PSNR": "psnr_{}", "SSIM": "ssim_{}", "sharpness": None}
     rows = []
-    for task, of_task in [*by_task(cases).items(), ("all", [case["measures"] for case in cases])]:
+    for task in [*dict.fromkeys(case["task"] for case in cases), "all"]:
+        of_task = [case["measures"] for case in cases if task in (case["task"], "all")]
         for method in dict.fromkeys(method for m in of_task for method in m):
             results, cells = [m[method] for m in of_task if method in m], []
             for where in ("in", "out"):
@@ -151,28 +120,7 @@ def summary(cases):
             right = [mean(m.get(name) for m in results) for name in ("right", "look")]
             rows.append([task, method, len(results), *cells, *("" if n is None else f"{n:.0%}" for n in right)])
     names = [f"{name} {where}" for where in ("in", "out") for name in columns]
-    return markdown(["task", "method", "cases", *names, "right object", "shown look"], rows)
-
-
-def goals(cases):
-    """Per task what an edit should reach, as a Markdown table; in brackets what was ASKED."""
-    rows = []
-    for task, of_task in by_task(cases).items():
-        inside = mean(m["edit"]["psnr_in"] - m["copy"]["psnr_in"] for m in of_task)
-        outside = mean(m["ceiling"]["psnr_out"] - m["edit"]["psnr_out"] for m in of_task)
-        right = mean(m["edit"].get("right") for m in of_task)
-        without = [m for m in of_task if "edit, no reference" in m]
-        shown = mean(m["edit"]["psnr_in"] - m["edit, no reference"]["psnr_in"] for m in without)
-        asked_in, asked_right = ASKED.get(task, (None, None))
-        rows.append([
-            task,
-            f"{inside:+.1f} dB" + (f" (asked {asked_in:+})" if asked_in else ""),
-            "" if outside is None else f"{outside:.1f} dB (asked at most 3)",
-            "" if right is None else f"{right:.0%}" + (f" (asked {asked_right:.0%})" if asked_right else ""),
-            "" if shown is None else f"{shown:+.1f} dB (asked more than 0)",
-        ])  # fmt: skip
-    columns = ["task", "edit - copy, inside", "ceiling - edit, outside", "right object", "reference - none, inside"]
-    return markdown(columns, rows)
+    return table([["task", "method", "cases", *names, "right object", "shown look"], *rows])
 
 
 def digest_of(model):
@@ -202,8 +150,41 @@ def evaluate(args):
     settings = {"digest": digest_of(model)} | {name: getattr(model.config, name) for name in ("steps", "ref_guidance")}
     told = {"weights": args.weights, "world": world, **settings, "cases": cases}
     write_text(out / "eval.json", json.dumps(told, indent=0))
-    write_text(out / "eval.md", table := f"{summary(cases)}\n{goals(cases)}")
+    write_text(out / "eval.md", text := summary(cases) + "\n")
     empty = torch.zeros_like(picture)
     sheet = torch.cat([torch.cat((shown + 4 * [empty])[:4], dim=1) for shown in pictures.values()])
     write_image(out / "sheet.png", sheet.repeat_interleave(2, 0).repeat_interleave(2, 1))
-    print(f"{table}write       {out}/eval.md, eval.json, sheet.png (source | reference | edit | truth, four a task)")
+    print(f"{text}write       {out}/eval.md, eval.json, sheet.png (source | reference | edit | truth, four a task)")
+
+
+def mean_over_seeds(folders):
+    """{case's index: (task, dB inside, right or None)} of the edits, averaged over the reports of several seeds."""
+    found = {}
+    for folder in folders:
+        for case in json.loads((Path(folder) / "eval.json").read_text())["cases"]:
+            edit = case["measures"]["edit"]
+            found.setdefault((case["index"], case["task"]), []).append((edit["psnr_in"], edit.get("right")))
+    return {key: [mean(column) for column in zip(*seeds)] for key, seeds in found.items()}
+
+
+def compare(args):
+    """Reports against others, paired by case: mean difference and 95 % interval of a bootstrap over the cases."""
+    a, b = mean_over_seeds(args.reports), mean_over_seeds(args.to)
+    if a.keys() != b.keys():
+        raise ValueError(f"{args.reports[0]}, {args.to[0]}: not of the same cases")
+    rows = [["task", "cases", "inside, dB", "right object"]]
+    for task in [*dict.fromkeys(task for _, task in a), "all"]:
+        cells, of_task = [], [key for key in a if task in (key[1], "all")]
+        for column, unit in (0, "{:+.2f} [{:+.2f}, {:+.2f}]"), (1, "{:+.1%} [{:+.1%}, {:+.1%}]"):
+            pairs = [
+                (a[key][column], b[key][column]) for key in of_task if None not in (a[key][column], b[key][column])
+            ]
+            gain = torch.tensor([x - y for x, y in pairs])
+            drawn = (
+                torch.randint(len(gain), (2000, len(gain)), generator=torch.Generator().manual_seed(0)) if pairs else []
+            )
+            cells.append(
+                unit.format(gain.mean(), *gain[drawn].mean(1).quantile(torch.tensor([0.025, 0.975]))) if pairs else ""
+            )
+        rows.append([task, len(of_task), *cells])
+    print(table(rows))

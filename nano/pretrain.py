@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from connectors import REFERENCE_HINT, SYSTEM_PROMPT, MLLMEncoder, num_tokens
-from media import whole_file, write_text
+from connectors import MLLMEncoder, num_tokens
+from media import whole_file
 from model import PRESETS, FlowMatch, KiwiEdit
 from nano.data import read_many, read_truth
 from nano.world import pick
@@ -108,7 +108,6 @@ class Trainer:
         return self.step == self.steps
 
     def save(self, seconds):
-        """seconds: of this piece; the file adds them up."""
         masters = {n: m.view_as(p) for n, p, m in zip(self.names, self.parameters, self.masters)}
         state = {"step": self.step, "masters": masters, "optimisers": [o.state_dict() for o in self.optimisers]}
         state |= {"seed": self.seed, "steps": self.steps, "seconds": self.seconds + seconds}
@@ -142,10 +141,14 @@ def reconstruct(vae, video, generator):
     """Video through encoder, a sample of the posterior and decoder, not clamped -> (video, mean, log-variance)."""
     mean, log_variance = vae.moments(video, chunk=99)
     noise = torch.randn(mean.shape, generator=generator).to(mean)
-    z = vae.conv2(mean + noise * (0.5 * log_variance.clamp(-20, 10)).exp(), {})
-    state = {}
+    return decoded(vae, mean + noise * (0.5 * log_variance.clamp(-20, 10)).exp()), mean, log_variance
+
+
+def decoded(vae, z):
+    """Latents, not normalised -> video, not clamped."""
+    z, state = vae.conv2(z, {}), {}
     parts = [vae.decoder.up(vae.decoder.bottom(z[:, :, a:b], state), state) for a, b in chunks(z.shape[2], 99)]
-    return torch.cat(parts, dim=2), mean, log_variance
+    return torch.cat(parts, dim=2)
 
 
 def start_vae(vae):
@@ -177,10 +180,10 @@ def pretrain_vae(args, rows, device):
     vae = VAE(nano_config(args).vae)
     start_vae(vae)
     trainer = Trainer("vae", vae, args.out, args.steps or 4000, 2e-3, args.seed, device)
-    if trainer.step >= trainer.steps:
-        rows = []  # nothing is read for nothing
-    videos = read_many([folder / r[k] for r in rows if r["kind"] != "image" for k in ("src_video", "tgt_video")])
-    stills = read_many([folder / r[k] for r in rows if r["kind"] == "image" for k in ("src_video", "tgt_video")])
+    files = {True: [], False: []}
+    for row in rows if trainer.step < trainer.steps else []:
+        files[row["kind"] == "image"] += [folder / row["src_video"], folder / row["tgt_video"]]
+    stills, videos = read_many(files[True]), read_many(files[False])
     stills += [ref[:, ::2, ::2] for ref in read_many([folder / r["ref_image"] for r in rows if "ref_image" in r])]
 
     def loss_of(generator):
@@ -194,14 +197,15 @@ def pretrain_vae(args, rows, device):
     return trainer.run(loss_of, args.minutes)
 
 
+MLLM = Path(__file__).parents[1] / "weights/nano/mllm"  # sizes; a tokenizer of 2,048 pieces of the world's sentences
 GRID = 16  # grounding answers count sixteenths of the frame
 CAPTION_TOKENS = 32
 
 
 def nano_config(args, **vae_statistics):
-    """The preset for clips of --data's size, its MLLM under --out, the latents' statistics once they are known."""
+    """The preset for clips of --data's size, with the latents' statistics once they are known."""
     nano, size = PRESETS["nano"], json.loads((Path(args.data) / "world.json").read_text())["size"]
-    mllm = replace(nano.mllm, folder=str(Path(args.out) / "mllm"))
+    mllm = replace(nano.mllm, folder=str(MLLM))
     if size > 64:  # else the MLLM would shrink frames to 56x56 and enlarge them to 336x336
         mllm = replace(mllm, max_pixels=112 * 112)
     return replace(nano, vae=replace(nano.vae, **vae_statistics), mllm=mllm)
@@ -241,11 +245,9 @@ def answer_loss(encoder, conversations):
     rows = [torch.cat([embedded(piece) for piece in request.pieces]) for request in requests]
     positions = [encoder.position_ids(request)[:, 0].T for request in requests]  # (S, 3) each
     pad = torch.nn.utils.rnn.pad_sequence
-    hidden = encoder.model.language_model(
-        inputs_embeds=pad(rows, batch_first=True),
-        position_ids=pad(positions, batch_first=True).permute(2, 0, 1).to(pixels.device),
-        use_cache=False,
-    ).last_hidden_state
+    positions = pad(positions, batch_first=True).permute(2, 0, 1).to(pixels.device)
+    embedded_rows = pad(rows, batch_first=True)
+    hidden = encoder.model.language_model(inputs_embeds=embedded_rows, position_ids=positions, use_cache=False)[0]
     answers = [request.pieces[-1] for request in requests]
     before = [h[len(row) - len(answer) - 1 : len(row) - 1] for h, row, answer in zip(hidden, rows, answers)]
     logits = (torch.cat(before) @ embed.weight.T).float()
@@ -255,10 +257,6 @@ def answer_loss(encoder, conversations):
 
 def pretrain_mllm(args, rows, device):
     """Captions, captions of what an instruction asks for, and grounding, by next-token prediction."""
-    if not (Path(args.out) / "mllm" / "config.json").is_file():
-        texts = [row[key] for row in rows for key in ("prompt", "source_caption", "target_caption")]
-        texts += [SYSTEM_PROMPT, REFERENCE_HINT, "system\nuser\nassistant\n"] * 100
-        write_mllm_folder(Path(args.out) / "mllm", texts)
     encoder, folder = MLLMEncoder(nano_config(args).mllm), Path(args.data)
     for name, parameter in encoder.named_parameters():
         parameter.requires_grad_(name.startswith("model."))
@@ -290,16 +288,13 @@ def encode_world(args, rows, device):
     -> tensors (N, z, t, h, w), without the kinds that have no rows."""
     data, out = Path(args.data), Path(args.out)
     vae = load_trained("vae", VAE(nano_config(args).vae), out).to(device)
-    made_of = hashlib.sha256((data / "world.json").read_bytes() + (data / "truth.jsonl").read_bytes())
-    for name, value in vae.state_dict().items():
-        made_of.update(name.encode() + value.float().cpu().numpy().tobytes())
+    made_of = hashlib.sha256((data / "truth.jsonl").read_bytes() + (out / "vae.pt").read_bytes())
     path = out / f"latents_{made_of.hexdigest()[:16]}.safetensors"
     if not path.is_file():
-        latents, at_once = {kind: [] for kind in rows if rows[kind]}, 32
+        latents = {kind: [] for kind in rows if rows[kind]}
         for kind, parts in latents.items():
-            files = [data / row["tgt_video"] for row in rows[kind]]
-            for i in tqdm(range(0, len(files), at_once), desc=f"encode {kind}", mininterval=5):
-                frames = read_many(files[i : i + at_once], quiet=True)
+            for i in tqdm(range(0, len(rows[kind]), 32), desc=f"encode {kind}", mininterval=5):
+                frames = read_many([data / row["tgt_video"] for row in rows[kind][i : i + 32]], quiet=True)
                 with torch.no_grad():
                     parts.append(vae.moments(rows_of(frames, range(len(frames))).to(device), chunk=99)[0].cpu())
         with whole_file(path) as temporary:
@@ -341,45 +336,10 @@ def pretrain(args):
     torch.manual_seed(args.seed)
     device = pick_device()
     rows = read_truth(args.data)
-    if not {"vae": pretrain_vae, "mllm": pretrain_mllm, "dit": pretrain_dit}[args.part](args, rows, device):
+    parts = {"vae": pretrain_vae, "mllm": pretrain_mllm, "dit": pretrain_dit}
+    if args.part == "decoder":
+        from nano.sharpen import pretrain_decoder as part
+    else:
+        part = parts[args.part]
+    if not part(args, rows, device):
         sys.exit(75)  # "call me again": sysexits' EX_TEMPFAIL
-
-
-SPECIAL_TOKENS = (
-    "endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end", "vision_start", "vision_end", "image_pad",
-    "video_pad",
-)  # fmt: skip
-QWEN = {
-    "model_type": "qwen2_5_vl", "hidden_size": 192, "intermediate_size": 512, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "num_hidden_layers": 4, "tie_word_embeddings": True, "max_position_embeddings": 4096,
-    "rope_scaling": {"type": "mrope", "mrope_section": [8, 8, 8]}, "bos_token_id": None,
-    "vision_config": {
-        "depth": 4, "hidden_size": 128, "intermediate_size": 384, "num_heads": 4, "out_hidden_size": 192,
-        "fullatt_block_indexes": [1, 3],
-    },
-}  # fmt: skip
-VOCABULARY = 2048
-
-
-def write_mllm_folder(folder, texts):
-    """Train a tokenizer on `texts` and write it with the config of a small Qwen2.5-VL, as in a hub folder of Qwen's."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = [AddedToken(f"<|{name}|>", special=True) for name in SPECIAL_TOKENS]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    folder.mkdir(parents=True, exist_ok=True)
-    names = {
-        "vision_start": "vision_start", "vision_end": "vision_end", "image": "image_pad", "video": "video_pad",
-        "eos": "im_end",
-    }  # fmt: skip
-    ids = {f"{ours}_token_id": tokenizer.token_to_id(f"<|{name}|>") for ours, name in names.items()}
-    with whole_file(folder / "tokenizer.json") as path:
-        tokenizer.save(str(path))
-    write_text(folder / "config.json", json.dumps({**QWEN, **ids, "vocab_size": VOCABULARY}, indent=1))

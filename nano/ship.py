@@ -13,7 +13,8 @@ from media import whole_folder
 from model import KiwiEdit
 from nano.assets import PACKAGES
 from nano.data import read_truth, read_world
-from nano.evaluate import digest_of, markdown
+from nano.evaluate import digest_of
+from report import table
 
 CARD = """# nano
 
@@ -38,10 +39,11 @@ the bundled clip, number {example} of the held-out ones, chosen by hand: "{promp
 On {made_by}. nanoKiwi's docs/nano.md has the commands.
 
 {phases}
+
 ## How good it is
 
 `python -m nano eval` on clips whose objects, photographs and wordings were held out. "Ceiling" is the truth through
-this model's own VAE; sharpness is the Laplacian energy to the truth's. There is one truth: a right edit that looks
+this model's own VAE; sharpness is the mean |Laplacian| to the truth's. There is one truth: a right edit that looks
 otherwise counts as wrong.
 
 {evaluation}
@@ -108,10 +110,10 @@ def phases_of(checkpoint, weights):
     """What was trained up to a checkpoint, as a Markdown table, as far as the files are still there. Weights that were
     shipped themselves bring the rows of their card; runs of one phase are added up."""
     rows = []
-    for part in ("vae", "mllm", "dit"):
-        if (path := weights.parent / f"{part}.pt").is_file():
+    for path in [*(weights.parent / f"{part}.pt" for part in ("vae", "mllm", "dit")), checkpoint.parent / "decoder.pt"]:
+        if path.is_file():
             state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-            rows.append([f"pretrain {part}", 1, state["step"], 0, round(state["seconds"])])
+            rows.append([f"pretrain {path.stem}", 1, state["step"], 0, round(state["seconds"])])
     if (card := weights / "MODEL_CARD.md").is_file():
         lines = [line for line in card.read_text().splitlines() if line.startswith(("| pretrain ", "| train.py "))]
         for phase, *cells in (line.strip("| ").split(" | ") for line in lines):
@@ -122,7 +124,7 @@ def phases_of(checkpoint, weights):
     phases = {}
     for phase, *numbers in rows:
         phases[phase] = [a + b for a, b in zip(phases.get(phase, [0] * 4), numbers)]
-    return markdown(["phase", "runs", "steps", "samples", "seconds"], [[phase, *n] for phase, n in phases.items()])
+    return table([["phase", "runs", "steps", "samples", "seconds"], *([phase, *n] for phase, n in phases.items())])
 
 
 def checkpoints_before(folder):

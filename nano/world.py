@@ -256,10 +256,8 @@ def load_library(folder=None):
 
 @dataclass
 class Thing:
-    """An object in a scene. `path`: per frame x, y (in frame widths from the middle), size (of the frame), angle."""
-
     sprite: Sprite
-    path: object  # (T, 4) float32
+    path: object  # (T, 4) float32: x, y in frame widths from the middle, size in frame widths, angle
     flip: bool = False
 
 

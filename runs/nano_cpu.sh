@@ -25,6 +25,7 @@ stage() { until timeout "${minutes}m" python train.py $all --cache "$out/cache" 
   lr="$rate" warmup="$warmup" schedule=cosine beta2=0.98 optimizer=muon global_batch="$batch" batch="$batch"; do test $? = 124; done; }
 few="shift=20 weighting=none balance=true"   # edits in two steps: noisy timesteps matter, and the small places that an edit changes
 stage --stage 1 --weights "$out/pre/weights" --out "$out/runs/1" --set steps="$stage1"
+[ "$last" = 1 ] && exit   # what runs/ablations.sh starts from
 stage --stage 2 --weights "$out/runs/1" --out "$out/runs/2" --set steps="$stage2" $few
 stage --stage 3 --weights "$out/runs/2" --out "$out/runs/3" --set steps="$stage3" $few image=2 video=1 ref=2
 

@@ -1,20 +1,31 @@
 """Tests of data.py"""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import cache
 import data
 import media
+from cache import Cache, Shapes
 from conftest import moving_picture, write_clip, write_table
-from data import Curriculum, Mixture, Pairs, bucket, measure_rows, read_table
+from data import Curriculum, Mixture, Pairs, Row, bucket, read_table
 from media import (
     MediaError,
     write_image,
 )
+
+ALONE = SimpleNamespace(rank=0, world=1, first=False, gathered=list)
+
+
+def shapes_of(rows, kind="video", known=()):
+    found = Shapes(*known)
+    found.measure(rows, ALONE)
+    return [found.of_row(row, kind) for row in rows]
 
 
 def test_a_mixture_gives_each_row_once_an_epoch_in_the_ratio_asked_for_and_has_no_state():
@@ -49,7 +60,7 @@ def test_a_broken_sample_is_replaced_by_the_next_of_its_shape_and_reported(tmp_p
     rows = read_table(
         write_table(tmp_path / "video.csv", [[n, n, "Mirror it."] for n in ("a.mp4", "b.mp4", "c.mp4")]), "video"
     )
-    assert measure_rows(rows, still=False) == [(9, 64, 64)] * 3
+    assert shapes_of(rows) == [(9, 64, 64)] * 3
     mixture = Mixture({"video": {(9, 64, 64): [0, 1, 2]}}, {"video": 1}, 3, seed=0)
     (tmp_path / "b.mp4").write_bytes((tmp_path / "b.mp4").read_bytes()[:900])
     batch = Pairs({"video": rows}, Curriculum([(0, mixture)]), lambda source, ref: None)[0]
@@ -140,8 +151,74 @@ def test_a_path_into_a_sibling_whose_name_begins_alike_is_outside(tmp_path):
 
 def test_a_pair_is_as_long_as_its_shorter_file_and_two_lost_frames_are_forgiven(tmp_path):
     long, short = (write_clip(tmp_path / f"{count}.mp4", moving_picture(count, 64, 64)) for count in (13, 9))
-    rows = [SimpleNamespace(source=a, target=b, ref=None) for a, b in ((long, short), (short, long))]
-    assert measure_rows(rows, still=False) == [(9, 64, 64)] * 2
+    rows = [Row(str(a), str(b), "x") for a, b in ((long, short), (short, long))]
+    assert shapes_of(rows) == [(9, 64, 64)] * 2
     assert len(media.read_frames(short, 11, (64, 64))) == 11
     with pytest.raises(MediaError, match="ends after 9 of 12"):
         media.read_frames(short, 12, (64, 64))
+
+
+def test_each_size_of_a_stage_has_its_share_of_the_steps():
+    small, large = (Mixture({"image": {(1, n, n): [0, 1]}}, {"image": 1}, 2, seed=0) for n in (64, 96))
+    both = Curriculum([(0, small), (6, large)])
+    assert [both[n][2][1] for n in range(12)] == [64] * 6 + [96] * 6 and both[7][1:] == large[1]
+
+
+def test_the_largest_size_that_fits_is_taken():
+    assert bucket((100, 720, 1280), 49, 409_600) == bucket((100, 720, 1280), 49, 399_360) == (49, 480, 832)
+    assert bucket((9, 2160, 3840), 81, 720 * 1280) == (9, 704, 1280)
+
+
+def test_files_are_measured_once_and_again_when_they_change(tmp_path, monkeypatch):
+    clip = str(write_clip(tmp_path / "a.mp4", moving_picture(9, 64, 64)))
+    row, shapes = Row(clip, clip, "x"), Shapes()
+    shapes.measure([row], ALONE)
+    shapes.save(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "open_media", None)  # nothing is opened
+        assert shapes_of([row], known=[tmp_path]) == [(9, 64, 64)]
+    write_clip(tmp_path / "a.mp4", moving_picture(13, 64, 96))
+    assert shapes_of([row], known=[tmp_path]) == [(13, 64, 96)]
+
+
+def test_pairs_that_would_train_misaligned_or_as_pictures_are_left_out_with_the_reason(tmp_path):
+    whole, half = (str(write_clip(tmp_path / f"{r}.mp4", moving_picture(n, 64, 64), rate=r)) for n, r in ((30, 30), (15, 15)))
+    short = str(write_clip(tmp_path / "short.mp4", moving_picture(3, 64, 64)))
+    said = shapes_of([Row(whole, half, "x"), Row(short, whole, "x"), Row(whole, whole, "x")])
+    assert "15 frames a second, its source 30" in said[0] and "has 3 frames; a clip needs at least 5" in said[1]
+    assert said[2] == (30, 64, 64)
+
+
+def test_a_cache_has_a_row_by_its_content_and_one_change_costs_one_row(tmp_path):
+    files = [str(write_image(tmp_path / f"{i}.png", moving_picture(1, 64, 64)[0] + i) or tmp_path / f"{i}.png") for i in range(3)]
+    rows, size = [Row(file, file, f"Do {i}.") for i, file in enumerate(files)], (1, 64, 64)
+
+    def absent(rows, parts=("latents", "context"), made=1):
+        shapes = Shapes()
+        shapes.measure(rows, ALONE)
+        held = Cache(tmp_path / "cache", shapes, dict.fromkeys(parts, made))
+        return held, [held.absent(row, size) for row in rows]
+
+    held, lost = absent(rows)
+    assert lost == [["latents", "context"]] * 3
+    for i, row in enumerate(rows):
+        for part in held.parts:
+            held.write(part, row, size, {part: torch.full((2,), i)})
+    assert absent(rows)[1] == absent(rows[::-1])[1] == [[], [], []] and held.read("latents", rows[1], size)["latents"][0] == 1
+    assert absent(rows, made=2)[1] == [["latents", "context"]] * 3
+    changed = [rows[0], replace(rows[1], prompt="Do it."), rows[2]]
+    assert absent(changed)[1] == [[], ["context"], []]
+    write_image(tmp_path / "2.png", moving_picture(1, 64, 64)[0] + 9)
+    held, lost = absent(changed)
+    assert lost == [[], ["context"], ["latents", "context"]]
+    with pytest.raises(ValueError, match="2 of 3 rows are new, changed, .* run data.py cache again"):
+        held.check([(row, size) for row in changed])
+    held.write("latents", rows[2], size, "is broken")
+    with pytest.raises(MediaError, match="is broken"):
+        held.read("latents", rows[2], size)
+
+
+def test_a_table_of_100_000_rows_is_read_in_a_second_or_so(tmp_path):
+    table = write_table(tmp_path / "video.csv", [[f"a/{i}.mp4", f"b/{i}.mp4", "x"] for i in range(20_000)])
+    started = time.process_time()
+    assert len(read_table(table, "video")) == 20_000 and time.process_time() - started < 1

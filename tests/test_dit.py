@@ -70,8 +70,8 @@ def test_an_impossible_dit_config_is_refused_by_the_name_of_its_field(wrong):
 
 def test_the_peak_of_a_decoding_is_computed_without_a_device_and_grows_with_the_frame(triton_backend):
     vae = built("meta", torch.bfloat16, lambda: VAE(tiny_vae()))
+    decode = lambda n: vae.decode(torch.empty(1, 12, 2, n, n, device="meta"), out_device="cpu")
     with torch.no_grad():
-        small, large = (peak_of_live_tensors(lambda: vae.decode(torch.empty(1, 12, 2, n, n, device="meta"), out_device="cpu"), vae)
-                        for n in (8, 16))  # fmt: skip
+        small, large = (peak_of_live_tensors(lambda n=n: decode(n), vae) for n in (8, 16))
     features = 6 * 4 * 256 * 256 * 2 / 2**30  # of the last level, six channels of four frames, in bfloat16
     assert 3 * features < large < 6 * features and 2.5 < large / small < 4

@@ -5,15 +5,14 @@ import re
 import struct
 import zlib
 from fractions import Fraction
-from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 import torch
 
+from cache import look
 from conftest import bad_media, golden, moving_picture, recorded, write_clip
-from data import measure_rows
 from media import (
     MediaError,
     decode,
@@ -110,10 +109,7 @@ def test_rotation_alpha_and_stills_are_read_as_a_person_sees_them(tmp_path):
     (tmp_path / "phone.mp4").write_bytes(data)
     assert torch.equal(read_image(tmp_path / "phone.mp4"), upright.rot90(-1))
     wide = write_clip(tmp_path / "wide.mp4", moving_picture(1, 64, 96), pixels=Fraction(4, 3))
-    assert (
-        measure_rows([SimpleNamespace(source=wide, target=wide, ref=None)], still=False) == [(1, 64, 128)]
-        and read_image(wide).shape[1] == 128
-    )
+    assert look(wide)[:3] == (1, 64, 128) and read_image(wide).shape[1] == 128
     codec = av.CodecContext.create("png", "w")
     codec.width, codec.height, codec.pix_fmt, codec.time_base = 40, 40, "rgba", Fraction(1, 25)
     frame = av.VideoFrame.from_ndarray(np.full((40, 40, 4), (200, 100, 0, 51), dtype=np.uint8), format="rgba")

@@ -1,5 +1,6 @@
 """Tests of train.py"""
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -7,7 +8,6 @@ import random
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,72 +19,31 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-import data
+import checkpoint
 import media
 import parallel
+import stages
+import start
 import train
 from conftest import (
     HOUSE,
+    SMALL,
     close,
     golden,
+    lessons,
+    losses,
     manifest,
-    moving_picture,
-    randomise,
     save_training_layout,
     small_edit,
     small_model,
-    tiny_dit,
-    write_table,
 )
 from connectors import MLLMConfig
-from data import Curriculum, Mixture, Pairs
+from data import Pairs
 from load import our_name, released_name, valid_checkpoints
-from media import read_clip, write_image, write_video
-from model import FlowMatch, KiwiConfig, KiwiEdit
-from vae import VAEConfig
-
-
-@pytest.fixture(scope="session")
-def lesson(tmp_path_factory, qwen_folder):
-    """A data set of some tiny pairs of every kind, and weights of a tiny model with two heads."""
-    folder = tmp_path_factory.mktemp("lesson")
-    tables = {"image.csv": [], "video.csv": [], "ref_video.csv": []}
-    for name, rows in tables.items():
-        for i in range(5):
-            frames = moving_picture(1 if name == "image.csv" else 5 + 4 * (i % 2), 64, 64 + 32 * (i % 3 == 0))
-            files = [f"{name[:-4]}_{i}_{part}.{'png' if len(frames) == 1 else 'mp4'}" for part in ("src", "tgt")]
-            for file, pixels in zip(files, (frames, 255 - frames)):
-                write_image(folder / file, pixels[0]) if len(frames) == 1 else write_video(folder / file, pixels, 8)
-            write_image(folder / f"ref_{i}.png", frames[0, : 40 + 7 * i])
-            rows.append([*files, f"Invert it, {i}.", *[f"ref_{i}.png"] * (name == "ref_video.csv")])
-        write_table(folder / name, rows, ref=name == "ref_video.csv")
-    torch.manual_seed(0)
-    mllm = MLLMConfig(str(qwen_folder), 48, 4, 4, 4, max_ref_tokens=4, max_pixels=64 * 64)
-    dit = tiny_dit(dim=48, ffn_dim=48, num_heads=2, in_dim=48, out_dim=48)
-    model = KiwiEdit(KiwiConfig(dit, VAEConfig(dim=4, dec_dim=4, z_dim=48, num_res_blocks=1), mllm))
-    randomise(model, 0.5).save(folder / "weights")
-    return folder
-
-
-SMALL = ["global_batch=4", "pixels=6144", "frames=9", "warmup=0", "lr=1e-3", "lora_rank=2"]
-
-
-def lessons(lesson, out, *flags, stage=3, weights="weights", settings=()):
-    """The command line of a small run."""
-    words = ["--stage", stage, "--data", lesson, "--out", out, "--weights", lesson / weights, "--workers", 0, *flags]
-    return [*map(str, words), "--set", *SMALL, *settings]
-
-
-def losses(out, name="loss"):
-    return [json.loads(line)[name] for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-
-
-def same_course(out, expected, tol=1e-5):
-    """Losses and gradient norms agree (AdamW would forgive gradients of a wrong scale)."""
-    pairs = [[torch.tensor(losses(run, name)) for run in (out, expected)] for name in ("loss", "grad_norm")]
-    return all(close(a, b, 10 * tol if i else tol) for i, (a, b) in enumerate(pairs))
+from media import read_clip
+from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit
 
 
 def part_of(name):
@@ -102,14 +61,15 @@ def test_a_step_changes_exactly_the_parameters_that_the_stage_trains(tmp_path, l
         lessons(lesson, tmp_path, "--preset", preset, stage=stage, settings=["global_batch=6"])
     )
     chosen = train.choose_stage(args)
-    ranks = train.Ranks(args.parallel, args.dtype, args.sp, args.dry_run)
+    ranks = train.Ranks(args.parallel, args.dtype, args.sp)
     try:
-        model = train.load_model(args, chosen, ranks, None)
+        data_ = start.open_data(args, chosen, ranks)
+        model, cache = start.load_model(args, chosen, ranks, None, data_)
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:  # zero at first, and then A would have no gradient
                 torch.nn.init.normal_(parameter)
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        trainer = train.Trainer(args, chosen, ranks, model, *train.open_data(args, chosen, ranks))
+        trainer = train.Trainer(args, chosen, ranks, model, data_, cache)
         trainer.batches = iter(trainer.loader())
         assert trainer.step()["skipped"] == 0
     finally:
@@ -123,126 +83,17 @@ def test_a_step_changes_exactly_the_parameters_that_the_stage_trains(tmp_path, l
 
 @golden
 @pytest.mark.parametrize("config, stage", [("5b", 1), ("5b", 2), ("5b", 3), ("14b", 1), ("14b", 2)])
-def test_what_a_stage_saves_has_exactly_the_released_names_and_shapes(tmp_path, real_qwen_folder, config, stage):
+def test_what_a_stage_saves_has_exactly_the_released_names_and_shapes(real_qwen_folder, config, stage):
     name = f"wan2{'2_5b' if config == '5b' else '1_14b'}"
-    args = train.parse_arguments(["--config", name, "--stage", str(stage), "--preset", "released", "--init", "random",
-                                  "--qwen", str(real_qwen_folder), "--out", str(tmp_path), "--dry-run"])  # fmt: skip
-    chosen = train.choose_stage(args)
-    ranks = train.Ranks(args.parallel, args.dtype, args.sp, args.dry_run)
-    try:
-        with torch.device("meta"):
-            model = train.load_model(args, chosen, ranks, None)
-    finally:
-        ranks.leave()
+    args = train.parse_arguments(["--config", name, "--stage", str(stage), "--preset", "released"])
+    chosen, preset = train.choose_stage(args), PRESETS[name]
+    with torch.device("meta"):
+        model = KiwiEdit(start.config_of(args, replace(preset, mllm=replace(preset.mllm, folder=str(real_qwen_folder)))))
+        start.choose_trained(model, chosen, None)
     saved = {released_name(n): tuple(p.shape) for n, p in model.named_parameters() if train.belongs(n, chosen)}
     assert saved == {n: tuple(t.shape) for n, t in manifest(f"trainable_{config}_stage{stage}").items()}
     assert all(our_name(released_name(n)) == n for n, _ in model.named_parameters())
     assert (model.mllm.config.max_pixels is None) == (config == "5b")  # so their scripts
-
-
-def on_two_ranks(tmp_path, runs, first=""):
-    """Trainings on the same two CPU processes, after some lines of Python."""
-    (tmp_path / "all.py").write_text(f"import sys\nsys.path.insert(0, {str(HOUSE)!r})\nimport parallel, train\n{first}\n"
-                                     f"parallel.dist.init_process_group('gloo')\nfor words in {runs!r}:\n    train.main(words)\n"
-                                     "parallel.dist.destroy_process_group()\n")  # fmt: skip
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "all.py")]
-    done = subprocess.run(
-        torchrun, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600
-    )
-    print(done.stderr[-3000:])
-    return done
-
-
-def test_ddp_fsdp_and_sequence_parallelism_give_the_losses_of_one_process_and_resume_on_another_number(
-    tmp_path, lesson
-):
-    short, long = ["steps=3", "pixels=4096,6144"], ["steps=20", "pixels=4096,6144", "ema=0.9"]
-    muon = [*short, "optimizer=muon"]
-    odd = ["steps=3", "pixels=3072", "image=0"]  # a token a frame, three or four in a sequence: not for two to share
-    train.main(lessons(lesson, tmp_path / "one", "--save-every", "13", settings=long))
-    runs = [lessons(lesson, tmp_path / name, "--save-every", "13", *flags, settings=settings) for name, flags, settings in (
-        ("ddp", [], long), ("fsdp", ["--parallel", "fsdp"], long), ("sp", ["--sp", "2"], short), ("odd", ["--sp", "2"], odd),
-        ("matrices", ["--parallel", "fsdp"], muon),
-        ("half", ["--sp", "2", "--parallel", "fsdp", "--dtype", "bfloat16"], short))]  # fmt: skip
-    assert on_two_ranks(tmp_path, runs).returncode == 0
-    train.main(lessons(lesson, tmp_path / "short", settings=short))
-    train.main(lessons(lesson, tmp_path / "muon", settings=muon))
-    train.main(lessons(lesson, tmp_path / "whole", settings=odd))
-    assert same_course(tmp_path / "odd", tmp_path / "whole")
-    assert len(losses(tmp_path / "fsdp")) == 20
-    assert same_course(tmp_path / "matrices", tmp_path / "muon") and losses(tmp_path / "muon") != losses(
-        tmp_path / "short"
-    )
-    assert same_course(tmp_path / "ddp", tmp_path / "one") and same_course(tmp_path / "fsdp", tmp_path / "one")
-    assert same_course(tmp_path / "sp", tmp_path / "short") and same_course(tmp_path / "half", tmp_path / "short", 3e-2)
-    shutil.rmtree(tmp_path / "fsdp" / "step-000020")
-    train.main(lessons(lesson, tmp_path / "fsdp", "--resume", "auto", settings=long))  # 7 more steps on one process
-    assert same_course(tmp_path / "fsdp", tmp_path / "one")
-    for name in ("weights", "ema"):
-        a, b = (load_file(tmp_path / run / "step-000020" / f"{name}.safetensors") for run in ("one", "fsdp"))
-        assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
-
-
-def test_sharded_ranks_do_not_wait_for_ever_where_one_kind_of_data_trains_what_another_has_not(tmp_path, lesson):
-    kinds = ["steps=2", "batch=2"]  # a batch a rank, of which one is an image, the other a clip
-    runs = [
-        (1, [*kinds, "video=1"]),
-        (3, [*kinds, "trains=ref_embedder", "video=0"]),
-        (3, [*kinds, "model.source=add_learned", "optimizer=muon"]),
-    ]
-    words = [[lessons(lesson, tmp_path / f"{name}{i}", *flags, stage=stage, settings=settings) for i, (stage, settings) in enumerate(runs)]
-             for name, flags in (("one", []), ("two", ["--parallel", "fsdp"]))]  # fmt: skip
-    for run in words[0]:
-        train.main(run)
-    assert on_two_ranks(tmp_path, words[1]).returncode == 0
-    assert all(same_course(tmp_path / f"two{i}", tmp_path / f"one{i}", 1e-4) for i in range(len(runs)))
-
-
-def test_a_sample_that_one_rank_cannot_read_is_left_out_by_all_and_a_dry_run_of_two_ranks_says_it_once(
-    tmp_path, lesson
-):
-    lost = """
-def read_pair(row, shape, read=train.read_pair):
-    if parallel.dist.get_rank() and row.target.endswith(".png"):
-        raise train.MediaError("is not here")
-    return read(row, shape)
-train.read_pair = read_pair"""
-    more = (["--dry-run"], ["--sample-every", "1", "--sample-steps", "1"])
-    done = on_two_ranks(
-        tmp_path,
-        [lessons(lesson, tmp_path / "run", "--parallel", "fsdp", *flags, settings=["steps=1"]) for flags in more],
-        lost,
-    )
-    assert (
-        done.returncode == 0
-        and "no sample of image: is not here" in done.stderr
-        and done.stdout.count("one update: ") == 1
-    )
-    assert sorted(path.name for path in (tmp_path / "run/samples").iterdir()) == [
-        "step-000001-ref.mp4",
-        "step-000001-video.mp4",
-    ]
-
-
-def test_a_signal_to_one_of_two_ranks_stops_both_after_the_same_step(tmp_path, lesson):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    both = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    command, run = [sys.executable, str(HOUSE / "train.py"), *lessons(lesson, tmp_path / "run")], tmp_path / "run"
-    ranks = [
-        subprocess.Popen(command, env=both | {"RANK": r, "LOCAL_RANK": r}, stderr=subprocess.DEVNULL) for r in "01"
-    ]
-    try:
-        while not (run / "metrics.jsonl").exists() or len(losses_so_far(run)) < 2:
-            time.sleep(0.02)
-            assert [rank.poll() for rank in ranks] == [None, None]
-        ranks[1].send_signal(signal.SIGTERM)
-        assert [rank.wait(300) for rank in ranks] == [0, 0]
-        assert train.valid_checkpoints(run)[-1].name == f"step-{len(losses(run)):06d}"
-    finally:
-        for rank in ranks:
-            rank.kill()
 
 
 def test_a_run_killed_at_any_point_goes_on_to_the_same_weights_bit_for_bit(tmp_path, lesson):
@@ -374,53 +225,6 @@ def test_what_a_run_began_with_is_found_from_any_folder(tmp_path, lesson, monkey
     assert config.steps == 3 and config.dit.bf16_timesteps
 
 
-def test_training_from_a_cache_gives_the_same_losses_and_opens_no_file(tmp_path, lesson, monkeypatch):
-    settings = ["steps=3", "ref_shrink=1"]
-    train.main(lessons(lesson, tmp_path / "plain", settings=settings))
-    train.main(lessons(lesson, tmp_path / "plain1", stage=1, settings=["steps=1"]))  # which shows no source
-    train.main(lessons(lesson, tmp_path / "cache", "--write-cache", tmp_path / "cache", settings=settings))
-    monkeypatch.setattr(train, "measure_rows", None)
-    train.main(lessons(lesson, tmp_path / "run", "--cache", tmp_path / "cache", settings=settings))
-    assert losses(tmp_path / "run") == losses(tmp_path / "plain")
-    for stage in (1, 2):
-        train.main(
-            lessons(lesson, tmp_path / f"part{stage}", "--cache", tmp_path / "cache", stage=stage, settings=["steps=1"])
-        )
-    assert losses(tmp_path / "part1") == losses(tmp_path / "plain1")
-    for other in ("frames=5", "mllm.max_frames=2", "ref_shrink=0.5"):
-        with pytest.raises(ValueError, match="written for other tables, pixels, frames, weights or settings"):
-            train.main(
-                lessons(
-                    lesson,
-                    tmp_path / "other",
-                    "--cache",
-                    tmp_path / "cache",
-                    settings=["steps=1", "ref_shrink=1", other],
-                )
-            )
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match="begun with other rows"):
-        train.main(
-            lessons(lesson, tmp_path / "cache", "--write-cache", tmp_path / "cache", settings=["ref_shrink=0.5"])
-        )
-
-
-def test_a_cache_is_refused_where_a_row_before_its_rows_is_gone(tmp_path, lesson):
-    mine = Path(shutil.copytree(lesson, tmp_path / "mine", ignore=shutil.ignore_patterns("weights")))
-    header, *rows = (mine / "image.csv").read_text().splitlines()
-    (mine / "broken.png").write_text("none")
-    (mine / "image.csv").write_text(
-        "\n".join([header, rows[1], "broken.png,broken.png,Which is in no cache.", rows[2], rows[4]])
-    )
-    words = lessons(lesson, tmp_path / "c", "--data", mine, "--max-bad", 50, settings=["steps=1", "video=0", "ref=0"])
-    train.main([*words, "--write-cache", str(tmp_path / "c")])
-    (mine / "image.csv").write_text(
-        "\n".join([header, rows[1], rows[2], rows[4]])
-    )  # the last would get the second's latents
-    with pytest.raises(ValueError, match="was written for other tables"):
-        train.main([*words, "--out", str(tmp_path / "run"), "--cache", str(tmp_path / "c")])
-
-
 def test_several_folders_are_trained_as_one(tmp_path, lesson):
     for half, rows in (("a", slice(1, 4)), ("b", slice(4, None))):
         (tmp_path / half).mkdir()
@@ -490,22 +294,6 @@ def test_a_stage_says_that_the_lora_of_its_weights_keeps_its_rank(tmp_path, less
     assert "have LoRA of rank 2, which goes on: lora_rank=4" in capsys.readouterr().err
 
 
-def test_a_run_that_goes_on_with_another_loss_says_so(tmp_path, lesson, capsys):
-    train.main(lessons(lesson, tmp_path / "run", settings=["steps=1"]))
-    written = tmp_path / "run" / "step-000001" / "train.json"
-    saved = json.loads(written.read_text())
-    del saved["stage"]["balance"]  # as before there was such a setting
-    written.write_text(json.dumps(saved))
-    train.main(lessons(lesson, tmp_path / "run", "--resume", "auto", settings=["steps=2", "balance=true"]))
-    assert "balance False -> True" in capsys.readouterr().err
-
-
-def test_each_size_of_a_stage_has_its_share_of_the_steps():
-    small, large = (Mixture({"image": {(1, n, n): [0, 1]}}, {"image": 1}, 2, seed=0) for n in (64, 96))
-    both = Curriculum([(0, small), (6, large)])
-    assert [both[n][2][1] for n in range(12)] == [64] * 6 + [96] * 6 and both[7][1:] == large[1]
-
-
 def test_averaged_weights_are_what_their_decay_says(tmp_path, lesson):
     train.main(lessons(lesson, tmp_path / "run", "--save-every", "1", settings=["steps=3", "ema=0.75"]))
     file = lambda step, name: load_file(tmp_path / f"run/step-{step:06d}/{name}.safetensors")
@@ -550,20 +338,6 @@ def test_checkpoints_are_in_the_order_of_their_steps_and_a_renamed_one_stays(tmp
     assert [p.name for p in valid_checkpoints(tmp_path)] == ["step-000002", "step-999999", "step-1000000"]
 
 
-def test_a_shape_of_two_phases_has_the_rows_of_both_in_a_cache():
-    small, large = (
-        Mixture({"image": {(1, 64, 64): numbers}}, {"image": 1}, 2, seed=0) for numbers in ([0, 2, 130], [2])
-    )
-    assert train.rows_of_shapes(Curriculum([(0, large), (6, small)])) == {("image", (1, 64, 64)): [0, 2, 130]}
-
-
-def test_a_row_of_a_cache_is_its_own(tmp_path):
-    save_file(
-        {"1.target": torch.ones(1), "10.target": torch.zeros(1)}, data.shard_path(tmp_path, "image", (1, 64, 64), 0)
-    )
-    assert data.read_shard(tmp_path, "image", (1, 64, 64), 0, 1)["target"] == 1
-
-
 def test_a_folder_is_whole_or_as_it_was(tmp_path, monkeypatch):
     for word in ("old", "new"):
         with media.whole_folder(tmp_path / "w") as temporary:
@@ -586,18 +360,18 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path, monkeypatch):
 
 
 def test_after_an_error_no_worker_waits_and_the_last_checkpoint_is_whole(tmp_path, lesson, monkeypatch):
-    save, loss = train.save_file, train.Trainer.loss
+    save, loss = checkpoint.save_file, train.Trainer.loss
 
     def slowly(*tensors):
         time.sleep(1)
         save(*tensors)
 
-    def no_memory(trainer, batch):
+    def no_memory(trainer, batch, *more):
         if trainer.counts["step"] == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return loss(trainer, batch)
+        return loss(trainer, batch, *more)
 
-    monkeypatch.setattr(train, "save_file", slowly)
+    monkeypatch.setattr(checkpoint, "save_file", slowly)
     monkeypatch.setattr(train.Trainer, "loss", no_memory)
     with pytest.raises(torch.OutOfMemoryError) as error:
         train.main(lessons(lesson, tmp_path, "--workers", 2, "--save-every", 1, settings=["steps=2"]))
@@ -631,30 +405,61 @@ def test_a_base_path_is_of_the_tables_named_where_some_are(tmp_path, lesson):
     assert losses(tmp_path / "named") == losses(tmp_path / "plain")
 
 
-def test_a_diverged_run_skips_steps_and_stops_with_the_sample(tmp_path, lesson, capsys):
-    with pytest.raises(ValueError, match=r"5 steps in a row were skipped.*_tgt\.(png|mp4)"):
-        train.main(lessons(lesson, tmp_path / "run", settings=["lr=1e30", "weight_decay=0"]))
-    assert "skipped: its gradient is" in capsys.readouterr().err
+def test_a_diverged_run_skips_steps_saves_nothing_and_stops_with_the_sample(tmp_path, lesson, capsys):
+    flags, settings = ["--save-every", "1"], ["lr=1e30", "weight_decay=0", "warmup=0"]
+    with pytest.raises(ValueError, match=r"5 steps in a row were skipped.*sound checkpoint: .*step-000001.*_tgt\.(png|mp4)"):
+        train.main(lessons(lesson, tmp_path / "run", *flags, settings=settings))
+    said = capsys.readouterr().err
+    assert "skipped: its gradient is" in said and "not saved; the last sound checkpoint" in said
+    assert [path.name for path in valid_checkpoints(tmp_path / "run")] == ["step-000001"]
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] is None, "NaN is no JSON"
+
+
+def test_a_run_resumes_with_its_own_arguments_and_a_second_process_is_kept_out(tmp_path, lesson, monkeypatch):
+    train.main(lessons(lesson, tmp_path / "run", settings=["steps=1"]))
+    monkeypatch.chdir(tmp_path)
+    train.main(["--resume", "run", "--set", "steps=2"])
+    assert len(losses(tmp_path / "run")) == 2
+    begun, args = (train.parse_arguments(["--resume", str(tmp_path / path)]) for path in ("run", "run/step-000001"))
+    assert begun.resume == "auto" and args.resume.endswith("step-000001") and args.stage == 3 and args.workers == 0
+    with (tmp_path / "run" / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process trains there"):
+            train.main(["--resume", "run", "--set", "steps=3"])
+    assert (tmp_path / "run/step-000002/weights.safetensors").stat().st_mode & 0o777 == 0o666 & ~checkpoint.UMASK
+
+
+def test_batches_that_do_not_fit_into_shared_memory_are_refused_and_a_signal_ends_a_wait(tmp_path, lesson):
+    with pytest.raises(ValueError, match="docker run --shm-size=8g, or --workers 0"):
+        train.room_for_batches((81, 10**5, 10**5), 1, 2)
+    with trainer_of(lesson, tmp_path) as trainer:
+        signal.signal(signal.SIGALRM, trainer.ask_to_stop)
+        trainer.batches = iter(lambda: time.sleep(60), None)
+        signal.alarm(1)
+        started = time.monotonic()
+        assert trainer.next_batch() is None and trainer.stop == "SIGALRM" and time.monotonic() - started < 30
 
 
 def test_a_limit_of_pixels_is_a_number_or_none():
     for value, pixels in (("none", None), ("9000", 9000)):
         for config in (MLLMConfig("qwen"), MLLMConfig("qwen", max_pixels=None)):
-            assert train.with_settings(config, [f"max_pixels={value}"]).max_pixels == pixels
+            assert stages.with_settings(config, [f"max_pixels={value}"]).max_pixels == pixels
     with pytest.raises(ValueError, match="max_pixels=lots: 'lots' is not of the kind"):
-        train.with_settings(MLLMConfig("qwen"), ["max_pixels=lots"])
+        stages.with_settings(MLLMConfig("qwen"), ["max_pixels=lots"])
 
 
 @pytest.mark.parametrize("words, says", [
     (["--set", "speed=2"], "Stage has no 'speed'; it has"), (["--set", "steps=many"], "not of the kind"),
-    (["--set", "weighting=no"], "Stage.weighting: 'no', expected bell or none"),
-    (["--set", "schedule=never"], "expected constant, cosine or linear"), (["--sp", "2"], "does not divide the 1 processes"),
+    (["--set", "weighting=no"], "Stage.weighting: 'no', expected one of bell, none"),
+    (["--set", "schedule=never"], "expected one of constant, cosine, linear"), (["--sp", "2"], "does not divide the 1 processes"),
     (["--weights", "nowhere"], "no such file or folder"), (["--data", "nowhere"], "--data nowhere: no such folder"),
     (["--dtype", "bfloat16", "--parallel", "ddp"], "take --parallel fsdp"), (["--set", "batch=3"], "not a multiple of batch"),
     (["--resume", "nowhere"], "not a checkpoint folder"), (["--set", "paint.dim=3"], "there are model, dit, vae, mllm"),
     (["--set", "ema=1.5"], "Stage.ema: 1.5"), (["--set", "image=-1"], "shares of at least 0"),
     (["--set", "trains=lora,dti"], "the model has no 'dti'"), (["--set", "lora_targets=q_proj,key"], "no linear layer 'key'"),
     (["--init", "random"], "leave out --weights"), (["--weights", __file__], "cannot be read"),
+    (["--set", "trains=dit.lora"], "dit.lora needs a rank; --set dit_lora_rank=32"),
     (["--set", "pixels=0"], "Stage.pixels: 0"), (["--set", "clip=-1"], "Stage.clip: -1"),
     (["--set", "ref_shrink=1.5"], "Stage.ref_shrink: 1.5"), (["--set", "lora_rank=0"], "Stage.lora_rank: 0"),
 ])  # fmt: skip
@@ -668,12 +473,12 @@ def test_a_bad_request_to_train_is_one_clear_line(tmp_path, lesson, monkeypatch,
 
 
 def test_a_setting_that_had_no_value_takes_a_number_or_several():
-    mllm, model = (train.with_settings(config, [text]) for config, text in (
+    mllm, model = (stages.with_settings(config, [text]) for config, text in (
         (MLLMConfig("x", max_pixels=None), "max_pixels=262144"), (KiwiConfig(), "trained=9,64,64,8")))  # fmt: skip
     assert mllm.max_pixels == 262144 and model.trained == (9, 64, 64, 8)
-    assert train.cast("0.5,1", ()) == (0.5, 1)
+    assert stages.cast("0.5,1", ()) == (0.5, 1)
     with pytest.raises(ValueError, match="max_pixels=many: 'many' is not of the kind of None"):
-        train.with_settings(MLLMConfig("x", max_pixels=None), ["max_pixels=many"])
+        stages.with_settings(MLLMConfig("x", max_pixels=None), ["max_pixels=many"])
 
 
 @pytest.mark.parametrize(
@@ -701,7 +506,7 @@ def test_an_interrupt_before_the_first_step_and_a_lost_worker_are_one_line(monke
 
 
 def test_nano_starts_from_nothing_but_no_run_is_written_over(tmp_path, lesson, capsys, monkeypatch):
-    monkeypatch.setattr(train, "NANO", tmp_path / "none")
+    monkeypatch.setattr(start, "NANO", tmp_path / "none")
     words = ["--config", "nano", "--stage", 1, "--data", lesson, "--out", tmp_path / "run", "--set", *SMALL, "steps=1"]
     train.main([str(word) for word in words])
     assert "random weights" in capsys.readouterr().err and (tmp_path / "run/init").is_dir()
@@ -716,20 +521,18 @@ def test_a_full_disk_is_one_clear_line_and_leaves_no_half_checkpoint(tmp_path, l
     command = [sys.executable, str(HOUSE / "train.py"), *lessons(lesson, tmp_path / "run", settings=["steps=2"])]
     done = subprocess.run(["bash", "-c", f"ulimit -f 100; {shlex.join(command)}"], capture_output=True, text=True)
     assert done.returncode != 0 and "the checkpoint cannot be written" in done.stderr.splitlines()[-1]
-    assert train.valid_checkpoints(tmp_path / "run") == []
+    assert valid_checkpoints(tmp_path / "run") == []
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_a_dry_run_writes_nothing_and_a_plot_shows_the_losses(tmp_path, lesson, capsys, parallel):
-    train.main(lessons(lesson, tmp_path / "run", "--dry-run"))
-    said = capsys.readouterr().out
-    assert "M trained" in said and "frames of 64x64" in said and "GiB" in said and not (tmp_path / "run").exists()
-    flags = ["--sample-every", "2", "--sample-steps", "1", "--parallel", parallel]
+def test_a_plot_shows_the_losses_and_previews_are_of_the_held_out_rows(tmp_path, lesson, capsys, parallel):
+    flags = ["--sample-every", "2", "--sample-steps", "1", "--parallel", parallel, "--val", lesson]
     train.main(lessons(lesson, tmp_path / "run", *flags, settings=["steps=2"]))
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')  # killed while it wrote
     train.main(["--plot", str(tmp_path / "run")])
-    assert "<polyline" in (tmp_path / "run" / "loss.svg").read_text()
+    svg = (tmp_path / "run" / "loss.svg").read_text()
+    assert svg.count("<path d=") > 5 and all(f">{name}<" in svg for name in ("loss", "val", "val_q1", "loss_image"))
     assert read_clip(tmp_path / "run" / "samples" / "step-000002-ref.mp4").frames.shape[2] == 3 * 96
 
 
@@ -770,37 +573,30 @@ def test_timesteps_are_drawn_over_the_whole_schedule_and_rounded_where_weights_s
 @contextmanager
 def trainer_of(lesson, out, *settings):
     args = train.parse_arguments(lessons(lesson, out, settings=settings))
-    stage, ranks = train.choose_stage(args), train.Ranks(args.parallel, args.dtype, args.sp, args.dry_run)
+    stage, ranks = train.choose_stage(args), train.Ranks(args.parallel, args.dtype, args.sp)
     try:
-        model = train.load_model(args, stage, ranks, None)
-        yield train.Trainer(args, stage, ranks, model, *train.open_data(args, stage, ranks))
+        rows = start.open_data(args, stage, ranks)
+        model, cache = start.load_model(args, stage, ranks, None, rows)
+        yield train.Trainer(args, stage, ranks, model, rows, cache)
     finally:
         ranks.leave()
 
 
 def test_a_batch_has_the_mean_loss_of_its_items_each_with_its_own_words(tmp_path, lesson):
-    per_item = ("numbers", "prompts", "paths", "pictures", "visuals")
+    per_item = ("numbers", "prompts", "paths", "pictures", "seen")
     with trainer_of(lesson, tmp_path, "batch=2", "ref=0", "ref_shrink=1") as trainer:
         batch = next(iter(trainer.loader())) | {"prompts": ["Invert it.", "Make it snow."]}
         singles = [{k: v[i : i + 1] if k in per_item else v for k, v in batch.items()} for i in range(2)]
-        whole, *parts = (trainer.loss(each)[0].detach() for each in (batch, *singles))
+        drawn = lambda each: [train.draw(0, number, trainer.flow, False) for number in each["numbers"]]
+        whole, *parts = (trainer.loss(each, drawn(each), trainer.flow)[0].detach() for each in (batch, *singles))
     assert close(whole, torch.stack(parts).mean(), 1e-5) and abs(parts[0] - parts[1]) > 1e-3 * whole
 
 
 def test_phases_begin_and_samples_are_numbered_by_batches_and_items(tmp_path, lesson):
     with trainer_of(lesson, tmp_path, "steps=20", "pixels=4096,6144", "batch=2") as trainer:
-        pairs = Pairs(trainer.tables, trainer.curriculum, lambda source, row: None)
-        assert [start for start, _ in trainer.curriculum.phases] == [0, 10 * trainer.stage.batches]
+        pairs = Pairs(trainer.data.tables, trainer.data.curriculum, lambda source, row: None)
+        assert [start for start, _ in trainer.data.curriculum.phases] == [0, 10 * trainer.stage.batches]
         assert pairs[0]["numbers"] + pairs[1]["numbers"] == [0, 1, 2, 3]
-
-
-def test_a_batch_of_two_is_estimated_to_need_twice_the_activations_of_one(tmp_path, lesson):
-    with trainer_of(lesson, tmp_path) as trainer:
-        stages = [replace(trainer.stage, batch=size) for size in (1, 2)]
-        one, two = (
-            train.activation_numbers(trainer.model, stage, trainer.ranks, (9, 64, 64), True) for stage in stages
-        )
-    assert two == 2 * one
 
 
 def test_muon_takes_matrices_of_the_blocks_and_adamw_the_rest():
@@ -813,10 +609,9 @@ def test_muon_takes_matrices_of_the_blocks_and_adamw_the_rest():
     trained = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
     stage = replace(train.STAGES["paper"][3], optimizer="muon")
     muon, adamw = train.make_optimizers(stage, trained)
-    assert [len(o.param_groups[0]["params"]) for o in (muon, adamw)] == [1, 3] and adamw.defaults["betas"] == (
-        0.9,
-        0.999,
-    )
+    assert len(muon.param_groups[0]["params"]) == 1 and adamw.defaults["betas"] == (0.9, 0.999)
+    decay = {group["weight_decay"]: len(group["params"]) for group in adamw.param_groups}
+    assert decay == {0.01: 1, 0.0: 2}, "queries and modulations do not decay"
     trained["dit.blocks.0.ffn.0.weight"].device_mesh = SimpleNamespace(size=lambda: 8)
     with pytest.raises(ValueError, match="has 4 rows for 8 ranks"):
         train.make_optimizers(stage, trained)

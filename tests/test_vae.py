@@ -1,9 +1,11 @@
 """Tests of vae.py"""
 
+import sys
+
 import pytest
 import torch
 
-from bench.speed import diffusers_vae, diffusers_vae_name
+from bench.speed import diffusers_vae, give_weights
 from conftest import close, golden, golden_vae_config, randomise, recorded, tiny_vae
 from load import load_weights
 from vae import VAE
@@ -11,8 +13,9 @@ from vae import VAE
 
 @golden
 @pytest.mark.parametrize("version", ["2.2", "2.1"])
-@pytest.mark.parametrize("chunk", [1, 3])
-def test_the_vae_matches_the_release_at_every_length_and_chunk(version, chunk):
+@pytest.mark.parametrize("chunk, folded", [(1, False), (3, True)])
+def test_the_vae_matches_the_release_at_every_length_and_chunk_and_folded(version, chunk, folded, monkeypatch):
+    monkeypatch.setattr(sys.modules["kernels.conv"], "folding_pays", lambda x, weight: folded)
     name = "vae" + version.replace(".", "")
     vae, cases = VAE(golden_vae_config(version)), recorded(f"{name}_cases.safetensors")
     load_weights(vae, recorded(f"{name}_weights.safetensors"))
@@ -29,7 +32,7 @@ def test_the_vae_agrees_with_diffusers(version):
     pytest.importorskip("diffusers")
     ours = randomise(VAE(tiny_vae(version)))
     theirs = diffusers_vae(ours.config).eval()
-    theirs.load_state_dict({diffusers_vae_name(k, ours.config): v for k, v in ours.state_dict().items()})
+    give_weights(ours, theirs)
     video = torch.rand(1, 3, 9, 32, 48) * 2 - 1
     with torch.no_grad():
         latents = ours.encode(video)

@@ -1,0 +1,245 @@
+"""Benchmarks: which edits are judged, what is asked about them, and how answers are read.
+
+    refvie.yaml, openve.yaml, imgedit.yaml, sparkle.yaml, or a YAML of your own -> open_bench -> Bench
+    its items (YAML, CSV or JSON) + folder of edits -> read_bench -> Item(key, task, instruction, source, edit, ref)
+    Bench.rubric(item) -> the question;  an answer's text, names of criteria -> read_answer -> {name: 1..5}
+
+The criteria and their hierarchy are the paper's (Section 5) and the release's, the wording is ours. Nothing is guessed
+into a score.
+"""
+
+import json
+import re
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+
+from data import csv_lines, inside
+from vlm import JudgeError, Malformed, json_objects, spoken
+
+ANSWER = """
+Think in one or two sentences, then answer with JSON alone, scores last, whole numbers from 1 to 5. No score may be
+above the first. {"reasoning": "...", FIELDS}
+
+The instruction of the edit was: {instruction}"""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One edit to judge. `key` names it in every table; `edit` follows the release's naming of outputs."""
+
+    key: str
+    task: str
+    instruction: str
+    source: Path
+    edit: Path
+    ref: Path | None = None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A benchmark, as benchmarks/*.yaml describe it. tasks: {name or "*": {grade, criteria: {name: five anchors}}}."""
+
+    name: str
+    columns: dict  # ours: theirs
+    edit: str  # the name of an output: {index}, {key}, {task}, {stem}, {name}, {instruction}
+    tasks: dict
+    title: str = ""
+    kind: str = "video"
+    table: str = "tasks"  # its columns: tasks, or criteria
+    skip: tuple = ()
+    items: list = ()
+    published: dict = field(default_factory=dict)
+
+    def task(self, name):
+        return self.tasks.get(name) or self.tasks["*"]
+
+    def criteria(self, name):
+        return list(self.task(name)["criteria"])
+
+    def rubric(self, item, prompts=None):
+        """What the judge is asked about an item."""
+        text = (prompts or {}).get(item.task) or (prompts or {}).get("*")
+        if text is None:
+            lines = [f"You grade {self.task(item.task)['grade']}."]
+            for name, anchors in self.task(item.task)["criteria"].items():
+                lines += ["", f"{name}:", *(f"{i}: {anchor}" for i, anchor in enumerate(anchors, 1))]
+            scores = ", ".join(f'"{name}": n' for name in self.criteria(item.task))
+            text = "\n".join(lines) + "\n" + ANSWER.replace("FIELDS", scores)
+        elif "{instruction}" not in text:
+            text += "\n\nThe instruction of the edit was: {instruction}"
+        return text.replace("{instruction}", item.instruction)
+
+
+def read_yaml(path):
+    """A YAML or JSON file. JudgeError where it is neither."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date is a ValueError
+        kind = "JSON" if path.suffix == ".json" else "YAML"
+        raise JudgeError(f"{path}: is not {kind} ({str(error).splitlines()[0]})") from None
+
+
+def open_bench(name):
+    """A Bench by its name, or from a YAML file. JudgeError where it is not described well enough to judge by."""
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = Path(__file__).parent / f"{name}.yaml"
+    if not path.is_file():
+        known = sorted(p.stem for p in Path(__file__).parent.glob("*.yaml"))
+        raise JudgeError(f"--bench {name}: expected {', '.join(known)}, or a YAML file like benchmarks/refvie.yaml")
+    found = read_yaml(path)
+    names = {f.name for f in fields(Bench)} - {"name"}
+    if not isinstance(found, dict) or not {"columns", "edit", "tasks"} <= found.keys() <= names:
+        raise JudgeError(f"{path}: expected columns, edit, tasks, and no more than {', '.join(sorted(names))}")
+    bench = Bench(path.stem, **found)
+    for task, told in bench.tasks.items():
+        for criterion, anchors in told["criteria"].items():
+            if not isinstance(anchors, list) or len(anchors) != 5:
+                raise JudgeError(f"{path}: {task}, {criterion}: expected five anchors, for 1 to 5")
+    return bench
+
+
+def rows_of(path):
+    """Yield (place, key, row) of a table of items: CSV, or YAML or JSON with a list, or a mapping from keys."""
+    if path.suffix == ".csv":
+        yield from ((place, str(i), row) for i, (place, row) in enumerate(csv_lines(path)))
+        return
+    rows = read_yaml(path)
+    rows = rows["items"] if isinstance(rows, dict) and {"items", "tasks"} <= rows.keys() else rows
+    named = rows.items() if isinstance(rows, dict) else enumerate(rows if isinstance(rows, list) else [])
+    yield from ((f"{path}, item {key}", str(key), row) for key, row in named)
+
+
+def read_bench(bench, path, edits, limit=None):
+    """The items of a benchmark, at most `limit`. JudgeError where the file is not what --bench says."""
+    bench = bench if isinstance(bench, Bench) else open_bench(bench)
+    path, items, names = Path(path), [], {}
+    if not path.is_file():
+        raise JudgeError(f"{path}: no such file; give the benchmark's YAML, CSV or JSON")
+    for index, (place, key, row) in enumerate(rows_of(path)):
+        texts = {ours: text_of(row, theirs, place) for ours, theirs in bench.columns.items()}
+        task = texts["task"]
+        if task in bench.skip:
+            continue
+        if task not in bench.tasks and "*" not in bench.tasks:
+            raise JudgeError(f"{place}: unknown task {task!r}; --bench {bench.name} has {', '.join(bench.tasks)}")
+        item = Item(key, task, texts["instruction"], source_of(path, texts["source"], place),
+                    edit_of(bench, edits, index, key, texts, place),
+                    source_of(path, texts["ref"], place) if "ref" in texts else None)  # fmt: skip
+        items.append(item)
+        if (other := names.setdefault(item.edit, item)) is not item:
+            print(f"warning: {path}: items {other.key} and {key} share the edit {item.edit.name}: both are judged by "
+                  "the one file, which `run` makes of the first", file=sys.stderr)  # fmt: skip
+    if not items:
+        raise JudgeError(f"{path}: holds no items of --bench {bench.name}; is it the right file?")
+    return items[:limit]
+
+
+def text_of(row, name, place):
+    value = row.get(name) if isinstance(row, dict) else None
+    if not isinstance(value, str) or not value.strip():
+        raise JudgeError(f"{place}: has no {name}; is it the right --bench?")
+    return value.strip()
+
+
+def source_of(path, name, place):
+    """A source or reference: from the table's folder or, as OpenVE-Bench is published, with that folder's name."""
+    folder = path.absolute().parent
+    published = name.split("/")[0] == folder.name and not (folder / name).exists()
+    return inside(folder.parent if published else path.parent, name, place)
+
+
+def edit_of(bench, edits, index, key, texts, place):
+    """Where the edit of an item lies: the benchmark's pattern, whose `*/` is a folder of any name, or missing."""
+    source = Path(texts["source"])
+    name = bench.edit.format(index=index, key=key, task=texts["task"], instruction=texts["instruction"],
+                             stem=source.stem, name=source.name)  # fmt: skip
+    plain = inside(edits, name.replace("*/", ""), place)
+    return next(iter(sorted(Path(edits).glob(name))), plain) if "*/" in bench.edit else plain
+
+
+def wrong_references(items, item):
+    """Up to 5 references of other items, those of the same task first, from the next item on, cyclically."""
+    if item.ref is None:
+        return []
+    at = items.index(item)
+    others = [i for i in items[at + 1 :] + items[:at] if i.ref and i.ref != item.ref and i.ref.is_file()]
+    return [other.ref for other in sorted(others, key=lambda other: other.task != item.task)][:5]
+
+
+def read_score(text):
+    """ "4", 4, "4/5", "**4**", {"score": 4} -> 4. Malformed for anything but a whole number from 1 to 5."""
+    if isinstance(text, dict):
+        text = text.get("score", text)
+    match = re.fullmatch(NUMBER, str(text).strip(" *_`\"'.,"))
+    if isinstance(text, bool) or not match:
+        raise Malformed(f"{text!r} is not a score")
+    if match[2] and match[2] != "5":
+        raise Malformed(f"{text!r} is not on the scale from 1 to 5")
+    if float(match[1]) not in (1, 2, 3, 4, 5):
+        raise Malformed(f"{match[1]} is not a whole number from 1 to 5")
+    return int(float(match[1]))
+
+
+NUMBER = r"(-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*(\d+))?"
+# not "2 of the hats", nor "3-4"
+LONE = r"(?![\d.]*\d|\s*(?:/|-|–|to|or)\s*\d)(?(2)|(?![ \t]+(?!stars?\b|points?\b|of 5\b)[a-z]))"
+
+
+def spelled(name):
+    """A pattern for a criterion's name as judges write it: "consistency_detail" in "Consistency & Detail"."""
+    return r"[\s_]+(?:(?:&|and)[\s_]+)?".join(map(re.escape, name.split("_")))
+
+
+def read_answer(text, names):
+    """A judge's answer -> {name: score} for all of `names`, by name and not by order; Malformed with the reason.
+
+    JSON first, whatever stands around it; else lines such as "**Visual quality:** 4/5", also out of half a JSON, or a
+    heading with the name and "Score: 4" below it.
+    """
+    for found in reversed(list(json_objects(text))):
+        flat = {re.sub(r"[^a-z]+", "_", str(k).lower()).strip("_"): v for k, v in found.items()}
+        if all(name in flat for name in names):
+            return {name: read_score(flat[name]) for name in names}
+    scores = {}
+    heading = rf"^[#*\s\d.]*(?:{'|'.join(map(spelled, names))})"
+    for name in names:
+        given = re.finditer(rf"{spelled(name)}[^\n:=]{{0,60}}[:=][\s*_\"']*{NUMBER}{LONE}", text, re.IGNORECASE)
+        given = {m[0][m.start(1) - m.start() :] for m in given}
+        if not given:
+            for part in re.split(rf"(?im)(?={heading})", text):
+                if re.match(rf"(?i)[#*\s\d.]*{spelled(name)}[^\n]*\n", part):
+                    found = re.finditer(rf"(?im)^[\s*_-]*score[\s*_]*[:=][\s*_]*{NUMBER}{LONE}", part)
+                    given |= {m[0][m.start(1) - m.start() :] for m in found}
+        values = {read_score(value) for value in given}
+        if len(values) != 1:
+            said = " ".join(text.split())[:120]
+            raise Malformed(f"{name} is {'given twice' if values else 'missing'} in the answer: {said!r}")
+        scores[name] = values.pop()
+    return scores
+
+
+def read_reason(text):
+    """Why, from the object that `read_answer` reads."""
+    text = spoken(text)
+    found = [f["reasoning"] for f in json_objects(text) if isinstance(f.get("reasoning"), str)]
+    return found[-1] if found else " ".join(text.split())[:400]
+
+
+def read_winner(text):
+    """A pairwise answer -> {"winner": "1" | "2" | "tie"}."""
+    given = re.findall(r"winner[\"'*\s]*[:=][\s\"'*]*(1|2|tie)(?=[\"'*\s]*(?:[,}.;(\n]|$))", text, re.IGNORECASE)
+    if len({g.lower() for g in given}) != 1:
+        raise Malformed(f"no winner in the answer: {' '.join(text.split())[:120]!r}")
+    return {"winner": given[0].lower()}
+
+
+def enforce(scores):
+    """The hierarchy: {name: score} in order -> (the same with none above the first, whether it was broken)."""
+    first = next(iter(scores.values()))
+    kept = {name: min(score, first) for name, score in scores.items()}
+    return kept, kept != scores

@@ -1,0 +1,206 @@
+"""LoRA: low-rank updates of frozen linears, their files in five dialects, and the 8-bit base below them.
+
+    y = x W^T + b + (x A^T) B^T,  A (rank, in), B (out, rank); a file's update is alpha / rank * B A, ours has factor 1
+
+W may be 16 bits or `kernels.linear.QuantLinear`. Files of others are merged into W in float32, before quantising; every
+key is accounted for. Dialects: diffusers/PEFT, ComfyUI, kohya/musubi, DiffSynth, FastVideo (`lora_key`).
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from connectors import LoRALinear, replace_modules
+from kernels.linear import QuantLinear
+from media import whole_file
+
+BLOCK_LINEAR = re.compile(
+    r"(^|\.)(blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02])|language_model\.layers\.\d+\..*_proj)$"
+)
+
+
+class QuantLoRALinear(QuantLinear):
+    """A LoRA, named as `LoRALinear`'s, on an 8-bit weight."""
+
+    def __init__(self, base, rank):
+        super().__init__(base.stored, base.scale, base.bias)
+        place = {"device": base.stored.device, "dtype": torch.float32}
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(self.in_features, rank, bias=False, **place)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, self.out_features, bias=False, **place)})
+        nn.init.zeros_(self.lora_B["default"].weight)
+
+    def forward(self, x):
+        return super().forward(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+
+def inject_lora(module, rank, targets):
+    """Give every linear of `module` whose name ends in one of `targets` ("q_proj", "ffn.0", ...) a LoRA. ValueError for
+    a target that no linear has."""
+    kinds = {nn.Linear: LoRALinear, QuantLinear: QuantLoRALinear}
+    linears = [f".{name}" for name, child in module.named_modules() if type(child) in kinds]
+    for target in targets:
+        if not any(name.endswith(f".{target}") for name in linears):
+            raise ValueError(f"LoRA: {type(module).__name__} has no linear layer {target!r}")
+    ends = tuple(f".{target}" for target in targets)
+    replace_modules(module, lambda name, child: kinds[type(child)](child, rank)
+                    if type(child) in kinds and f".{name}".endswith(ends) else None)  # fmt: skip
+
+
+def quantise(model, kind, device="cpu", parts=("dit", "mllm")):
+    """Replace the linears of the DiT's blocks and of the language model's layers by 8-bit ones, one at a time on
+    `device`, so that the card never holds the 16 bits. Modulations, norms, embeddings, head and LoRA stay."""
+
+    def quantised(name, child):
+        if type(child) is nn.Linear and BLOCK_LINEAR.search(name) and name.split(".")[0] in parts:
+            return QuantLinear.from_linear(child.to(device), kind)
+
+    replace_modules(model, quantised)
+
+
+# Files
+
+
+MATRIX = r"(?:lora_[AB](?:\.default)?|lora_down|lora_up)(?:\.weight|\.bias)?"
+LORA_PARTS = re.compile(rf"(.+?)\.({MATRIX}|(?:lora_)?alpha|lora_rank|diff(?:_[bm])?)$")
+PARTS = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_alpha": "alpha", "lora_rank": "rank"}
+UNSUPPORTED = {
+    "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT",
+    "lora_mid": "LoCon with a middle matrix", "reshape_weight": "a reshaped weight", "set_weight": "a replaced weight",
+}  # fmt: skip
+TO_WAN = [(re.compile(pattern), ours) for pattern, ours in (
+    (r"^(transformer|diffusion_model|model\.diffusion_model|base_model\.model|pipe\.dit|dit)\.", ""),
+    (r"\.attn1\.", ".self_attn."), (r"\.attn2\.", ".cross_attn."), (r"_attn\.to_([qkv])$", r"_attn.\1"),
+    (r"_attn\.to_out\.0$", "_attn.o"), (r"_attn\.to_out$", "_attn.o"), (r"\.ffn\.net\.0\.proj$", ".ffn.0"),
+    (r"\.ffn\.net\.2$", ".ffn.2"), (r"\.ffn\.fc_in$", ".ffn.0"), (r"\.ffn\.fc_out$", ".ffn.2"),
+    (r"^(blocks\.\d+)\.norm2$", r"\1.norm3"),
+    (r"^condition_embedder\.(text|time)_embedder\.linear_1$", r"\1_embedding.0"),
+    (r"^condition_embedder\.(text|time)_embedder\.linear_2$", r"\1_embedding.2"),
+    (r"^condition_embedder\.time_proj$", "time_projection.1"), (r"^proj_out$", "head.head"),
+    (r"^(blocks\.\d+)\.scale_shift_table$", r"\1.modulation"), (r"^scale_shift_table$", "head.modulation"),
+)]  # fmt: skip
+
+
+def wan_name(name, modules):
+    """A layer in any dialect -> the DiT's name. kohya writes dots as underscores: look it up among `modules`."""
+    if name.startswith("lora_unet_"):
+        flat = name.removeprefix("lora_unet_").strip("_")
+        return next((own for own in modules if own.replace(".", "_") == flat), flat)
+    for pattern, ours in TO_WAN:
+        name = pattern.sub(ours, name)
+    return name
+
+
+def read_lora(path):
+    """The tensors of a LoRA file: {layer as written: {part: tensor}}. ValueError names what is not supported."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"--lora {path}: no such file")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: cannot be read as .safetensors ({error})") from None
+    layers = {}
+    for key, tensor in tensors.items():
+        if kind := next((kind for mark, kind in UNSUPPORTED.items() if mark in key), None):
+            raise ValueError(f"{path}: {key}: is {kind}, which is not supported; export it as a plain LoRA")
+        found = LORA_PARTS.match(key)
+        if not found:
+            raise ValueError(f"{path}: {key}: not a key of a LoRA in a known dialect")
+        layer, part = found.groups()
+        part = part.replace(".default", "").replace("lora_down", "lora_A").replace("lora_up", "lora_B")
+        part = PARTS.get(part, part)
+        if part == "diff_m" and not layer.endswith("modulation"):
+            layer += ".modulation"
+        layers.setdefault(layer, {})[part] = tensor
+    return layers
+
+
+def add_lora(dit, path, scale=1.0):
+    """Merge a file into a DiT's weights in float32, times `scale` -> a line about what was merged and what not."""
+    own = dict(dit.named_parameters())
+    layers = {name.rsplit(".", 1)[0] for name in own} | {name for name in own if name.endswith("modulation")}
+    merged, unused = 0, []
+    for written, parts in read_lora(path).items():
+        layer = wan_name(written, layers)
+        if layer not in layers:
+            raise ValueError(f"{path}: {written}: the DiT has no such layer")
+        if layer.startswith("text_embedding."):  # Kiwi-Edit's context bypasses it
+            unused += [f"{written}.{part}" for part in parts]
+            continue
+        for name, update in updates(path, written, parts).items():
+            parameter = own.get(layer if layer.endswith("modulation") else f"{layer}.{name}")
+            if parameter is None or parameter.shape.numel() != update.numel():
+                size = (
+                    "no such parameter"
+                    if parameter is None
+                    else f"is {tuple(update.shape)}, expected {tuple(parameter.shape)}"
+                )
+                raise ValueError(f"{path}: {written}: {name}: {size}")
+            update = update.to(parameter.device).reshape(parameter.shape)
+            parameter.data = (parameter.data.float() + scale * update).to(parameter.dtype)
+            merged += 1
+    if not merged:
+        raise ValueError(f"{path}: nothing in it changes this DiT")
+    return f"{path}: {merged} parameters changed, scale {scale:g}" + (
+        f"; {len(unused)} keys of text_embedding are unused here" if unused else ""
+    )
+
+
+def updates(path, layer, parts):
+    """What a layer's parts add: {"weight": tensor, "bias": tensor}, float32."""
+    parts = {name: tensor.float() for name, tensor in parts.items()}
+    found = {}
+    if ("lora_A.weight" in parts) != ("lora_B.weight" in parts):
+        raise ValueError(f"{path}: {layer}: has one of the two matrices of a LoRA")
+    if "lora_A.weight" in parts:
+        down, up = parts.pop("lora_A.weight").flatten(1), parts.pop("lora_B.weight").flatten(1)
+        rank = len(down)
+        factor = parts.pop("alpha", torch.tensor(float(rank))).item() / rank
+        found["weight"] = factor * (up @ down)
+        if "lora_B.bias" in parts:
+            found["bias"] = factor * parts.pop("lora_B.bias")
+    for part, name in (("diff", "weight"), ("diff_m", "weight"), ("diff_b", "bias")):
+        if part in parts:
+            found[name] = found.get(name, 0) + parts.pop(part)
+    parts.pop("rank", None), parts.pop("alpha", None)
+    if parts:
+        raise ValueError(f"{path}: {layer}: {', '.join(parts)}: not a part of a LoRA that is known here")
+    return found
+
+
+FROM_WAN = [(r"self_attn\.([qkv])$", r"attn1.to_\1"), (r"cross_attn\.([qkv])$", r"attn2.to_\1"),
+            (r"self_attn\.o$", "attn1.to_out.0"), (r"cross_attn\.o$", "attn2.to_out.0"),
+            (r"ffn\.0$", "ffn.net.0.proj"), (r"ffn\.2$", "ffn.net.2")]  # fmt: skip
+
+
+def write_lora(weights, path, style):
+    """Write the DiT's LoRA of a checkpoint's weights.safetensors as peft (diffusers), comfy or kohya."""
+    tensors, found = load_file(weights), {}
+    others = [key for key in tensors if not (key.startswith("dit.") and ".lora_" in key)]
+    for key, tensor in tensors.items():
+        if key in others:
+            continue
+        layer, which = re.fullmatch(r"dit\.(.+)\.lora_([AB])\.default\.weight", key).groups()
+        if style == "peft":
+            for pattern, theirs in FROM_WAN:
+                layer = re.sub(pattern, theirs, layer)
+            found[f"transformer.{layer}.lora_{which}.weight"] = tensor
+            continue
+        layer = f"diffusion_model.{layer}" if style == "comfy" else f"lora_unet_{layer.replace('.', '_')}"
+        found[f"{layer}.lora_{'down' if which == 'A' else 'up'}.weight"] = tensor
+        if which == "A":
+            found[f"{layer}.alpha"] = torch.tensor(float(len(tensor)))
+    if not found:
+        raise ValueError(f"{weights}: has no LoRA of the DiT; train one by --preset lora")
+    if others:
+        print(
+            f"note: {len(others)} tensors are not the DiT's LoRA and stay behind, such as {others[0]}; --export has all"
+        )
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        save_file(found, temporary)
+        temporary.chmod(0o644)

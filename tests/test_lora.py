@@ -1,0 +1,271 @@
+"""Tests of lora.py, sizing.py and `train.py --preset lora`"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sample
+import sizing
+import train
+from conftest import HOUSE, lessons, losses, small_edit, tiny_dit
+from dit import DiT
+from kernels.linear import QuantLinear
+from load import TensorFiles, load_weights
+from lora import add_lora, inject_lora, quantise
+from model import PRESETS, KiwiEdit
+
+A, B = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
+DOWN, UP = torch.randn(4, 64, generator=A), torch.randn(64, 4, generator=B)
+LAYER = "blocks.1.self_attn.q"
+DIALECTS = {  # keys of one layer, factor of its update
+    "diffusers": ({"transformer.blocks.1.attn1.to_q.lora_A.weight": DOWN, "transformer.blocks.1.attn1.to_q.lora_B.weight": UP}, 1.0),
+    "comfy": ({f"diffusion_model.{LAYER}.lora_down.weight": DOWN, f"diffusion_model.{LAYER}.lora_up.weight": UP,
+               f"diffusion_model.{LAYER}.alpha": torch.tensor(2)}, 0.5),
+    "ai-toolkit": ({f"diffusion_model.{LAYER}.lora_A.weight": DOWN, f"diffusion_model.{LAYER}.lora_B.weight": UP}, 1.0),
+    "kohya": ({"lora_unet_blocks_1_self_attn_q.lora_down.weight": DOWN, "lora_unet_blocks_1_self_attn_q.lora_up.weight": UP,
+               "lora_unet_blocks_1_self_attn_q.alpha": torch.tensor(8.0)}, 2.0),
+    "kohya, two underscores": ({"lora_unet__blocks_1_self_attn_q.lora_down.weight": DOWN, "lora_unet__blocks_1_self_attn_q.lora_up.weight": UP}, 1.0),
+    "diffsynth": ({f"{LAYER}.lora_A.default.weight": DOWN, f"{LAYER}.lora_B.default.weight": UP}, 1.0),
+    "fastvideo": ({"blocks.1.attn1.to_q.lora_A": DOWN, "blocks.1.attn1.to_q.lora_B": UP, "blocks.1.attn1.to_q.lora_rank": torch.tensor(4, dtype=torch.int32),
+                   "blocks.1.attn1.to_q.lora_alpha": torch.tensor(4.0)}, 1.0),
+}  # fmt: skip
+
+
+def changes(tmp_path, tensors, scale=1.0):
+    """What a file adds to a small DiT, by parameter, and the line that says so."""
+    torch.manual_seed(0)
+    dit = DiT(tiny_dit())
+    before = {name: p.clone() for name, p in dit.named_parameters()}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / "x.safetensors")
+    said = add_lora(dit, tmp_path / "x.safetensors", scale)
+    return {name: p - before[name] for name, p in dit.named_parameters() if not torch.equal(p, before[name])}, said
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_lora_of_every_dialect_adds_alpha_over_rank_times_its_product(tmp_path, dialect):
+    tensors, factor = DIALECTS[dialect]
+    found, _ = changes(tmp_path, tensors, 0.5)
+    assert found.keys() == {f"{LAYER}.weight"}
+    assert torch.allclose(found[f"{LAYER}.weight"], 0.5 * factor * UP @ DOWN, atol=1e-5)
+
+
+def test_dense_differences_are_added_and_those_of_unused_layers_are_named(tmp_path):
+    diffs = {"diffusion_model.blocks.0.self_attn.q.diff_b": torch.ones(64), "diffusion_model.blocks.0.norm3.diff": torch.ones(64),
+             "diffusion_model.patch_embedding.diff": torch.ones(64, 16, 1, 2, 2), "diffusion_model.head.head.diff_b": torch.ones(64),
+             "diffusion_model.blocks.1.diff_m": torch.ones(1, 6, 64), "diffusion_model.head.modulation.diff": torch.ones(1, 2, 64),
+             "diffusion_model.text_embedding.0.diff_b": torch.ones(64)}  # fmt: skip
+    found, said = changes(tmp_path, diffs)
+    assert found.keys() == {"blocks.0.self_attn.q.bias", "blocks.0.norm3.weight", "patch_embedding.weight", "head.head.bias",
+                            "blocks.1.modulation", "head.modulation"}  # fmt: skip
+    assert all(torch.allclose(update, torch.ones(()), atol=1e-5) for update in found.values())
+    assert "1 keys of text_embedding are unused" in said
+
+
+@pytest.mark.parametrize("key, says", [
+    (f"{LAYER}.dora_scale", "is DoRA"), (f"{LAYER}.lokr_w1", "is LoKr"), (f"{LAYER}.hada_w1_a", "is LoHa"),
+    ("blocks.9.ffn.0.diff_b", "has no such layer"), (f"{LAYER}.speed", "not a key of a LoRA"), (f"{LAYER}.lora_up.weight", "one of the two"),
+    (f"{LAYER}.diff", "expected (64, 64)"),
+])  # fmt: skip
+def test_a_file_that_is_not_understood_whole_is_refused_by_name(tmp_path, key, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        changes(tmp_path, {key: torch.ones(3)})
+
+
+def test_an_8_bit_base_keeps_what_is_small_and_trains_the_same_lora(tmp_path):
+    torch.manual_seed(0)
+    dit = DiT(tiny_dit())
+    model = torch.nn.ModuleDict({"dit": dit})
+    quantise(model, "fp8")
+    kinds = {name: type(child) for name, child in dit.named_modules()}
+    assert kinds["blocks.0.ffn.0"] is kinds["blocks.1.cross_attn.k"] is QuantLinear
+    assert kinds["head.head"] is kinds["time_projection.1"] is torch.nn.Linear
+    inject_lora(dit, 4, ("q", "ffn.0"))
+    x, t = torch.randn(1, 16, 2, 4, 4), torch.tensor([500.0])
+    dit(x, t, torch.randn(1, 3, 64)).square().mean().backward()
+    assert (
+        dit.blocks[0].ffn[0].lora_B["default"].weight.grad.any()
+        and not list(dit.blocks[0].ffn[0].parameters())[0].grad is None
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, lesson):
+    """A LoRA trained from a cache, for some steps that change the edit."""
+    out = tmp_path_factory.mktemp("trained")
+    train.main(lora_run(lesson, out / "run", "--write-cache", out / "cache"))
+    train.main(lora_run(lesson, out / "run", "--cache", out / "cache"))
+    return out
+
+
+def lora_run(lesson, out, *flags, settings=("steps=6", "dit_lora_rank=3", "lr=0.02")):
+    words = lessons(lesson, out, "--preset", "lora", "--val", lesson, *flags, settings=settings)
+    return [word for i, word in enumerate(words) if word != "--stage" and words[i - 1] != "--stage"]
+
+
+def test_a_lora_trains_from_a_cache_as_from_files_without_mllm_and_vae(tmp_path, lesson, trained):
+    train.main(lora_run(lesson, tmp_path / "plain", settings=["steps=2", "dit_lora_rank=3", "lr=0.02", "ref_shrink=1"]))
+    train.main(lora_run(lesson, tmp_path / "c", "--write-cache", tmp_path / "c", settings=["ref_shrink=1"]))
+    (tmp_path / "no").symlink_to(lesson)  # paths are as before, but nothing may open the files
+    words = lora_run(
+        lesson,
+        tmp_path / "run",
+        "--cache",
+        tmp_path / "c",
+        settings=["steps=2", "dit_lora_rank=3", "lr=0.02", "ref_shrink=1"],
+    )
+    train.main(words)
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain") and losses(tmp_path / "run", "val") == losses(
+        tmp_path / "plain", "val"
+    )
+    saved = load_file(tmp_path / "run/step-000002/weights.safetensors")
+    assert saved and all(".lora_" in name and name.startswith("dit.") for name in saved)
+
+
+def test_a_lora_is_exported_in_each_format_and_edits_as_its_run(tmp_path, lesson, trained):
+    run = small_edit(KiwiEdit.from_pretrained(trained / "run", dtype=torch.float32))
+    base = KiwiEdit.from_pretrained(lesson / "weights", dtype=torch.float32)
+    assert (small_edit(base).int() - run.int()).abs().max() > 3
+    for style in ("peft", "comfy", "kohya"):
+        train.main(["--export-lora", str(trained / "run"), "--format", style, "--out", str(tmp_path / style)])
+        model = KiwiEdit.from_pretrained(lesson / "weights", dtype=torch.float32)
+        assert "parameters changed" in add_lora(model.dit, tmp_path / style)
+        assert (small_edit(model).int() - run.int()).abs().max() <= 1
+    train.main(["--export", str(trained / "run"), "--out", str(tmp_path / "whole")])
+    whole = KiwiEdit.from_pretrained(tmp_path / "whole", dtype=torch.float32)
+    assert (small_edit(whole).int() - run.int()).abs().max() <= 1 and "float32" in str(next(whole.parameters()).dtype)
+
+
+def test_held_out_loss_is_fixed_and_by_kind_and_quarter(tmp_path, lesson, trained):
+    first, last = losses(trained / "run", "val")[:1], losses(trained / "run", "val")[-1:]
+    train.main(
+        lora_run(lesson, tmp_path / "again", "--cache", trained / "cache", settings=["steps=1", "dit_lora_rank=3"])
+    )
+    assert losses(tmp_path / "again", "val")[:1] == first != last
+    line = json.loads((trained / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    kinds = [line[f"val_{kind}"] for kind in ("image", "video", "ref")]
+    assert (
+        line["val"] == pytest.approx(sum(kinds) / 3) == pytest.approx(sum(line[f"val_q{q}"] for q in (1, 2, 3, 4)) / 4)
+    )
+
+
+@pytest.mark.parametrize("flags", [["--quantise", "fp8"], ["--quantise", "int8", "--dtype", "bfloat16"], ["--mllm"]])
+def test_a_lora_trains_on_an_8_bit_base_in_16_bits_and_with_the_mllm_from_a_cache(tmp_path, lesson, trained, flags):
+    settings = ["steps=3", "dit_lora_rank=3", "lr=0.02"]
+    train.main(lora_run(lesson, tmp_path / "cache", "--write-cache", tmp_path / "cache", *flags, settings=settings))
+    train.main(lora_run(lesson, tmp_path / "run", "--cache", tmp_path / "cache", *flags, settings=settings))
+    val = losses(tmp_path / "run", "val")
+    assert val[-1] < val[0] and val[0] == pytest.approx(losses(trained / "run", "val")[0], rel=0.1)
+    saved = load_file(next((tmp_path / "run").glob("step-*")) / "weights.safetensors")
+    assert any(name.startswith("mllm") for name in saved) == (flags == ["--mllm"])
+    assert all(tensor.dtype == torch.float32 for tensor in saved.values())
+
+
+def test_lora_files_and_8_bits_are_flags_of_an_edit(tmp_path, lesson, trained, capsys):
+    train.main(["--export-lora", str(trained / "run"), "--out", str(tmp_path / "x.safetensors")])
+    words = [
+        str(lesson / "video_1_src.mp4"),
+        "Invert it.",
+        "--weights",
+        str(lesson / "weights"),
+        "--steps",
+        "1",
+        "-o",
+        str(tmp_path / "o.mp4"),
+    ]
+    sample.main(
+        [*words, "--lora", f"{tmp_path / 'x.safetensors'}:0.5", str(tmp_path / "x.safetensors"), "--quantise", "int8"]
+    )
+    said = capsys.readouterr().out
+    assert "scale 0.5" in said and "scale 1" in said and "int8" in said and (tmp_path / "o.mp4").is_file()
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_comfyui_s_scaled_8_bit_files_are_read_as_stored_times_scale(tmp_path, old):
+    torch.manual_seed(0)
+    dit, scale = DiT(tiny_dit()), torch.tensor(0.02)
+    state = {f"model.diffusion_model.{name}": p.detach() for name, p in dit.named_parameters()}
+    key = f"model.diffusion_model.{LAYER}"
+    state[f"{key}.weight"] = (state[f"{key}.weight"] / scale).to(torch.float8_e4m3fn)
+    word = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+    state |= {f"{key}.scale_weight": scale, f"{key}.scale_input": scale.clone(), "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)} if old else {
+        f"{key}.weight_scale": scale, f"{key}.input_scale": scale.clone(), f"{key}.comfy_quant": word}  # fmt: skip
+    save_file(state, tmp_path / "x.safetensors")
+    files = TensorFiles().add(tmp_path / "x.safetensors")
+    model = torch.nn.ModuleDict({"dit": DiT(tiny_dit())})
+    load_weights(model, files)
+    stored = state[f"{key}.weight"].float() * scale
+    assert torch.equal(model["dit"].blocks[1].self_attn.q.weight, stored.bfloat16().float())
+    assert torch.equal(model["dit"].blocks[0].ffn[0].weight, dit.blocks[0].ffn[0].weight)
+    if not old:
+        state[f"{key}.comfy_quant"] = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
+        save_file(state, tmp_path / "y.safetensors")
+        with pytest.raises(ValueError, match=f"{LAYER} is stored as nvfp4"):
+            TensorFiles().add(tmp_path / "y.safetensors")
+
+
+STEP = r"""
+import re, sys, torch
+from dataclasses import replace
+from types import SimpleNamespace
+import start, train
+from model import PRESETS, Contexts, KiwiEdit
+from parallel import compute_in, parallelise
+from lora import quantise
+stage, preset = train.STAGES["lora"][1], PRESETS["wan22_5b"]
+config = replace(preset, dit=replace(preset.dit, num_layers=2), vae=None, mllm=None)
+peak = lambda: int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1]) * 1024
+x, context = torch.randn(1, 48, 5, 16, 20), torch.randn(1, 512, 3072, dtype=torch.bfloat16)
+torch.nn.functional.linear(torch.randn(64, 64, dtype=torch.bfloat16), torch.randn(64, 64, dtype=torch.bfloat16))
+before = peak()
+torch.set_default_dtype(torch.bfloat16)
+ranks = SimpleNamespace(sp=1, world=1, parallel="ddp", first=True, dtype=torch.bfloat16)
+model = KiwiEdit(config)
+if len(sys.argv) > 1:
+    quantise(model, sys.argv[1], parts=["dit"])
+start.choose_trained(model, stage, ranks)
+torch.set_default_dtype(torch.float32)
+for p in model.parameters():
+    p.data = p.data.float() if p.requires_grad else p.data
+compute_in(model, torch.bfloat16)
+module = parallelise(model, ranks)
+open("/proc/self/clear_refs", "w").write("5")  # the peak of the steps, not of the quantising
+optimizers = train.make_optimizers(stage, {n: p for n, p in model.named_parameters() if p.requires_grad})
+for _ in range(2):
+    module(Contexts([context]), x, torch.tensor([500.0]), x).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("kind", [None, "fp8"])
+def test_the_dry_run_s_memory_is_what_a_step_at_the_5b_s_widths_takes(kind):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(HOUSE)}
+    done = subprocess.run(
+        [sys.executable, "-c", STEP, *[kind] * bool(kind)], capture_output=True, text=True, env=environment
+    )
+    measured, preset = int(done.stdout.split()[-1]), PRESETS["wan22_5b"]
+    stage = replace(train.STAGES["lora"][1], ref=0)
+    config = replace(preset, dit=replace(preset.dit, num_layers=2))
+    need = sum(sizing.memory(config, stage, (17, 256, 320), cache=True, quantise=kind).values())
+    print(f"measured {measured / 2**30:.2f} GiB, estimated {need / 2**30:.2f}")
+    assert abs(need / measured - 1) < 0.15
+
+
+def test_a_dry_run_needs_no_weights_and_says_which_cards_fit(capsys):
+    fits = {}
+    for name, flags in {"16 bits": [], "8 bits": ["--quantise", "fp8"]}.items():
+        train.main(["--preset", "lora", "--dry-run", "--cache", "none", *flags])
+        said = capsys.readouterr().out
+        assert "49x480x832" in said and "dit.lora" in said
+        fits[name] = re.search(r"fits cards of (\d+)", said)[1]
+    assert fits == {"16 bits": "16", "8 bits": "12"}
+    train.main(["--config", "wan21_14b", "--preset", "released", "--stage", "2", "--gpus", "8", "--dry-run"])
+    assert "GiB of a card (8 cards, 49x" in capsys.readouterr().out
