@@ -27,7 +27,19 @@ from dit import DiT, DiTConfig
 from load import QWEN_BASE, WAN_BASE, from_dict, listed, load_weights, move_buffers, only_weights, read_fields
 from media import MAX_PIXELS, FrameFile, long_clip, nearest_size, pad_reference, whole_folder
 from parallel import pick_device
-from sampler import Sampler, agreed, crossfaded, filled, in_windows, mask_latents, outside, pasted, window_frames, windows
+from sampler import (
+    FlowMatch,
+    Sampler,
+    agreed,
+    crossfaded,
+    filled,
+    in_windows,
+    mask_latents,
+    outside,
+    pasted,
+    window_frames,
+    windows,
+)
 from vae import VAE, VAEConfig
 
 
@@ -185,50 +197,6 @@ PRESETS = {
 }
 
 
-@dataclass(frozen=True)
-class FlowMatch:
-    """Flow matching: x_t = (1 - sigma) x0 + sigma noise, the model predicts noise - x0, t = 1000 sigma.
-
-    shift moves the schedule towards noise: sigma -> shift sigma / (1 + (shift - 1) sigma). sigma_min is where the
-    unshifted schedule would end after its last step; the released diffusers pipeline has 0.003 / 1.002 there, the
-    released training and inference 0.
-    weighting: of the training loss over t. "bell" is the release's (`training_sigmas`), "none" weighs all alike.
-    """
-
-    shift: float = 5.0
-    sigma_min: float = 0.0
-    weighting: str = "bell"
-
-    def __post_init__(self):
-        if self.weighting not in ("bell", "none"):
-            raise ValueError(f"FlowMatch.weighting: {self.weighting!r}, expected bell or none")
-        if not 0 < self.shift < math.inf:
-            raise ValueError(f"FlowMatch.shift: {self.shift}, expected a number above 0")
-
-    def sigmas(self, steps):
-        """(steps + 1,) float32, from 1 down to a final 0."""
-        sigma = torch.linspace(1, self.sigma_min, steps + 1)[:-1]
-        return torch.cat([self.shift * sigma / (1 + (self.shift - 1) * sigma), torch.zeros(1)])
-
-    def timesteps(self, steps):
-        """(steps,) float32 in (0, 1000]."""
-        return 1000 * self.sigmas(steps)[:-1]
-
-    def training_sigmas(self, t):
-        """For timesteps t (B,): sigma (B,) and loss weight (B,) of the nearest of the 1000 training steps.
-
-        The weight is a bell over t around 500, lowered until its smallest value is 0, with a mean of 1. So t = 1000,
-        where an edit of few steps makes up its mind, weighs nothing: "none" is for weights that edit in few steps.
-        """
-        timesteps = self.timesteps(1000).to(t.device)
-        bell = torch.exp(-2 * ((timesteps - 500) / 1000) ** 2)
-        weight = (bell - bell.min()) / (bell - bell.min()).mean()
-        if self.weighting == "none":
-            weight = torch.ones_like(weight)
-        nearest = (t.float()[:, None] - timesteps).abs().argmin(dim=1)
-        return timesteps[nearest] / 1000, weight[nearest]
-
-
 def balance_weights(latents, source, scale=0.1):
     """Weights of the places of a loss, (B, 1, T, H, W) with a mean of 1 in each sample: what an edit changes and what
     it keeps count by the square roots of their shares.
@@ -327,8 +295,8 @@ class KiwiEdit(nn.Module):
     def forward(
         self, requests, latents, t, source=None, ref=None, noise=None, flow=FlowMatch(), balance=False, apart=False
     ):
-        """The training loss of a batch: `training_loss` on what the MLLM makes of the requests (`MLLMEncoder.prepare`), or
-        on `Contexts`.
+        """The training loss of a batch: `training_loss` on what the MLLM makes of the requests (`MLLMEncoder.prepare`),
+        or on `Contexts`.
 
         Contexts with references differ in length and are not padded: equal ones go together. apart: one by one, where
         several ranks train with references, for sharded ranks must call the blocks equally often.
@@ -350,21 +318,21 @@ class KiwiEdit(nn.Module):
         self, noise, context, source=None, ref=None, steps=50, flow=FlowMatch(), on_step=None, unshown=None,
         guidance=1.0, sampler=Sampler(), stay=None, draw=None, spans=None,
     ):  # fmt: skip
-        """From noise (B, C, T, H, W), float32, to latents: `Sampler.sample` of the velocity. One forward a step: Kiwi-Edit
-        has no classifier-free guidance. The latents stay float32 between the steps (the release keeps them in bfloat16).
+        """From noise (B, C, T, H, W), float32, to latents: `Sampler.sample` of the velocity. One forward a step:
+        Kiwi-Edit has no classifier-free guidance. The latents stay float32 between the steps (the release: bfloat16).
 
         unshown: the context of the same request without its references, for a second forward a step without them: the
         velocity is then v_unshown + guidance (v - v_unshown), as InstructPix2Pix has it of its picture (arXiv
         2211.09800, Eq. 3); above 1 the edit is more like the references, and less like what it was trained to be.
-        spans: the windows in latent time (`sampler.windows`) that the rows of a batch are; rows then have a context each,
-        in a list, go through the model one by one, and agree where they overlap.
+        spans: the windows in latent time (`sampler.windows`) that the rows of a batch are; rows then have a context
+        each, in a list, go through the model one by one, and agree where they overlap.
         """
         rows = len(spans) if spans else 1
         contexts, shy = (z if isinstance(z, list) else [z] * rows for z in (context, unshown))
         contexts, shy = ([z if z is None else z.to(self.dtype) for z in zs] for zs in (contexts, shy))
         source, ref = (z if z is None else z.to(self.dtype) for z in (source, ref))
         if rows == 1 and not hasattr(self.dit.blocks[0], "unshard"):  # a sharded block has weights while it is called
-            contexts, shy = ([z if z is None else self.dit.context_keys_values(z) for z in zs] for zs in (contexts, shy))
+            contexts, shy = ([z if z is None else self.dit.context_keys_values(z)] for (z,) in (contexts, shy))
 
         def velocity(x, t, context, unshown, source):
             v = self.velocity(x.to(self.dtype), t, context, source, ref).float()
@@ -397,14 +365,14 @@ class KiwiEdit(nn.Module):
         """Edit a clip. Yields uint8 frames (H, W, 3) on the CPU as they are decoded.
 
         video: uint8 (T, H, W, 3), torch or numpy, H and W multiples of 32 (`media.read_clip` makes them so), or a
-        `media.FrameFile`, of which a few frames at a time are in memory; a T other than 4k + 1 is filled by repeating
-        the last frame and cut again. A clip longer than `config.window` is denoised in windows (sampler.py). instruction:
-        text. ref: uint8 (H, W, 3) of any size, or a list of such. steps: of denoising, `config.steps` if not given.
-        flow: their schedule. tile: latent pixels a side for the VAE on small cards. offload_to: a device to which each
-        part is brought only while it works. progress(phase, done, total) is called as work goes on. ref_guidance: above
-        0, `config.ref_guidance` if not given; other than 1 it takes two forwards a step (`denoise`), one of them as if
-        there were no reference, which weights for references alone cannot. sampler: how the steps are taken. mask: what
-        may change, like video, white or true there, (T, H, W) or (T, H, W, 3). Same seed, same result.
+        `media.FrameFile`; a T other than 4k + 1 is filled by repeating the last frame and cut again. A clip longer than
+        `config.window` is edited in windows (sampler.py), the frames of one in memory. instruction: text. ref: uint8
+        (H, W, 3) of any size, or a list of such. steps: of denoising, `config.steps` if not given; flow: their
+        schedule. tile: latent pixels a side for the VAE on small cards. offload_to: a device to which each part is
+        brought only while it works. progress(phase, done, total) is called as work goes on. ref_guidance: above 0,
+        `config.ref_guidance` if not given; other than 1 it takes two forwards a step (`denoise`), one of them as if
+        there were no reference, which weights for references alone cannot. sampler: how the steps are taken. mask: like
+        video, (T, H, W) or (T, H, W, 3), white or true where it may change. Same seed, same result.
         ValueError where an argument does not fit.
         """
         tell, vae = progress or (lambda phase, done, total: None), self.config.vae
@@ -436,7 +404,8 @@ class KiwiEdit(nn.Module):
 
         with working_on(self.vae, offload_to):
             of = partial(of_part, tell, len(spans))
-            source = torch.cat([self.encode_frames(clip, tile, of("encode", i)) for i, clip in enumerate(of_windows(video))])
+            clips = enumerate(of_windows(video))
+            source = torch.cat([self.encode_frames(clip, tile, of("encode", i)) for i, clip in clips])
             pictures = [pad_reference(image, (height, width))[None] for image in refs]
             ref_latents = torch.cat([self.encode_frames(p, tile) for p in pictures], dim=2) if refs else None
 

@@ -5,9 +5,9 @@
     reuse                 a step whose predicted change is small takes v - x from the last forward (arXiv 2507.02860)
     re-noise              x0 = x - sigma v, noised anew to the next sigma: the sampler of distilled few-step weights
 
-A clip longer than the model knows is a batch of overlapping windows, each encoded and decoded as a clip of its own, as in
-training. At each step their velocities are averaged where they overlap (arXiv 2302.08113): all windows walk together and
-arrive at the same latents. `Sampler()` with one window is the plain loop.
+A clip longer than the model knows is a batch of overlapping windows, each encoded and decoded as a clip of its own, as
+in training. At each step their velocities are averaged where they overlap (arXiv 2302.08113): all windows walk together
+and arrive at the same latents. `Sampler()` with one window is the plain loop.
 """
 
 import math
@@ -19,6 +19,50 @@ import torch.nn.functional as F
 
 SOLVERS = ("euler", "ab2")
 WARM_UP = 3  # forwards before `reuse` may skip
+
+
+@dataclass(frozen=True)
+class FlowMatch:
+    """Flow matching: x_t = (1 - sigma) x0 + sigma noise, the model predicts noise - x0, t = 1000 sigma.
+
+    shift moves the schedule towards noise: sigma -> shift sigma / (1 + (shift - 1) sigma). sigma_min is where the
+    unshifted schedule would end after its last step; the released diffusers pipeline has 0.003 / 1.002 there, the
+    released training and inference 0.
+    weighting: of the training loss over t. "bell" is the release's (`training_sigmas`), "none" weighs all alike.
+    """
+
+    shift: float = 5.0
+    sigma_min: float = 0.0
+    weighting: str = "bell"
+
+    def __post_init__(self):
+        if self.weighting not in ("bell", "none"):
+            raise ValueError(f"FlowMatch.weighting: {self.weighting!r}, expected bell or none")
+        if not 0 < self.shift < math.inf:
+            raise ValueError(f"FlowMatch.shift: {self.shift}, expected a number above 0")
+
+    def sigmas(self, steps):
+        """(steps + 1,) float32, from 1 down to a final 0."""
+        sigma = torch.linspace(1, self.sigma_min, steps + 1)[:-1]
+        return torch.cat([self.shift * sigma / (1 + (self.shift - 1) * sigma), torch.zeros(1)])
+
+    def timesteps(self, steps):
+        """(steps,) float32 in (0, 1000]."""
+        return 1000 * self.sigmas(steps)[:-1]
+
+    def training_sigmas(self, t):
+        """For timesteps t (B,): sigma (B,) and loss weight (B,) of the nearest of the 1000 training steps.
+
+        The weight is a bell over t around 500, lowered until its smallest value is 0, with a mean of 1. So t = 1000,
+        where an edit of few steps makes up its mind, weighs nothing: "none" is for weights that edit in few steps.
+        """
+        timesteps = self.timesteps(1000).to(t.device)
+        bell = torch.exp(-2 * ((timesteps - 500) / 1000) ** 2)
+        weight = (bell - bell.min()) / (bell - bell.min()).mean()
+        if self.weighting == "none":
+            weight = torch.ones_like(weight)
+        nearest = (t.float()[:, None] - timesteps).abs().argmin(dim=1)
+        return timesteps[nearest] / 1000, weight[nearest]
 
 
 @dataclass(frozen=True)
@@ -37,7 +81,9 @@ class Sampler:
             raise ValueError(f"Sampler.reuse: {self.reuse}, expected 0 or more, e.g. 0.02")
         t = (1001, *self.re_noise, 0)
         if not all(a > b for a, b in zip(t, t[1:])) or max(self.re_noise, default=0) > 1000:
-            raise ValueError(f"Sampler.re_noise: {self.re_noise}, expected falling timesteps in (0, 1000], e.g. 1000,757,522")
+            raise ValueError(
+                f"Sampler.re_noise: {self.re_noise}, expected falling timesteps in (0, 1000], e.g. 1000,757"
+            )
         if self.re_noise and (self.reuse or self.solver != "euler"):
             raise ValueError("Sampler.re_noise: it takes neither another solver nor reuse")
 
@@ -140,7 +186,7 @@ def filled(frames, length):
 
 
 def window_frames(frames, spans, stride):
-    """Frames -> the stack of each window. A latent frame is `stride` frames; a window's first is one, the last of them."""
+    """Frames -> the stack of each window. A latent frame is `stride` frames, a window's first the last one of them."""
     held, start, frames = [], 0, iter(frames)
     for a, b in spans:
         first, stop = stride * a, stride * (b - 1) + 1
@@ -168,9 +214,9 @@ def mask_latents(mask, vae):
 
 
 def white(mask):
-    return (mask.float().mean(-1) if mask.ndim > 2 and mask.shape[-1] == 3 else mask.float()) > (
-        0 if mask.dtype == torch.bool else 127
-    )
+    """A mask, uint8 or bool (..., H, W) or (..., H, W, 3) -> bool (..., H, W)."""
+    light = mask.float().mean(-1) if mask.shape[-1] == 3 else mask.float()
+    return light > (0 if mask.dtype == torch.bool else 127)
 
 
 def outside(changes, source, noise):
