@@ -255,8 +255,8 @@ class MLLMEncoder(Encoder, name="qwen2.5-vl"):
             pieces += [vision_start, name, vision_end]
         inputs = MLLMInputs(mode, pieces + ["queries", end + self.ids("\n")])
         for name, frames in visuals.items():
-            if isinstance(frames, tuple):  # tokens and grid from a cache
-                inputs.tokens[name], inputs.grids[name] = frames
+            if not isinstance(frames, torch.Tensor):  # tokens and grid from a cache
+                inputs.tokens[name], inputs.grids[name] = frames[0], tuple(frames[1])
             else:
                 inputs.pixel_values[name], inputs.grids[name] = patchify(frames)
         return inputs

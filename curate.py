@@ -1,6 +1,6 @@
-"""From editing pairs to RefVIE quadruplets (paper, Section 3: 3.7M pairs in, 477K out): `python curate.py pairs.csv --out out/refvie`.
+"""From editing pairs to RefVIE quadruplets (paper, Section 3: 3.7M pairs in, 477K out).
 
-    pairs: tables, Ditto-1M, ReCo, OpenVE-3M, Sparkle, RefVIE, another run -> records, shards of 1,000, exact copies dropped
+    tables, Ditto-1M, ReCo, OpenVE-3M, Sparkle, RefVIE, another run -> records in shards, exact copies dropped
       -> Score       edit_score    >= 6: good for instruction tuning; >= 8 and a local edit or a new background: go on
       -> Ground      box, mask     of the new object, or of the foreground before a new background
       -> Synthesize  ref_image     the object cut out on white, or the background without its foreground
@@ -8,8 +8,8 @@
       -> what a person rejected leaves; de-duplication over all that is left, best first
       -> ref_video.csv, video.csv, image.csv, refvie/chunk_*.parquet, funnel, statistics, page.html
 
-A record is a dict; a stage adds columns to it or ends it (ledger.py). What a row brings (score, box, mask, reference) is
-used; a run read again with other thresholds pays for nothing twice. Another stage: a subclass of Stage in PIPELINE.
+A record is a dict; a stage adds columns to it or ends it (ledger.py). What a row brings (score, box, mask, reference)
+is used; a run read again with other thresholds pays for nothing twice. Another stage: a subclass of Stage in PIPELINE.
 
 The paper's pipeline was never released; prompts and thresholds that it does not state are our own.
 """
@@ -35,7 +35,7 @@ A run that was stopped or killed continues when the same command is given again;
 
 @dataclass(frozen=True)
 class Settings:
-    """`--set name=value`. A model is a folder or hub id, with a LoRA as BASE+LORA, or http://HOST/v1#NAME of a server."""
+    """`--set name=value`. A model is a folder or hub id, BASE+LORA with a LoRA, or http://HOST/v1#NAME of a server."""
 
     scorer: str = "Qwen/Qwen3-VL-8B-Instruct+EditScore/EditScore-Qwen3-VL-8B-Instruct"
     grounder: str = "Qwen/Qwen3-VL-32B-Instruct"  # the paper's; Qwen/Qwen3-VL-8B-Instruct costs a quarter
@@ -114,11 +114,11 @@ def parse_arguments(argv=None):
         metavar="0..10",
         help="to get a reference (default %(default)s)",
     )
-    add("--guard", metavar="DIR", help="pictures and clips of a benchmark, e.g. RefVIE-Bench: a record whose reference or "
-        "first frame resembles one is rejected")  # fmt: skip
+    add("--guard", metavar="DIR", help="a benchmark's pictures and clips, e.g. RefVIE-Bench: a record whose reference "
+        "or first frame resembles one is rejected")  # fmt: skip
     add("--rejects", metavar="FILE", help="rejects.json of page.html: these records leave the result")
-    add("--max-bad", type=between(0, 1), default=0.2, metavar="0..1", help="stop when a larger share of the records fails, at "
-        "least 20 (default %(default)s)")  # fmt: skip
+    add("--max-bad", type=between(0, 1), default=0.2, metavar="0..1", help="stop when a larger share of the "
+        "records fails, at least 20 (default %(default)s)")  # fmt: skip
     add("--retry-failed", action="store_true", help="try again what failed: no network, no memory, a missing file")
     add("--engine", choices=("local", "ray"), default="local", help="ray: many machines; pip install 'ray[data]'")
     add(
@@ -200,7 +200,7 @@ def read_all(args, ledger):
         raise ValueError(f"{gone} records of {ledger.out} are gone from the tables, or changed: give another --out")
     if reader.unknown and args.models == "classical":
         print(
-            f"kinds       {reader.unknown} records are of unknown kind: no edit_type, and no keyword of English in the prompt"
+            f"kinds       {reader.unknown} records are of unknown kind: no edit_type, no English keyword in the prompt"
         )
     write_text(ledger.folder / "settings.json", json.dumps(settings_of(args), indent=1))
     told = {"shards": sizes, "stages": names, "bases": reader.bases, "state": state, "copies": reader.copies}
@@ -232,8 +232,8 @@ def same_settings(args, ledger):
     before = parsed(path.read_text()) if path.is_file() else settings
     if changed := [key for key in settings | before if before.get(key) != settings.get(key)]:
         raise ValueError(
-            f"{ledger.out} was made with {changed[0]} {before.get(changed[0])!r}, not {settings.get(changed[0])!r}: give "
-            f"another --out; {ledger.out} as its input keeps what was paid for"
+            f"{ledger.out} was made with {changed[0]} {before.get(changed[0])!r}, not {settings.get(changed[0])!r}: "
+            f"give another --out; {ledger.out} as its input keeps what was paid for"
         )
 
 
@@ -245,7 +245,7 @@ def load_models(args):
 
 
 class Stage:
-    """Records -> what they become. `one` returns a record's new columns, or raises Rejected; several threads call it."""
+    """Records -> what they become. `one` gives a record's new columns or raises Rejected; several threads call it."""
 
     def __init__(self, args, bases):
         self.args, self.bases, self.loaded, self.barred = args, bases, None, None
@@ -274,8 +274,8 @@ class Stage:
         return self.loaded
 
     def __call__(self, rows):
-        """Yield id and new columns of each record as it is done. What ends the run, Ctrl-C too, is raised after all that
-        were begun are done: they may have been paid for. A second Ctrl-C leaves them."""
+        """Yield id and new columns of each record as it is done. What ends the run, Ctrl-C too, is raised after all
+        that were begun are done: they may have been paid for. A second Ctrl-C leaves them."""
         rows, busy, ends, pool = iter(rows), set(), None, ThreadPoolExecutor(self.args.workers)
         more = lambda: {pool.submit(self.guarded, row) for row in islice(rows, 2 * self.args.workers - len(busy))}
         try:
@@ -477,11 +477,11 @@ def deduplicate(features, order, threshold, block=2048, known_from=0.9, device="
     """Which records stand for which: features (N, D) of length 1, in any order; `order` (N,) best first.
 
     A record goes only if it is closer than `threshold` to one that is kept, so a chain of small steps does not collapse
-    into its best end. -> of each record the kept one it belongs to (itself where it is kept), int64 (N,), and its cosine
-    to the nearest kept one before it, float32 (N,), which is exact above `known_from` and -1 or more below.
+    into its best end. -> of each record the kept one it belongs to (itself if kept), int64 (N,), and its cosine to the
+    nearest kept one before it, float32 (N,), which is exact above `known_from` and -1 or more below.
 
-    Blocks against blocks, N^2 D FLOP if all are kept. On their main axes the first quarter of two vectors, and the product
-    of what length is left, bound their cosine from above: only where the bound passes is the cosine itself computed.
+    Blocks against blocks, N^2 D FLOP if all are kept. On their main axes the first quarter of two vectors, and the
+    product of what length is left, bound their cosine from above: where the bound passes, the cosine is computed.
     """
     features = on_main_axes(torch.as_tensor(features).to(device))
     total, width = features.shape
@@ -528,8 +528,11 @@ def on_main_axes(features, sample=20_000):
 
 
 def deduplicate_all(args, ledger, rejects):
-    """The last step, over all shards: what a person rejected, references of a benchmark, then copies of one that is kept."""
-    made_with, path = {"rejects": rejects, "shards": ledger.told["shards"], "stages": ledger.told["stages"]}, ledger.folder / "deduplicate.json"  # fmt: skip
+    """The last step, over all shards: what a person rejected leaves, a benchmark's pictures, copies of a kept one."""
+    made_with, path = (
+        {"rejects": rejects, "shards": ledger.told["shards"], "stages": ledger.told["stages"]},
+        ledger.folder / "deduplicate.json",
+    )
     if ledger.all_done("deduplicate") and path.is_file() and parsed(path.read_text()) == made_with:
         return
     ledger.forget("deduplicate")
@@ -617,7 +620,9 @@ def run_local(args, ledger, bases, rank, world):
         if not todo:
             continue
         stage.setup()
-        with tqdm(total=sum(sizes[shard] for shard in todo), desc=stage.name, unit=" records", mininterval=1, disable=rank > 0) as bar:  # fmt: skip
+        with tqdm(
+            total=sum(sizes[shard] for shard in todo), desc=stage.name, unit=" records", mininterval=1, disable=rank > 0
+        ) as bar:
             for shard in todo:
                 run_shard(stage, before, ledger, shard, budget, bar)
         stage.loaded = stage = None  # its models go before others come
@@ -641,7 +646,7 @@ class ShardWorker:
 
 
 def run_ray(args, ledger, bases):
-    """One stage at a time as a pool of up to --workers actors; all machines see --out and the data under the same paths."""
+    """One stage at a time, a pool of up to --workers actors; all machines see --out and the data under one path."""
     try:
         import ray
     except ImportError:
@@ -741,8 +746,9 @@ def tell(args, text, counts, common):
         f"write       {args.out}/{''.join(f'{name}, ' for name in names)}funnel.md, statistics.json; look at page.html"
     )
     if sum(number for (_, status, _), number in counts.reasons.items() if status == "failed") == counts.total:
-        raise ValueError(f"not one of {counts.total} records could be worked on; the table above says why (--retry-failed "
-                         "tries them again)")  # fmt: skip
+        raise ValueError(
+            f"not one of {counts.total} records could be worked on; the table above says why; then --retry-failed"
+        )
     if counts.kinds:
         print(f"train       python train.py --stage 3 --ref-csv {shlex.quote(args.out)}/ref_video.csv --base-path "
               f"{shlex.quote(common)} --data DIR")  # fmt: skip

@@ -83,13 +83,13 @@ class Row:
 
 
 def find_tables(folders, kind):
-    """The .csv or .parquet tables of a kind of data in these folders; RefVIE is published as chunk_*.parquet.
+    """The tables of a kind of data in these folders, one each; RefVIE is published as chunk_*.parquet.
     FileNotFoundError."""
     found = []
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise FileNotFoundError(f"--data {folder}: no such folder; give one with {', '.join(FILES.values())}")
-        paths = [(folder / FILES[kind]).with_suffix(suffix) for suffix in (".csv", ".parquet")]
+        paths = [(folder / FILES[kind]).with_suffix(suffix) for suffix in READERS]
         chunks = sorted(folder.glob("chunk_*.parquet")) if kind == "ref" else []
         found += [path for path in paths if path.is_file()][:1] or chunks
     if not found:
@@ -99,7 +99,7 @@ def find_tables(folders, kind):
 
 
 def read_table(path, kind, base=None):
-    """The rows of a CSV or parquet file with the released columns; paths in it start from `base` (default: its folder).
+    """The rows of a table with the released columns; paths in it start from `base` (default: its folder).
 
     ValueError for a missing column, an empty table or field, or a path that leaves the base folder.
     """
@@ -107,12 +107,8 @@ def read_table(path, kind, base=None):
     base = os.path.realpath(base or path.parent)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; `python -m nano data DIR` makes a small data set")
-    if path.suffix == ".parquet":
-        lines = read_parquet(path, kind)
-    else:
-        lines = ((place, [line[name] for name in COLUMNS[kind]]) for place, line in csv_lines(path, COLUMNS[kind]))
     rows = []
-    for where, (source, target, prompt, *ref) in lines:
+    for where, (source, target, prompt, *ref) in READERS.get(path.suffix, read_csv)(path, kind):
         for text in (source, target, prompt, *ref):
             if not isinstance(text, tuple) and not (isinstance(text, str) and text.strip()):
                 raise ValueError(f"{where}: an empty field, or no text, among {', '.join(COLUMNS[kind])}")
@@ -135,6 +131,12 @@ def below(base, name, where):
     if not path.startswith(base.rstrip(os.sep) + os.sep):
         raise ValueError(f"{where}: {name} is outside of {base}; give paths below it (train.py: --base-path)")
     return path
+
+
+def read_csv(path, kind):
+    """Yield (place, fields) of every row."""
+    for place, line in csv_lines(path, COLUMNS[kind]):
+        yield place, [line[name] for name in COLUMNS[kind]]
 
 
 def csv_lines(path, columns=()):
@@ -168,6 +170,10 @@ def read_parquet(path, kind):
         for i, line in enumerate(row_group(path, file, group, list(PAIR)).to_pylist()):
             ref = [(str(path), group, i)] if kind == "ref" else []
             yield f"{path}, row {i} of group {group}", [line[name] for name in PAIR] + ref
+
+
+# By a table's ending, what yields (place for messages, fields in the order of COLUMNS[kind]) of every row.
+READERS = {".csv": read_csv, ".parquet": read_parquet}
 
 
 def parquet_file(path):

@@ -680,7 +680,7 @@ def csv_text(rows):
     return buffer.getvalue()
 
 
-def card(row, out, **more):
+def card(row, out, outcome=""):
     """An item for the page: what it shows, says and is sorted by. Paths are relative to the page."""
     to = lambda path: Path(os.path.relpath(path, out)).as_posix()
     item, clips = row.item, []
@@ -694,21 +694,23 @@ def card(row, out, **more):
     return dict(key=item.key, task=item.task, instruction=item.instruction, clips=clips, ref=ref, keys=keys,
                 scores={name.replace("_", " "): shown(value) for name, value in row.scores().items()},
                 metrics={name: shown(value) for name, value in known.items()}, reasons=row.reasons,
-                problems=[row.error] if row.error else [f"no score: {w}" for w in row.failures], **more)  # fmt: skip
+                problems=[row.error] if row.error else [f"no score: {w}" for w in row.failures],
+                outcome=outcome)  # fmt: skip
 
 
-def write_page(path, title, args, verdict, parts, cards, bars, sort):
+def write_page(path, title, args, verdict, parts, cards, bars, measured, sort):
     """The report: verdict, a bar a task, items with the worst first, tables, what the metrics are at the end."""
     shown = [part for part in parts if part[0] in ("Scores", "Preferences")]
     keys, tasks = dict.fromkeys(name for one in cards for name in one["keys"]), dict.fromkeys(c["task"] for c in cards)
     write_text(path, report.page("judge.html", title=title, verdict=verdict, command=args.command_line, bars=bars,
                                  first=shown, rest=[part for part in parts if part not in shown], cards=cards,
-                                 tasks=list(tasks), keys=list(keys), sort=sort))  # fmt: skip
+                                 tasks=list(tasks), keys=list(keys), sort=sort, measured=measured))  # fmt: skip
 
 
 def bar(task, mean, low, high):
-    value = mean.value if isinstance(mean, Mean) else mean
-    share = 0 if value is None else max(0.0, min(1.0, (value - low) / (high - low)))
+    """A bar of the page, from low to high; the text is a mean with its interval, without single values."""
+    mean = replace(mean, values=())
+    share = 0 if mean.value is None else max(0.0, min(1.0, (mean.value - low) / (high - low)))
     return dict(task=task.replace("_", " "), text=str(mean), share=round(100 * share, 1))
 
 
@@ -830,10 +832,21 @@ def score(args):
             "verdict": verdict.text, "trusted": not verdict.bad}  # fmt: skip
     write_text(args.out / "summary.json", json.dumps(told, indent=1))
     strength = {task: [row.metrics["edit_strength"] for row in of if row.metrics] for task, of in by_task(rows).items()}
-    bars = [bar(task, mean["average"], 1, 5) for task, mean in means.items()] if judge else (
-        [bar(f"{task}: edit strength", mean_of([values]), 0, 80) for task, values in strength.items()])  # fmt: skip
+    bars = [bar(task, mean["average"], 1, 5) for task, mean in means.items()]
+    if not judge:
+        bars = [bar(task, mean_of([values]), 0, 80) for task, values in strength.items()]
     sort = "score" if judge else "reference_gain" if any(item.ref for item in items) else "edit_strength"
-    write_page(page, title, args, verdict, parts, [card(row, args.out) for row in rows], bars, sort)
+    write_page(
+        page,
+        title,
+        args,
+        verdict,
+        parts,
+        [card(row, args.out) for row in rows],
+        bars,
+        "mean score" if judge else "edit strength",
+        sort,
+    )
     for name, _, table in parts[:-1]:
         print(f"\n{name}\n{report.table(table)}")
     finish(verdict, page, sum(bool(row.lost) for row in rows), len(rows), args, stopped)
@@ -956,15 +969,15 @@ def compare(args):
     write_text(page.with_suffix(".md"), text)
     cards = []
     for a, b in pairs:
-        one, other = card(a, args.out, outcome=votes.get(a.item.key, "")), card(b, args.out)
+        one, other = card(a, args.out, outcome=OUTCOMES.get(votes.get(a.item.key), "")), card(b, args.out)
         one["clips"] = [(name.replace("edit", "A"), *rest) for name, *rest in one["clips"]]
         one["clips"] += [("B", *rest) for name, *rest in other["clips"] if name == "edit"]
         one["keys"] = {n: v - other["keys"][n] for n, v in one["keys"].items() if n in other["keys"]}
         one["metrics"] = {f"{n}, A - B": shown(v) for n, v in one["keys"].items()}
         cards.append(one | {"problems": one["problems"] + other["problems"], "scores": {}})
     shares = share_of_a(votes, {a.item.key: a.item.task for a, _ in pairs})
-    bars = [bar(f"{task}: A preferred", fmean(v), 0, 1) for task, v in shares.items()]
-    write_page(page, title, args, verdict, parts, cards, bars, "edit_strength")
+    bars = [bar(task, Mean(fmean(share)), 0, 1) for task, share in shares.items()]
+    write_page(page, title, args, verdict, parts, cards, bars, "share that prefers A", "edit_strength")
     print(f"{text}")
     finish(verdict, page, len(lost), len(pairs), args)
 
@@ -1003,6 +1016,10 @@ def votes_of(questions, ledger, lost):
             said.setdefault(q.item.key, []).append(ledger.good[q.key]["value"]["winner"])
     names = {("1", "2"): "A", ("2", "1"): "B", ("1", "1"): "first", ("2", "2"): "second"}
     return {item: names.get(tuple(winners), "tie") for item, winners in said.items()}
+
+
+OUTCOMES = {"A": "A preferred", "B": "B preferred", "tie": "undecided", "first": "followed the position",
+            "second": "followed the position"}  # fmt: skip
 
 
 def position_verdict(args, votes):

@@ -5,8 +5,8 @@
     ledger/score/00000.jsonl     of its open records the id and what that stage added, a line each
     ledger/score/00001.part      the journal of a shard under work: a line as soon as a record is done
 
-A record is open while it has no `status`; a stage may give it one, "rejected" or "failed", with `stage` and `reason`, and
-later stages do not see it. A run that is killed repeats at most the records it was busy with; answers were paid for.
+A record is open while it has no `status`; a stage may give it one, "rejected" or "failed", with `stage` and `reason`,
+and later stages do not see it. A killed run repeats at most the records it was busy with; answers were paid for.
 """
 
 import fcntl
@@ -87,14 +87,14 @@ class Ledger:
         """The records of a shard as they are after `stage`."""
         rows = {row["id"]: row for row in read_json_lines(self.path("read", shard))}
         if len(rows) != (size := self.told["shards"][shard]):
-            raise ValueError(f"{self.path('read', shard)}: has lost {size - len(rows)} records (a crash?): delete it and "
-                             "read.json, and the same command makes it anew")  # fmt: skip
+            raise ValueError(
+                f"{self.path('read', shard)}: has lost {size - len(rows)} records (a crash?): delete it and read.json"
+            )
         for name in self.stages[1 : self.stages.index(stage) + 1]:
             found = {row["id"]: row for row in read_json_lines(self.path(name, shard))}
             waiting = [row for row in rows.values() if is_open(row)]
             if lost := [row["id"] for row in waiting if row["id"] not in found]:
-                raise ValueError(f"{self.path(name, shard)}: has lost {len(lost)} records (a crash?): delete it, and the "
-                                 "same command makes it anew")  # fmt: skip
+                raise ValueError(f"{self.path(name, shard)}: has lost {len(lost)} records (a crash?): delete it")
             for row in waiting:
                 row.update(found[row["id"]])
         return list(rows.values())

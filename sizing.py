@@ -60,12 +60,14 @@ def memory(config, stage, shape, gpus=1, cache=False, quantise=None, checkpointi
     gathered = (
         2 * (2 * max(block, layer) + (rest - parts["dit"][2] if "dit" in stage.trains else rest)) if sharded else 0
     )
-    dequantised = 10 * config.dit.dim * config.dit.ffn_dim if quantise else 0  # one linear: 8 -> 32 -> 16 bits
+    copied = (
+        (10 if quantise else 2) * config.dit.dim * config.dit.ffn_dim
+    )  # one weight: 8 -> 32 -> 16 bits, or laid out anew
     return {
         "frozen weights": frozen / share, "trained weights": 4 * trained / share, "gathered": gathered,
         "gradients": 4 * trained / share, "moments": 8 * trained / share,
         "average": 4 * trained / share * (stage.ema > 0),
-        "activations": activations(config, stage, shape, cache, checkpointing) + dequantised,
+        "activations": activations(config, stage, shape, cache, checkpointing) + copied,
     }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 Recorded outputs of the released code lie in ../shared/golden; a test that needs them skips aloud without them.
 """
 
+import csv
 import json
 import re
 import shlex
@@ -288,8 +289,9 @@ def test_a_story_of_the_readme_runs_in_a_copy_of_the_house(tmp_path, nano_data, 
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(HOUSE / name, copy / name)
     (copy / "weights").symlink_to(HOUSE / "weights")
-    (copy / "data").mkdir()
-    (copy / "data" / "nano").symlink_to(nano_data)
+    shutil.copytree(nano_data, copy / "data" / "nano")
+    rows = [dict(row) for row in csv.DictReader((nano_data / "image.csv").open())]
+    (copy / "data" / "nano" / "image.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for language, code in blocks:
         if language != "bash":
             target = copy / re.match(r"# (\S+)", code)[1]

@@ -1,7 +1,7 @@
-"""The models that curation asks: `classical` needs no weights, `paper` has those that the paper names; a plain twin and a
-heavy one with the same methods, each about one record:
+"""What curation reads (pairs), asks and leaves (result). `classical` models need no weights, `paper` has those that the
+paper names: a plain twin and a heavy one with the same methods, each about one record:
 
-    score(source, target, row) -> [0..10, ...]           ground(source, target, row) -> box, mask (H, W), key, more columns
+    score(source, target, row) -> [0..10, ...]           ground(source, target, row) -> box, mask (H, W), key, more
     synthesize(source, target, mask, row) -> picture     verify(source, target, reference, row) -> agree, reason
     embed([picture, ...]) -> (N, D) of length 1          preflight(): is everything there? setup(stage): load it
 """

@@ -4,9 +4,9 @@
       subject: its main part, grown by colour (GrabCut) -> cut out of the full key frame, its rim's colours estimated
       background: what stayed is the foreground -> filled from other moments, the camera undone, then by shift map
 
-Sees how strong an edit is, whether it stays in its place and is there all the time, and a colour that the words name. Does
-not see what was asked for, whether it looks natural, what an object is. So it rejects whatever looks broken: several large
-parts, colours that contradict the difference, contact with a whole border, more than 20 % of a background never seen.
+Sees how strong an edit is, whether it stays in its place and is there all the time, and a colour that the words name.
+Does not see what was asked for, whether it looks natural, what an object is. So it rejects what looks broken: several
+large parts, colours that contradict the difference, contact with the border, 20 % of a background never seen.
 opencv (opencv-contrib-python-headless) is optional: GrabCut and shift maps have plain twins here, and the rejects hold.
 """
 
@@ -26,10 +26,11 @@ LOOK_PIXELS, CUT_PIXELS, FILL_PIXELS = 320 * 180, 640 * 360, 1280 * 720
 UNCHANGED, CHANGED = 8.0, 16.0  # CIELAB units: a VAE's trace stays below the first; above the second all is edit
 ALIKE = 6.0  # CIELAB units between the colours of one thing at two moments
 COLOURS = {  # names -> sRGB
-    "red": (190, 30, 40), "orange": (235, 125, 30), "yellow": (235, 210, 50), "golden": (205, 160, 50), "gold": (205, 160, 50),
-    "green": (50, 130, 60), "blue": (40, 80, 180), "purple": (120, 50, 150), "pink": (235, 150, 180), "brown": (110, 70, 45),
-    "black": (25, 25, 28), "white": (240, 240, 240), "grey": (128, 128, 128), "gray": (128, 128, 128), "silver": (185, 185, 190),
-    "blonde": (215, 190, 140), "platinum": (220, 210, 190), "snowy": (230, 235, 240),
+    "red": (190, 30, 40), "orange": (235, 125, 30), "yellow": (235, 210, 50), "gold": (205, 160, 50),
+    "golden": (205, 160, 50), "green": (50, 130, 60), "blue": (40, 80, 180), "purple": (120, 50, 150),
+    "pink": (235, 150, 180), "brown": (110, 70, 45), "black": (25, 25, 28), "white": (240, 240, 240),
+    "grey": (128, 128, 128), "gray": (128, 128, 128), "silver": (185, 185, 190), "blonde": (215, 190, 140),
+    "platinum": (220, 210, 190), "snowy": (230, 235, 240),
 }  # fmt: skip
 
 try:
@@ -42,7 +43,7 @@ except ImportError:
 
 
 def frames_at(path, wanted, max_pixels):
-    """The frames of some indices, in order, as far as the clip has them, shrunk: uint8 (T, H, W, 3), and their indices."""
+    """Frames by their indices, as far as the clip has them, shrunk: uint8 (T, H, W, 3), and their indices."""
     frames, indices, wanted = [], [], sorted(set(wanted))
     with open_media(path) as (container, stream):
         for number, (_, rgb) in enumerate(decode(path, container, stream)):
@@ -64,7 +65,9 @@ def look_at_pair(source, target, max_pixels=LOOK_PIXELS):
     (a, _), (b, indices) = (frames_at(path, wanted, max_pixels) for path in (source, target))
     count = min(len(a), len(b))  # a file may hold fewer frames than it declares
     if abs(math.log(a.shape[1] / a.shape[2] * b.shape[2] / b.shape[1])) > 0.05:
-        raise MediaError(f"{target}: is {b.shape[2]}x{b.shape[1]} where its source is {a.shape[2]}x{a.shape[1]}, another aspect")  # fmt: skip
+        raise MediaError(
+            f"{target}: is {b.shape[2]}x{b.shape[1]} where its source is {a.shape[2]}x{a.shape[1]}, another aspect"
+        )
     return as_float(resize(a[:count], b.shape[1:3])), as_float(b[:count]), indices[:count]
 
 
@@ -113,7 +116,7 @@ def regions(mask):
 
 
 def large_regions(mask, least=0.1, pixels=4):
-    """A mask (T, H, W) without its specks: of each frame the regions of at least `least` of the largest, and `pixels`."""
+    """A mask (T, H, W) without specks: of each frame the regions of at least `least` of the largest, and `pixels`."""
     labels = regions(mask)
     count = torch.bincount(labels.flatten())
     count[0] = 0
@@ -164,7 +167,7 @@ def overlap(a, b):
 
 
 def by_colour(frame, mask, seed):
-    """A mask bool (H, W) grown or shrunk to what has its seed's colours, against those of the ring around it: main part."""
+    """A mask bool (H, W) grown or shrunk to what has its seed's colours, not those of the ring around it: main part."""
     x = mask[None, None].float()
     ring, reach = (grow(x, max(n, min(mask.shape) // d))[0, 0] > 0.5 for n, d in ((2, 60), (8, 8)))
     inner = (-grow(-seed[None, None].float(), 1))[0, 0] > 0.5
@@ -209,7 +212,7 @@ def like(frame, inside, outside, bins=12):
 
 
 def cut_out(frame, mask, margin=0.05):
-    """The masked object of a frame uint8 (H, W, 3) on white, tightly cropped, uint8. mask: bool (h, w), smaller or as large.
+    """The masked object of a frame uint8 (H, W, 3) on white, tightly cropped, uint8. mask: bool (h, w), of any size.
 
     Its border moves to the nearest edge of the picture by a guided filter (He et al., 2010); colours of the rim are
     those of the object alone, estimated from blurs of both sides (Forte, 2021).
@@ -288,7 +291,10 @@ def shift_map(picture, unknown, pixels=400 * 225):
         return full
     scale = min(1.0, math.sqrt(pixels / unknown.numel()))
     size = [round(side * scale) for side in unknown.shape]
-    small = cv2.cvtColor(as_uint8(F.interpolate(from_surroundings(picture, ~unknown[None, None]), size, mode="area"))[0].numpy(), cv2.COLOR_RGB2Lab)  # fmt: skip
+    small = cv2.cvtColor(
+        as_uint8(F.interpolate(from_surroundings(picture, ~unknown[None, None]), size, mode="area"))[0].numpy(),
+        cv2.COLOR_RGB2Lab,
+    )
     hole = F.interpolate(unknown[None, None].float(), size, mode="area")[0, 0] > 0
     done = small.copy()
     cv2.setRNGSeed(0)
@@ -359,7 +365,7 @@ def ramp(value, low, high):
 
 
 def named_colour(prompt):
-    """The colour that the instruction asks for, CIELAB (3,), or None: the last one named, after "with" if there is one."""
+    """The colour that the instruction asks for, CIELAB (3,), or None: the first named after "with" or "into"."""
     words = re.findall("[a-z]+", prompt[:2000].lower())
     cut = next((i for i, word in enumerate(words) if word in ("with", "into", "to")), 0)
     for before, word in zip(["", *words], words[:]):
@@ -383,7 +389,7 @@ def inked(picture):
 
 
 def layout(picture, mask, size=32):
-    """What a mask bool (H, W) shows of a picture (3, H, W), its box stretched: CIELAB (3, size, size), mask (size, size)."""
+    """What a mask bool (H, W) shows of a picture (3, H, W), its box stretched: CIELAB (3, size, size), and the mask."""
     x1, y1, x2, y2 = (round(v * side) for v, side in zip(box_of(mask), mask.shape[::-1] * 2))
     stretched = lambda x: F.interpolate(
         x[None, :, y1:y2, x1:x2], (size, size), mode="bilinear", antialias=True, align_corners=False
@@ -418,8 +424,8 @@ class Classical:
         area = whole.float().mean(dim=(1, 2))
         usual, swapped = area.median().item(), self.exchanged(source, target, whole, row)
         steady = ramp(drift(target, whole) - drift(source, whole), 12, 1)
-        return [10 * swapped * math.sqrt(steady * self.fit(row["kind"], source[t], target[t], apart[t], changed[t], whole[t], usual))
-                for t in range(len(apart))]  # fmt: skip
+        moment = lambda t: (row["kind"], source[t], target[t], apart[t], changed[t], whole[t], usual)
+        return [10 * swapped * math.sqrt(steady * self.fit(*moment(t))) for t in range(len(apart))]
 
     def fit(self, kind, source, target, apart, changed, whole, usual):
         """How strong and how well placed an edit is at one moment, 0..1."""
@@ -486,7 +492,7 @@ class Classical:
         return box_of(mask), mask, key, {}
 
     def whole_object(self, frame, mask, changed):
-        """The mask of one whole object in a frame uint8 (H, W, 3), from the mask of what changed. Rejected otherwise."""
+        """The mask of one whole object in a frame uint8 (H, W, 3), from the mask of what changed, or Rejected."""
         if (number := parts(mask)) > 1:
             raise Rejected(f"the edit is in {number} large parts")
         mask, changed = resized(large_regions(mask[None], 1.0)[0], frame.shape[:2]), resized(changed, frame.shape[:2])
@@ -510,7 +516,7 @@ class Classical:
         return without_foreground(frames, foreground, indices.index(row["key"]))
 
     def verify(self, source_path, target_path, ref_path, row):
-        """Does the reference show the edit, upright and whole, and is the edit there at other moments? (bool, reason)"""
+        """Does the reference show the edit, upright and whole, and is it there at other moments? (bool, reason)"""
         source, target, indices = look_at_pair(source_path, target_path)
         masks = body(difference(source, target), row["kind"])
         place = masks if row["kind"] == "subject" else ~masks
@@ -533,7 +539,7 @@ class Classical:
         return near < limit, f"colours {near:.0f} from the edit's, {far:.0f} from the source's (CIELAB)"
 
     def in_place(self, target_path, picture, ink, row):
-        """What is wrong with a reference that was cut out of the key frame, held against that frame; None if nothing."""
+        """What is wrong with a reference that was cut out of the key frame, held against that frame, or None."""
         frame = as_float(frames_at(target_path, [row["key"]], CUT_PIXELS)[0])[0]
         mask = resized(read_image(self.args.out + "/" + row["mask"])[..., 0] > 127, frame.shape[1:])
         where = mask if row["kind"] == "subject" else torch.ones_like(mask)
@@ -566,7 +572,7 @@ class Classical:
 
 
 def drift(clip, where):
-    """How far the colours within a mask move from one look to the next, CIELAB units: the same thing keeps its colours."""
+    """How far the colours within a mask move from one look to the next, CIELAB units: a thing keeps its colours."""
     tables = [colours(frame[:, mask].T) for frame, mask in zip(clip, where) if mask.sum() > 20]
     return sum((a - b).abs().mean().item() for a, b in zip(tables, tables[1:])) / max(len(tables) - 1, 1)
 

@@ -1,6 +1,6 @@
 """The records of all inputs: tables, the published sets as they lie on disk, another run.
 
-    row -> id (hash of source, target, prompt), name, src_video, tgt_video, prompt, base (whose folder paths start from),
+    row -> id (hash of source, target, prompt), name, src_video, tgt_video, prompt, base (the folder of its paths),
            kind, edit_type, and what the row brings: edit_score, frame_scores, box, given_mask, given_ref
 
 Another set: its columns in SETS, its layout in `tables_of`. One bad row costs itself: a record that failed at reading.
@@ -40,7 +40,8 @@ VERBS = {
     "remove": "remove delete erase eliminate omit hide discard clear wipe",
     "style": "apply restyle stylize stylise reimagine",
     "whole": "change turn transform convert make render give redraw repaint",
-    "subject": "add insert put place attach replace swap exchange substitute dress paint draw introduce include switch set shift",
+    "subject": "add insert put place attach replace swap exchange substitute dress paint draw introduce include switch "
+    "set shift",
 }  # fmt: skip
 VERBS = {word: kind for kind, words in VERBS.items() for word in words.split()}
 PLACES = set("background backdrop surroundings scenery environment".split())
@@ -74,8 +75,8 @@ def tables_of(source):
         raise FileNotFoundError(f"{path}: no such file or folder")
     if (path / "ledger" / "read.json").is_file():
         return [("run", path / "ledger" / "read.json", path)]
-    layouts = {"training_metadata/*.json": "Ditto-1M", "*/*_data_configs.json": "ReCo", "prompts/*_train.csv": "Sparkle",
-               "chunk_*.parquet": "RefVIE"}  # fmt: skip
+    layouts = {"training_metadata/*.json": "Ditto-1M", "*/*_data_configs.json": "ReCo",
+               "prompts/*_train.csv": "Sparkle", "chunk_*.parquet": "RefVIE"}  # fmt: skip
     for pattern, name in layouts.items():
         if found := sorted(path.glob(pattern)):
             return [(name, file, path) for file in found]
@@ -84,7 +85,7 @@ def tables_of(source):
 
 
 def read_lines(path):
-    """Yield (place, dict, or a text that says what is wrong with the line) of a .csv, .parquet, .jsonl or .json file."""
+    """Yield (place, dict, or a text that says what is wrong with it) of a .csv, .parquet, .jsonl or .json file."""
     if path.suffix == ".parquet":
         file = parquet_file(path)
         names = [name for name in file.schema_arrow.names if not name.endswith("_bytes")]
@@ -214,7 +215,7 @@ class Reader:
                                    line if isinstance(line, str) else "", f"{file}, {place}")  # fmt: skip
 
     def start(self, row, texts, fields, wrong, place):
-        """What a row brings, and its kind; a row with an empty field, or a path that leaves its base, is over at once."""
+        """What a row brings, and its kind; one with an empty field, or a path that leaves its base, is over at once."""
         over = {
             "kind": "unknown",
             "id": hashed(place.rpartition("/")[2], row["id"]),

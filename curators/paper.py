@@ -5,7 +5,7 @@
     synthesize  Qwen-Image-Edit: the masked object alone on white, or the frame with its foreground painted grey
     verify      Qwen3-VL: does the reference show what the edit brought?       embed  CLIP ViT-L/14
 
-A Qwen runs here (its records in batches, as many as --workers) or behind an OpenAI-compatible server, http://HOST/v1#NAME.
+A Qwen runs here (in batches of up to --workers questions) or behind an OpenAI-compatible server, http://HOST/v1#NAME.
 EditScore is asked in the words it was tuned on, read from its package or from --prompts; the other prompts are our own.
 """
 
@@ -49,40 +49,41 @@ from vlm import (
 PROMPTS = {
     "ground": (
         "The image is a frame of a video that was edited by this instruction: {prompt}\n{what}\n"
-        'Answer with JSON only: {{"kind": {kinds}, "bbox_2d": [x1, y1, x2, y2], "label": "<what it is, a few words>"}}. '
+        'Answer with JSON only: {{"kind": {kinds}, "bbox_2d": [x1, y1, x2, y2], "label": "<what it is, in brief>"}}. '
         "If it is not to be seen, give an empty bbox_2d."
     ),
     "subject": "Find the one object that the edit has brought or changed, as it now looks.",
     "background": "The background was replaced. Find the foreground that stands before it: one box around all of it.",
     "unknown": (
-        "First say what kind of edit that is: subject (an object was added or replaced), background (the background was "
-        "replaced), remove, style or other. Then find the object that it brought, or before a new background the foreground."
+        "First say what kind of edit that is: subject (an object was added or replaced), background (the background "
+        "was replaced), remove, style or other. Then find the object that it brought, or before a new background the "
+        "foreground."
     ),
     "extract": (
-        "The picture shows the {label}, cut out of a video frame. Show it alone and complete on a plain white background, "
-        "with nothing else in the picture. Keep its colours, material and details exactly as they are."
+        "The picture shows the {label}, cut out of a video frame. Show it alone and complete on a plain white "
+        "background, with nothing else in the picture. Keep its colours, material and details exactly as they are."
     ),
     "clear": (
-        "The {label} in this picture is painted over in plain grey. Fill the grey area with the background that would be "
-        "seen there, without shadows or reflections of it. Change nothing else."
+        "The {label} in this picture is painted over in plain grey. Fill the grey area with the background that would "
+        "be seen there, without shadows or reflections of it. Change nothing else."
     ),
     "verify_subject": (
         "The first image is a frame of a video that was edited by this instruction: {prompt}\n"
-        "The second image is meant to show the object that the edit brought. Is it the same object, of the same colour, shape "
-        "and material, the right way up, alone and complete enough to be recognised?\n"
+        "The second image is meant to show the object that the edit brought. Is it the same object, of the same "
+        "colour, shape and material, the right way up, alone and complete enough to be recognised?\n"
         'Answer with JSON only: {{"reason": "<one sentence>", "match": true or false}}'
     ),
     "verify_background": (
         "The first image is a frame of a video whose background was replaced by this instruction: {prompt}\n"
-        "The second image is meant to show that background without any foreground. Is it the same place in the same style and "
-        "light, the right way up, with nothing left of the foreground and no smears?\n"
+        "The second image is meant to show that background without any foreground. Is it the same place in the same "
+        "style and light, the right way up, with nothing left of the foreground and no smears?\n"
         'Answer with JSON only: {{"reason": "<one sentence>", "match": true or false}}'
     ),
 }  # fmt: skip
 SCORES = {"type": "object", "properties": {"reasoning": {"type": "string"},
           "score": {"type": "array", "items": {"type": "number"}}}}  # fmt: skip
-BOX = {"type": "object", "properties": {"kind": {"type": "string"}, "bbox_2d": {"type": "array", "items": {"type": "number"}},
-       "label": {"type": "string"}}}  # fmt: skip
+BOX = {"type": "object", "properties": {"kind": {"type": "string"}, "label": {"type": "string"},
+       "bbox_2d": {"type": "array", "items": {"type": "number"}}}}  # fmt: skip
 VERDICT = {"type": "object", "properties": {"reason": {"type": "string"}, "match": {"type": "boolean"}}}
 NUMBERS = r"-?\d+(?:\.\d+)?"
 STEPS = {False: (40, 4.0), True: (4, 1.0)}  # of the editor, without and with a Lightning LoRA: steps, guidance
@@ -94,7 +95,7 @@ def editscore_prompts(path=None):
     path = Path(path) if path else spec and Path(spec.submodule_search_locations[0]) / "vie_prompts.py"
     if not path or not path.is_file():
         raise ValueError(
-            "EditScore's wording is not here: pip install --no-deps editscore, or give its vie_prompts.py with --prompts"
+            "EditScore's words are missing: pip install --no-deps editscore, or give its vie_prompts.py with --prompts"
         )
     texts = {}
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
@@ -258,7 +259,11 @@ class Batch(Local):
             token = out.logits[:, -1].argmax(-1)
             said.append(token.cpu())
             going &= ~torch.isin(said[-1], ends)
-            at, step, mask = at[:, :, -1:] + 1 if len(said) > 1 else at.amax(dim=(0, 2), keepdim=True).expand(3, -1, 1) + 1, {"input_ids": token[:, None]}, F.pad(mask, (0, 1), value=1)  # fmt: skip
+            at, step, mask = (
+                at[:, :, -1:] + 1 if len(said) > 1 else at.amax(dim=(0, 2), keepdim=True).expand(3, -1, 1) + 1,
+                {"input_ids": token[:, None]},
+                F.pad(mask, (0, 1), value=1),
+            )
         out = []
         for row, (own, *_) in zip(torch.stack(said, dim=1), asked):
             stop = torch.isin(row, ends).nonzero()[:, 0].tolist()
@@ -290,8 +295,8 @@ def served(address, model):
 
 
 def add_adapter(module, folder):
-    """Merge a LoRA (adapter_config.json, adapter_model.safetensors) into a model's weights as peft would: ranks and alphas
-    by pattern, rslora. ValueError for other kinds of adapter, or if some of it finds no place."""
+    """Merge a LoRA (adapter_config.json, adapter_model.safetensors) into a model's weights as peft would: ranks and
+    alphas by pattern, rslora. ValueError for other kinds of adapter, or if some of it finds no place."""
     config = json.loads((folder / "adapter_config.json").read_text())
     if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora") or config.get("modules_to_save"):
         raise ValueError(f"{folder}: only LoRA adapters without DoRA or modules_to_save are read")
@@ -315,7 +320,9 @@ def add_adapter(module, folder):
             raise ValueError(
                 f"{folder}: {layer} finds {'no place' if not places else 'several places'} in {type(module).__name__}"
             )
-        by_name = lambda field, value: next((v for key, v in (config.get(field) or {}).items() if re.fullmatch(rf"(.*\.)?{key}", layer)), value)  # fmt: skip
+        by_name = lambda field, value: next(
+            (v for key, v in (config.get(field) or {}).items() if re.fullmatch(rf"(.*\.)?{key}", layer)), value
+        )
         rank, alpha = by_name("rank_pattern", config["r"]), by_name("alpha_pattern", config["lora_alpha"])
         update = tensors[name.replace(".lora_A.", ".lora_B.")].float() @ tensors[name].float()
         with torch.no_grad():
@@ -395,8 +402,10 @@ class Paper:
                 import torchvision  # noqa: F401
                 from diffusers import QwenImageEditPlusPipeline  # noqa: F401
             except ImportError as error:
-                raise ValueError(f"--models paper makes references with diffusers ({error}); pip install diffusers pillow "
-                                 f"torchvision torch=={torch.__version__.partition('+')[0]}") from None  # fmt: skip
+                raise ValueError(
+                    f"--models paper makes references with diffusers ({error}); pip install diffusers pillow "
+                    f"torchvision torch=={torch.__version__.partition('+')[0]}"
+                ) from None
         for name in (name for stage in stages for name in need.get(stage, ())):
             value = getattr(self.args, name)
             if value.startswith(("http://", "https://")):
@@ -440,8 +449,8 @@ class Paper:
             return asker.ask(prompt, media, 1.0, read, schema)
 
     def score(self, source_path, target_path, row):
-        """EditScore of each pair of frames, from 0..25 to 0..10; the middle pair first, alone if it is below --set cascade.
-        Frame i of the edit is that of frame i of the source, whatever rate the files claim: the release writes 15 fps."""
+        """EditScore of each pair of frames, from 0..25 to 0..10; the middle pair first, alone if it is below `cascade`.
+        Frame i of the edit belongs to frame i of the source, whatever rates the files claim: the release writes 15."""
         moments(source_path, target_path)
         with open_media(target_path) as (_, stream):
             rate = float(frame_rate(stream))
@@ -482,7 +491,7 @@ class Paper:
         return box, mask, 0, more
 
     def synthesize(self, source_path, target_path, mask, row):
-        """The editor's picture of what the mask leaves; its generator starts from the record's id, whatever the shard."""
+        """The editor's picture of what the mask leaves; its generator starts from the record's id."""
         from PIL import Image
 
         frame, label = frame_at(target_path, row["key"]), row.get("label", "object")
@@ -529,7 +538,7 @@ def trimmed(image, margin=0.05):
 
 
 def reachable(name):
-    """Is a folder there, or a hub id in the cache or to be had? FileNotFoundError, in seconds: nothing is downloaded."""
+    """Is a folder there, or a hub id in the cache or to be had? Nothing is downloaded. FileNotFoundError."""
     if Path(name).exists():
         return
     from huggingface_hub import HfApi, try_to_load_from_cache
@@ -543,4 +552,7 @@ def reachable(name):
         HfApi().auth_check(name)
     except Exception as error:  # the hub client raises many kinds, from DNS to gated repositories
         reason = str(error).strip().split("\n")[0][:160]
-        raise FileNotFoundError(f"{name} is no folder, and not to be had from the hub ({reason}); for a gated model ask for access on its page, then `hf auth login`") from None  # fmt: skip
+        raise FileNotFoundError(
+            f"{name} is no folder, and not to be had from the hub ({reason}); for a gated model ask for access on its "
+            "page, then `hf auth login`"
+        ) from None

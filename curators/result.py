@@ -105,7 +105,7 @@ def training_tables(out):
 
 
 def write_refvie(out, ledger, bases, rejects, digest, rows=1000):
-    """refvie/chunk_*.parquet in the layout of the published set, JPEGs as they lie in refs/; paths start from the inputs'
+    """refvie/chunk_*.parquet in the published layout, JPEGs as they lie in refs/; paths start from the inputs'
     folder, of several from the one above all. Written anew only if other records are kept."""
     try:
         import pyarrow
@@ -166,7 +166,10 @@ class Funnel:
         return out
 
     def rows(self):
-        return [(*key, number) for key, number in sorted(self.reasons.items(), key=lambda kv: (self.stages.index(kv[0][0]), -kv[1]))]  # fmt: skip
+        return [
+            (*key, number)
+            for key, number in sorted(self.reasons.items(), key=lambda kv: (self.stages.index(kv[0][0]), -kv[1]))
+        ]
 
     def markdown(self):
         steps = [(name, number, f"{number / max(self.total, 1):.1%}") for name, number in self.steps()]
@@ -177,7 +180,7 @@ class Funnel:
         ])  # fmt: skip
 
     def statistics(self):
-        """Of the kept: kinds, frames, reference sizes; and about how many would be left at other thresholds of likeness:
+        """Of the kept: kinds, frames, reference sizes; and how many would be left at other thresholds of likeness:
         what is near to one that another threshold would drop counts as dropped too."""
         curve = {str(t): sum(n <= t for n in self.nearest) for t in (0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.99)}
         return json.dumps({
@@ -211,8 +214,15 @@ def pair_by_pair(rows):
     lines = [("record", "kind", "score", "ended", "why")]
     for row in rows:
         kept = row["status"] == "kept"
-        lines.append((row["name"] or row["id"], row["kind"], f"{row['edit_score']:.1f}" if "edit_score" in row else "",
-                      "kept" if kept else row["stage"], row.get("verdict_reason", "") if kept else row["reason"]))  # fmt: skip
+        lines.append(
+            (
+                row["name"] or row["id"],
+                row["kind"],
+                f"{row['edit_score']:.1f}" if "edit_score" in row else "",
+                "kept" if kept else row["stage"],
+                row.get("verdict_reason", "") if kept else row["reason"],
+            )
+        )
     return table([[" ".join(str(cell).split()) for cell in line] for line in lines]) + "\n"
 
 
@@ -225,8 +235,12 @@ def write_page(args, ledger, bases, rows, counts, told, rejects):
             key: row.get(key, "")
             for key in ("id", "name", "kind", "prompt", "stage", "status", "reason", "verdict_reason")
         }
-        known |= {"why": short(known["reason"]), "score": f"{row['edit_score']:.1f}" if "edit_score" in row else "",
-                  "clips": [os.path.relpath(clip, ledger.out) for clip in clips], "still": row.get("frames") == 1}  # fmt: skip
+        known |= {
+            "why": short(known["reason"]),
+            "score": f"{row['edit_score']:.1f}" if "edit_score" in row else "",
+            "clips": [os.path.relpath(clip, ledger.out) for clip in clips],
+            "still": row.get("frames") == 1,
+        }
         known["reference"] = row["ref_image"] if "ref_image" in row else ""
         try:
             known["marked"] = jpeg_uri(marked(clips[1], ledger.out, row)) if "mask" in row else ""
@@ -254,6 +268,11 @@ def marked(clip, out, row, longest=640):
     rim = (F.max_pool2d(mask[None].float(), 5, 1, 2)[0] > 0.5) & ~mask
     frame[rim] = torch.tensor([255, 40, 40], dtype=torch.uint8)
     x1, y1, x2, y2 = (round(v * side) for v, side in zip(row["box"], (width, height) * 2))
-    for part in (frame[y1:y2, x1 : x1 + 2], frame[y1:y2, max(x2 - 2, 0) : x2], frame[y1 : y1 + 2, x1:x2], frame[max(y2 - 2, 0) : y2, x1:x2]):  # fmt: skip
+    for part in (
+        frame[y1:y2, x1 : x1 + 2],
+        frame[y1:y2, max(x2 - 2, 0) : x2],
+        frame[y1 : y1 + 2, x1:x2],
+        frame[max(y2 - 2, 0) : y2, x1:x2],
+    ):
         part[:] = torch.tensor([255, 210, 0], dtype=torch.uint8)
     return frame

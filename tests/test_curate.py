@@ -120,7 +120,9 @@ def test_a_stage_is_one_line_of_the_list_also_after_verify(tmp_path, pairs, run,
     kept = [read_image(run / row["ref_image"]).float().diff(dim=1).abs().mean() for row in kept_in(records_in(run))]
     exec(story.replace("< 1:", f"< {sorted(kept)[1]}:"), {"curate": curate})
     rows = curated(shutil.copytree(run, tmp_path / "out"), pairs)
-    passed, blurred = ([row for row in rows if test(row)] for test in (lambda r: "sharpness" in r, lambda r: r.get("stage") == "sharp"))  # fmt: skip
+    passed, blurred = (
+        [row for row in rows if test(row)] for test in (lambda r: "sharpness" in r, lambda r: r.get("stage") == "sharp")
+    )
     assert passed and blurred and all(row["status"] == "rejected" for row in blurred) and kept_in(rows)
     funnel = (tmp_path / "out/funnel.md").read_text()
     assert (
@@ -149,7 +151,13 @@ def test_features_of_another_embedder_are_made_anew_and_paths_out_of_a_run_are_r
     settings = json.loads((theirs / "ledger/settings.json").read_text())
     (theirs / "ledger/settings.json").write_text(json.dumps(settings | {"models": "paper", "embedder": "A"}))
     for shard in (theirs / "ledger/verify").iterdir():
-        write_json_lines(shard, [row | ({"feature": curate.pack(torch.ones(4))} if "feature" in row else {}) for row in read_json_lines(shard)])  # fmt: skip
+        write_json_lines(
+            shard,
+            [
+                row | ({"feature": curate.pack(torch.ones(4))} if "feature" in row else {})
+                for row in read_json_lines(shard)
+            ],
+        )
     curated(tmp_path / "again", theirs)
     features = [[row.get("feature") for row in records_in(out, "verify")] for out in (tmp_path / "again", run)]
     assert features[0] == features[1] and any(features[0])
@@ -224,7 +232,8 @@ def test_what_a_row_brings_is_used(tmp_path, pairs, run):
     box = [0.1, 0.2, 0.9, 0.95]
     for name in (kept["mask"], kept["ref_image"]):
         shutil.copy(run / name, pairs.parent / Path(name).name)
-    lines = [line | {"edit_score": "9.5", "box": box}, line | {"prompt": "m", "edit_score": 9, "mask": Path(kept["mask"]).name},
+    lines = [line | {"edit_score": "9.5", "box": box},
+             line | {"prompt": "m", "edit_score": 9, "mask": Path(kept["mask"]).name},
              line | {"prompt": "r", "edit_score": 9, "ref_image": Path(kept["ref_image"]).name}]  # fmt: skip
     out = tmp_path / "out"
     rows = curated(out, write_lines(tmp_path / "p.jsonl", lines), "--base-path", pairs.parent, duplicate=1)
@@ -258,8 +267,25 @@ def test_the_published_sets_are_read_in_their_own_formats(tmp_path, capsys):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
 
-    put("ditto/training_metadata/x.json", json.dumps([{"source_path": "s/a.mp4", "edited_path": "e/a.mp4", "instruction": "Replace the background with snow."}]))  # fmt: skip
-    put("reco/replace/replace_data_configs.json", json.dumps([{"src_video": "088301.mp4", "tar_video": "088301.mp4", "instruction_final_refine": "x", "video_masks": ["replace/video_masks/088301.mp4"]}]))  # fmt: skip
+    put(
+        "ditto/training_metadata/x.json",
+        json.dumps(
+            [{"source_path": "s/a.mp4", "edited_path": "e/a.mp4", "instruction": "Replace the background with snow."}]
+        ),
+    )
+    put(
+        "reco/replace/replace_data_configs.json",
+        json.dumps(
+            [
+                {
+                    "src_video": "088301.mp4",
+                    "tar_video": "088301.mp4",
+                    "instruction_final_refine": "x",
+                    "video_masks": ["replace/video_masks/088301.mp4"],
+                }
+            ]
+        ),
+    )
     put("openve.csv", "original_video,video,prompt,edited_type\no/1.mp4,v/1.mp4,Add a hat.,local_remove\n")
     put(
         "sparkle/prompts/time_train.csv",
@@ -268,19 +294,29 @@ def test_the_published_sets_are_read_in_their_own_formats(tmp_path, capsys):
     inputs = [str(tmp_path / name) for name in ("ditto", "reco", "openve.csv", "sparkle")]
     rows = list(curate.Reader(curate.parse_arguments([*inputs, "--out", "x"])))
     assert [(r["src_video"], r["tgt_video"], r["kind"], r["name"]) for r in rows] == [
-        ("s/a.mp4", "e/a.mp4", "background", ""), ("replace/src_videos/088301.mp4", "replace/tar_videos/088301.mp4", "subject", "reco_replace_088301"),
+        ("s/a.mp4", "e/a.mp4", "background", ""),
+        ("replace/src_videos/088301.mp4", "replace/tar_videos/088301.mp4", "subject", "reco_replace_088301"),
         ("o/1.mp4", "v/1.mp4", "remove", ""), ("time/a.mp4", "time/b.mp4", "background", "Sparkle_time_000001"),
     ]  # fmt: skip
     assert rows[1]["given_mask"] == "replace/video_masks/088301.mp4"
     text = capsys.readouterr().out
-    assert all(line in text for line in ("Ditto-1M: CC-BY-NC-SA-4.0", "ReCo: CC-BY-NC-SA-4.0", "OpenVE-3M: CC-BY-NC-4.0", "Sparkle: CC-BY-4.0"))  # fmt: skip
+    assert all(
+        line in text
+        for line in (
+            "Ditto-1M: CC-BY-NC-SA-4.0",
+            "ReCo: CC-BY-NC-SA-4.0",
+            "OpenVE-3M: CC-BY-NC-4.0",
+            "Sparkle: CC-BY-4.0",
+        )
+    )
     put("bad.csv", "a,b\n1,2\n")
     with pytest.raises(ValueError, match="bad.csv: has no column src_video, tgt_video, prompt; it has a, b"):
         list(curate.Reader(curate.parse_arguments([str(tmp_path / "bad.csv"), "--out", "x"])))
 
 
 @pytest.mark.parametrize("name, text, says", [
-    ("p.csv", 'src_video,tgt_video,prompt\na,b,"Add a hat\n', "every quote closed"), ("p.json", "[" * 100_000, "is not JSON"),
+    ("p.csv", 'src_video,tgt_video,prompt\na,b,"Add a hat\n', "every quote closed"),
+    ("p.json", "[" * 100_000, "is not JSON"),
     ("p.txt", "", "a table is .csv"), ("none/", "", "no such file"), ("p.jsonl", "", "no pairs"),
 ])  # fmt: skip
 def test_a_table_that_cannot_be_read_is_one_line(tmp_path, name, text, says):
@@ -290,12 +326,15 @@ def test_a_table_that_cannot_be_read_is_one_line(tmp_path, name, text, says):
 
 
 @pytest.mark.parametrize("edit_type, prompt, kind", [
-    ("Local Modification", "x", "subject"), ("camera_edit", "Replace it.", "other"), ("object swap", "Remove the dog.", "remove"),
+    ("Local Modification", "x", "subject"), ("camera_edit", "Replace it.", "other"),
+    ("object swap", "Remove the dog.", "remove"),
     (None, "Make it look like a painting.", "style"), (None, "Apply the dawn aesthetic to this video.", "style"),
     (None, "Remove the man in front of the shop.", "remove"), (None, "Add a red car in front of the house.", "subject"),
-    (None, "Delete the dog in the background.", "remove"), (None, "Remove the background and show a beach.", "background"),
+    (None, "Delete the dog in the background.", "remove"),
+    (None, "Remove the background and show a beach.", "background"),
     (None, "Change the whole background to a lake.", "background"), (None, "Zoom in slowly.", "unknown"),
-    (None, "Replace her hair with a hair style of the eighties.", "subject"), (None, "Add a lamp that blends into the surroundings.", "subject"),
+    (None, "Replace her hair with a hair style of the eighties.", "subject"),
+    (None, "Add a lamp that blends into the surroundings.", "subject"),
     (None, "背景を雪山に変えてください。", "unknown"), (None, "Turn the car into a bus.", "subject"),
 ])  # fmt: skip
 def test_an_edit_s_kind_is_its_type_else_what_english_keywords_say(edit_type, prompt, kind):
@@ -549,7 +588,10 @@ def ledger_of(folder, rows):
 
 def test_of_two_alike_the_better_is_kept_and_the_next_best_when_a_person_rejects_it(tmp_path, monkeypatch):
     feature = curate.pack(torch.tensor([1.0, 0.0]))
-    ledger, again = ledger_of(tmp_path, [{"id": name, "edit_score": score, "feature": feature} for name, score in (("a", 8.0), ("b", 9.0), ("c", 7.0))])  # fmt: skip
+    ledger, again = ledger_of(
+        tmp_path,
+        [{"id": name, "edit_score": score, "feature": feature} for name, score in (("a", 8.0), ("b", 9.0), ("c", 7.0))],
+    )
     statuses = lambda: [ledger.rows("deduplicate", shard)[0]["status"] for shard in range(3)]
     again()
     assert statuses() == ["rejected", "kept", "rejected"]
@@ -597,7 +639,8 @@ def test_the_funnel_counts_one_reason_as_one_whatever_file_or_line_it_speaks_of(
 
 
 @pytest.mark.parametrize("name, more, says", [
-    ("caf\udce9", (), "its name is no UTF-8 text"), ("in", ("--rejects", "none.json"), "none.json"), ("in", ("--guard", "in"), "broken.png"),
+    ("caf\udce9", (), "its name is no UTF-8 text"), ("in", ("--rejects", "none.json"), "none.json"),
+    ("in", ("--guard", "in"), "broken.png"),
 ])  # fmt: skip
 def test_what_would_spoil_the_result_is_found_before_the_work(tmp_path, pairs, monkeypatch, name, more, says):
     monkeypatch.chdir(tmp_path)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_curate import curated, kept_in, pairs  # noqa: F401
+from test_curate import curated, kept_in
 
 import curate
 import media
@@ -82,7 +82,8 @@ def test_a_reference_that_is_shuffled_turned_or_cut_fails_verification(tmp_path,
 
 @with_and_without_opencv
 @pytest.mark.parametrize("places, says", [
-    ([(25, 30, 14), (70, 60, 14)], "the edit is in 2 large parts"), ([(-35, 48, 60)], "border cuts the object off"), ([], "nothing changed"),
+    ([(25, 30, 14), (70, 60, 14)], "the edit is in 2 large parts"), ([(-35, 48, 60)], "border cuts the object off"),
+    ([], "nothing changed"),
 ])  # fmt: skip
 def test_what_is_no_one_whole_object_is_rejected(tmp_path, monkeypatch, opencv, places, says):
     with pytest.raises(Rejected, match=says):
@@ -180,12 +181,16 @@ GOOD_BOX, WHOLE_BOX = '{"bbox_2d": [100, 200, 500, 800], "label": "a red car"}',
 
 
 @pytest.mark.parametrize("answer, box", [
-    (f"[{GOOD_BOX}]", "a red car"), (f"```json\n[{GOOD_BOX}]\n```", "a red car"), (f"Here: {GOOD_BOX} and so on", "a red car"),
-    ("[" + f"{GOOD_BOX}, " * 30 + '{"bbox_2d": [100, 2', "a red car"), ('[{"bbox_2d": [100, 200, 500, 800]}]', "object"),
+    (f"[{GOOD_BOX}]", "a red car"), (f"```json\n[{GOOD_BOX}]\n```", "a red car"),
+    (f"Here: {GOOD_BOX} and so on", "a red car"),
+    ("[" + f"{GOOD_BOX}, " * 30 + '{"bbox_2d": [100, 2', "a red car"),
+    ('[{"bbox_2d": [100, 200, 500, 800]}]', "object"),
     ("{'bbox': [100.0,200.0,500.0,800.0]}", "object"), (f'[{{"bbox_2d": [1, 1, 50, 60]}}, {GOOD_BOX}]', "a red car"),
     (GOOD_BOX.replace("a red car", "the man's hat"), "the man's hat"),
-    ("[]", Rejected), ('{"bbox_2d": [], "label": ""}', Rejected), ("I see no car.", vlm.Malformed), ('[{"bbox_2d": [500, 200, 100, 800]}]', Rejected),
-    (f"[{WHOLE_BOX}]", Rejected), ('[{"bbox_2d": [10, 10, 12, 12]}]', Rejected), ('{"bbox_2d": [1, 2, 3]}', vlm.Malformed),
+    ("[]", Rejected), ('{"bbox_2d": [], "label": ""}', Rejected), ("I see no car.", vlm.Malformed),
+    ('[{"bbox_2d": [500, 200, 100, 800]}]', Rejected),
+    (f"[{WHOLE_BOX}]", Rejected), ('[{"bbox_2d": [10, 10, 12, 12]}]', Rejected),
+    ('{"bbox_2d": [1, 2, 3]}', vlm.Malformed),
 ])  # fmt: skip
 def test_a_grounder_s_answer_gives_a_box_or_a_reason(answer, box):
     if isinstance(box, str):
@@ -195,8 +200,10 @@ def test_a_grounder_s_answer_gives_a_box_or_a_reason(answer, box):
 
 
 @pytest.mark.parametrize("answer, score", [
-    ('{"reasoning": "fine", "score": [20, 25]}', 20), ('```json\n{"score": [7, 0]}\n```', 0), ('So {"score": [3, 4', None),
-    ('"score": [12, 13], "reasoning": "broke off', 12), ('{"score": [20, 26]}', None), ('{"score": [20]}', None), ("20 and 25", None),
+    ('{"reasoning": "fine", "score": [20, 25]}', 20), ('```json\n{"score": [7, 0]}\n```', 0),
+    ('So {"score": [3, 4', None),
+    ('"score": [12, 13], "reasoning": "broke off', 12), ('{"score": [20, 26]}', None), ('{"score": [20]}', None),
+    ("20 and 25", None),
     ('{"score": [true, 20]}', None), ("", None),
 ])  # fmt: skip
 def test_a_scorer_s_answer_that_cannot_be_read_is_no_score(answer, score):
@@ -215,7 +222,12 @@ def test_a_verifier_s_answer_is_read_or_refused():
 
 
 def test_editscore_is_asked_in_its_own_words_read_but_never_run(tmp_path):
-    names = ("_context_no_delimit_reasoning_first", "_prompts_0shot_two_image_edit_rule", "_prompts_0shot_tie_rule_SC", "_prompts_0shot_rule_PQ")  # fmt: skip
+    names = (
+        "_context_no_delimit_reasoning_first",
+        "_prompts_0shot_two_image_edit_rule",
+        "_prompts_0shot_tie_rule_SC",
+        "_prompts_0shot_rule_PQ",
+    )
     text = "\n".join(f'{name} = """{name[-3:]} 0 to 10, of <instruction>"""' for name in names)
     (tmp_path / "vie_prompts.py").write_text(text + "\nraise SystemExit('run')\n")
     words = paper.editscore_prompts(tmp_path / "vie_prompts.py")
@@ -250,8 +262,10 @@ def tiny_paper_models(folder, kind, said, args):
         small, image_size=112, patch_size=14, window_size=4, global_attn_indexes=[0], pretrain_image_size=112
     )
     config = Sam3TrackerConfig(
-        vision_config=dict(backbone_config=dict(backbone, model_type="sam3_vit_model"), fpn_hidden_size=32, backbone_feature_sizes=[[32, 32], [16, 16], [8, 8]]),
-        prompt_encoder_config=dict(hidden_size=32, image_size=112), mask_decoder_config=dict(hidden_size=32, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=32),
+        vision_config=dict(backbone_config=dict(backbone, model_type="sam3_vit_model"), fpn_hidden_size=32,
+                           backbone_feature_sizes=[[32, 32], [16, 16], [8, 8]]),
+        prompt_encoder_config=dict(hidden_size=32, image_size=112),
+        mask_decoder_config=dict(hidden_size=32, mlp_dim=32, num_attention_heads=2, iou_head_hidden_dim=32),
     )  # fmt: skip
     models.segmenter = Sam3TrackerModel(config).eval()
     vision = dict(small, image_size=32, patch_size=8)
@@ -288,16 +302,19 @@ class Editor:
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl"])
-def test_the_paper_s_models_go_through_all_stages_and_say_the_kind(
-    tmp_path, nano_data, pairs, kind, monkeypatch, arguments
-):  # noqa: F811
+def test_the_paper_s_models_go_through_all_stages_and_say_the_kind(tmp_path, nano_data, kind, monkeypatch, arguments):
     pytest.importorskip("PIL", reason="needs Pillow, as diffusers does: pip install pillow")
     models = tiny_paper_models(
         tmp_path / "mllm", kind, in_pixels if kind == "qwen2_5_vl" else paper_answers, arguments()
     )
     models.editor = Editor()
-    monkeypatch.setattr(paper, "segment", lambda model, frame, box, true=paper.segment: (
-        true(model, frame, box) | True) & torch.nn.functional.pad(torch.ones(20, 20, dtype=bool), (10, 34, 15, 29)))  # fmt: skip
+    monkeypatch.setattr(
+        paper,
+        "segment",
+        lambda model, frame, box, true=paper.segment: (
+            (true(model, frame, box) | True) & torch.nn.functional.pad(torch.ones(20, 20, dtype=bool), (10, 34, 15, 29))
+        ),
+    )
     monkeypatch.setattr(Paper, "setup", lambda self, stage: self.__dict__.update(models.__dict__))
     monkeypatch.setattr(Paper, "preflight", lambda self, stages: None)
     rows = curated(tmp_path / "out", nano_data / "video.csv", "--models", "paper", duplicate=1.1)
@@ -381,7 +398,11 @@ def test_an_adapter_is_merged_as_peft_would(tmp_path, style):
     merge(good, alpha_pattern={"q_proj": 16})
     assert close(weight - before, 10 * b @ a)
     elsewhere = {key.replace("layers.1", "elsewhere.9"): value for key, value in good.items()}
-    for tensors, config, says in ((elsewhere, {}, "finds no place"), (good | {f"{name}.bias": torch.zeros(3)}, {}, "not pairs of lora_A and lora_B alone"), (good, {"use_dora": True}, "only LoRA")):  # fmt: skip
+    for tensors, config, says in (
+        (elsewhere, {}, "finds no place"),
+        (good | {f"{name}.bias": torch.zeros(3)}, {}, "not pairs of lora_A and lora_B alone"),
+        (good, {"use_dora": True}, "only LoRA"),
+    ):
         with pytest.raises(ValueError, match=says):
             merge(tensors, **config)
 
@@ -469,7 +490,12 @@ def test_the_editor_s_language_model_is_told_which_tokens_are_a_picture_s(tmp_pa
     mllm = randomise(vlm.Local(tiny_local_judge(tmp_path / "mllm", "qwen2_5_vl"), vlm.Settings(device="cpu")).mllm)
     picture = mllm.config.image_token_id
     ids = torch.tensor([[5, 6, *[picture] * 4, 7]])
-    words = dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.randn(16, 1176), image_grid_thw=torch.tensor([[1, 4, 4]]))  # fmt: skip
+    words = dict(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=torch.randn(16, 1176),
+        image_grid_thw=torch.tensor([[1, 4, 4]]),
+    )
     plain, right = mllm(**words).logits, mllm(**words, mm_token_type_ids=(ids == picture).int()).logits
     paper.tell_of_pictures(mllm)
     assert torch.equal(mllm(**words).logits, right) and not close(plain, right, 1e-3)

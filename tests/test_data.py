@@ -182,7 +182,7 @@ def test_files_are_measured_once_and_again_when_they_change(tmp_path, monkeypatc
 
 
 def test_pairs_that_would_train_misaligned_or_as_pictures_are_left_out_with_the_reason(tmp_path):
-    whole, half = (str(write_clip(tmp_path / f"{r}.mp4", moving_picture(n, 64, 64), rate=r)) for n, r in ((30, 30), (15, 15)))
+    whole, half = (str(write_clip(tmp_path / f"{n}.mp4", moving_picture(n, 64, 64), rate=n)) for n in (30, 15))
     short = str(write_clip(tmp_path / "short.mp4", moving_picture(3, 64, 64)))
     said = shapes_of([Row(whole, half, "x"), Row(short, whole, "x"), Row(whole, whole, "x")])
     assert "15 frames a second, its source 30" in said[0] and "has 3 frames; a clip needs at least 5" in said[1]
@@ -190,7 +190,9 @@ def test_pairs_that_would_train_misaligned_or_as_pictures_are_left_out_with_the_
 
 
 def test_a_cache_has_a_row_by_its_content_and_one_change_costs_one_row(tmp_path):
-    files = [str(write_image(tmp_path / f"{i}.png", moving_picture(1, 64, 64)[0] + i) or tmp_path / f"{i}.png") for i in range(3)]
+    files = [str(tmp_path / f"{i}.png") for i in range(3)]
+    for i, file in enumerate(files):
+        write_image(file, moving_picture(1, 64, 64)[0] + i)
     rows, size = [Row(file, file, f"Do {i}.") for i, file in enumerate(files)], (1, 64, 64)
 
     def absent(rows, parts=("latents", "context"), made=1):
@@ -204,7 +206,8 @@ def test_a_cache_has_a_row_by_its_content_and_one_change_costs_one_row(tmp_path)
     for i, row in enumerate(rows):
         for part in held.parts:
             held.write(part, row, size, {part: torch.full((2,), i)})
-    assert absent(rows)[1] == absent(rows[::-1])[1] == [[], [], []] and held.read("latents", rows[1], size)["latents"][0] == 1
+    assert absent(rows)[1] == absent(rows[::-1])[1] == [[], [], []]
+    assert held.read("latents", rows[1], size)["latents"][0] == 1
     assert absent(rows, made=2)[1] == [["latents", "context"]] * 3
     changed = [rows[0], replace(rows[1], prompt="Do it."), rows[2]]
     assert absent(changed)[1] == [[], ["context"], []]

@@ -63,7 +63,10 @@ COMMANDS = {"sample.py": sample, "train.py": train, "judge.py": judge, "curate.p
 @pytest.mark.parametrize(
     "program, line", [(program, line) for program in COMMANDS for line in readme_commands(program)]
 )
-def test_the_readme_s_commands_parse(program, line):
+def test_the_readme_s_commands_parse(tmp_path, monkeypatch, program, line):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)  # --resume reads the run's arguments
+    (tmp_path / "runs" / "mine" / "config.json").write_text('{"args": {"stage": 3, "preset": "lora"}, "began": {}}')
     words = shlex.split(line, comments=True)
     COMMANDS[program].parse_arguments(words[words.index(program.split()[-1]) + 1 :])
 
@@ -102,11 +105,9 @@ def test_the_recipes_are_bash_whose_commands_parse(tmp_path, recipe):
 
 @pytest.mark.parametrize("program", sorted(COMMANDS.keys() - {"judge.py"}))
 def test_every_flag_of_a_command_is_read(program):
-    files = (
-        sorted(HOUSE.glob("nano/*.py"))
-        if program == "-m nano"
-        else [HOUSE / program, *(HOUSE / name for name in ("stages.py", "start.py"))]
-    )
+    others = {"-m nano": HOUSE.glob("nano/*.py"), "curate.py": HOUSE.glob("curators/*.py")}
+    more = others.get(program, [HOUSE / "stages.py", HOUSE / "start.py"])
+    files = [*more, *([HOUSE / program] if program[0] != "-" else [])]
     text = "".join(path.read_text() for path in files)
     flags = re.findall(r'(?:add|flag)\(\s*(?:"-\w", )?"--([\w-]+)"', text)
     assert flags and all(re.search(rf"args\.{flag.replace('-', '_')}\b", text) for flag in flags)

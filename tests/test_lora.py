@@ -24,17 +24,15 @@ from model import PRESETS, KiwiEdit
 A, B = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
 DOWN, UP = torch.randn(4, 64, generator=A), torch.randn(64, 4, generator=B)
 LAYER = "blocks.1.self_attn.q"
-DIALECTS = {  # keys of one layer, factor of its update
-    "diffusers": ({"transformer.blocks.1.attn1.to_q.lora_A.weight": DOWN, "transformer.blocks.1.attn1.to_q.lora_B.weight": UP}, 1.0),
-    "comfy": ({f"diffusion_model.{LAYER}.lora_down.weight": DOWN, f"diffusion_model.{LAYER}.lora_up.weight": UP,
-               f"diffusion_model.{LAYER}.alpha": torch.tensor(2)}, 0.5),
-    "ai-toolkit": ({f"diffusion_model.{LAYER}.lora_A.weight": DOWN, f"diffusion_model.{LAYER}.lora_B.weight": UP}, 1.0),
-    "kohya": ({"lora_unet_blocks_1_self_attn_q.lora_down.weight": DOWN, "lora_unet_blocks_1_self_attn_q.lora_up.weight": UP,
-               "lora_unet_blocks_1_self_attn_q.alpha": torch.tensor(8.0)}, 2.0),
-    "kohya, two underscores": ({"lora_unet__blocks_1_self_attn_q.lora_down.weight": DOWN, "lora_unet__blocks_1_self_attn_q.lora_up.weight": UP}, 1.0),
-    "diffsynth": ({f"{LAYER}.lora_A.default.weight": DOWN, f"{LAYER}.lora_B.default.weight": UP}, 1.0),
-    "fastvideo": ({"blocks.1.attn1.to_q.lora_A": DOWN, "blocks.1.attn1.to_q.lora_B": UP, "blocks.1.attn1.to_q.lora_rank": torch.tensor(4, dtype=torch.int32),
-                   "blocks.1.attn1.to_q.lora_alpha": torch.tensor(4.0)}, 1.0),
+DIALECTS = {  # layer, names of the two matrices, what else there is; factor of the update
+    "diffusers": ("transformer.blocks.1.attn1.to_q", "lora_A.weight lora_B.weight", {}, 1.0),
+    "comfy": (f"diffusion_model.{LAYER}", "lora_down.weight lora_up.weight", {"alpha": torch.tensor(2)}, 0.5),
+    "ai-toolkit": (f"diffusion_model.{LAYER}", "lora_A.weight lora_B.weight", {}, 1.0),
+    "kohya": ("lora_unet_blocks_1_self_attn_q", "lora_down.weight lora_up.weight", {"alpha": torch.tensor(8.0)}, 2.0),
+    "musubi": ("lora_unet__blocks_1_self_attn_q", "lora_down.weight lora_up.weight", {}, 1.0),
+    "diffsynth": (LAYER, "lora_A.default.weight lora_B.default.weight", {}, 1.0),
+    "fastvideo": ("blocks.1.attn1.to_q", "lora_A lora_B", {"lora_rank": torch.tensor(4), "lora_alpha": torch.ones(()) * 4},
+                  1.0),
 }  # fmt: skip
 
 
@@ -50,28 +48,28 @@ def changes(tmp_path, tensors, scale=1.0):
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_a_lora_of_every_dialect_adds_alpha_over_rank_times_its_product(tmp_path, dialect):
-    tensors, factor = DIALECTS[dialect]
-    found, _ = changes(tmp_path, tensors, 0.5)
+    layer, names, more, factor = DIALECTS[dialect]
+    tensors = dict(zip(names.split(), (DOWN, UP))) | more
+    found, _ = changes(tmp_path, {f"{layer}.{name}": tensor for name, tensor in tensors.items()}, 0.5)
     assert found.keys() == {f"{LAYER}.weight"}
     assert torch.allclose(found[f"{LAYER}.weight"], 0.5 * factor * UP @ DOWN, atol=1e-5)
 
 
 def test_dense_differences_are_added_and_those_of_unused_layers_are_named(tmp_path):
-    diffs = {"diffusion_model.blocks.0.self_attn.q.diff_b": torch.ones(64), "diffusion_model.blocks.0.norm3.diff": torch.ones(64),
-             "diffusion_model.patch_embedding.diff": torch.ones(64, 16, 1, 2, 2), "diffusion_model.head.head.diff_b": torch.ones(64),
-             "diffusion_model.blocks.1.diff_m": torch.ones(1, 6, 64), "diffusion_model.head.modulation.diff": torch.ones(1, 2, 64),
-             "diffusion_model.text_embedding.0.diff_b": torch.ones(64)}  # fmt: skip
-    found, said = changes(tmp_path, diffs)
-    assert found.keys() == {"blocks.0.self_attn.q.bias", "blocks.0.norm3.weight", "patch_embedding.weight", "head.head.bias",
-                            "blocks.1.modulation", "head.modulation"}  # fmt: skip
+    shapes = {"blocks.0.self_attn.q.diff_b": (64,), "blocks.0.norm3.diff": (64,),
+              "patch_embedding.diff": (64, 16, 1, 2, 2), "head.head.diff_b": (64,), "blocks.1.diff_m": (1, 6, 64),
+              "head.modulation.diff": (1, 2, 64), "text_embedding.0.diff_b": (64,)}  # fmt: skip
+    found, said = changes(tmp_path, {f"diffusion_model.{name}": torch.ones(shape) for name, shape in shapes.items()})
+    assert found.keys() == {"blocks.0.self_attn.q.bias", "blocks.0.norm3.weight", "patch_embedding.weight",
+                            "head.head.bias", "blocks.1.modulation", "head.modulation"}  # fmt: skip
     assert all(torch.allclose(update, torch.ones(()), atol=1e-5) for update in found.values())
     assert "1 keys of text_embedding are unused" in said
 
 
 @pytest.mark.parametrize("key, says", [
     (f"{LAYER}.dora_scale", "is DoRA"), (f"{LAYER}.lokr_w1", "is LoKr"), (f"{LAYER}.hada_w1_a", "is LoHa"),
-    ("blocks.9.ffn.0.diff_b", "has no such layer"), (f"{LAYER}.speed", "not a key of a LoRA"), (f"{LAYER}.lora_up.weight", "one of the two"),
-    (f"{LAYER}.diff", "expected (64, 64)"),
+    ("blocks.9.ffn.0.diff_b", "has no such layer"), (f"{LAYER}.speed", "not a key of a LoRA"),
+    (f"{LAYER}.lora_up.weight", "one of the two"), (f"{LAYER}.diff", "expected (64, 64)"),
 ])  # fmt: skip
 def test_a_file_that_is_not_understood_whole_is_refused_by_name(tmp_path, key, says):
     with pytest.raises(ValueError, match=re.escape(says)):
@@ -89,10 +87,7 @@ def test_an_8_bit_base_keeps_what_is_small_and_trains_the_same_lora(tmp_path):
     inject_lora(dit, 4, ("q", "ffn.0"))
     x, t = torch.randn(1, 16, 2, 4, 4), torch.tensor([500.0])
     dit(x, t, torch.randn(1, 3, 64)).square().mean().backward()
-    assert (
-        dit.blocks[0].ffn[0].lora_B["default"].weight.grad.any()
-        and not list(dit.blocks[0].ffn[0].parameters())[0].grad is None
-    )
+    assert dit.blocks[0].ffn[0].lora_B["default"].weight.grad.any() and not dit.blocks[0].ffn[0].stored.requires_grad
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +189,10 @@ def test_comfyui_s_scaled_8_bit_files_are_read_as_stored_times_scale(tmp_path, o
     key = f"model.diffusion_model.{LAYER}"
     state[f"{key}.weight"] = (state[f"{key}.weight"] / scale).to(torch.float8_e4m3fn)
     word = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
-    state |= {f"{key}.scale_weight": scale, f"{key}.scale_input": scale.clone(), "scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)} if old else {
-        f"{key}.weight_scale": scale, f"{key}.input_scale": scale.clone(), f"{key}.comfy_quant": word}  # fmt: skip
+    old_keys = {"scale_weight": scale, "scale_input": scale.clone()}
+    new_keys = {"weight_scale": scale, "input_scale": scale.clone(), "comfy_quant": word}
+    state |= {f"{key}.{name}": tensor for name, tensor in (old_keys if old else new_keys).items()}
+    state |= {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)} if old else {}
     save_file(state, tmp_path / "x.safetensors")
     files = TensorFiles().add(tmp_path / "x.safetensors")
     model = torch.nn.ModuleDict({"dit": DiT(tiny_dit())})

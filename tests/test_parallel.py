@@ -18,9 +18,9 @@ from load import valid_checkpoints
 
 def on_two_ranks(tmp_path, runs, first=""):
     """Trainings on the same two CPU processes, after some lines of Python."""
-    (tmp_path / "all.py").write_text(f"import sys\nsys.path.insert(0, {str(HOUSE)!r})\nimport parallel, train\n{first}\n"
-                                     f"parallel.dist.init_process_group('gloo')\nfor words in {runs!r}:\n    train.main(words)\n"
-                                     "parallel.dist.destroy_process_group()\n")  # fmt: skip
+    lines = ["import sys", f"sys.path.insert(0, {str(HOUSE)!r})", "import parallel, train", first]
+    lines += ["parallel.dist.init_process_group('gloo')", f"for words in {runs!r}:", "    train.main(words)"]
+    (tmp_path / "all.py").write_text("\n".join([*lines, "parallel.dist.destroy_process_group()\n"]))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(tmp_path / "all.py")]
     done = subprocess.run(
         torchrun, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600
@@ -38,16 +38,21 @@ def test_ddp_fsdp_and_sequence_parallelism_give_the_losses_of_one_process_and_re
     small = [*short, "dit_lora_rank=2", "dit_lora_alpha=4"]
     odd = ["steps=3", "pixels=3072", "image=0"]  # a token a frame, three or four in a sequence: not for two to share
     train.main(lessons(lesson, tmp_path / "one", "--save-every", "13", settings=long))
-    runs = [lessons(lesson, tmp_path / name, "--save-every", "13", *flags, settings=settings) for name, flags, settings in (
-        ("ddp", [], long), ("fsdp", ["--parallel", "fsdp"], long), ("sp", ["--sp", "2"], short), ("odd", ["--sp", "2"], odd),
-        ("matrices", ["--parallel", "fsdp"], muon), ("lora", [*lora, "--parallel", "fsdp"], small), ("lora16", [*lora, "--dtype", "bfloat16", "--parallel", "ddp"], small),
-        ("half", ["--sp", "2", "--parallel", "fsdp", "--dtype", "bfloat16"], short))]  # fmt: skip
+    fsdp = ["--parallel", "fsdp"]
+    runs = {"ddp": ([], long), "fsdp": (fsdp, long), "sp": (["--sp", "2"], short), "odd": (["--sp", "2"], odd),
+            "matrices": (fsdp, muon), "half": (["--sp", "2", *fsdp, "--dtype", "bfloat16"], short),
+            "lora": ([*lora, *fsdp], small),
+            "lora16": ([*lora, "--dtype", "bfloat16", "--parallel", "ddp"], small)}  # fmt: skip
+    runs = [lessons(lesson, tmp_path / name, "--save-every", "13", *flags, settings=settings)
+            for name, (flags, settings) in runs.items()]  # fmt: skip
     assert on_two_ranks(tmp_path, runs).returncode == 0
     train.main(lessons(lesson, tmp_path / "short", settings=short))
     train.main(lessons(lesson, tmp_path / "muon", settings=muon))
     train.main(lessons(lesson, tmp_path / "whole", settings=odd))
     train.main(lessons(lesson, tmp_path / "alone", *lora, settings=small))
-    assert same_course(tmp_path / "lora", tmp_path / "alone") and same_course(tmp_path / "lora16", tmp_path / "alone", 3e-2)
+    assert same_course(tmp_path / "lora", tmp_path / "alone") and same_course(
+        tmp_path / "lora16", tmp_path / "alone", 3e-2
+    )
     assert same_course(tmp_path / "odd", tmp_path / "whole")
     assert len(losses(tmp_path / "fsdp")) == 20
     assert same_course(tmp_path / "matrices", tmp_path / "muon") and losses(tmp_path / "muon") != losses(
@@ -70,7 +75,8 @@ def test_sharded_ranks_do_not_wait_for_ever_where_one_kind_of_data_trains_what_a
         (3, [*kinds, "trains=ref_embedder", "video=0"]),
         (3, [*kinds, "model.source=add_learned", "optimizer=muon"]),
     ]
-    words = [[lessons(lesson, tmp_path / f"{name}{i}", *flags, stage=stage, settings=settings) for i, (stage, settings) in enumerate(runs)]
+    words = [[lessons(lesson, tmp_path / f"{name}{i}", *flags, stage=stage, settings=settings)
+              for i, (stage, settings) in enumerate(runs)]
              for name, flags in (("one", []), ("two", ["--parallel", "fsdp"]))]  # fmt: skip
     for run in words[0]:
         train.main(run)
@@ -78,9 +84,7 @@ def test_sharded_ranks_do_not_wait_for_ever_where_one_kind_of_data_trains_what_a
     assert all(same_course(tmp_path / f"two{i}", tmp_path / f"one{i}", 1e-4) for i in range(len(runs)))
 
 
-def test_a_sample_that_one_rank_cannot_read_is_left_out_by_all(
-    tmp_path, lesson
-):
+def test_a_sample_that_one_rank_cannot_read_is_left_out_by_all(tmp_path, lesson):
     lost = """
 def read_pair(row, shape, read=train.read_pair):
     if parallel.dist.get_rank() and row.target.endswith(".png"):
@@ -93,10 +97,7 @@ train.read_pair = read_pair"""
         [lessons(lesson, tmp_path / "run", "--parallel", "fsdp", *flags, settings=["steps=1"]) for flags in more],
         lost,
     )
-    assert (
-        done.returncode == 0
-        and "no sample of image: is not here" in done.stderr
-    )
+    assert done.returncode == 0 and "no sample of image: is not here" in done.stderr
     assert sorted(path.name for path in (tmp_path / "run/samples").iterdir()) == [
         "step-000001-ref.mp4",
         "step-000001-video.mp4",
