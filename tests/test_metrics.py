@@ -106,8 +106,8 @@ def test_the_small_clips_of_the_page_are_as_long_as_the_edit_and_near_it(tmp_pat
 @demo
 def test_metrics_rank_real_edits_above_the_copy_and_a_wrong_reference(tmp_path, capsys):
     edits = SHARED / "demo" / "edits" / "refvie"
-    judge.main(["score", "--bench", "refvie", str(SHARED / "demo" / "refvie_bench.yaml"), "--edits", str(edits), "--out",
-                str(tmp_path)])  # fmt: skip
+    words = ["score", "--bench", "refvie", SHARED / "demo" / "refvie_bench.yaml", "--edits", edits, "--out", tmp_path]
+    judge.main(list(map(str, words)))
     table = {line.split(" | ")[0]: line.split(" | ")[1:] for line in capsys.readouterr().out.splitlines()}
     held = [int(table[what][0]) for what in table if what.startswith("| reference_gain is")]
     assert len(held) == 2 and all(n >= 5 for n in held)
