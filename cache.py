@@ -1,7 +1,7 @@
 """What is known of the data's files and rows, so that training need not open or encode them again.
 
     Shapes: path, size, time -> (frames, height, width, frames a second)           RUN/shapes.jsonl, CACHE/shapes.jsonl
-    Cache: row, shape, prompt, what encodes it -> latents; context or vision tokens       CACHE/xx/<hash>.safetensors
+    Cache: row, shape, prompt, what encodes it -> latents; context or vision tokens       CACHE/<hash>.safetensors
 
 `write_cache` (python data.py cache) encodes what is absent; `CachedPairs` are `data.Pairs` read from it.
 """
@@ -131,7 +131,7 @@ class Cache:
         words = row.prompt if part == "context" else None
         reference = [self.ref_shrink, row.ref] if row.ref else None
         name = digest([part, self.parts[part], files, reference, list(shape), words])
-        return self.folder / name[:2] / f"{name}.safetensors"
+        return self.folder / f"{name}.safetensors"
 
     def absent(self, row, shape):
         """The parts of a row that are neither here nor known to be unreadable."""

@@ -15,10 +15,11 @@ import os
 import shutil
 import sys
 import threading
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ class MediaError(ValueError):
 
 @dataclass
 class Clip:
-    frames: torch.Tensor  # uint8 (T, H, W, 3)
+    frames: torch.Tensor  # uint8 (T, H, W, 3), or a `FrameFile` that stands for it
     fps: Fraction
     still: bool  # from a picture file: the edit is written as a picture too
     source_size: tuple[int, int]  # (height, width) before resizing, upright
@@ -172,6 +173,42 @@ def read_clip(path, max_frames=81, max_pixels=MAX_PIXELS, max_fps=None, size_of=
     count = usable_frames(len(frames), max_frames)
     frames = torch.stack(frames[: count if count > 1 else 4])  # of fewer than 5 one alone would be a picture
     return Clip(frames, fps / stride, still, source_size, str(path))
+
+
+@dataclass(frozen=True)
+class FrameFile:
+    """The frames of a clip that is too long for memory, decoded and fitted anew whenever they are iterated."""
+
+    path: str
+    count: int
+    size: tuple[int, int]  # (h, w)
+    stride: int = 1
+    dtype = torch.uint8
+
+    @property
+    def shape(self):
+        return (self.count, *self.size, 3)
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        with open_media(self.path) as (container, stream):
+            frames = decode(self.path, container, stream)
+            for _, rgb in islice(frames, 0, (self.count - 1) * self.stride + 1, self.stride):
+                yield fit_frames(rgb[None], self.size)[0]
+
+
+def long_clip(path, held, max_frames=81, max_pixels=MAX_PIXELS, max_fps=None, size_of=working_size) -> Clip:
+    """`read_clip`; of a clip with more than `held` frames they stay in their file, a `FrameFile`."""
+    clip = read_clip(path, min(max_frames, held + 4), max_pixels, max_fps, size_of)  # 4: or 4k + 1 would hide the rest
+    if max_frames <= held or len(clip.frames) <= held:
+        return clip
+    with open_media(path) as (container, stream):
+        stride = round(frame_rate(stream) / clip.fps)
+        frames = islice(decode(path, container, stream), 0, (max_frames - 1) * stride + 1, stride)
+        count = usable_frames(sum(1 for _ in frames), max_frames)
+    return replace(clip, frames=FrameFile(str(path), count, tuple(clip.frames.shape[1:3]), stride))
 
 
 def read_image(path, content: bytes | None = None) -> torch.Tensor:
@@ -422,27 +459,33 @@ def faithful_codec(frames):
     return EXACT_VIDEO_CODEC if frames[0].numel() <= SMALL_FRAME else VIDEO_CODEC
 
 
-def write_video(path, frames, fps, audio_from=None, codec=VIDEO_CODEC):
-    """uint8 frames (T, H, W, 3), H and W even, to an h264 mp4 (BT.709) at `fps`.
+def write_video(path, frames, fps, audio_from=None, codec=VIDEO_CODEC, count=None):
+    """uint8 frames (T, H, W, 3), H and W even, to an h264 mp4 (BT.709) at `fps`. With `count` any iterable of so many
+    frames (H, W, 3), which are written as they come.
 
     audio_from: a file whose sound, if it has any, is kept for the length of the clip. Sound that cannot be kept
     is reported on stderr and never costs the video. codec: VIDEO_CODEC, SMALL_VIDEO_CODEC or EXACT_VIDEO_CODEC.
     ValueError without frames, or for a rate of 0. MediaError where the file cannot be written.
     """
-    if not len(frames) or fps <= 0:
-        raise ValueError(f"{path}: a video of {len(frames)} frames at {fps} a second cannot be written")
-    fps = Fraction(fps).limit_denominator(1001000)
+    count = len(frames) if count is None else count
+    if not count or fps <= 0:
+        raise ValueError(f"{path}: a video of {count} frames at {fps} a second cannot be written")
+    frames, fps = iter(frames), Fraction(fps).limit_denominator(1001000)
+    frames = chain([first := next(frames)], frames)
+    size, duration = tuple(first.shape[:2]), count / fps
     with whole_file(path) as temporary:
         try:
-            mux_video(temporary, frames, fps, audio_from, codec)
-        except Exception as error:
-            full = isinstance(error, OSError) and error.errno == 28  # no space left on device
-            if isinstance(error, OSError) and (full or audio_from is None):
-                raise unwritable(path, error) from None
-            if audio_from is None:
-                raise
-            no_sound(audio_from, error)
-            mux_video(temporary, frames, fps, None, codec)
+            try:
+                mux_video(temporary, frames, size, fps, duration, audio_from, codec)
+            except SoundError as error:  # before the first frame
+                no_sound(audio_from, error.__cause__)
+                mux_video(temporary, frames, size, fps, duration, None, codec)
+        except OSError as error:
+            raise unwritable(path, error) from None
+
+
+class SoundError(Exception):
+    """Its cause kept a sound track from being written."""
 
 
 def unwritable(path, error):
@@ -453,22 +496,32 @@ def no_sound(path, reason):
     print(f"note: {path}: its sound cannot be kept ({getattr(reason, 'strerror', None) or reason})", file=sys.stderr)
 
 
-def mux_video(path, frames, fps, audio_from, codec):
-    duration, (pixel_format, options) = len(frames) / fps, codec
-    heard = nullcontext() if audio_from is None else av.open(str(Path(audio_from).absolute()))
+def mux_video(path, frames, size, fps, duration, audio_from, codec):
+    pixel_format, options = codec
     options_mp4 = {"movflags": "faststart"}
-    with heard as source, av.open(str(Path(path).absolute()), "w", format="mp4", container_options=options_mp4) as out:
+    with ExitStack() as stack:
+        try:
+            source = audio_from and stack.enter_context(av.open(str(Path(audio_from).absolute())))
+        except Exception as error:
+            raise SoundError from error
+        out = stack.enter_context(av.open(str(Path(path).absolute()), "w", format="mp4", container_options=options_mp4))
         video = out.add_stream("libx264", rate=fps, options=options)
-        video.height, video.width, video.pix_fmt = *frames.shape[1:3], pixel_format
+        video.height, video.width, video.pix_fmt = *size, pixel_format
         context = video.codec_context
         context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
         context.color_range = 1  # limited
-        add_sound = sound_track(out, source, duration)  # streams are added before the first packet is written
+        try:
+            sound_track(out, source, duration)()  # streams are added before the first packet is written
+        except OSError as error:
+            if error.errno == 28:  # no space left on device
+                raise
+            raise SoundError from error
+        except Exception as error:
+            raise SoundError from error
         for image in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             out.mux(video.encode(frame.reformat(format=pixel_format, dst_colorspace="ITU709")))
         out.mux(video.encode())
-        add_sound()
 
 
 def sound_track(out, source, duration):

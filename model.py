@@ -15,6 +15,7 @@ import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,21 @@ from torch import nn
 from connectors import Encoder, MLLMConfig, merge_lora, meta_parameters
 from dit import DiT, DiTConfig
 from load import QWEN_BASE, WAN_BASE, from_dict, listed, load_weights, move_buffers, only_weights, read_fields
-from media import MAX_PIXELS, nearest_size, pad_reference, read_clip, whole_folder
+from media import MAX_PIXELS, FrameFile, long_clip, nearest_size, pad_reference, whole_folder
 from parallel import pick_device
+from sampler import (
+    FlowMatch,
+    Sampler,
+    agreed,
+    crossfaded,
+    filled,
+    in_windows,
+    mask_latents,
+    outside,
+    pasted,
+    window_frames,
+    windows,
+)
 from vae import VAE, VAEConfig
 
 
@@ -151,6 +165,11 @@ class KiwiConfig:
             raise ValueError(f"KiwiConfig.source: {self.source!r}, expected one of {', '.join(Source.named)}")
 
     @property
+    def window(self):
+        """Frames that the weights were trained on; a longer clip is edited in windows of so many."""
+        return self.trained[0] if self.trained else 81
+
+    @property
     def pixel_grid(self):
         """Pixels of which both sides of a frame are multiples."""
         return self.vae.space_stride * self.dit.patch_size[1]
@@ -176,50 +195,6 @@ PRESETS = {
         MLLMConfig("weights/nano/mllm", 256, 16, 32, 48, max_ref_tokens=48, max_frames=4, max_pixels=112 * 112 - 1),
     ),
 }
-
-
-@dataclass(frozen=True)
-class FlowMatch:
-    """Flow matching: x_t = (1 - sigma) x0 + sigma noise, the model predicts noise - x0, t = 1000 sigma.
-
-    shift moves the schedule towards noise: sigma -> shift sigma / (1 + (shift - 1) sigma). sigma_min is where the
-    unshifted schedule would end after its last step; the released diffusers pipeline has 0.003 / 1.002 there, the
-    released training and inference 0.
-    weighting: of the training loss over t. "bell" is the release's (`training_sigmas`), "none" weighs all alike.
-    """
-
-    shift: float = 5.0
-    sigma_min: float = 0.0
-    weighting: str = "bell"
-
-    def __post_init__(self):
-        if self.weighting not in ("bell", "none"):
-            raise ValueError(f"FlowMatch.weighting: {self.weighting!r}, expected bell or none")
-        if not 0 < self.shift < math.inf:
-            raise ValueError(f"FlowMatch.shift: {self.shift}, expected a number above 0")
-
-    def sigmas(self, steps):
-        """(steps + 1,) float32, from 1 down to a final 0."""
-        sigma = torch.linspace(1, self.sigma_min, steps + 1)[:-1]
-        return torch.cat([self.shift * sigma / (1 + (self.shift - 1) * sigma), torch.zeros(1)])
-
-    def timesteps(self, steps):
-        """(steps,) float32 in (0, 1000]."""
-        return 1000 * self.sigmas(steps)[:-1]
-
-    def training_sigmas(self, t):
-        """For timesteps t (B,): sigma (B,) and loss weight (B,) of the nearest of the 1000 training steps.
-
-        The weight is a bell over t around 500, lowered until its smallest value is 0, with a mean of 1. So t = 1000,
-        where an edit of few steps makes up its mind, weighs nothing: "none" is for weights that edit in few steps.
-        """
-        timesteps = self.timesteps(1000).to(t.device)
-        bell = torch.exp(-2 * ((timesteps - 500) / 1000) ** 2)
-        weight = (bell - bell.min()) / (bell - bell.min()).mean()
-        if self.weighting == "none":
-            weight = torch.ones_like(weight)
-        nearest = (t.float()[:, None] - timesteps).abs().argmin(dim=1)
-        return timesteps[nearest] / 1000, weight[nearest]
 
 
 def balance_weights(latents, source, scale=0.1):
@@ -320,8 +295,8 @@ class KiwiEdit(nn.Module):
     def forward(
         self, requests, latents, t, source=None, ref=None, noise=None, flow=FlowMatch(), balance=False, apart=False
     ):
-        """The training loss of a batch: `training_loss` on what the MLLM makes of the requests (`MLLMEncoder.prepare`), or
-        on `Contexts`.
+        """The training loss of a batch: `training_loss` on what the MLLM makes of the requests (`MLLMEncoder.prepare`),
+        or on `Contexts`.
 
         Contexts with references differ in length and are not padded: equal ones go together. apart: one by one, where
         several ranks train with references, for sharded ranks must call the blocks equally often.
@@ -340,102 +315,135 @@ class KiwiEdit(nn.Module):
 
     @torch.no_grad()
     def denoise(
-        self,
-        noise,
-        context,
-        source=None,
-        ref=None,
-        steps=50,
-        flow=FlowMatch(),
-        on_step=None,
-        unshown=None,
-        guidance=1.0,
-    ):
-        """Euler steps from noise (B, C, T, H, W), float32, to latents. One forward a step: Kiwi-Edit has no
-        classifier-free guidance. The latents stay float32 between the steps (the release keeps them in bfloat16).
+        self, noise, context, source=None, ref=None, steps=50, flow=FlowMatch(), on_step=None, unshown=None,
+        guidance=1.0, sampler=Sampler(), stay=None, draw=None, spans=None,
+    ):  # fmt: skip
+        """From noise (B, C, T, H, W), float32, to latents: `Sampler.sample` of the velocity. One forward a step:
+        Kiwi-Edit has no classifier-free guidance. The latents stay float32 between the steps (the release: bfloat16).
 
         unshown: the context of the same request without its references, for a second forward a step without them: the
         velocity is then v_unshown + guidance (v - v_unshown), as InstructPix2Pix has it of its picture (arXiv
         2211.09800, Eq. 3); above 1 the edit is more like the references, and less like what it was trained to be.
+        spans: the windows in latent time (`sampler.windows`) that the rows of a batch are; rows then have a context
+        each, in a list, go through the model one by one, and agree where they overlap.
         """
-        context, unshown, source, ref = (z if z is None else z.to(self.dtype) for z in (context, unshown, source, ref))
-        if not hasattr(self.dit.blocks[0], "unshard"):  # a sharded block has its weights only while it is called
-            context, unshown = (z if z is None else self.dit.context_keys_values(z) for z in (context, unshown))
-        sigmas = flow.sigmas(steps)
-        timesteps = (1000 * sigmas).to(noise.device)
-        x = noise.float()
-        for i, step in enumerate((sigmas[1:] - sigmas[:-1]).tolist()):
-            now = x.to(self.dtype), timesteps[i].expand(len(x))
-            v = self.velocity(*now, context, source, ref).float()
-            if unshown is not None:
-                v = torch.lerp(self.velocity(*now, unshown, source).float(), v, guidance)
-            x = x + step * v
-            on_step and on_step(i + 1, steps)
-        return x
+        rows = len(spans) if spans else 1
+        contexts, shy = (z if isinstance(z, list) else [z] * rows for z in (context, unshown))
+        contexts, shy = ([z if z is None else z.to(self.dtype) for z in zs] for zs in (contexts, shy))
+        source, ref = (z if z is None else z.to(self.dtype) for z in (source, ref))
+        if rows == 1 and not hasattr(self.dit.blocks[0], "unshard"):  # a sharded block has weights while it is called
+            contexts, shy = ([z if z is None else self.dit.context_keys_values(z)] for (z,) in (contexts, shy))
+
+        def velocity(x, t, context, unshown, source):
+            v = self.velocity(x.to(self.dtype), t, context, source, ref).float()
+            if unshown is None:
+                return v
+            return torch.lerp(self.velocity(x.to(self.dtype), t, unshown, source).float(), v, guidance)
+
+        def of_windows(x, t, on_window):
+            if rows == 1:
+                return velocity(x, t, contexts[0], shy[0], source)
+            parts = []
+            for i in range(rows):
+                one = slice(i, i + 1)
+                parts.append(velocity(x[one], t[one], contexts[i], shy[i], source[one]))
+                on_window(i + 1)
+            return agreed(torch.cat(parts), spans)
+
+        sigmas = sampler.sigmas(flow, steps)
+        return sampler.sample(of_windows, noise.float(), sigmas, stay, on_step, draw, rows)
+
+    def edit(self, *args, **kwargs):
+        """`edit_stream`, all of it: -> uint8 torch (T, H, W, 3), on the CPU."""
+        return torch.stack(list(self.edit_stream(*args, **kwargs)))
 
     @torch.no_grad()
-    def edit(
+    def edit_stream(
         self, video, instruction, ref=None, steps=None, seed=0, flow=FlowMatch(), tile=None, offload_to=None,
-        progress=None, ref_guidance=None,
+        progress=None, ref_guidance=None, sampler=Sampler(), mask=None,
     ):  # fmt: skip
-        """Edit a clip.
+        """Edit a clip. Yields uint8 frames (H, W, 3) on the CPU as they are decoded.
 
-        video: uint8 (T, H, W, 3), torch or numpy, H and W multiples of 32 (`media.read_clip` makes them so); a T other
-        than 4k + 1 is filled by repeating the last frame and cut again. instruction: text. ref: uint8 (H, W, 3) of any
-        size, or a list of such. steps: of denoising, by default `config.steps`. flow: their schedule. tile: latent
-        pixels a side for the VAE on small cards. offload_to: a device to which each part is brought while it works.
-        progress(phase, done, total) is called as work goes on. ref_guidance: above 0, by default
-        `config.ref_guidance`; other than 1 it takes two forwards a step (`denoise`), one of them as if there were no
-        reference, which weights for references alone cannot. Same seed, same result.
-        -> uint8 torch (T, H, W, 3), on the CPU. ValueError where an argument does not fit.
+        video: uint8 (T, H, W, 3), torch or numpy, H and W multiples of 32 (`media.read_clip` makes them so), or a
+        `media.FrameFile`; a T other than 4k + 1 is filled by repeating the last frame and cut again. A clip longer than
+        `config.window` is edited in windows (sampler.py), the frames of one in memory. instruction: text. ref: uint8
+        (H, W, 3) of any size, or a list of such. steps: of denoising, `config.steps` if not given; flow: their
+        schedule. tile: latent pixels a side for the VAE on small cards. offload_to: a device to which each part is
+        brought only while it works. progress(phase, done, total) is called as work goes on. ref_guidance: above 0,
+        `config.ref_guidance` if not given; other than 1 it takes two forwards a step (`denoise`), one of them as if
+        there were no reference, which weights for references alone cannot. sampler: how the steps are taken. mask: like
+        video, (T, H, W) or (T, H, W, 3), white or true where it may change. Same seed, same result.
+        ValueError where an argument does not fit.
         """
-        tell = progress or (lambda phase, done, total: None)
-        video = torch.as_tensor(video).cpu()
-        refs = (
-            []
-            if ref is None
-            else [torch.as_tensor(r).cpu() for r in (ref if isinstance(ref, (list, tuple)) else [ref])]
-        )
-        unit = self.config.pixel_grid
-        if video.ndim != 4 or video.dtype != torch.uint8 or video.shape[-1] != 3 or not len(video):
-            raise ValueError(f"video: expected uint8 (T, H, W, 3), got {video.dtype} {tuple(video.shape)}")
+        tell, vae = progress or (lambda phase, done, total: None), self.config.vae
+        video = video if isinstance(video, FrameFile) else torch.as_tensor(video).cpu()
+        refs = [] if ref is None else list(ref) if isinstance(ref, (list, tuple)) else [ref]
+        refs = [torch.as_tensor(picture).cpu() for picture in refs]
+        self.check_pictures(video, refs)
         count, height, width = video.shape[:3]
-        if height % unit or width % unit or not height * width:
-            raise ValueError(f"frames of {width}x{height}: both must be multiples of {unit}; see media.fit_frames")
         guidance = self.config.ref_guidance if ref_guidance is None else ref_guidance
         if not 0 < guidance < math.inf:
             raise ValueError(f"ref_guidance: {guidance}, expected a number above 0")
-        for picture in refs:
-            if picture.ndim != 3 or picture.dtype != torch.uint8 or picture.shape[-1] != 3 or not picture.numel():
-                raise ValueError(f"ref: expected uint8 (H, W, 3) each, got {picture.dtype} {tuple(picture.shape)}")
         steps = self.config.steps if steps is None else steps
         if steps < 1:
             raise ValueError(f"steps: {steps}, expected at least 1")
-        padding = (1 - count) % self.config.vae.time_stride
-        video = torch.cat([video, video[-1:].expand(padding, -1, -1, -1)])
+        if mask is not None and tuple(mask.shape[:3]) != (count, height, width):
+            raise ValueError(f"mask: {tuple(mask.shape)} does not fit the clip's {(count, height, width)}")
+        length = count + (1 - count) % vae.time_stride
+        latent_frames = vae.latent_frames(length)
+        spans = windows(latent_frames, vae.latent_frames(self.config.window))
+        of_windows = lambda frames: window_frames(filled(frames, length), spans, vae.time_stride)
 
-        tell("understand", 0, 1)
+        contexts, unshown = [], []
         with working_on(self.mllm, offload_to):
-            context = self.mllm(instruction, video, refs or None)
-            unshown = self.mllm(instruction, video) if refs and guidance != 1 else None
-        tell("understand", 1, 1)
+            tell("understand", 0, len(spans))
+            for clip in of_windows(video):
+                contexts.append(self.mllm(instruction, clip, refs or None))
+                unshown.append(self.mllm(instruction, clip) if refs and guidance != 1 else None)
+                tell("understand", len(contexts), len(spans))
 
         with working_on(self.vae, offload_to):
-            source = self.encode_frames(video, tile, partial(tell, "encode"))
+            of = partial(of_part, tell, len(spans))
+            clips = enumerate(of_windows(video))
+            source = torch.cat([self.encode_frames(clip, tile, of("encode", i)) for i, clip in clips])
             pictures = [pad_reference(image, (height, width))[None] for image in refs]
             ref_latents = torch.cat([self.encode_frames(p, tile) for p in pictures], dim=2) if refs else None
 
-        noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(seed)).to(source.device)
+        generator, stay = torch.Generator().manual_seed(seed), None
+        shape = (1, source.shape[1], latent_frames, *source.shape[3:])
+        draw = lambda: in_windows(torch.randn(shape, generator=generator), spans).to(source.device)
+        noise = draw()
+        if mask is not None:
+            changes = [mask_latents(part, vae) for part in of_windows(mask)]
+            stay = outside(torch.stack(changes).to(source.device), source.float(), noise)
         denoiser = tuple(part for name, part in self.named_children() if name not in ("vae", "mllm"))
         with working_on(denoiser, offload_to):
-            told = partial(tell, "denoise")
-            latents = self.denoise(noise, context, source, ref_latents, steps, flow, told, unshown, guidance)
+            latents = self.denoise(
+                noise, contexts, source, ref_latents, steps, flow, partial(tell, "denoise"), unshown, guidance,
+                sampler, stay, draw, spans,
+            )  # fmt: skip
         if not latents.isfinite().all():
             mend = "take bfloat16" if self.dtype == torch.float16 else "do the weights hold NaN?"
             raise ValueError(f"the edit's numbers are not finite in {str(self.dtype)[6:]}: {mend}")
 
         with working_on(self.vae, offload_to):
-            return self.decode_fitting(latents, tile, partial(tell, "decode"))[:count]
+            clips = (self.decode_fitting(z[None], tile, of("decode", i)) for i, z in enumerate(latents))
+            frames = crossfaded(clips, spans, vae.time_stride)
+            if mask is not None:
+                frames = map(pasted, frames, filled(video, length), filled(mask, length))
+            yield from islice(frames, count)
+
+    def check_pictures(self, video, refs):
+        """ValueError where an edit cannot take them."""
+        unit = self.config.pixel_grid
+        if len(video.shape) != 4 or video.dtype != torch.uint8 or video.shape[-1] != 3 or not len(video):
+            raise ValueError(f"video: expected uint8 (T, H, W, 3), got {video.dtype} {tuple(video.shape)}")
+        height, width = video.shape[1:3]
+        if height % unit or width % unit or not height * width:
+            raise ValueError(f"frames of {width}x{height}: both must be multiples of {unit}; see media.fit_frames")
+        for picture in refs:
+            if picture.ndim != 3 or picture.dtype != torch.uint8 or picture.shape[-1] != 3 or not picture.numel():
+                raise ValueError(f"ref: expected uint8 (H, W, 3) each, got {picture.dtype} {tuple(picture.shape)}")
 
     def encode_frames(self, frames, tile=None, on_chunk=None):
         """uint8 frames (T, H, W, 3) -> latents (1, z, 1 + (T-1)/4, h, w), on the VAE's device."""
@@ -527,6 +535,11 @@ class KiwiEdit(nn.Module):
                 save_file(state, temporary / f"{name}.safetensors")
 
 
+def of_part(tell, parts, phase, i):
+    """-> on_chunk(done, total) of part i of a phase."""
+    return lambda done, total: tell(phase, i * total + done, parts * total)
+
+
 def is_out_of_memory(error):
     return (
         isinstance(error, torch.OutOfMemoryError)
@@ -565,7 +578,7 @@ def read_for(config, path, frames=None, max_pixels=None, every_frame=False):
     """A clip file as weights of this config edit it: `media.read_clip`, at their size if they know one kind of clip
     only. every_frame: at the file's own frame rate, so that frame i of the edit is frame i of the file."""
     if config.trained is None:
-        return read_clip(path, frames or 81, max_pixels or MAX_PIXELS)
+        return long_clip(path, config.window, frames or 81, max_pixels or MAX_PIXELS)
     count, height, width, fps = config.trained
-    size_of = partial(nearest_size, grid=config.pixel_grid)
-    return read_clip(path, frames or count, max_pixels or height * width, None if every_frame else fps, size_of)
+    size_of, rate = partial(nearest_size, grid=config.pixel_grid), None if every_frame else fps
+    return long_clip(path, config.window, frames or count, max_pixels or height * width, rate, size_of)

@@ -7,6 +7,7 @@
 `pick_device` and `rank_and_world` serve every command, without opening a process group.
 """
 
+import math
 import os
 from datetime import timedelta
 from functools import partial
@@ -214,6 +215,33 @@ class Ulysses:
     def exchange(self, parts, sizes):
         """Send part i to rank i -> what the ranks sent here, of `sizes` numbers each."""
         return Exchange.apply(torch.cat(parts), [len(part) for part in parts], sizes, self.group).split(sizes)
+
+
+class SharedFrames:
+    """Ranks that edit one clip encode and decode its frames by tiles: `vae.shared`."""
+
+    def __init__(self, group):
+        self.group, self.size, self.rank = group, group.size(), group.rank()
+
+    def tile(self, height, width):
+        """Latent pixels a side of the largest tiles that are no fewer than the ranks; None where there are none."""
+        longest = max(height, width)
+        sides = (math.ceil(longest / parts) for parts in range(1, longest + 1))
+        enough = (side for side in sides if math.ceil(height / side) * math.ceil(width / side) >= self.size)
+        return next(enough, None)
+
+    def mine(self, windows):
+        return windows[self.rank :: self.size]
+
+    def join(self, pieces, height, width):
+        """This rank's [(core, picture)] -> the whole picture, on all: a sum of zeros and one value is exact."""
+        ((y0, y1), _), picture = pieces[0]
+        scale = picture.shape[-2] // (y1 - y0)
+        out = picture.new_zeros(*picture.shape[:-2], height * scale, width * scale)
+        for ((y0, y1), (x0, x1)), picture in pieces:
+            out[..., y0 * scale : y1 * scale, x0 * scale : x1 * scale] = picture
+        dist.all_reduce(out, group=self.group)
+        return out
 
 
 class Exchange(torch.autograd.Function):

@@ -1,10 +1,12 @@
 """Edit a video or a picture: `python sample.py in.mp4 "replace the car" --ref car.png`; alone, the bundled example.
 
-read (data.py) -> understand the request (connectors.py) -> encode (vae.py) -> denoise (dit.py, model.py)
--> decode (vae.py) -> write (data.py), with a progress bar for each phase. A still picture gives a picture.
+read (media.py) -> understand the request (connectors.py) -> encode (vae.py) -> denoise (dit.py, sampler.py)
+-> decode (vae.py) -> write (media.py), with a progress bar for each phase. A still picture gives a picture, a long clip
+streams. Processes that torchrun starts share one edit (parallel.py).
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +14,7 @@ EXAMPLES = """examples:
   python sample.py                                             (the example bundled with the weights, on any computer)
   python sample.py in.mp4 "Replace the car with a vintage bus." --weights linyq/kiwi-edit-5b-instruct-only-diffusers
   python sample.py in.mp4 "Replace the car with the one shown." --ref car.png -o bus.mp4 --compare --offload
+  torchrun --nproc-per-node 8 sample.py in.mp4 "Make it night." --frames 241 --solver ab2 --steps 25 --weights ...
 
 weights (--weights):
   a folder in the released diffusers layout, or its hub id (linyq/kiwi-edit-5b-{instruct-only,reference-only,
@@ -24,6 +27,8 @@ weights (--weights):
 a 24 GB card: add --offload, which keeps on the GPU only the part at work; smaller still: --tile 16, --max-pixels 399360
 """
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "nano"
+BAR = "{desc}: {percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+COMPARED_HEIGHT = 256  # pixels up to which a comparison is enlarged
 
 
 def parse_arguments(argv=None):
@@ -33,35 +38,39 @@ def parse_arguments(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    # fmt: off
     add("input", nargs="?", help="a video or picture file (without it and the instruction: the example of --weights)")
     add("instruction", nargs="?", help='what to change, e.g. "replace the car"')
     add("--ref", nargs="+", default=[], metavar="IMG", help="one or more pictures of what the edit should look like")
+    add("--mask", metavar="PNG|MP4", help="of the input's size: only what is white may change")
     add("-o", "--out", metavar="OUT", help="default: <input name>_edited.mp4 or .png; of the example out.mp4")
+    add("--compare", action="store_true", help="also write source, references and edit side by side: <out>_compare")
     add("--weights", default=str(DEFAULT_WEIGHTS), metavar="PATH|HUB_ID", help="default: weights/nano")
-    add("--base", metavar="PATH|HUB_ID", help="under a .safetensors or a run of train.py (default: what the run began with, "
-        "else Wan-AI/Wan2.2-TI2V-5B)")  # fmt: skip
+    add("--base", metavar="PATH|HUB_ID", help="under a .safetensors or a run of train.py (default: what the run began "
+        "with, else Wan-AI/Wan2.2-TI2V-5B)")
     add("--qwen", metavar="PATH|HUB_ID", help="likewise (default: the run's, else Qwen/Qwen2.5-VL-3B-Instruct)")
-    add("--ref-pad-first", action="store_true", help="a released training checkpoint whose name says pad_first: references "
-        "come before the clip")  # fmt: skip
+    add("--ref-pad-first", action="store_true", help="a released training checkpoint whose name says pad_first: "
+        "references come before the clip")
+    add("--lora", nargs="+", default=[], metavar="FILE[:SCALE]", help="LoRA of the DiT, in any dialect, one or more")
+    add("--quantise", choices=("fp8", "int8"), help="linears in 8 bits: half the memory, a little less exact")
     add("--steps", type=positive, help="denoising steps (default: 50; nano 2)")
-    add("--ref-guidance", type=float, metavar="G", help="above 1 the edit is more like the references than trained, in twice "
-        "the time; 1 is as released (default: 1; nano 1.2)")  # fmt: skip
+    add("--solver", choices=("euler", "ab2"), default="euler", help="ab2: as good in half the steps (default euler)")
+    add("--reuse", type=float, default=0.0, metavar="T", help="skip a forward while v is predicted to change by less "
+        "than T, e.g. 0.02 (default: never)")
+    add("--re-noise", type=timesteps, default=(), metavar="T,T,...", help="the steps of distilled weights, e.g. "
+        "1000,757,522, noised anew at each")
+    add("--ref-guidance", type=float, metavar="G", help="above 1 the edit is more like the references than trained, in "
+        "twice the time; 1 is as released (default: 1; nano 1.2)")
     add("--shift", type=float, default=5.0, help="shift of the noise schedule (default %(default)s)")
     add("--seed", type=int, default=0, help="same seed, same result (default %(default)s)")
-    add("--frames", type=positive, help="at most so many frames, from 5 on reduced to 4k + 1 (default: 81; nano 9)")
+    add("--frames", type=positive, help="at most so many frames, from 5 on reduced to 4k + 1; more than the default "
+        "(81; nano 9) are edited in windows")
     add("--max-pixels", type=positive, help="larger frames are shrunk (default: 921600; nano 4096)")
     add("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one)")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, on a CPU float32")
     add("--offload", action="store_true", help="keep on the GPU only the part at work")
-    add(
-        "--tile",
-        type=positive,
-        metavar="N",
-        help="VAE: work on N x N latent pixels at once; the same result, less memory",
-    )
-    add("--lora", nargs="+", default=[], metavar="FILE[:SCALE]", help="LoRA of the DiT, in any dialect, one or more")
-    add("--quantise", choices=("fp8", "int8"), help="linears in 8 bits: half the memory, a little less exact")
-    add("--compare", action="store_true", help="also write source, references and edit side by side: <out>_compare")
+    add("--tile", type=positive, metavar="N", help="VAE: N x N latent pixels at once; the same result, less memory")
+    # fmt: on
     argv = sys.argv[1:] if argv is None else argv
     if "--" in argv:  # argparse cannot intermix behind it
         return parser.parse_args(argv)
@@ -73,6 +82,10 @@ def positive(text):
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
+
+
+def timesteps(text):
+    return tuple(float(part) for part in text.split(","))
 
 
 def file_and_scale(text):
@@ -87,33 +100,56 @@ def file_and_scale(text):
 def main(argv=None):
     args = with_example(parse_arguments(argv))
     check_values(args)
-    weights_exist(args.weights)
     import torch
 
-    from lora import add_lora, quantise, read_lora
-    from media import read_image
-    from parallel import pick_device
+    from lora import read_lora
+    from media import FrameFile, read_image
+    from parallel import pick_device, rank_and_world
+    from sampler import Sampler
 
+    (rank, world), sampler = rank_and_world(), Sampler(args.solver, args.reuse, args.re_noise)
+    if rank:
+        sys.stdout = open(os.devnull, "w")  # the first of several processes speaks
     device = pick_device(args.device)
     if args.offload and device.type == "cpu":
         raise ValueError("--offload moves parts between the CPU and a GPU, and there is no GPU; leave it out")
-    dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
-
-    # What headers and first frames tell of wrong files is told before weights, maybe 20 GB, are fetched.
-    loras = list(map(file_and_scale, args.lora))
+    loras = list(map(file_and_scale, args.lora))  # validate inputs before downloading 20 GB
     for path, _ in loras:
         read_lora(path)
     refs = [read_image(path) for path in args.ref]
     out, beside = places(args)
     clip = read_source(args)
+    mask = read_mask(args.mask, clip) if args.mask else None
 
-    from model import FlowMatch, KiwiEdit
+    from model import FlowMatch
+
+    model = load(args, device, loras, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    ranks = share_edit(model, world) if world > 1 else None
+    with Progress() as progress, torch.no_grad():
+        edited = model.edit_stream(
+            clip.frames, args.instruction, refs or None, args.steps, args.seed, FlowMatch(args.shift), args.tile,
+            device if args.offload else None, None if rank else progress, args.ref_guidance, sampler, mask,
+        )  # fmt: skip
+        long = isinstance(clip.frames, FrameFile)
+        edited = edited if long and not rank else list(edited)
+        if not rank:
+            write(out, edited, clip)
+    if args.compare and not rank:
+        compare(beside, clip, refs, FrameFile(str(out), len(clip.frames), clip.frames.size) if long else edited)
+    if ranks:
+        ranks.leave()
+
+
+def load(args, device, loras, dtype):
+    import torch
+
+    from lora import add_lora, quantise
+    from model import KiwiEdit
 
     print(f"load        {args.weights} on {device}, {dtype}{', linears in ' + args.quantise if args.quantise else ''}")
-    home = "cpu" if args.offload else device
-    model = KiwiEdit.from_pretrained(
-        args.weights, "cpu" if args.quantise else home, getattr(torch, dtype), args.base, args.qwen, args.ref_pad_first
-    )
+    home, dtype = "cpu" if args.offload else device, getattr(torch, dtype)
+    at_first = "cpu" if args.quantise else home
+    model = KiwiEdit.from_pretrained(args.weights, at_first, dtype, args.base, args.qwen, args.ref_pad_first)
     for path, scale in loras:
         print(f"lora        {add_lora(model.dit, path, scale)}")
     if args.quantise:
@@ -121,31 +157,36 @@ def main(argv=None):
         model.to(home)
     embedder = getattr(model, "source_embedder", None)
     if embedder is not None and not any(parameter.any() for parameter in embedder.parameters()):
-        print(
-            "note        these weights were not trained to look at the clip itself (stage 1?): little of it will stay"
-        )
-    with Progress() as progress:
-        edited = model.edit(
-            clip.frames, args.instruction, refs or None, args.steps, args.seed, FlowMatch(args.shift), args.tile,
-            device if args.offload else None, progress, args.ref_guidance,
-        )  # fmt: skip
-    write(out, edited, clip)
-    if args.compare:
-        compare(beside, clip, refs, edited)
+        print("note        these weights never saw the clip itself (stage 1?): little of it will stay")
+    return model
+
+
+def share_edit(model, world):
+    """All processes of torchrun share the sequence of one edit and the frames of its VAE."""
+    from parallel import Ranks, SharedFrames, Ulysses
+
+    heads = model.config.dit.num_heads
+    if heads % world:
+        raise ValueError(f"{world} processes cannot share {heads} attention heads: take a number that divides them")
+    ranks = Ranks(sp=world)
+    Ulysses(model.dit, ranks.sequence)
+    model.vae.shared = SharedFrames(ranks.sequence)
+    return ranks
 
 
 def with_example(args):
     """The arguments as they are or, where there is neither clip nor instruction, those of the weights' example."""
+    if Path(args.weights) == DEFAULT_WEIGHTS and not DEFAULT_WEIGHTS.exists():
+        raise FileNotFoundError("weights/nano is not in this checkout: say which weights with --weights (see --help)")
     if args.input is not None and args.instruction is not None:
         return args
     lost = next((path for path in args.ref if not Path(path).is_file()), None)  # it may be the instruction
     if args.input is not None or lost:
         told = f'no such file: "{lost}"' if lost else f'only "{args.input}" is given'
         raise ValueError(
-            f"{told}; a clip and an instruction are needed, and --ref, which takes all that follows it, behind them, e.g. "
-            'in.mp4 "replace the car" --ref car.png; without any the bundled example is edited'
+            f"{told}; a clip and an instruction are needed, and --ref, which takes all that follows it, behind them, "
+            'e.g. in.mp4 "replace the car" --ref car.png; without any the bundled example is edited'
         )
-    weights_exist(args.weights)
     folder = Path(args.weights) / "example"
     if not (folder / "prompt.txt").is_file():
         raise FileNotFoundError(f"{args.weights} has no example: give a clip and an instruction (see --help)")
@@ -163,14 +204,11 @@ def check_values(args):
         args.instruction.encode()
     except UnicodeEncodeError:
         raise ValueError("the instruction is not UTF-8 text: set the terminal to UTF-8") from None
-    if not 0 < args.shift < float("inf"):
-        raise ValueError(f"--shift {args.shift}: a number above 0, the release's is 5")
-    if args.ref_guidance is not None and not 0 < args.ref_guidance < float("inf"):
-        raise ValueError(f"--ref-guidance {args.ref_guidance}: a number above 0, the release's is 1")
+    for name, value, released in (("shift", args.shift, 5), ("ref-guidance", args.ref_guidance, 1)):
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"--{name} {value}: a number above 0, the release's is {released}")
     if args.ref_guidance is not None and not args.ref:
-        raise ValueError(
-            "--ref-guidance is how far references are followed, and there is none: give --ref, or leave it out"
-        )
+        raise ValueError("--ref-guidance is how far references are followed: give --ref, or leave it out")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed}: from 0 to 2**63 - 1")
 
@@ -180,16 +218,14 @@ def places(args):
     from media import IMAGE_CODECS, MediaError, is_picture, open_media, writable
 
     with open_media(args.input) as (container, _):
-        still = is_picture(container)
-    out = Path(args.out or f"{Path(args.input).stem}_edited{'.png' if still else '.mp4'}")
-    if not still and out.suffix.lower() != ".mp4":
-        raise MediaError(f"{out}: a video is written as .mp4")
-    if still and out.suffix.lower() not in IMAGE_CODECS:
-        raise MediaError(f"{out}: a picture is written as {', '.join(IMAGE_CODECS)}")
+        endings = tuple(IMAGE_CODECS) if is_picture(container) else (".mp4",)
+    out = Path(args.out or f"{Path(args.input).stem}_edited{endings[0]}")
+    if out.suffix.lower() not in endings:
+        raise MediaError(f"{out}: a {'picture' if len(endings) > 1 else 'video'} is written as {', '.join(endings)}")
     beside = out.with_stem(out.stem + "_compare")
-    written = [out, *([beside, beside.with_suffix(".png")] if args.compare else [])]
-    for path in (args.input, *args.ref):
-        if Path(path).resolve() in [target.resolve() for target in written]:
+    written = [path.resolve() for path in (out, *((beside, beside.with_suffix(".png")) if args.compare else ()))]
+    for path in filter(None, (args.input, args.mask, *args.ref)):
+        if Path(path).resolve() in written:
             raise MediaError(f"{path}: would be replaced by what is written; give another -o")
     writable(out)
     return out, beside
@@ -215,10 +251,22 @@ def read_source(args):
     return clip
 
 
-def weights_exist(weights):
-    """The default weights may be absent from a checkout: say so before any work."""
-    if Path(weights) == DEFAULT_WEIGHTS and not DEFAULT_WEIGHTS.exists():
-        raise FileNotFoundError("weights/nano is not in this checkout: say which weights with --weights (see --help)")
+def read_mask(path, clip):
+    """What may change, at the clip's size: a picture for all frames, or a clip."""
+    from media import FrameFile, MediaError, fit_frames, frame_rate, is_picture, measure, open_media, read_image
+
+    count, *size = clip.frames.shape[:3]
+    total, *mask_size = measure(path)
+    if tuple(mask_size) != tuple(clip.source_size):
+        mask_size, input_size = (f"{width}x{height}" for height, width in (mask_size, clip.source_size))
+        raise MediaError(f"{path}: {mask_size} pixels, and the input has {input_size}; give a mask of the input's size")
+    with open_media(path) as (container, stream):
+        stride = max(round(frame_rate(stream) / clip.fps), 1)
+        if is_picture(container):
+            return fit_frames(read_image(path)[None], size).expand(count, -1, -1, -1)
+    if total < (count - 1) * stride + 1:
+        raise MediaError(f"{path}: {total} frames are too few for the {count} that are edited")
+    return FrameFile(path, count, tuple(size), stride)
 
 
 class Progress:
@@ -241,25 +289,24 @@ class Progress:
             self.bar.close()
 
 
-BAR = "{desc}: {percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
-
-
-COMPARED_HEIGHT = 256  # pixels up to which a comparison is enlarged
-
-
 def compare(out, clip, refs, edited):
     """Source, references and edit side by side, small ones in larger pixels; of a clip also its middle frame, .png."""
     import torch
 
     from media import pad_reference, write_image
 
-    shown = [pad_reference(ref, clip.frames.shape[1:3]).expand_as(edited) for ref in refs]
-    frames = torch.cat([clip.frames, *shown, edited], dim=2)
-    scale = max(COMPARED_HEIGHT // frames.shape[1], 1)
-    frames = frames.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    write(out, frames, clip)
+    count, *size = clip.frames.shape[:3]
+    shown, scale = [pad_reference(ref, size) for ref in refs], max(COMPARED_HEIGHT // size[0], 1)
+
+    def frames():
+        for i, (source, edit) in enumerate(zip(clip.frames, edited)):
+            frame = torch.cat([source, *shown, edit], dim=1).repeat_interleave(scale, 0).repeat_interleave(scale, 1)
+            if i == count // 2 and not clip.still:
+                write_image(out.with_suffix(".png"), frame)
+            yield frame
+
+    write(out, frames(), clip)
     if not clip.still:
-        write_image(out.with_suffix(".png"), frames[len(frames) // 2])
         print(f"write       {out.with_suffix('.png')}")
 
 
@@ -267,9 +314,9 @@ def write(out, frames, clip):
     from media import write_image, write_video
 
     if clip.still:
-        write_image(out, frames[0])
+        write_image(out, *frames)
     else:
-        write_video(out, frames, clip.fps, audio_from=clip.path)
+        write_video(out, frames, clip.fps, audio_from=clip.path, count=len(clip.frames))
     print(f"write       {out}")
 
 

@@ -398,6 +398,7 @@ class VAE(nn.Module):
         self.conv1 = CausalConv3d(2 * config.z_dim, 2 * config.z_dim, (1, 1, 1))
         self.conv2 = CausalConv3d(config.z_dim, config.z_dim, (1, 1, 1))
         self.decoder = Decoder(config)
+        self.shared = None  # `parallel.SharedFrames` of ranks that edit one clip
 
     @torch.inference_mode(False)  # what is laid out once may meet autograd later
     def weights_like_activations(self):
@@ -425,6 +426,14 @@ class VAE(nn.Module):
         mean, std = (z.new_tensor(s).view(-1, 1, 1, 1) for s in self.config.statistics)
         return z * std + mean
 
+    def tiles(self, height, width, tile, convs_per_level):
+        """Tiles to work on, all or this rank's, and what joins them."""
+        halo = self.halo(convs_per_level)
+        windows = tile_windows(height, width, self.shared.tile(height, width) if self.shared else tile, halo)
+        if self.shared is None or len(windows) == 1:
+            return windows, join_tiles
+        return self.shared.mine(windows), self.shared.join
+
     @fastest_convolutions()
     def moments(self, video, tile=None, chunk=1, on_chunk=None):
         """Mean and log-variance of the posterior, not normalised: each (B, z, 1 + (T-1)/4, H/s, W/s). As `encode`."""
@@ -435,7 +444,7 @@ class VAE(nn.Module):
             raise ValueError(f"frames of {tuple(video.shape[3:])}: the VAE takes multiples of {c.space_stride}")
         weight, tiles = self.conv1.weight, []
         height, width = video.shape[3] // c.space_stride, video.shape[4] // c.space_stride
-        windows = tile_windows(height, width, tile, self.halo(2 * c.num_res_blocks))
+        windows, join = self.tiles(height, width, tile, 2 * c.num_res_blocks)
         for core, window in windows:
             state, features = {}, []
             for start, stop in spans:
@@ -446,7 +455,7 @@ class VAE(nn.Module):
                 features.append(crop(self.encoder.down(x, state), inner))
                 on_chunk and on_chunk(len(tiles) * len(spans) + len(features), len(windows) * len(spans))
             tiles.append((core, torch.cat(features, dim=2)))
-        features, state = join_tiles(tiles, height, width), {}
+        features, state = join(tiles, height, width), {}
         out = [self.encoder.top(features[:, :, a:b], state) for a, b in spans]
         return self.conv1(torch.cat(out, dim=2), {}).chunk(2, dim=1)
 
@@ -472,7 +481,7 @@ class VAE(nn.Module):
         latent_frames, height, width = latents.shape[2:]
         z, state = self.conv2(self.denormalise(latents.to(self.conv2.weight)), {}), {}
         features = [self.decoder.bottom(z[:, :, a:b], state) for a, b in chunks(latent_frames, chunk)]
-        windows, tiles, finite = tile_windows(height, width, tile, self.halo(2 * c.num_res_blocks + 2)), [], []
+        (windows, join), tiles, finite = self.tiles(height, width, tile, 2 * c.num_res_blocks + 2), [], []
         for core, window in windows:
             state, frames = {}, []
             inner = [(a - w, b - w) for (a, b), (w, _) in zip(core, window)]
@@ -487,7 +496,7 @@ class VAE(nn.Module):
         if not torch.stack(finite).all():
             mend = "take bfloat16" if z.dtype == torch.float16 else "do the weights hold NaN?"
             raise ValueError(f"the decoder's numbers are not finite in {str(z.dtype)[6:]}: {mend}")
-        return join_tiles(tiles, height, width)
+        return join(tiles, height, width)
 
 
 def join_tiles(tiles, height, width):

@@ -17,7 +17,7 @@ import kernels
 from conftest import HOUSE
 
 PROSE = "\n".join(path.read_text() for path in (HOUSE / "README.md", *sorted(HOUSE.glob("docs/*.md"))))
-COMMANDS = sorted(set(re.findall(r"python -m (bench\.\w+ [^`\n#]*)", PROSE)))
+COMMANDS = sorted(set(re.findall(r"python -m (bench\.(?:kernels|speed) [^`\n#]*)", PROSE)))
 
 
 def command(*words, **environment):

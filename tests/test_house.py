@@ -22,7 +22,7 @@ from conftest import HOUSE
 HOUSE_FLOORS = (
     "kernels report stats",
     "parallel dit vae connectors media",
-    "data load lora sizing metrics vlm ledger",
+    "data load lora sizing metrics vlm ledger sampler",
     "model curators benchmarks",
     "checkpoint cache stages",
     "start",

@@ -26,6 +26,7 @@ from conftest import (
 )
 from media import pad_reference, read_clip, read_image, write_image, write_video
 from model import PRESETS, KiwiEdit, read_for
+from sampler import Sampler
 
 
 def run_sample(*arguments, cwd=None):
@@ -130,19 +131,22 @@ def test_the_bundled_weights_edit_their_example_in_a_minute(tmp_path):
 @pytest.mark.parametrize("case, says", [
     ([], "has no example"), (["whole.mp4"], '"whole.mp4" is given'), (["--ref", "whole.jpg"], "has no example"),
     (["whole.mp4", ""], "the instruction is empty"), (["", ""], "the instruction is empty"),
-    (["absent.mp4", "x"], "no such file"), (["half.mp4", "x"], "cannot be decoded"), (["sound.mp3", "x"], "no pictures"),
-    (["dot.png", "x"], "too few"), (["whole.jpg", " "], "instruction is empty"),
+    (["absent.mp4", "x"], "no such file"), (["half.mp4", "x"], "cannot be decoded"),
+    (["sound.mp3", "x"], "no pictures"), (["dot.png", "x"], "too few"), (["whole.jpg", " "], "instruction is empty"),
     (["whole.jpg", "x", "--ref", "half.jpg"], "half.jpg"), (["whole.jpg", "x", "--device", "cuda"], "not available"),
     (["whole.jpg", "x", "-o", "words.png/out.png"], "cannot be written"), (["whole.jpg", "x", "--offload"], "no GPU"),
-    (["whole.jpg", "x", "--weights", "nowhere"], "no such file or folder"), (["whole.mp4", "x", "-o", "out.avi"], ".mp4"),
-    (["whole.jpg", "x", "-o", "out.webp"], ".png"), (["whole.jpg", "x", "-o", "../" + "{}" + "/whole.jpg"], "would be replaced"),
-    (["whole.jpg", "x", "--ref", "its_compare.png", "-o", "its.png", "--compare"], "its_compare.png: would be replaced"),
-    (["drawing.svg", "x"], "no decoder"),
-    (["--ref", "whole.jpg", "whole.mp4", "make it red"], '"make it red"; a clip and an instruction are needed'), (["whole.jpg", "x", "--shift", "0"], "above 0"),
+    (["whole.jpg", "x", "--weights", "nowhere"], "no such file or folder"),
+    (["whole.mp4", "x", "-o", "out.avi"], ".mp4"), (["whole.jpg", "x", "-o", "out.webp"], ".png"),
+    (["whole.jpg", "x", "-o", "../" + "{}" + "/whole.jpg"], "would be replaced"),
+    (["whole.jpg", "x", "--ref", "its_compare.png", "-o", "its.png", "--compare"], "its_compare.png: would be"),
+    (["drawing.svg", "x"], "no decoder"), (["whole.jpg", "x", "--shift", "0"], "above 0"),
+    (["--ref", "whole.jpg", "whole.mp4", "make it red"], '"make it red"; a clip and an instruction are needed'),
     (["whole.jpg", "x", "--ref", "whole.jpg", "--ref-guidance", "-1"], "above 0"),
     (["whole.jpg", "x", "--seed", str(2**64)], "--seed"), (["..", "x"], "..: a folder; give a clip"),
     (["whole.jpg", "x", "--ref-guidance", "2"], "give --ref, or leave it out"),
     (["whole.jpg", "x", "--weights", "words.png"], "words.png: cannot be read"),
+    (["whole.jpg", "x", "--mask", "dot.png"], "give a mask of the input's size"),
+    (["whole.jpg", "x", "--re-noise", "5,9"], "falling timesteps"), (["whole.jpg", "x", "--reuse", "-1"], "0 or more"),
 ])  # fmt: skip
 def test_bad_input_is_one_clear_line_and_a_failure(tmp_path, small_weights, case, says, capsys, monkeypatch):
     if "cuda" in case and torch.cuda.is_available():
@@ -184,28 +188,19 @@ def test_an_interrupted_run_leaves_no_file(tmp_path, small_weights):
     assert [path.name for path in tmp_path.iterdir()] == ["in.mp4"]
 
 
-def test_seed_steps_shift_and_guidance_reach_the_denoising(monkeypatch, tmp_path, small_weights):
+def test_seed_steps_shift_guidance_and_sampler_reach_the_denoising(monkeypatch, tmp_path, small_weights):
     asked, first = [], ["--weights", str(small_weights), "--device", "cpu", "-o", str(tmp_path / "out.png")]
-    denoised = lambda self, noise, *rest: asked.append((noise[0, 0, 0, 0, 0].item(), *rest[3:5], rest[-1])) or noise
+    denoised = lambda self, noise, *rest: asked.append((noise[0, 0, 0, 0, 0].item(), *rest[3:5], *rest[7:9])) or noise
     monkeypatch.setattr(KiwiEdit, "denoise", denoised)
     write_image(tmp_path / "in.png", moving_picture(1, 64, 64)[0])
-    for flags in (
-        (),
-        ("--shift", "3"),
-        ("--steps", "7"),
-        ("--seed", "1"),
-        ("--ref-guidance", "2", "--ref", str(tmp_path / "in.png")),
-    ):
+    guided = ("--ref-guidance", "2", "--ref", str(tmp_path / "in.png"))
+    few = ("--solver", "ab2", "--reuse", "0.02"), ("--re-noise", "1000,757,522")
+    for flags in ((), ("--shift", "3"), ("--steps", "7"), ("--seed", "1"), guided, *few):
         sample.main([str(tmp_path / "in.png"), "Make it snow.", *first, *flags])
-    assert [(steps, flow.shift) for _, steps, flow, _ in asked] == [
-        (50, 5.0),
-        (50, 3.0),
-        (7, 5.0),
-        (50, 5.0),
-        (50, 5.0),
-    ]
-    assert [guidance for *_, guidance in asked] == [1, 1, 1, 1, 2]
-    assert asked[0][0] == asked[1][0] != asked[3][0]
+    noise, steps, flows, guidance, samplers = zip(*asked)
+    assert steps == (50, 50, 7, *[50] * 4) and [flow.shift for flow in flows] == [5, 3, *[5] * 5]
+    assert guidance == (1, 1, 1, 1, 2, 1, 1) and noise[0] == noise[1] != noise[3]
+    assert samplers == (*[Sampler()] * 5, Sampler("ab2", 0.02), Sampler(re_noise=(1000, 757, 522)))
 
 
 def test_a_judge_s_edits_have_every_frame_of_the_file(tmp_path):
