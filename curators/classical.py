@@ -11,7 +11,9 @@ opencv (opencv-contrib-python-headless) is optional: GrabCut and shift maps have
 """
 
 import math
+import os
 import re
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -44,7 +46,14 @@ except ImportError:
 
 def frames_at(path, wanted, max_pixels):
     """Frames by their indices, as far as the clip has them, shrunk: uint8 (T, H, W, 3), and their indices."""
-    frames, indices, wanted = [], [], sorted(set(wanted))
+    return decoded(
+        path, os.stat(path).st_mtime_ns if os.path.exists(path) else 0, tuple(sorted(set(wanted))), max_pixels
+    )
+
+
+@lru_cache(maxsize=64)  # of 2 MB at most: a small run decodes each clip once
+def decoded(path, state, wanted, max_pixels):
+    frames, indices = [], []
     with open_media(path) as (container, stream):
         for number, (_, rgb) in enumerate(decode(path, container, stream)):
             if number in wanted:
@@ -262,7 +271,7 @@ def without_foreground(frame, foreground):
     return shift_map(picture, unknown) if cv2 else as_uint8(from_surroundings(picture, ~unknown[None, None]))[0]
 
 
-def shift_map(picture, unknown, pixels=400 * 225):
+def shift_map(picture, unknown, pixels=360 * 200):
     """Fill `unknown`, bool (H, W), of a picture (1, 3, H, W) with copies of like surroundings (He and Sun, 2012)."""
     full = as_uint8(picture)[0]
     if not unknown.any():
