@@ -225,8 +225,8 @@ def outside(changes, source, noise):
 
 
 def pasted(edit, source, mask, feather=4):
-    """A frame (H, W, 3) of the edit where its mask is white, of the source elsewhere; the edge is soft."""
+    """A frame (H, W, 3) of the edit where its mask is white, of the source from 2 * `feather` pixels beyond it."""
     size = 2 * feather + 1
-    share = F.avg_pool2d(white(mask).float()[None, None], size, 1, feather, count_include_pad=False)
+    share = F.max_pool2d(white(mask).float()[None, None], size, 1, feather)
     share = F.avg_pool2d(share, size, 1, feather, count_include_pad=False)[0, 0, :, :, None]
     return torch.lerp(source.float(), edit.float(), share).round().to(torch.uint8)

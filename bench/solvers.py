@@ -109,11 +109,13 @@ def mask(args, model):
         inside, outside, kept = [], [], []
         for (source, prompt, ref, truth), region in clips:
             region = region.unflatten(0, (len(source), -1))
+            if region.all():  # a style: nothing stays
+                continue
             result = model.edit(source, prompt, ref, mask=None if name == "no mask" else region)
             inside.append(psnr(result[region], truth[region]))
             outside.append(psnr(result[~region], truth[~region]))
             far = F.max_pool2d(region.float(), 17, 1, 8) == 0  # 8 pixels from it
-            kept.append(float((result == source)[far].float().mean()) if far.any() else 1.0)
+            kept.append(float((result == source)[far].float().mean()))
         yield {"mask": name, "inside dB": mean(inside), "outside dB": mean(outside), "equal far outside": mean(kept)}
 
 

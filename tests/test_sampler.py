@@ -153,7 +153,7 @@ def test_a_mask_is_at_least_as_large_in_latents_and_soft_at_its_edge_in_pixels(q
     mask = torch.zeros(64, 64, dtype=torch.bool)
     mask[:, 32:] = True
     row = pasted(white, black, mask)[10, :, 0].tolist()
-    assert row == sorted(row) and row[23] == 0 and row[40] == 255 and 100 < row[32] < 160
+    assert row == sorted(row) and row[23] == 0 < row[28] < 255 == row[32]
 
 
 @nano
