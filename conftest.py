@@ -4,6 +4,9 @@ import csv
 import json
 import os
 import re
+import subprocess
+import sys
+from contextlib import contextmanager
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
@@ -25,6 +28,8 @@ if not torch.cuda.is_available():
 
 import judge
 import kernels
+import start
+import train
 from connectors import MLLMConfig
 from dit import DiTConfig
 from media import write_image, write_video
@@ -420,3 +425,29 @@ def same_course(out, expected, tol=1e-5):
     """Losses and gradient norms agree (AdamW would forgive gradients of a wrong scale)."""
     pairs = [[torch.tensor(losses(run, name)) for run in (out, expected)] for name in ("loss", "grad_norm")]
     return all(close(a, b, 10 * tol if i else tol) for i, (a, b) in enumerate(pairs))
+
+
+def go(*words, **more):
+    train.main(lessons(*words, **more))
+
+
+@contextmanager
+def trainer_of(lesson, out, *settings, flags=(), stage=3):
+    args = train.parse_arguments(lessons(lesson, out, *flags, stage=stage, settings=settings))
+    stage, ranks = train.choose_stage(args), train.Ranks(args.parallel, args.dtype, args.sp)
+    try:
+        rows = start.open_data(args, stage, ranks)
+        model, cache = start.load_model(args, stage, ranks, None, rows)
+        yield train.Trainer(args, stage, ranks, model, rows, cache)
+    finally:
+        ranks.leave()
+
+
+def begun(lesson, out, *flags, settings=()):
+    """A training in a process group of its own."""
+    command = [sys.executable, str(HOUSE / "train.py"), *lessons(lesson, out, *flags, settings=settings)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def steps_of(out):
+    return (out / "metrics.jsonl").read_text().count("\n") if (out / "metrics.jsonl").exists() else 0

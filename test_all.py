@@ -5,11 +5,15 @@ Recorded outputs of the released code lie in ../shared/golden; a test that needs
 
 import csv
 import json
+import os
+import random
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -19,10 +23,13 @@ from safetensors.torch import load_file, save_file
 from conftest import (
     GOLDEN,
     HOUSE,
+    begun,
     close,
+    go,
     golden,
     golden_dit_config,
     golden_vae_config,
+    losses,
     manifest,
     moving_picture,
     recorded,
@@ -30,6 +37,8 @@ from conftest import (
     save_training_layout,
     small_edit,
     small_model,
+    steps_of,
+    trainer_of,
     write_qwen_folder,
 )
 from connectors import MLLMConfig, MLLMEncoder, fit_pixels, merge_lora, sample_frames, video_frame_sizes
@@ -268,6 +277,71 @@ def test_an_edit_is_reproducible_keeps_its_shape_and_survives_offload_and_tiles(
     other = model.edit(source, "Replace the sky.", [picture, picture], steps=2, seed=3, tile=1, offload_to="cpu")
     assert (plain.int() - other.int()).abs().max() <= 1
     assert not torch.equal(plain, model.edit(source, "Replace the sky.", [picture, picture], steps=2, seed=4))
+
+
+# Training
+
+
+def part_of(name):
+    if ".lora_" in name:
+        return "lora"
+    if name.startswith("dit."):
+        return "text_embedding" if ".text_embedding." in name else "dit"
+    return ".".join(name.split(".")[: 2 if name.startswith("mllm.") else 1])
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_step_changes_exactly_the_parameters_that_the_stage_trains(tmp_path, lesson, preset, stage):
+    with trainer_of(lesson, tmp_path, "global_batch=6", flags=["--preset", preset], stage=stage) as trainer:
+        model = trainer.model
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:  # zero at first, and then A would have no gradient
+                torch.nn.init.normal_(parameter)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        trainer.batches = iter(trainer.loader())
+        assert trainer.step()["skipped"] == 0
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    expected = {"lora", "mllm.image_queries", "mllm.connector"}
+    expected |= {"mllm.video_queries", "dit", "source_embedder"} if stage > 1 else set()
+    expected |= {"mllm.ref_queries", "mllm.ref_connector", "ref_embedder"} if stage > 2 else set()
+    assert changed == {name for name in before if part_of(name) in expected}
+
+
+def test_each_stage_starts_from_the_one_before_and_its_checkpoint_edits(tmp_path, lesson):
+    for stage in (1, 2, 3):
+        before = f"{tmp_path}/{stage - 1}" if stage > 1 else lesson / "weights"
+        go(lesson, tmp_path / str(stage), "--weights", before, stage=stage, settings=["steps=1"])
+    checkpoint = tmp_path / "3" / "step-000001" / "weights.safetensors"
+    model = KiwiEdit.from_pretrained(checkpoint, dtype=torch.float32, base=lesson / "weights")
+    assert small_edit(model).shape == (6, 32, 64, 3)
+    first, last = (load_file(tmp_path / stage / "step-000001" / "weights.safetensors") for stage in "13")
+    name = "mllm.model.model.language_model.layers.0.self_attn.q_proj.lora_B.default.weight"
+    assert first[name].any() and not torch.equal(first[name], last[name]) and first.keys() < last.keys()
+
+
+def test_a_run_killed_at_any_point_goes_on_to_the_same_weights_bit_for_bit(tmp_path, lesson):
+    settings = ["steps=7", "pixels=4096,6144", "optimizer=muon"]  # which has AdamW beside it
+    go(lesson, tmp_path / "whole", settings=settings)
+    dice, kills, out = random.Random(0), 0, tmp_path / "killed"
+    while True:
+        flags, before = ["--resume", "auto", "--save-every", "1", "--workers", kills % 3], steps_of(out)
+        process = begun(lesson, out, *flags, settings=settings)
+        while process.poll() is None and steps_of(out) <= before:
+            time.sleep(0.01)
+        time.sleep(dice.random() * 0.3)
+        if process.poll() is not None or kills == 3:
+            break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert process.wait(100) == 0, process.stderr.read()
+    assert kills and losses(out) == losses(tmp_path / "whole")
+    with pytest.raises(ValueError, match="was trained by muon: add --set optimizer=muon"):
+        go(lesson, out, "--resume", "auto", settings=settings[:2])
+    a, b = (load_file(run / "step-000007" / "weights.safetensors") for run in (tmp_path / "whole", out))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert sorted(p.name for p in out.iterdir() if "step" in p.name) == ["step-000005", "step-000006", "step-000007"]
 
 
 # The stories of README's "Change it"
