@@ -109,11 +109,14 @@ def find_example(data, index):
 def phases_of(checkpoint, weights):
     """What was trained up to a checkpoint, as a Markdown table, as far as the files are still there. Weights that were
     shipped themselves bring the rows of their card; runs of one phase are added up."""
-    rows = []
-    for path in [*(weights.parent / f"{part}.pt" for part in ("vae", "mllm", "dit")), checkpoint.parent / "decoder.pt"]:
-        if path.is_file():
-            state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-            rows.append([f"pretrain {path.stem}", 1, state["step"], 0, round(state["seconds"])])
+
+    def pretrained(folder, *parts):
+        for path in (folder / f"{part}.pt" for part in parts):
+            if path.is_file():
+                state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+                yield [f"pretrain {path.stem}", 1, state["step"], 0, round(state["seconds"])]
+
+    rows = list(pretrained(weights.parent, "vae", "mllm", "dit"))
     if (card := weights / "MODEL_CARD.md").is_file():
         lines = [line for line in card.read_text().splitlines() if line.startswith(("| pretrain ", "| train.py "))]
         for phase, *cells in (line.strip("| ").split(" | ") for line in lines):
@@ -121,6 +124,7 @@ def phases_of(checkpoint, weights):
     for folder, begun in reversed(list(checkpoints_before(checkpoint.parent))):
         done = json.loads((folder / "train.json").read_text())["counts"]
         rows.append([f"train.py stage {begun['stage']}", 1, done["step"], done["samples"], round(done["seconds"])])
+    rows += pretrained(checkpoint.parent, "decoder")
     phases = {}
     for phase, *numbers in rows:
         phases[phase] = [a + b for a, b in zip(phases.get(phase, [0] * 4), numbers)]
