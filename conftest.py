@@ -8,6 +8,7 @@ from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch, as the commands do
 if os.environ.get("KIWI_TEST_GPU") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = (
         ""  # bounds are those of float32 on a CPU; the kernels' tests alone are for both

@@ -69,6 +69,11 @@ def parse_arguments(argv=None):
             add("--dry-run", action="store_true", help="stop after the cost estimate")
             add("--allow-missing", action="store_true", help="average over what succeeded")
             add("--human", type=Path, metavar="CSV", help="item, rater, and people's scores, or what `people` saved")
+            add(
+                "--embedder",
+                metavar="PATH|HUB_ID",
+                help="a CLIP, for crop_similarity, e.g. openai/clip-vit-large-patch14",
+            )
             add("--set", action="append", default=[], metavar="NAME=VALUE", help="how to ask (docs/judging.md)")
         if judged or name == "people":
             add("--out", type=Path, default="out/judge", metavar="DIR", help="for the report (default %(default)s)")
@@ -427,21 +432,34 @@ class Row:
         return stdev(totals) if len(totals) > 1 else None
 
 
-METRICS_VERSION = "metrics/3"
+METRICS_VERSION = "metrics/4"
 
 
-def measure_all(items, ledger, out):
+def open_embedder(args):
+    """--embedder, a CLIP: pictures -> features of length 1; None without."""
+    if not args.embedder:
+        return None
+    from transformers import CLIPModel
+
+    from curators.paper import clip_features
+
+    model = CLIPModel.from_pretrained(local_path(args.embedder)).to(pick_device(args.settings.device)).eval()
+    return lambda images: clip_features(model, images)
+
+
+def measure_all(items, ledger, args):
     """Metrics of every item, those that the ledger knows already excepted -> rows."""
+    out, embed = args.out, open_embedder(args)
 
     def one(item):
         if not item.edit.is_file():
             return Row(item, error=f"missing: {item.edit}")
         try:
             refs = [item.ref, *wrong_references(items, item)] if item.ref else []
-            key = key_of_question(METRICS_VERSION, item.source, item.edit, *refs)
+            key = key_of_question(METRICS_VERSION, args.embedder, item.source, item.edit, *refs)
             media = out / "media" / key
             if key not in ledger.good or not media.with_name(f"{key}_edit.jpg").is_file():
-                values = measure_files(item.source, item.edit, refs, media)
+                values = measure_files(item.source, item.edit, refs, media, embed)
                 ledger.write(event="answer", ok=True, key=key, item=item.key, judge=METRICS_VERSION, metrics=values)
             return Row(item, ledger.good[key]["metrics"], media)
         except (MediaError, OSError) as error:
@@ -617,7 +635,8 @@ def metric_table(rows, allow_missing):
             known = [value for value in values if value is not None]
             mean = mean_of([known], len(of_task) - len(done), allow_missing) if known else "–"
             cells.append(f"{mean}, {nothing} undefined" if known and nothing else mean)
-        table.append([name, better, *cells])
+        if any(str(cell) != "–" for cell in cells):
+            table.append([name, better, *cells])
     return table
 
 
@@ -809,7 +828,7 @@ def score(args):
         judge = make_judge(args)
         if judge and args.dry_run:
             return announce(questions_of([item for item in items if item.edit.is_file()], args), ledger, args)
-        rows = measure_all(items, ledger, args.out)
+        rows = measure_all(items, ledger, args)
         print(f"metrics     {sum(bool(row.metrics) for row in rows)} of {len(rows)} items")
         if judge:
             questions = questions_of([row.item for row in rows if row.error is None], args)
@@ -942,7 +961,7 @@ def compare(args):
         if judge and args.dry_run:
             there = [(a, b) for a, b in zip(*sides) if a.edit.is_file() and b.edit.is_file()]
             return announce([q for a, b in there for q in both_orders(args, a, b)], ledger, args)
-        pairs = list(zip(*(measure_all(items, ledger, args.out) for items in sides)))
+        pairs = list(zip(*(measure_all(items, ledger, args) for items in sides)))
         lost = {a.item.key: a.error or b.error for a, b in pairs if a.error or b.error}
         if judge:
             questions = [q for a, b in pairs if a.item.key not in lost for q in both_orders(args, a.item, b.item)]

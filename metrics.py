@@ -65,6 +65,8 @@ METRICS = {  # name: (better when, formula and range, what it cannot see)
                              "shape, identity, text: a red hat and a red shoe of one cloth look alike"),
     "reference_gain": ("higher", "reference_similarity minus the unedited source's in the same places; -1..1",
                        "the same; a source that looked like the reference has little to gain"),
+    "crop_similarity": ("higher", "cosine of CLIP's features of the reference and of the edit's changed region, with "
+                        "--embedder", "the same thing in another pose; what stands around it in the region counts"),
 }  # fmt: skip
 WORST = {"preserved_psnr": 0.0, "preserved_ssim": 0.0}  # what an undefined value counts as
 
@@ -300,6 +302,16 @@ def reference_scores(source, edit, change, refs):
     return [(of_edit, of_edit - of_source) for of_source, of_edit in totals.tolist()]
 
 
+def crop_similarity(edit, changed, ref, embed):
+    """Mean cosine between a reference, uint8 (h, w, 3), and the box around the changed blocks of up to five frames."""
+    crops = []
+    for t in torch.linspace(0, len(edit) - 1, min(5, len(edit))).round().long().tolist():
+        rows, columns = (changed[t].any(axis).nonzero()[:, 0] * BLOCK for axis in (1, 0))
+        if len(rows):
+            crops.append(edit[t, rows[0] : rows[-1] + BLOCK, columns[0] : columns[-1] + BLOCK])
+    return (embed(crops) @ embed([ref])[0]).mean().item() if crops else None
+
+
 def load_pair(source_path, edit_path, max_pixels=PIXELS):
     """Source and edit, frame by frame, uint8 (T, H, W, 3) at the edit's aspect, and the frame rate.
 
@@ -331,10 +343,11 @@ def read_reference(path):
     return as_float(resize(image[None], [max(32, round(n * scale)) for n in image.shape[:2]]))
 
 
-def measure_files(source_path, edit_path, refs, media):
+def measure_files(source_path, edit_path, refs, media, embed=None):
     """`measure` of an edit, and two numbers of the re-encoded source, which every real edit should beat.
 
-    refs: paths, the true one first. Leaves small clips and their posters, <media>_source and <media>_edit.
+    refs: paths, the true one first. embed: pictures -> features of length 1. Leaves small clips and their
+    posters, <media>_source and <media>_edit.
     """
     source, edit, fps = load_pair(source_path, edit_path)
     copy = write_media(media, source, edit, fps, refs[0] if refs else None)
@@ -342,8 +355,11 @@ def measure_files(source_path, edit_path, refs, media):
     for ref in refs[1:]:
         with suppress(MediaError):  # one that is broken is its own item's trouble, and not this one's
             pictures.append(read_reference(ref))
-    source, edit, copy = map(as_float, (source, edit, copy))
+    frames, (source, edit, copy) = edit, map(as_float, (source, edit, copy))
     out, change = measure(source, edit, pictures), change_map(source, copy)
+    if embed and refs:
+        changed = changed_blocks(change_map(source, edit))
+        out["crop_similarity"] = crop_similarity(frames, changed, read_image(refs[0]), embed)
     gain = reference_scores(source, copy, change, pictures[:1])[0][1] if pictures else None
     return out | {"control_copy_strength": change.mean().item() * 255, "control_copy_gain": gain}
 

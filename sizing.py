@@ -55,7 +55,8 @@ def memory(config, stage, shape, gpus=1, cache=False, quantise=None, checkpointi
     sharded = gpus > 1 or "dit" in stage.trains
     share = gpus if sharded else 1
     trained = sum(part[2] for part in parts.values())
-    frozen = sum(2 * other + linears * (1 if quantise else 2) for other, linears, _ in parts.values())
+    linears = sum(part[1] for part in parts.values())  # FSDP2 shards parameters, which 8-bit weights are not
+    frozen = 2 * sum(part[0] for part in parts.values()) / share + (linears if quantise else 2 * linears / share)
     rest = sum(sum(part) for part in parts.values()) - parts["dit"][1] - parts.get("language model", (0, 0, 0))[1]
     gathered = (
         2 * (2 * max(block, layer) + (rest - parts["dit"][2] if "dit" in stage.trains else rest)) if sharded else 0
@@ -64,7 +65,7 @@ def memory(config, stage, shape, gpus=1, cache=False, quantise=None, checkpointi
         (10 if quantise else 2) * config.dit.dim * config.dit.ffn_dim
     )  # one weight: 8 -> 32 -> 16 bits, or laid out anew
     return {
-        "frozen weights": frozen / share, "trained weights": 4 * trained / share, "gathered": gathered,
+        "frozen weights": frozen, "trained weights": 4 * trained / share, "gathered": gathered,
         "gradients": 4 * trained / share, "moments": 8 * trained / share,
         "average": 4 * trained / share * (stage.ema > 0),
         "activations": activations(config, stage, shape, cache, checkpointing) + copied,

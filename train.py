@@ -43,6 +43,7 @@ where training starts (--weights): a run (its last checkpoint), a checkpoint fol
 several processes (torchrun): data parallel by --parallel; --sp N of them share each sequence.
 watch a run by metrics.jsonl, TensorBoard if installed, and `python train.py --plot RUN` (an SVG).
 """
+KIWI = "linyq/kiwi-edit-5b-instruct-reference-diffusers"  # what a LoRA is trained on by default
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16
 
 
@@ -136,8 +137,10 @@ def parse_arguments(argv=None):
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
     if (args.export or args.export_lora) and args.out is None:
         parser.error("--export and --export-lora need --out")
-    if args.stage is None and args.preset == "lora":
-        args.stage = 3
+    if args.preset == "lora":
+        args.stage = args.stage or 3
+        if args.config == "wan22_5b" and args.init == "weights":
+            args.weights = args.weights or (None if args.base else KIWI)
     if not (args.plot or args.export or args.export_lora) and args.stage is None:
         parser.error("--stage is needed, or --preset lora")
     if args.out is None and args.stage:
@@ -222,10 +225,8 @@ class Trainer:
 
     def __init__(self, args, stage, ranks, model, data, cache):
         self.args, self.stage, self.ranks, self.model, self.data, self.cache = args, stage, ranks, model, data, cache
-        self.out, self.counts = (
-            Path(args.out),
-            Counter(step=0, updates=0, samples=0, tokens=0, bad=0, skipped=0, seconds=0.0),
-        )
+        self.out = Path(args.out)
+        self.counts = Counter(step=0, updates=0, samples=0, tokens=0, bad=0, skipped=0, seconds=0.0)
         self.module = parallelise(model, ranks, args.checkpointing)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.updated = {name: of_one_rank(p, ranks) for name, p in self.trained.items()}
@@ -257,7 +258,7 @@ class Trainer:
         args, stage, counts, saved = self.args, self.stage, self.counts, time.monotonic()
         if self.ranks.first:
             write_config(args, stage, self.model, self.out)
-            cut_log(self.out / "metrics.jsonl", counts["step"])
+            cut_log(self.out / "metrics.jsonl", counts["step"] or -1)
             cut_log(self.out / "bad.jsonl", counts["step"])
             print(self.summary(), file=sys.stderr)
         self.batches = iter(self.loader())

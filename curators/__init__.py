@@ -6,6 +6,8 @@ paper names: a plain twin and a heavy one with the same methods, each about one 
     embed([picture, ...]) -> (N, D) of length 1          preflight(): is everything there? setup(stage): load it
 """
 
+import os
+from functools import lru_cache
 from itertools import islice
 
 from media import MediaError, decode, measure, open_media
@@ -35,9 +37,14 @@ def frame_at(path, index):
     raise MediaError(f"{path}: has no frame {index}")
 
 
+@lru_cache(maxsize=4096)
+def measured(path, state):
+    return measure(path)[0]
+
+
 def moments(source, target):
     """How many frames two clips have in common. MediaError if their lengths differ by more than a cut to 4k + 1."""
-    before, after = (measure(path)[0] for path in (source, target))
+    before, after = (measured(path, os.stat(path).st_mtime_ns) for path in (source, target))
     if abs(before - after) > 0.1 * after + 2:
         raise MediaError(f"{target}: has {after} frames, its source {before}: not the same moments")
     return min(before, after)

@@ -2,7 +2,7 @@
 
     source, target clips -> 12 moments (T, 3, h, w) of at most 320x180 -> CIELAB difference (T, h, w) -> what changed
       subject: its main part, grown by colour (GrabCut) -> cut out of the full key frame, its rim's colours estimated
-      background: what stayed is the foreground -> filled from other moments, the camera undone, then by shift map
+      background: what stayed is the foreground -> filled by shift map
 
 Sees how strong an edit is, whether it stays in its place and is there all the time, and a colour that the words name.
 Does not see what was asked for, whether it looks natural, what an object is. So it rejects what looks broken: several
@@ -11,7 +11,9 @@ opencv (opencv-contrib-python-headless) is optional: GrabCut and shift maps have
 """
 
 import math
+import os
 import re
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -44,7 +46,14 @@ except ImportError:
 
 def frames_at(path, wanted, max_pixels):
     """Frames by their indices, as far as the clip has them, shrunk: uint8 (T, H, W, 3), and their indices."""
-    frames, indices, wanted = [], [], sorted(set(wanted))
+    return decoded(
+        path, os.stat(path).st_mtime_ns if os.path.exists(path) else 0, tuple(sorted(set(wanted))), max_pixels
+    )
+
+
+@lru_cache(maxsize=64)  # of 2 MB at most: a small run decodes each clip once
+def decoded(path, state, wanted, max_pixels):
+    frames, indices = [], []
     with open_media(path) as (container, stream):
         for number, (_, rgb) in enumerate(decode(path, container, stream)):
             if number in wanted:
@@ -84,7 +93,7 @@ def split_value(values):
 
 def body(apart, kind):
     """What is to be masked, bool (T, H, W): the changed region, or before a new background what stayed."""
-    return clean(apart > split_value(apart), 0.25) if kind == "subject" else clean(apart < split_value(apart), 0.05)
+    return clean(apart > split_value(apart), 0.25) if kind == "subject" else clean(apart < split_value(apart), 0.12)
 
 
 # ---- masks
@@ -250,41 +259,19 @@ def guided(x, guide, radius, strength=1e-3):
     return mean(a) * guide + mean(mean(x) - a * mean(guide))
 
 
-def without_foreground(frames, foreground, key):
-    """Frame `key` of uint8 (T, H, W, 3) with what lies behind its foreground, bool (T, h, w): uint8 (H, W, 3).
-
-    First from the frames that show it, moved by the camera's way between them; then, for what none of them shows, from
-    like surroundings. Rejected if that would be more than 20 % of the picture, or 4 % without opencv's shift map.
-    """
-    small = luma(as_float(resize(frames, foreground.shape[1:])))
-    grown = grow(foreground[:, None].float(), 4)  # shadows and soft borders belong to it
-    height, width = frames.shape[1:3]
-    hole = F.interpolate(grown[key : key + 1], (height, width))[0, 0] > 0.5
-    picture = as_float(frames[key : key + 1])
-    seen = []
-    for t in range(len(frames)):
-        if t == key or not (1 - grown[t : t + 1])[grown[key : key + 1] > 0.5].any() and t % 3:
-            continue
-        way, error = camera_way(
-            small[t : t + 1], small[key : key + 1], (1 - grown[key : key + 1]) * (1 - grown[t : t + 1])
-        )
-        if error > 0.04:
-            continue
-        grid = F.affine_grid(way[None], (1, 3, height, width), align_corners=False)[:, hole][:, None]  # (1, 1, N, 2)
-        moved = F.grid_sample(as_float(frames[t : t + 1]), grid, padding_mode="border", align_corners=False)[0, :, 0]
-        known = F.grid_sample(1 - grown[t : t + 1], grid, align_corners=False)[0, 0, 0] > 0.99
-        seen.append(torch.where(known, moved, math.nan))
-    unknown = hole.clone()
-    if seen:
-        found = torch.stack(seen).nanmedian(dim=0).values  # (3, pixels of the hole)
-        picture[0, :, hole] = found.nan_to_num()
-        unknown[hole] = found[0].isnan()
+def without_foreground(frame, foreground):
+    """A frame uint8 (H, W, 3) with its foreground, bool (H, W), filled from like surroundings. Rejected if that is more
+    than 20 % of the picture, or 4 % without opencv's shift map."""
+    unknown = (
+        grow(foreground[None, None].float(), max(4, min(foreground.shape) // 50))[0, 0] > 0.5
+    )  # shadows, soft rims
     if unknown.float().mean() > (0.2 if cv2 else 0.04):
         raise Rejected(f"{unknown.float().mean():.0%} of the background is never seen")
-    return as_uint8(from_surroundings(picture, ~unknown[None, None]))[0] if not cv2 else shift_map(picture, unknown)
+    picture = as_float(frame[None])
+    return shift_map(picture, unknown) if cv2 else as_uint8(from_surroundings(picture, ~unknown[None, None]))[0]
 
 
-def shift_map(picture, unknown, pixels=400 * 225):
+def shift_map(picture, unknown, pixels=360 * 200):
     """Fill `unknown`, bool (H, W), of a picture (1, 3, H, W) with copies of like surroundings (He and Sun, 2012)."""
     full = as_uint8(picture)[0]
     if not unknown.any():
@@ -316,44 +303,6 @@ def from_surroundings(picture, known):
     return picture * known + (1 - known) * F.interpolate(
         coarse, picture.shape[2:], mode="bilinear", align_corners=False
     )
-
-
-def camera_way(moving, fixed, weight):
-    """Shift, zoom and roll that lay `moving` on `fixed`, lumas (1, 1, h, w), where weight (1, 1, h, w) is 1.
-
-    -> theta (2, 3) for affine_grid, and the mean difference that is left. Gauss-Newton from coarse to fine
-    (Lucas and Kanade, 1981); differences that stay large count little, as they belong to what moves on its own.
-    """
-    height, width = fixed.shape[2:]
-    unit = max(height, width) / 2
-    p = torch.zeros(4)  # zoom, roll, shift in units of half the longer side
-    for level in (8, 4, 2, 1):
-        size = [max(side // level, 8) for side in (height, width)]
-        a, b, w = (F.interpolate(x, size, mode="area") for x in (moving, fixed, weight))
-        ys, xs = ((torch.arange(n) + 0.5) / n * 2 - 1 for n in size)
-        y, x = torch.meshgrid(ys * height / 2 / unit, xs * width / 2 / unit, indexing="ij")
-        for _ in range(8 if level > 1 else 3):
-            grid = F.affine_grid(way_matrix(p, height, width)[None], a.shape, align_corners=False)
-            warped = F.grid_sample(a, grid, padding_mode="border", align_corners=False)
-            seen = F.grid_sample(torch.ones_like(a), grid, align_corners=False)
-            gy, gx = torch.gradient(warped[0, 0])
-            gx, gy = gx * size[1] / width * unit, gy * size[0] / height * unit
-            rest = (b - warped)[0, 0]
-            use = (w * seen)[0, 0]
-            error = (rest.abs() * use).sum().item() / max(use.sum().item(), 1e-6)
-            steps = torch.stack([gx * x + gy * y, gy * x - gx * y, gx, gy], dim=-1).flatten(0, 1)
-            robust = (use / (1 + (rest / 0.05) ** 2)).flatten()
-            normal = steps.T @ (steps * robust[:, None]) + 1e-4 * torch.eye(4)
-            p = p + torch.linalg.solve(normal, steps.T @ (robust * rest.flatten()))
-    return way_matrix(p, height, width), error if use.mean() > 0.1 else 1.0
-
-
-def way_matrix(p, height, width):
-    """Zoom, roll and shift as theta (2, 3) in affine_grid's coordinates, where both sides go from -1 to 1."""
-    zoom, roll, right, down = p.tolist()
-    unit = max(height, width)
-    return torch.tensor([[1 + zoom, -roll * height / width, right * unit / width],
-                         [roll * width / height, 1 + zoom, down * unit / height]])  # fmt: skip
 
 
 # ---- numbers
@@ -509,11 +458,8 @@ class Classical:
         """A subject cut out of the key frame, or the key frame without its foreground: uint8 (H, W, 3)."""
         if row["kind"] == "subject":
             return cut_out(frame_at(target_path, row["key"]), mask)
-        source, target, indices = look_at_pair(source_path, target_path)
-        foreground = body(difference(source, target), "background")
-        foreground[indices.index(row["key"])] |= resized(mask, foreground.shape[1:])
-        frames, _ = frames_at(target_path, indices, FILL_PIXELS)
-        return without_foreground(frames, foreground, indices.index(row["key"]))
+        frame = frames_at(target_path, [row["key"]], FILL_PIXELS)[0][0]
+        return without_foreground(frame, resized(mask, frame.shape[:2]))
 
     def verify(self, source_path, target_path, ref_path, row):
         """Does the reference show the edit, upright and whole, and is it there at other moments? (bool, reason)"""

@@ -57,7 +57,7 @@ def write_results(args, ledger, bases, rejects):
         rejects,
     )
     text = counts.markdown() + ("\n" + pair_by_pair(told) if counts.total <= len(told) else "")
-    for name, content in (("funnel.md", text), ("funnel.svg", counts.svg()), ("statistics.json", counts.statistics())):
+    for name, content in (("funnel.md", text), ("statistics.json", counts.statistics())):
         write_text(out / name, content)
     return text, counts, common
 
@@ -190,17 +190,6 @@ class Funnel:
             "left_at_a_threshold_of": curve,
         }, indent=1)  # fmt: skip
 
-    def svg(self, width=640, bar=26):
-        """The funnel as bars."""
-        parts, steps = [], self.steps()
-        for i, (name, number) in enumerate(steps):
-            part, y = number / max(self.total, 1), bar * i
-            parts.append(f'<text x="100" y="{y + 20}" text-anchor="end">{name}</text>')
-            parts.append(f'<rect x="110" y="{y + 6}" width="{380 * part:.1f}" height="{bar - 8}" fill="#4477aa"/>')
-            parts.append(f'<text x="{118 + 380 * part:.1f}" y="{y + 20}">{number} ({part:.0%})</text>')
-        head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {bar * len(steps) + 8}" width="{width}"'
-        return f'{head} font-family="sans-serif" font-size="13">{"".join(parts)}</svg>'
-
 
 def short(reason):
     """A reason without the file, line or number that it speaks of, so that one reason is counted as one."""
@@ -250,7 +239,13 @@ def write_page(args, ledger, bases, rows, counts, told, rejects):
 
     with ThreadPoolExecutor(args.workers) as pool:
         cards = list(tqdm(pool.map(card, rows), total=len(rows), desc="page", mininterval=1))
-    values = dict(cards=cards, funnel=counts.svg(), reasons=counts.rows(), rejects=rejects, kept=counts.kinds.total())
+    values = dict(
+        cards=cards,
+        steps=[(name, n, n / max(counts.total, 1)) for name, n in counts.steps()],
+        reasons=counts.rows(),
+        rejects=rejects,
+        kept=counts.kinds.total(),
+    )
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in pair_by_pair(told).splitlines()]
     write_text(
         ledger.out / "page.html",

@@ -46,6 +46,12 @@ def test_a_file_imports_only_from_floors_below_its_own(path):
         assert FLOORS[name] < FLOORS[own], f"{path} imports {name}"
 
 
+def test_the_readme_names_every_file_of_the_house():
+    text = (HOUSE / "README.md").read_text()
+    files = {path.parts[0] for path in FILES if path.parts[0] not in ("tests", "conftest.py")}
+    assert not [name for name in files if f"`{name}`" not in text and f"`{name}/`" not in text]
+
+
 PROSE = "\n".join(path.read_text() for path in (HOUSE / "README.md", *sorted(HOUSE.glob("docs/*.md"))))
 
 

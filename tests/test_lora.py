@@ -1,8 +1,10 @@
 """Tests of lora.py, sizing.py and `train.py --preset lora`"""
 
+import importlib
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -23,7 +25,7 @@ from model import PRESETS, KiwiEdit
 
 A, B = torch.Generator().manual_seed(1), torch.Generator().manual_seed(2)
 DOWN, UP = torch.randn(4, 64, generator=A), torch.randn(64, 4, generator=B)
-LAYER = "blocks.1.self_attn.q"
+LAYER, SCALE = "blocks.1.self_attn.q", torch.ones(())
 DIALECTS = {  # layer, names of the two matrices, what else there is; factor of the update
     "diffusers": ("transformer.blocks.1.attn1.to_q", "lora_A.weight lora_B.weight", {}, 1.0),
     "comfy": (f"diffusion_model.{LAYER}", "lora_down.weight lora_up.weight", {"alpha": torch.tensor(2)}, 0.5),
@@ -31,8 +33,7 @@ DIALECTS = {  # layer, names of the two matrices, what else there is; factor of 
     "kohya": ("lora_unet_blocks_1_self_attn_q", "lora_down.weight lora_up.weight", {"alpha": torch.tensor(8.0)}, 2.0),
     "musubi": ("lora_unet__blocks_1_self_attn_q", "lora_down.weight lora_up.weight", {}, 1.0),
     "diffsynth": (LAYER, "lora_A.default.weight lora_B.default.weight", {}, 1.0),
-    "fastvideo": ("blocks.1.attn1.to_q", "lora_A lora_B", {"lora_rank": torch.tensor(4), "lora_alpha": torch.ones(()) * 4},
-                  1.0),
+    "fastvideo": ("blocks.1.attn1.to_q", "lora_A lora_B", {"lora_rank": torch.tensor(4), "lora_alpha": 4 * SCALE}, 1.0),
 }  # fmt: skip
 
 
@@ -264,5 +265,16 @@ def test_a_dry_run_needs_no_weights_and_says_which_cards_fit(capsys):
         assert "49x480x832" in said and "dit.lora" in said
         fits[name] = re.search(r"fits cards of (\d+)", said)[1]
     assert fits == {"16 bits": "16", "8 bits": "12"}
+    assert "kiwi-edit-5b" in train.parse_arguments(["--preset", "lora"]).weights, "a LoRA starts from the release"
     train.main(["--config", "wan21_14b", "--preset", "released", "--stage", "2", "--gpus", "8", "--dry-run"])
     assert "GiB of a card (8 cards, 49x" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe, count", [("finetune", 5), ("paper_stages", 4)])
+def test_a_recipe_is_bash_whose_commands_parse(recipe, count):
+    tell = 'python() { printf "%q " "$@"; echo; }; torchrun() { shift 2; python "$@"; }\n'
+    done = subprocess.run(["bash", "-c", f"{tell}. {HOUSE}/runs/{recipe}.sh"], capture_output=True, text=True)
+    lines = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert len(lines) == count, done.stderr
+    for program, *words in lines:
+        importlib.import_module(program.removesuffix(".py")).parse_arguments(words)

@@ -103,11 +103,20 @@ def test_the_small_clips_of_the_page_are_as_long_as_the_edit_and_near_it(tmp_pat
     assert (tmp_path / "x_edit.jpg").is_file() and (tmp_path / "x_edit.mp4").is_file() == (count > 1)
 
 
+def test_the_changed_region_is_compared_with_the_reference_by_features_if_there_are_any():
+    edit, changed = torch.zeros(3, 32, 32, 3, dtype=torch.uint8), torch.zeros(3, 4, 4, dtype=torch.bool)
+    changed[:, 1:3, 2], seen = True, []
+    embed = lambda images: (seen.extend(images), torch.eye(2)[[len(image) % 2 for image in images]])[1]
+    assert metrics.crop_similarity(edit, changed, torch.zeros(5, 5, 3), embed) == 0  # 16 rows are even, 5 are odd
+    assert [tuple(image.shape) for image in seen] == [(16, 8, 3)] * 3 + [(5, 5, 3)]
+    assert metrics.crop_similarity(edit, changed & False, None, embed) is None
+
+
 @demo
 def test_metrics_rank_real_edits_above_the_copy_and_a_wrong_reference(tmp_path, capsys):
     edits = SHARED / "demo" / "edits" / "refvie"
-    judge.main(["score", "--bench", "refvie", str(SHARED / "demo" / "refvie_bench.yaml"), "--edits", str(edits), "--out",
-                str(tmp_path)])  # fmt: skip
+    words = ["score", "--bench", "refvie", SHARED / "demo" / "refvie_bench.yaml", "--edits", edits, "--out", tmp_path]
+    judge.main(list(map(str, words)))
     table = {line.split(" | ")[0]: line.split(" | ")[1:] for line in capsys.readouterr().out.splitlines()}
     held = [int(table[what][0]) for what in table if what.startswith("| reference_gain is")]
     assert len(held) == 2 and all(n >= 5 for n in held)

@@ -61,11 +61,13 @@ def test_tables_and_plots_are_written_and_their_words_escaped():
 @chromium
 def test_items_are_sorted_filtered_and_escaped(pages):
     told = in_browser(pages / "openve.html", """
-        const keys = () => items.filter(i => !i.hidden).map(i => i.dataset.key), out = [document.querySelector('.verdict').innerText];
+        const keys = () => items.filter(i => !i.hidden).map(i => i.dataset.key);
+        const out = [document.querySelector('.verdict').innerText];
         $('sort').value = 'edit_strength'; show(); out.push(keys());
         $('order').click(); out.push(keys());
         $('task').value = 'local_add'; show(); out.push(keys());
-        $('words').value = '<b>1'; show(); out.push(keys(), $('count').textContent, document.querySelectorAll('#items b b').length);
+        $('words').value = '<b>1'; show();
+        out.push(keys(), $('count').textContent, document.querySelectorAll('#items b b').length);
         return out;""")  # fmt: skip
     verdict, lowest, highest, of_task, found, count, bold = told
     assert verdict.startswith("No judge was asked") and lowest == highest[::-1] and len(lowest) == 3
