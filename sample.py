@@ -54,7 +54,7 @@ def parse_arguments(argv=None):
     add("--lora", nargs="+", default=[], metavar="FILE[:SCALE]", help="LoRA of the DiT, in any dialect, one or more")
     add("--quantise", choices=("fp8", "int8"), help="linears in 8 bits: half the memory, a little less exact")
     add("--steps", type=positive, help="denoising steps (default: 50; nano 2)")
-    add("--solver", choices=("euler", "ab2"), default="euler", help="ab2: as good in half the steps (default euler)")
+    add("--solver", choices=("euler", "ab2"), default="euler", help="ab2: as good in 3 of 4 steps (default euler)")
     add("--reuse", type=float, default=0.0, metavar="T", help="skip a forward while v is predicted to change by less "
         "than T, e.g. 0.02 (default: never)")
     add("--re-noise", type=timesteps, default=(), metavar="T,T,...", help="the steps of distilled weights, e.g. "
