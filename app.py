@@ -14,6 +14,8 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: busy-waiting threads slow small steps tenfold
+
 NANO = Path(__file__).parent / "weights" / "nano"
 SIDE_BY_SIDE = """
 <div style="position:relative;line-height:0">

@@ -18,9 +18,12 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: busy-waiting threads slow small steps tenfold
 
 EXAMPLES = """examples:
   python curate.py pairs.csv --out out/refvie                                    # no weights, about two seconds a pair
@@ -148,7 +151,6 @@ if __name__ == "__main__":
 import base64
 import errno
 import importlib
-import os
 import shlex
 import threading
 import time

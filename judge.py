@@ -29,6 +29,8 @@ from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: busy-waiting threads slow small steps tenfold
+
 EXAMPLES = """examples:
   python judge.py run --bench refvie refvie_bench.yaml --weights weights/nano --edits out/edits
   python judge.py score --bench refvie refvie_bench.yaml --edits out/edits --judge gemini-3-flash-preview

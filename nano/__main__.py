@@ -6,9 +6,12 @@ assets, data -> clips and their truth    pretrain -> the VAE, MLLM and DiT that 
 
 import argparse
 import json
+import os
 import sys
 from importlib import import_module
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: busy-waiting threads slow small steps tenfold
 
 EXAMPLES = """examples:
   python -m nano assets ../assets && python -m nano data ../nano_train --assets ../assets --clips 4000
