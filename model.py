@@ -498,12 +498,10 @@ class KiwiEdit(nn.Module):
         if config.mllm:
             other["mllm."] = config.mllm.encoder != MLLMConfig.encoder
         foreign = tuple(prefix for prefix, chosen in other.items() if chosen)
-        left = sorted(name for name in files if name.startswith(foreign) and name not in model.state_dict())
+        own = model.state_dict().keys()
+        left = sorted(name for name in files if name.startswith(foreign) and name not in own)
         if left:
-            print(
-                f"note: source={config.source} has no place for {listed('tensors of the weights', left, 3)}",
-                file=sys.stderr,
-            )
+            print(f"note: this model has no place for {listed('tensors of the weights', left, 3)}", file=sys.stderr)
             files.drop(left)
         missing = load_weights(model, files, partial=True, device=device, dtype=dtype)
         additions = model.additions()
