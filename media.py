@@ -313,6 +313,8 @@ def shown_frames(container, stream) -> int:
     re-encoding, which leaves packets in the file that its edit list hides.
     """
     length = stream.duration * stream.time_base if stream.duration else Fraction(container.duration or 0, 10**6)
+    if not stream.duration and "matroska" in container.format.name and stream.start_time:
+        length = max(length - stream.start_time * stream.time_base, 0)  # there a duration is the time of the end
     return round(length * frame_rate(stream)) or stream.frames
 
 
