@@ -13,9 +13,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch, as the commands do
 if os.environ.get("KIWI_TEST_GPU") != "1":
-    os.environ["CUDA_VISIBLE_DEVICES"] = (
-        ""  # bounds are those of float32 on a CPU; the kernels' tests alone are for both
-    )
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bounds are those of float32 on a CPU; kernels' tests are for both
 
 import av
 import numpy as np
@@ -32,6 +30,7 @@ import start
 import train
 from connectors import MLLMConfig
 from dit import DiTConfig
+from load import load_weights
 from media import write_image, write_video
 from model import KiwiConfig, KiwiEdit
 from nano.__main__ import main as nano_main
@@ -451,3 +450,15 @@ def begun(lesson, out, *flags, settings=()):
 
 def steps_of(out):
     return (out / "metrics.jsonl").read_text().count("\n") if (out / "metrics.jsonl").exists() else 0
+
+
+def golden_pipeline():
+    spec = recorded("pipeline.json")
+    e = recorded("mllm.json")["encoder"]
+    mllm = MLLMConfig(str(GOLDEN / "mllm"), e["dit_dim"], 6, 8, 10, e["max_object_token"])
+    model = KiwiEdit(KiwiConfig(golden_dit_config(spec["dit_config"]), golden_vae_config("2.2"), mllm))
+    weights = recorded("pipeline_dit_weights.safetensors")
+    weights |= {f"vae.{k}": v for k, v in recorded("vae22_weights.safetensors").items()}
+    weights |= {f"mllm.{k}": v for k, v in recorded("mllm_weights.safetensors").items()}
+    load_weights(model, weights)
+    return model, spec, recorded("pipeline_cases.safetensors")

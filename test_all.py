@@ -27,8 +27,7 @@ from conftest import (
     close,
     go,
     golden,
-    golden_dit_config,
-    golden_vae_config,
+    golden_pipeline,
     losses,
     manifest,
     moving_picture,
@@ -41,10 +40,10 @@ from conftest import (
     trainer_of,
     write_qwen_folder,
 )
-from connectors import MLLMConfig, MLLMEncoder, fit_pixels, merge_lora, sample_frames, video_frame_sizes
+from connectors import MLLMEncoder, fit_pixels, merge_lora, sample_frames, video_frame_sizes
 from dit import DiT
 from load import load_weights, our_name
-from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit
+from model import PRESETS, FlowMatch, KiwiEdit
 from vae import VAE
 
 # Parity with the release
@@ -130,18 +129,6 @@ def test_the_schedules_match_the_release():
         t, sigma, weight = (torch.tensor([r[name] for r in sampled]) for name in names)
         ours = FlowMatch().training_sigmas(t)
         assert torch.allclose(ours[0], sigma, atol=1e-6) and torch.allclose(ours[1], weight, atol=1e-5), suffix
-
-
-def golden_pipeline():
-    spec = recorded("pipeline.json")
-    e = recorded("mllm.json")["encoder"]
-    mllm = MLLMConfig(str(GOLDEN / "mllm"), e["dit_dim"], 6, 8, 10, e["max_object_token"])
-    model = KiwiEdit(KiwiConfig(golden_dit_config(spec["dit_config"]), golden_vae_config("2.2"), mllm))
-    weights = recorded("pipeline_dit_weights.safetensors")
-    weights |= {f"vae.{k}": v for k, v in recorded("vae22_weights.safetensors").items()}
-    weights |= {f"mllm.{k}": v for k, v in recorded("mllm_weights.safetensors").items()}
-    load_weights(model, weights)
-    return model, spec, recorded("pipeline_cases.safetensors")
 
 
 @golden

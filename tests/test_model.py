@@ -9,22 +9,17 @@ import torch
 
 import train
 from conftest import (
-    GOLDEN,
     close,
     golden,
-    golden_dit_config,
-    golden_vae_config,
     manifest,
     moving_picture,
     randomise,
-    recorded,
     save_diffusers_layout,
     save_training_layout,
     small_edit,
     small_model,
     tiny_dit,
 )
-from connectors import MLLMConfig
 from dit import DiT
 from load import TensorFiles, load_weights
 from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit, balance_weights, read_weights, working_on
@@ -58,18 +53,6 @@ def test_a_balanced_loss_hears_a_small_change_and_a_small_rest():
     assert torch.allclose(loss, weight * (weights[:1] * error.square()).mean(), rtol=1e-5)
     with pytest.raises(ValueError, match="needs the source"):
         replace(train.STAGES["paper"][1], balance=True)  # the DiT of stage 1 sees no source
-
-
-def golden_pipeline():
-    spec = recorded("pipeline.json")
-    e = recorded("mllm.json")["encoder"]
-    mllm = MLLMConfig(str(GOLDEN / "mllm"), e["dit_dim"], 6, 8, 10, e["max_object_token"])
-    model = KiwiEdit(KiwiConfig(golden_dit_config(spec["dit_config"]), golden_vae_config("2.2"), mllm))
-    weights = recorded("pipeline_dit_weights.safetensors")
-    weights |= {f"vae.{k}": v for k, v in recorded("vae22_weights.safetensors").items()}
-    weights |= {f"mllm.{k}": v for k, v in recorded("mllm_weights.safetensors").items()}
-    load_weights(model, weights)
-    return model, spec, recorded("pipeline_cases.safetensors")
 
 
 def denoiser(**changes):
