@@ -36,7 +36,6 @@ MAX_RATE = 300  # frames a second; more is a container's unit of time, such as M
 # Pixel format and x264's options. Without mbtree the bytes depend on the frames alone: it reads uninitialised memory.
 SAME_BYTES = {"preset": "medium", "x264-params": "mbtree=0"}
 VIDEO_CODEC = ("yuv420p", {"crf": "16", **SAME_BYTES})  # near lossless
-SMALL_VIDEO_CODEC = ("yuv420p", {"crf": "28", **SAME_BYTES})  # to look at on a page
 EXACT_VIDEO_CODEC = ("yuv444p", {"crf": "4", **SAME_BYTES})  # for small frames, where VIDEO_CODEC costs 15 dB
 SMALL_FRAME = 3 * 256 * 256  # values of such a frame, e.g. the nano model's
 HDR = (16, 18)  # transfer functions PQ and HLG
@@ -466,7 +465,7 @@ def write_video(path, frames, fps, audio_from=None, codec=VIDEO_CODEC, count=Non
     frames (H, W, 3), which are written as they come.
 
     audio_from: a file whose sound, if it has any, is kept for the length of the clip. Sound that cannot be kept
-    is reported on stderr and never costs the video. codec: VIDEO_CODEC, SMALL_VIDEO_CODEC or EXACT_VIDEO_CODEC.
+    is reported on stderr and never costs the video. codec: VIDEO_CODEC or EXACT_VIDEO_CODEC.
     ValueError without frames, or for a rate of 0. MediaError where the file cannot be written.
     """
     count = len(frames) if count is None else count
@@ -513,7 +512,7 @@ def mux_video(path, frames, size, fps, duration, audio_from, codec):
         context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
         context.color_range = 1  # limited
         try:
-            sound_track(out, source, duration)()  # streams are added before the first packet is written
+            add_sound(out, source, duration)  # its stream is added before the first packet is written
         except OSError as error:
             if error.errno == 28:  # no space left on device
                 raise
@@ -526,8 +525,8 @@ def mux_video(path, frames, size, fps, duration, audio_from, codec):
         out.mux(video.encode())
 
 
-def sound_track(out, source, duration):
-    """Add a stream for the source's sound to `out` -> the function that fills it. Time counts from the first picture.
+def add_sound(out, source, duration):
+    """Add the source's sound to `out`, in a stream of its own. Time counts from the first picture.
 
     What mp4 holds is copied, packet by packet. A transport stream may change its channels on the way: it is encoded.
     """
@@ -536,21 +535,18 @@ def sound_track(out, source, duration):
         no_sound(source.name, "FFmpeg has no decoder for it")
         sound = None
     if not sound:
-        return lambda: None
+        return
     pictures = source.streams.video[0] if source.streams.video else sound
     start = pictures.start_time * pictures.time_base if pictures.start_time else Fraction(0)
-    copied = sound.codec_context.name.removesuffix("float") in MP4_AUDIO and source.format.name != "mpegts"
-    if copied:
-        track = out.add_stream_from_template(sound)
-        return lambda: copy_packets(out, track, source, sound, start, duration)
+    if sound.codec_context.name.removesuffix("float") in MP4_AUDIO and source.format.name != "mpegts":
+        return copy_packets(out, out.add_stream_from_template(sound), source, sound, start, duration)
     rate = min(AAC_RATES, key=lambda known: abs(known - sound.rate))
     layout = "mono" if sound.layout.nb_channels == 1 else "stereo"
     samples = read_sound(source, sound, start, duration, rate, layout)
-    if not samples.shape[1]:
-        return lambda: None
-    track = out.add_stream("aac", rate=rate)
-    track.codec_context.layout = layout
-    return lambda: encode_sound(out, track, samples, rate, layout)
+    if samples.shape[1]:
+        track = out.add_stream("aac", rate=rate)
+        track.codec_context.layout = layout
+        encode_sound(out, track, samples, rate, layout)
 
 
 def copy_packets(out, track, source, sound, start, duration):

@@ -157,8 +157,8 @@ def load(args, device, loras, dtype):
     if args.quantise:
         quantise(model, args.quantise, home)
         model.to(home)
-    embedder = getattr(model, "source_embedder", None)
-    if embedder is not None and not any(parameter.any() for parameter in embedder.parameters()):
+    embedder = list(model.source_embedder.parameters())  # a source may come in without parameters of its own
+    if embedder and not any(parameter.any() for parameter in embedder):
         print("note        these weights never saw the clip itself (stage 1?): little of it will stay")
     return model
 

@@ -11,13 +11,13 @@ truth through the VAE.
 
 import argparse
 import json
-import math
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
 
+import metrics
 from bench import HOUSE, save, table
 from bench.measure import device_name
 from media import read_clip, read_image
@@ -35,7 +35,8 @@ FEW = [
 
 
 def psnr(a, b):
-    return -10 * math.log10(max(float(((a.double() - b.double()) / 255).square().mean()), 1e-6))
+    """dB of uint8 frames (T, H, W, 3)."""
+    return metrics.psnr(a.double() / 255, b.double() / 255)
 
 
 def mean(values):
