@@ -52,7 +52,7 @@ def locked(args, ranks):
 
 class Checkpoints:
     """Folders step-NNNNNN of a run: weights.safetensors (what the stage trains, released names), ema.safetensors,
-    state/ (the optimizer's moments, torch.distributed.checkpoint), train.json (counters, fingerprints of the tables).
+    state/ (moments and the like, torch.distributed.checkpoint), train.json (counters, fingerprints of the tables).
 
     A save copies to memory and returns; a thread writes to a hidden folder and renames it when whole. So every
     step-NNNNNN is complete, whenever the run was killed.
@@ -73,13 +73,13 @@ class Checkpoints:
     def last(self):
         return self.path(max(self.steps)) if self.steps else "none"
 
-    def save(self, told, weights, moments, ema):
+    def save(self, told, weights, state, ema):
         self.wait()
         step = told["counts"]["step"]
         self.steps.add(step)
         snapshot = {
             "weights": self.whole(weights), "ema": self.whole({**weights, **ema} if ema else {}),
-            "state": {"optimizer": copied(moments), "ema": copied(ema)},
+            "state": {name: copied(tensors) for name, tensors in state.items()},
             "train": told,
         }  # fmt: skip
         self.written = self.thread.submit(self.write, self.path(step), snapshot)

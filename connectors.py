@@ -426,8 +426,10 @@ class LoRALinear(nn.Linear):
     """y = x W^T + b + (x A^T) B^T. alpha equals the rank, so the update's factor is 1.
 
     The names are those that peft gives in a checkpoint: `lora_A.default.weight` (rank, in), `lora_B.default.weight`
-    (out, rank), beside the frozen layer's own `weight` and `bias`.
+    (out, rank), beside the frozen layer's own `weight` and `bias`. adapter: whose update is added, None: no one's.
     """
+
+    adapter = "default"
 
     def __init__(self, linear, rank):
         nn.Module.__init__(self)
@@ -439,7 +441,8 @@ class LoRALinear(nn.Linear):
         nn.init.zeros_(self.lora_B["default"].weight)
 
     def forward(self, x):
-        return super().forward(x) + self.lora_B["default"](self.lora_A["default"](x))
+        y, own = super().forward(x), self.adapter
+        return y if own is None else y + self.lora_B[own](self.lora_A[own](x))
 
     def merged(self):
         """The plain Linear with the update added to its weight, in float32."""

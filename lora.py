@@ -7,6 +7,7 @@ key is accounted for. Dialects: diffusers/PEFT, ComfyUI, kohya/musubi, DiffSynth
 """
 
 import re
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -26,6 +27,8 @@ BLOCK_LINEAR = re.compile(
 class QuantLoRALinear(QuantLinear):
     """A LoRA, named as `LoRALinear`'s, on an 8-bit weight."""
 
+    adapter = "default"
+
     def __init__(self, base, rank):
         super().__init__(base.stored, base.scale, base.bias)
         place = {"device": base.stored.device, "dtype": torch.float32}
@@ -34,7 +37,8 @@ class QuantLoRALinear(QuantLinear):
         nn.init.zeros_(self.lora_B["default"].weight)
 
     def forward(self, x):
-        return super().forward(x) + self.lora_B["default"](self.lora_A["default"](x))
+        y, own = super().forward(x), self.adapter
+        return y if own is None else y + self.lora_B[own](self.lora_A[own](x))
 
 
 def inject_lora(module, rank, targets):
@@ -48,6 +52,23 @@ def inject_lora(module, rank, targets):
     ends = tuple(f".{target}" for target in targets)
     replace_modules(module, lambda name, child: kinds[type(child)](child, rank)
                     if type(child) in kinds and f".{name}".endswith(ends) else None)  # fmt: skip
+
+
+def add_adapter(module, name):
+    """A second LoRA beside every one of `module`, which begins as a copy of the first."""
+    for lora in loras(module):
+        for matrix in (lora.lora_A, lora.lora_B):
+            matrix[name] = deepcopy(matrix["default"])
+
+
+def use_adapter(module, name):
+    """Let the LoRA of that name act, or none (None)."""
+    for lora in loras(module):
+        lora.adapter = name
+
+
+def loras(module):
+    return [m for m in module.modules() if isinstance(m, (LoRALinear, QuantLoRALinear))]
 
 
 def quantise(model, kind, device="cpu", parts=("dit", "mllm")):

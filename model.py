@@ -293,10 +293,11 @@ class KiwiEdit(nn.Module):
         return (weight * error.flatten(1).mean(dim=1)).mean()
 
     def forward(
-        self, requests, latents, t, source=None, ref=None, noise=None, flow=FlowMatch(), balance=False, apart=False
-    ):
-        """The training loss of a batch: `training_loss` on what the MLLM makes of the requests (`MLLMEncoder.prepare`),
-        or on `Contexts`.
+        self, requests, latents, t, source=None, ref=None, noise=None, flow=FlowMatch(), balance=False, apart=False,
+        loss_of=None,
+    ):  # fmt: skip
+        """The training loss of a batch: `training_loss`, or another of the same arguments (`loss_of`), on what the MLLM
+        makes of the requests (`MLLMEncoder.prepare`), or on `Contexts`.
 
         Contexts with references differ in length and are not padded: equal ones go together. apart: one by one, where
         several ranks train with references, for sharded ranks must call the blocks equally often.
@@ -309,7 +310,7 @@ class KiwiEdit(nn.Module):
         for rows in groups.values():
             x, at, *rest = (z if z is None else z[rows] for z in (latents, t, source, ref, noise))
             context = torch.cat([contexts[i] for i in rows])
-            loss = loss + len(rows) / len(t) * self.training_loss(x, context, at, *rest, flow, balance)
+            loss = loss + len(rows) / len(t) * (loss_of or self.training_loss)(x, context, at, *rest, flow, balance)
         # What this kind of data does not use gets a gradient of zero: all ranks must reduce the same parameters.
         return loss + 0 * sum(p.float().sum() for p in self.additions().values() if p.requires_grad)
 

@@ -29,6 +29,7 @@ def sizes(config, stage):
     linears = len(dit.blocks) * (8 * d * d + 2 * d * f)
     whole = "dit" in stage.trains
     lora = len(dit.blocks) * r * (8 * 2 * d + 2 * (d + f)) if "dit.lora" in stage.trains else 0
+    lora *= 2 if stage.student else 1  # and the fake score's
     patch = config.dit.out_dim * d * config.dit.patch_size[1] ** 2 + d
     parts = {"dit": (0, 0, count(dit)) if whole else (count(dit) - linears, linears, lora)}
     for name in ("source_embedder", "ref_embedder"):

@@ -46,6 +46,7 @@ class Stage:
     balance: bool = False  # changed and kept places count by the roots of their shares (balance_weights)
     ref_shrink: float = 0.7  # a reference is shrunk by a random factor between this and 1
     ema: float = 0.0  # decay of the averaged weights; 0: none
+    student: tuple[float, ...] = ()  # timesteps of a distilled student (distil.py), e.g. 1000,757,522
 
     def __post_init__(self):
         for name, allowed in (
@@ -66,6 +67,8 @@ class Stage:
             f"global_batch: {self.global_batch} is not a multiple of batch {self.batch}": self.global_batch
             % self.batch,
             "balance: needs the source, which this stage hides from the DiT": self.balance and not self.source,
+            f"student: {self.student}, expected falling timesteps in (0, 1000]": not falling(self.student),
+            "student: is trained as a LoRA of the DiT alone": self.student and self.trains != ("dit.lora",),
             "trains: dit.lora needs a rank; --set dit_lora_rank=32": "dit.lora" in self.trains
             and self.dit_lora_rank < 1,
             f"image, video, ref: {self.ratio}, expected shares of at least 0": min(self.ratio.values()) < 0,
@@ -88,8 +91,14 @@ class Stage:
         return any(part.startswith(("lora", "mllm")) for part in self.trains)
 
 
+def falling(timesteps):
+    return all(1000 >= a > b for a, b in zip(timesteps, (*timesteps[1:], 0)))
+
+
 LORA = Stage(("dit.lora",), 1, 1, 1, pixels=(409_600,), frames=49, steps=2_000, global_batch=4, dit_lora_rank=32,
              lr=1e-4, warmup=20)  # fmt: skip
+DISTIL = replace(LORA, steps=6_000, global_batch=8, dit_lora_rank=64, lr=2e-5, weight_decay=0.0, weighting="none",
+                 student=(1000.0, 757.0, 522.0))  # fmt: skip
 STAGES = {
     "paper": {
         1: Stage(ALIGN, source=False, steps=30_000),
@@ -104,7 +113,9 @@ STAGES = {
         3: Stage(REFER, 1, 1, 1, pixels=(720 * 1280,), lr=5e-6, warmup=0, clip=0, steps=15_000, global_batch=24),
     },
     "lora": dict.fromkeys((1, 2, 3), LORA),  # your own clips, in whichever of the three tables are there
+    "distil": dict.fromkeys((1, 2, 3), DISTIL),  # likewise
 }
+ON_WEIGHTS = ("lora", "distil")  # presets of one stage, on released weights unless others are given
 
 
 def choose_stage(args):

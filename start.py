@@ -14,11 +14,12 @@ import torch
 
 from cache import Cache, Shapes, cache_parts, report_bad
 from data import Curriculum, Mixture, bucket, fill_buckets, find_tables, read_table
+from distil import FAKE
 from load import HUB_BASES, QWEN_BASE, TensorFiles, as_trained, from_dict, load_weights, local_path
-from lora import inject_lora, quantise
+from lora import add_adapter, inject_lora, quantise
 from model import PRESETS, KiwiConfig, KiwiEdit, read_weights
 from parallel import compute_in
-from stages import DIT_LORA, REFER, with_model_settings
+from stages import DIT_LORA, ON_WEIGHTS, REFER, with_model_settings
 
 NANO = Path(__file__).parent / "weights" / "nano"
 NANO_MLLM = NANO / "mllm"  # sizes and tokenizer of a small Qwen2.5-VL
@@ -136,17 +137,25 @@ def choose_trained(model, stage, ranks):
                   "for weights without", file=sys.stderr)  # fmt: skip
     if "dit.lora" in stage.trains and not has_lora(model.dit):
         inject_lora(model.dit, stage.dit_lora_rank, DIT_LORA)
+    elif stage.student:
+        raise ValueError("--preset distil: the weights hold a LoRA of the DiT, which would be no part of the teacher: "
+                         "merge it by --export")  # fmt: skip
+    if stage.student:
+        add_adapter(model.dit, FAKE)
     known = {*REFER, "dit.lora"}
     for part in stage.trains:
         if part not in known and not any(is_part(name, part) for name, _ in model.named_parameters()):
             raise ValueError(f"Stage.trains: the model has no {part!r}; the stages train {', '.join(sorted(known))}")
     for name, parameter in model.named_parameters():
         # Wan's projection of T5 features is saved with the DiT and never used: DDP would wait for its gradient
-        parameter.requires_grad_(belongs(name, stage) and not name.startswith("dit.text_embedding."))
+        used = not name.startswith("dit.text_embedding.")
+        parameter.requires_grad_(used and (belongs(name, stage) or f".{FAKE}." in name))
 
 
 def belongs(name, stage):
     """Whether a parameter is part of what the stage trains and saves."""
+    if f".{FAKE}." in name:  # it serves training alone
+        return False
     if ".lora_" in name:
         return bool({"dit.lora", "dit"} & set(stage.trains)) if name.startswith("dit.") else "lora" in stage.trains
     return any(is_part(name, part) for part in stage.trains)
@@ -188,8 +197,8 @@ class Data:
 
 
 def with_tables_there(args, stage):
-    """--preset lora takes whichever of the three tables are there, and a batch more where ranks would have none."""
-    if args.preset != "lora":
+    """Presets of one stage take whichever tables are there, and a batch more where ranks would have none."""
+    if args.preset not in ON_WEIGHTS:
         return stage
     own = {"image": args.image_csv, "video": args.video_csv, "ref": args.ref_csv}
     absent = {kind: 0 for kind in own if not own[kind] and not has_table(args.data, kind)}

@@ -25,12 +25,13 @@ from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from stages import STAGES, Stage, choose_stage, with_model_settings
+from stages import ON_WEIGHTS, STAGES, Stage, choose_stage, with_model_settings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: busy-waiting threads slow small steps tenfold
 
 EXAMPLES = """examples:
   python train.py --preset lora --data MY --out runs/mine                    # a LoRA on your own clips, one card
+  python train.py --preset distil --data MY --set student=1000,757,522       # a student of 3 forwards, as a LoRA
   python train.py --preset lora --dry-run --cache c --quantise fp8           # what it needs, without weights or data
   python train.py --config nano --stage 1 --data data/nano --weights weights/nano --out runs/1 --set steps=200
   torchrun --nproc-per-node 8 train.py --stage 2 --data DIR --weights runs/1 --out runs/2 --resume auto
@@ -49,7 +50,7 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
-        description="Train Kiwi-Edit: a LoRA on your own clips, or the paper's three stages.",
+        description="Train Kiwi-Edit: the paper's three stages, a LoRA on your own clips, or a student of few steps.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -63,7 +64,7 @@ def parse_arguments(argv=None):
         "--stage",
         type=int,
         choices=(1, 2, 3),
-        help="1 align, 2 edit, 3 edit with references (--preset lora: not needed)",
+        help="1 align, 2 edit, 3 edit with references (--preset lora, distil: not needed)",
     )
     add(
         "--set",
@@ -126,7 +127,8 @@ def parse_arguments(argv=None):
     add("--format", choices=("peft", "comfy", "kohya"), default="peft", help="of that (default %(default)s)")
     add("--plot", metavar="RUN", help="draw the losses of a run to RUN/loss.svg")
     args = parser.parse_args(argv)
-    if args.resume not in (None, "auto") and args.stage is None and args.preset != "lora":
+    alone = args.preset in ON_WEIGHTS
+    if args.resume not in (None, "auto") and args.stage is None and not alone:
         set_as_begun(parser, args)
         args = parser.parse_args(argv)
         args.resume = parser.resumed
@@ -137,15 +139,15 @@ def parse_arguments(argv=None):
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
     if (args.export or args.export_lora) and args.out is None:
         parser.error("--export and --export-lora need --out")
-    if args.preset == "lora":
+    if alone:
         args.stage = args.stage or 3
         if args.config == "wan22_5b" and args.init == "weights":
             args.weights = args.weights or (None if args.base else KIWI)
     if not (args.plot or args.export or args.export_lora) and args.stage is None:
-        parser.error("--stage is needed, or --preset lora")
+        parser.error("--stage is needed, or --preset lora or distil")
     if args.out is None and args.stage:
-        args.out, before = f"runs/{'lora' if args.preset == 'lora' else args.stage}", Path(f"runs/{args.stage - 1}")
-        if args.weights is None and args.init == "weights" and args.preset != "lora" and any(before.glob("step-*")):
+        args.out, before = f"runs/{args.preset if alone else args.stage}", Path(f"runs/{args.stage - 1}")
+        if args.weights is None and args.init == "weights" and not alone and any(before.glob("step-*")):
             args.weights = str(before)
     return args
 
@@ -175,6 +177,7 @@ import sizing
 from cache import CachedPairs, encode, read_cached, report_bad, write_cache
 from checkpoint import Checkpoints, Log, cut_log, export, export_lora, locked, open_run, plot_losses, write_config
 from data import Pairs, fingerprint, read_pair
+from distil import Distillation
 from load import (
     HUB_BASES,
     read_json,
@@ -182,6 +185,7 @@ from load import (
 from media import MediaError, write_image, write_video
 from model import PRESETS, Contexts, FlowMatch
 from parallel import Ranks, parallelise
+from sampler import Sampler
 from start import belongs, load_model, open_data, with_tables_there
 
 
@@ -231,7 +235,9 @@ class Trainer:
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.updated = {name: of_one_rank(p, ranks) for name, p in self.trained.items()}
         self.optimizers = make_optimizers(stage, self.updated)
-        self.ema = {name: p.detach().clone() for name, p in self.trained.items()} if stage.ema else {}
+        saved = [name for name in self.trained if belongs(name, stage)]
+        self.ema = {name: self.trained[name].detach().clone() for name in saved} if stage.ema else {}
+        self.distillation = Distillation(model, stage, args.seed) if stage.student else None
         self.saver = Checkpoints(self.out, args.keep, ranks)
         self.begun_with = {kind: fingerprint(rows) for kind, rows in data.tables.items()}
         if args.cache:
@@ -294,6 +300,8 @@ class Trainer:
         started, stage, ranks = time.perf_counter(), self.stage, self.ranks
         here = stage.batches // ranks.dp
         losses, seen, tokens, flops = [], [], 0, 0.0
+        if self.distillation:
+            self.distillation.begin(self.counts["step"])
         for i in range(here):
             batch = self.next_batch()
             if ranks.any(batch is None):
@@ -326,6 +334,8 @@ class Trainer:
         line = {"step": self.counts["step"], "loss": loss / stage.batches, "grad_norm": norm, "lr": rate,
                 "seconds": seconds, "samples_s": stage.global_batch / seconds, "tokens_s": tokens / seconds,
                 "bad": self.counts["bad"], "skipped": self.counts["skipped"]}  # fmt: skip
+        if self.distillation:
+            line[f"loss_{self.distillation.turn}"] = line["loss"]
         line |= {f"loss_{kind}": kinds[i] / kinds[3 + i] for i, kind in enumerate(stage.ratio) if kinds[3 + i]}
         return line | machine_use(ranks, flops / seconds)
 
@@ -391,7 +401,10 @@ class Trainer:
         latents, source, ref = (
             None if part[0] is None else torch.stack(part).to(device).float() for part in zip(*pictures)
         )
-        noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators]).to(device)
+        loss_of, shape = None, latents.shape[1:]
+        if self.distillation:
+            loss_of, shape = self.distillation.loss, (self.distillation.noises, *shape)
+        noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
         if isinstance(batch["seen"][0], torch.Tensor):  # contexts (L, D) from the cache
             requests = Contexts(context[None].to(device, self.ranks.dtype) for context in batch["seen"])
         else:
@@ -400,7 +413,7 @@ class Trainer:
         tokens = len(latents) * frames * math.prod(model.dit.grid(latents)[1:])
         apart = self.ranks.world > 1 and stage.ref > 0
         return self.module(
-            requests, latents, torch.stack(t).to(device), source, ref, noise, flow, balance, apart
+            requests, latents, torch.stack(t).to(device), source, ref, noise, flow, balance, apart, loss_of
         ), tokens
 
     def update(self, rate, losses):
@@ -419,7 +432,7 @@ class Trainer:
             self.counts["updates"] += 1
             self.trouble = 0
             if self.ema:
-                weights = [p.detach() for p in self.trained.values()]
+                weights = [self.trained[name].detach() for name in self.ema]
                 torch._foreach_lerp_(list(self.ema.values()), weights, 1 - self.stage.ema)
         self.module.zero_grad()
         for updated in self.updated.values():
@@ -496,7 +509,10 @@ class Trainer:
             sharded = hasattr(self.model, "unshard")  # called part by part, it needs what lies outside of the blocks
             sharded and self.model.unshard()
             flow, home = FlowMatch(self.stage.shift), self.ranks.device if self.args.cache and not sharded else None
-            edited = self.model.edit(source, row.prompt, ref, self.args.sample_steps, flow=flow, offload_to=home)
+            as_student = Sampler(re_noise=self.stage.student)
+            edited = self.model.edit(
+                source, row.prompt, ref, self.args.sample_steps, flow=flow, offload_to=home, sampler=as_student
+            )
             sharded and self.model.reshard()
             if self.ranks.first:
                 picture = torch.cat([source, edited, target], dim=2)
@@ -513,20 +529,22 @@ class Trainer:
             return
         told = {"counts": dict(self.counts), "stage": asdict(self.stage), "tables": self.begun_with}
         weights = {name: p for name, p in self.model.named_parameters() if belongs(name, self.stage)}
-        self.saver.save(told, weights, self.optimizer_state(), self.ema)
+        self.saver.save(told, weights, self.state(), self.ema)
+
+    def state(self):
+        """What a resumed run needs beside weights and counters, as tensors by name."""
+        fake = {name: p for name, p in self.trained.items() if not belongs(name, self.stage)}
+        return {"optimizer": self.optimizer_state(), "ema": self.ema, "fake": {n: p.detach() for n, p in fake.items()}}
 
     def optimizer_state(self):
-        """The optimizers' moments by parameter name; before the first update zeros."""
+        """The optimizers' moments and counts of updates by parameter name; before the first update zeros."""
         names, moments = {p: name for name, p in self.updated.items()}, {}
         for optimizer in self.optimizers:
             for p in (p for group in optimizer.param_groups for p in group["params"]):
                 state = optimizer.state[p]
-                state.setdefault(
-                    "step", torch.tensor(0.0, device=p.device if isinstance(optimizer, torch.optim.AdamW) else None)
-                )
                 for moment in MOMENTS[type(optimizer)]:
                     if moment not in state:
-                        state[moment] = torch.zeros_like(p)
+                        state[moment] = torch.zeros((), device=p.device) if moment == "step" else torch.zeros_like(p)
                     moments[f"{names[p]}.{moment}"] = state[moment]
         return moments
 
@@ -547,16 +565,12 @@ class Trainer:
         changed = self.changed_since(saved, read_json(checkpoint.parent / "config.json")["args"])
         if changed and self.ranks.first:
             print(f"warning: not as when {checkpoint} was written: {', '.join(changed)}", file=sys.stderr)
-        state = {"optimizer": self.optimizer_state(), "ema": self.ema}
         try:
-            dcp.load(state, checkpoint_id=checkpoint / "state")
+            dcp.load(self.state(), checkpoint_id=checkpoint / "state")
         except (CheckpointException, RuntimeError, AssertionError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
             raise ValueError(f"{checkpoint}/state: cannot be read ({reason}); resume from an older checkpoint, or "
                              "begin anew with --weights") from None  # fmt: skip
-        for optimizer in self.optimizers:
-            for moments in optimizer.state.values():
-                moments["step"].fill_(self.counts["updates"])
 
     def changed_since(self, saved, begun):
         """What differs from a checkpoint's train.json and the arguments of its run, in words."""
@@ -657,7 +671,7 @@ def of_one_rank(tensor, ranks):
         return tensor.to_local()
 
 
-MOMENTS = {torch.optim.AdamW: ("exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
+MOMENTS = {torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"), torch.optim.Muon: ("momentum_buffer",)}
 
 
 def make_optimizers(stage: Stage, trained):

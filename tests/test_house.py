@@ -23,7 +23,7 @@ HOUSE_FLOORS = (
     "kernels report stats",
     "parallel dit vae connectors media",
     "data load lora sizing metrics vlm ledger sampler",
-    "model curators benchmarks",
+    "model curators benchmarks distil",
     "checkpoint cache stages",
     "start",
     "sample train judge curate nano app",
