@@ -5,16 +5,15 @@
     learnable queries, placed in the text by embedding -> Query Connector  -> (1, n, D)   } the context of the
     the reference's visual tokens                      -> Latent Connector -> (1, m, D)   } DiT's cross-attention
 
-Qwen2.5-VL itself comes from transformers; the chat text, frame sampling, resizing, patches and positions are
-made here, because released weights depend on details that a processor would decide anew with each version:
-two resizes of video frames, pixel values rounded to bfloat16, temporal positions 0, 2, 4, ... at any frame
+The two towers are in qwen.py. The chat text, frame sampling, resizing, patches and positions are made here, because
+released weights depend on details that a processor would decide anew with each version: two resizes of video frames, pixel values rounded to bfloat16, temporal positions 0, 2, 4, ... at any frame
 rate (FACTS.md, "The MLLM"). Special tokens typed into an instruction are plain text here; in the release a
 typed query token crashes. Several reference images follow one another; the release takes one.
 """
 
 import json
 import math
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from qwen import Qwen, QwenConfig
 
 SYSTEM_PROMPT = (
     "You will be given an image and instruction. Please describe the content of the image in detail based on "
@@ -134,7 +135,7 @@ class MLLMInputs:
 class Encoder(nn.Module):
     """What reads the request. A subclass is chosen by its name, `--set mllm.encoder=NAME`; nobody else asks which.
 
-    __init__(config: MLLMConfig, empty): with `empty` the pretrained parts are built within `meta_parameters`.
+    __init__(config: MLLMConfig, empty): with `empty` the pretrained parts are built on the meta device.
     resize(source, ref): frames uint8 (T, H, W, 3) and one or more references (H, W, 3), or None -> the mode ("image",
         "video" or "ref") and {name: uint8 (T, H, W, 3)}, "source" first, as the encoder sees them. Workers call it.
     assemble(instruction, mode, visuals): what `resize` made -> a request, anything that `encode` takes.
@@ -173,7 +174,7 @@ class Encoder(nn.Module):
 class MLLMEncoder(Encoder, name="qwen2.5-vl"):
     """Qwen2.5-VL with learnable queries and the two connectors: (frames, instruction, reference) -> context.
 
-    Parameters: `model.language_model.*` and `model.visual.*` (transformers), `image_queries`, `video_queries`,
+    Parameters: `model.language_model.*` and `model.visual.*` (qwen.py), `image_queries`, `video_queries`,
     `ref_queries` (n, hidden), `connector.{0,2}` and `ref_connector.{0,2}`.
     """
 
@@ -181,23 +182,22 @@ class MLLMEncoder(Encoder, name="qwen2.5-vl"):
 
     def __init__(self, config: MLLMConfig, empty=False):
         from tokenizers import Tokenizer
-        from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
         super().__init__()
         self.config = config
         values, path = read_qwen_config(config.folder), existing(Path(config.folder) / "tokenizer.json")
         try:
-            qwen_config = Qwen2_5_VLConfig.from_dict(values)
+            qwen = QwenConfig.from_dict(values)
             self.tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises nothing more particular, transformers many kinds
-            reason = " ".join(str(error).split())
+        except Exception as error:  # tokenizers raises nothing more particular
+            reason = f"{type(error).__name__}: {error}"
             raise ValueError(
                 f"{config.folder}: its config or tokenizer.json cannot be read ({reason}); fetch them again"
             ) from None
         self.tokenizer.encode_special_tokens = True  # what a user types is text, never a control token
-        with meta_parameters() if empty else nullcontext():
-            self.model = Qwen2_5_VLModel._from_config(qwen_config, attn_implementation="sdpa")
-        hidden = qwen_config.text_config.hidden_size
+        with torch.device("meta") if empty else nullcontext():
+            self.model = Qwen(qwen)
+        hidden = qwen.hidden
         for mode, count in self.num_queries.items():
             if count:
                 self.register_parameter(f"{mode}_queries", nn.Parameter(0.02 * torch.randn(count, hidden)))
@@ -296,7 +296,7 @@ class MLLMEncoder(Encoder, name="qwen2.5-vl"):
         """Positions (3, 1, S) for time, height and width of each token.
 
         Text counts on from the largest position so far; a visual's tokens have their place in its grid, 2 a
-        step in time. transformers 5 would number the text after a video differently: so they are passed in.
+        step in time (transformers 5 numbers the text after a video differently).
         """
         parts, start = [], 0
         for piece in inputs.pieces:
@@ -335,9 +335,7 @@ class MLLMEncoder(Encoder, name="qwen2.5-vl"):
             spans.append(at)
         positions = [self.position_ids(inputs)[:, 0].T for inputs in requests]  # (S, 3) each
         pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
-        hidden = self.model.language_model(
-            inputs_embeds=pad(rows), position_ids=pad(positions).permute(2, 0, 1).to(device), use_cache=False
-        ).last_hidden_state  # (B, longest S, hidden)
+        hidden = self.model.language_model(pad(rows), pad(positions).permute(2, 0, 1).to(device))  # (B, S, hidden)
         return [self.context(r.mode, h[: len(row)], at) for r, h, row, at in zip(requests, hidden, rows, spans)]
 
     def look(self, requests):
@@ -347,7 +345,7 @@ class MLLMEncoder(Encoder, name="qwen2.5-vl"):
             return [tokens.to(weight.device, weight.dtype) for r in requests for tokens in r.tokens.values()]
         pixels = torch.cat([p for r in requests for p in r.pixel_values.values()]).to(weight.device, weight.dtype)
         grids = [grid for r in requests for grid in r.grids.values()]
-        seen = self.model.visual(pixels, grid_thw=torch.tensor(grids, device=weight.device)).pooler_output
+        seen = self.model.visual(pixels, grids)
         return seen.split([num_tokens(grid) for grid in grids])
 
     def context(self, mode, hidden, spans):
@@ -399,27 +397,6 @@ def read_qwen_config(folder):
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object")
     return values
-
-
-@contextmanager
-def meta_parameters():
-    """Modules made in this block have their parameters on the meta device: nothing is allocated or initialised.
-
-    Unlike torch.device("meta") it leaves buffers alone: transformers' rotary tables are in no checkpoint, and would
-    stay on the meta device in silence.
-    """
-    register = nn.Module.register_parameter
-
-    def register_on_meta(self, name, parameter):
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-        register(self, name, parameter)
-
-    nn.Module.register_parameter = register_on_meta
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register
 
 
 class LoRALinear(nn.Linear):

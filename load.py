@@ -151,13 +151,6 @@ def listed(what, names, show=12):
     return f"{len(names)} {what}: {', '.join(names[:show])}{more}. "
 
 
-def move_buffers(model, device):
-    """Rotary tables and the like, which no file holds and which were made on the CPU: not every release of transformers
-    moves them to where they are used."""
-    for buffer in model.buffers():
-        buffer.data = buffer.data.to(device)
-
-
 class TensorFiles(Mapping):
     """The tensors of several files as one mapping: our names to tensors, read when asked for, straight to `device`.
 

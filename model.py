@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from connectors import Encoder, MLLMConfig, merge_lora, meta_parameters
+from connectors import Encoder, MLLMConfig, merge_lora
 from dit import DiT, DiTConfig
-from load import QWEN_BASE, WAN_BASE, from_dict, listed, load_weights, move_buffers, only_weights, read_fields
+from load import QWEN_BASE, WAN_BASE, from_dict, listed, load_weights, only_weights, read_fields
 from media import MAX_PIXELS, FrameFile, long_clip, nearest_size, pad_reference, whole_folder
 from parallel import pick_device
 from sampler import (
@@ -224,7 +224,7 @@ class KiwiEdit(nn.Module):
     def __init__(self, config: KiwiConfig, empty=False):
         super().__init__()
         self.config = config
-        with meta_parameters() if empty else nullcontext():
+        with torch.device("meta") if empty else nullcontext():
             self.dit = DiT(config.dit)
             self.vae = VAE(config.vae) if config.vae else None
         self.source_embedder = Source.named[config.source](config.dit)
@@ -511,7 +511,6 @@ class KiwiEdit(nn.Module):
             raise ValueError(f"the weights are not complete: {listed('missing', lost)}")
         for parameter in additions.values():
             parameter.data = parameter.data.to(device, dtype)
-        move_buffers(model, device)
         return model, missing
 
     def save(self, folder):

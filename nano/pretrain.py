@@ -236,7 +236,7 @@ def answer_loss(encoder, conversations):
         requests.append(replace(inputs, pieces=[*inputs.pieces[:-2], turn, encoder.ids(answer) + end]))
     grids = [grid for request in requests for grid in request.grids.values()]
     pixels = torch.cat([p for request in requests for p in request.pixel_values.values()]).to(embed.weight)
-    seen = encoder.model.visual(pixels, grid_thw=torch.tensor(grids, device=pixels.device)).pooler_output
+    seen = encoder.model.visual(pixels, grids)
     seen = iter(seen.split([num_tokens(grid) for grid in grids]))
 
     def embedded(piece):
@@ -247,7 +247,7 @@ def answer_loss(encoder, conversations):
     pad = torch.nn.utils.rnn.pad_sequence
     positions = pad(positions, batch_first=True).permute(2, 0, 1).to(pixels.device)
     embedded_rows = pad(rows, batch_first=True)
-    hidden = encoder.model.language_model(inputs_embeds=embedded_rows, position_ids=positions, use_cache=False)[0]
+    hidden = encoder.model.language_model(embedded_rows, positions)
     answers = [request.pieces[-1] for request in requests]
     before = [h[len(row) - len(answer) - 1 : len(row) - 1] for h, row, answer in zip(hidden, rows, answers)]
     logits = (torch.cat(before) @ embed.weight.T).float()

@@ -1,5 +1,6 @@
 """Tests of connectors.py"""
 
+import math
 import shutil
 from dataclasses import replace
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 
 from conftest import close, randomise
-from connectors import MLLMEncoder, inject_lora, merge_lora
+from connectors import MLLMEncoder, inject_lora, merge_lora, read_qwen_config
+from qwen import Qwen, QwenConfig
 
 
 def test_control_tokens_in_an_instruction_are_text(qwen_folder):
@@ -65,3 +67,22 @@ def test_a_fresh_lora_changes_nothing_and_a_trained_one_survives_merging(qwen_fo
     trained = encoder("Remove it.", frames)
     merge_lora(encoder)
     assert close(encoder("Remove it.", frames), trained) and not close(trained, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_towers_of_qwen_are_those_of_transformers(qwen_folder, dtype):
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
+
+    values = read_qwen_config(qwen_folder)
+    theirs = Qwen2_5_VLModel._from_config(Qwen2_5_VLConfig.from_dict(values), attn_implementation="sdpa").eval()
+    ours = Qwen(QwenConfig.from_dict(values)).to(dtype)
+    ours.load_state_dict(theirs.state_dict())
+    for parameter in theirs.parameters():  # `.to` would round its rotary tables too
+        parameter.data = parameter.data.to(dtype)
+    grids = [(1, 10, 14), (2, 12, 22), (1, 4, 4)]  # more than one window a side, windows that are cut
+    patches = torch.randn(sum(math.prod(grid) for grid in grids), 1176, dtype=dtype)
+    assert torch.equal(ours.visual(patches, grids), theirs.visual(patches, torch.tensor(grids)).pooler_output)
+    rows = torch.randn(2, 50, ours.language_model.config.hidden, dtype=dtype)
+    positions = torch.randint(0, 60, (3, 2, 50))
+    expected = theirs.language_model(inputs_embeds=rows, position_ids=positions, use_cache=False)
+    assert torch.equal(ours.language_model(rows, positions), expected.last_hidden_state)
