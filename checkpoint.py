@@ -182,7 +182,9 @@ def export_lora(run, path, style):
     """The DiT's LoRA of a run's last checkpoint, or of the file given, in a spelling that others read."""
     checkpoint = checkpoint_of(run, "--export-lora")
     write_lora(run if run.is_file() else checkpoint / "weights.safetensors", path, style)
-    print(f'{path}: {style}; python sample.py in.mp4 "..." --lora {path}')
+    student = read_json(checkpoint.parent / "config.json")["stage"]["student"]
+    steps = f" --re-noise {','.join(f'{t:g}' for t in student)}" if student else ""
+    print(f'{path}: {style}; python sample.py in.mp4 "..." --lora {path}{steps}')
 
 
 def checkpoint_of(run, flag):

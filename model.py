@@ -142,6 +142,7 @@ class KiwiConfig:
     trained: (frames, height, width, frames a second) of the one kind of clip that the weights know. None: many sizes.
     steps: denoising steps of an edit for which no other number is given.
     ref_guidance: likewise how far references are followed (`KiwiEdit.denoise`); 1, as the release has it: as trained.
+    re_noise: the timesteps of a distilled student (`Sampler`), which take the place of `steps`.
     """
 
     dit: DiTConfig = field(default_factory=DiTConfig)
@@ -152,6 +153,7 @@ class KiwiConfig:
     trained: tuple[int, int, int, int] | None = None
     steps: int = 50
     ref_guidance: float = 1.0
+    re_noise: tuple[float, ...] = ()
 
     def __post_init__(self):
         if self.steps < 1:
@@ -159,6 +161,7 @@ class KiwiConfig:
         if not 0 < self.ref_guidance < math.inf:
             raise ValueError(f"KiwiConfig.ref_guidance: {self.ref_guidance}, expected a number above 0")
         object.__setattr__(self, "trained", self.trained and tuple(self.trained))  # a list in JSON
+        object.__setattr__(self, "re_noise", tuple(self.re_noise))
         if self.trained is not None and (len(self.trained) != 4 or min(self.trained) < 1):
             raise ValueError(f"KiwiConfig.trained: {self.trained!r}, expected frames, height, width, frames a second")
         if self.source not in Source.named:
@@ -361,7 +364,7 @@ class KiwiEdit(nn.Module):
     @torch.no_grad()
     def edit_stream(
         self, video, instruction, ref=None, steps=None, seed=0, flow=FlowMatch(), tile=None, offload_to=None,
-        progress=None, ref_guidance=None, sampler=Sampler(), mask=None,
+        progress=None, ref_guidance=None, sampler=None, mask=None,
     ):  # fmt: skip
         """Edit a clip. Yields uint8 frames (H, W, 3) on the CPU as they are decoded.
 
@@ -372,8 +375,9 @@ class KiwiEdit(nn.Module):
         schedule. tile: latent pixels a side for the VAE on small cards. offload_to: a device to which each part is
         brought only while it works. progress(phase, done, total) is called as work goes on. ref_guidance: above 0,
         `config.ref_guidance` if not given; other than 1 it takes two forwards a step (`denoise`), one of them as if
-        there were no reference, which weights for references alone cannot. sampler: how the steps are taken. mask: like
-        video, (T, H, W) or (T, H, W, 3), white or true where it may change. Same seed, same result.
+        there were no reference, which weights for references alone cannot. sampler: how the steps are taken; by default
+        Euler's, or, if steps are not given either, those of `config.re_noise`. mask: like video, (T, H, W) or
+        (T, H, W, 3), white or true where it may change. Same seed, same result.
         ValueError where an argument does not fit.
         """
         tell, vae = progress or (lambda phase, done, total: None), self.config.vae
@@ -385,6 +389,7 @@ class KiwiEdit(nn.Module):
         guidance = self.config.ref_guidance if ref_guidance is None else ref_guidance
         if not 0 < guidance < math.inf:
             raise ValueError(f"ref_guidance: {guidance}, expected a number above 0")
+        sampler = sampler or Sampler(re_noise=self.config.re_noise if steps is None else ())
         steps = self.config.steps if steps is None else steps
         if steps < 1:
             raise ValueError(f"steps: {steps}, expected at least 1")

@@ -109,7 +109,9 @@ def main(argv=None):
     from parallel import pick_device, rank_and_world
     from sampler import Sampler
 
-    (rank, world), sampler = rank_and_world(), Sampler(args.solver, args.reuse, args.re_noise)
+    rank, world = rank_and_world()
+    chosen = args.solver != "euler" or args.reuse or args.re_noise
+    sampler = Sampler(args.solver, args.reuse, args.re_noise) if chosen else None
     if rank:
         sys.stdout = open(os.devnull, "w")  # the first of several processes speaks
     device = pick_device(args.device)

@@ -31,6 +31,8 @@ def load_model(args, stage, ranks, checkpoint, data):
     exactly what the stage trains requiring gradients; and the cache. What a cache holds the output of is not loaded."""
     config, files = read_start(args, ranks)
     config = config_of(args, config, checkpoint)
+    if stage.student:
+        config = replace(config, re_noise=stage.student, ref_guidance=1.0)  # the teacher's guidance while distilling
     if config.dit.num_heads % ranks.sp:
         raise ValueError(f"--sp {ranks.sp} does not divide the {config.dit.num_heads} heads of the DiT")
     folder = args.cache or args.write_cache

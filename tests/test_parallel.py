@@ -35,6 +35,7 @@ def test_ddp_fsdp_and_sequence_parallelism_give_the_losses_of_one_process_and_re
     short, long = ["steps=3", "pixels=4096,6144"], ["steps=12", "pixels=4096,6144", "ema=0.9"]
     muon = [*short, "optimizer=muon"]
     lora = ["--preset", "lora", "--val", lesson, "--val-every", "2"]
+    student, turns = ["--preset", "distil"], ["steps=6", "pixels=4096", "dit_lora_rank=2", "student=1000,700"]
     small = [*short, "dit_lora_rank=2", "dit_lora_alpha=4"]
     odd = ["steps=3", "pixels=3072", "image=0"]  # a token a frame, three or four in a sequence: not for two to share
     train.main(lessons(lesson, tmp_path / "one", "--save-every", "8", settings=long))
@@ -42,6 +43,7 @@ def test_ddp_fsdp_and_sequence_parallelism_give_the_losses_of_one_process_and_re
     runs = {"ddp": ([], long), "fsdp": (fsdp, long), "sp": (["--sp", "2"], short), "odd": (["--sp", "2"], odd),
             "matrices": (fsdp, muon), "half": (["--sp", "2", *fsdp, "--dtype", "bfloat16"], short),
             "lora": ([*lora, *fsdp], small),
+            "student": ([*student, *fsdp], turns), "student ddp": ([*student, "--parallel", "ddp"], turns),
             "lora16": ([*lora, "--dtype", "bfloat16", "--parallel", "ddp"], small)}  # fmt: skip
     runs = [lessons(lesson, tmp_path / name, "--save-every", "8", *flags, settings=settings)
             for name, (flags, settings) in runs.items()]  # fmt: skip
@@ -50,6 +52,9 @@ def test_ddp_fsdp_and_sequence_parallelism_give_the_losses_of_one_process_and_re
     train.main(lessons(lesson, tmp_path / "muon", settings=muon))
     train.main(lessons(lesson, tmp_path / "whole", settings=odd))
     train.main(lessons(lesson, tmp_path / "alone", *lora, settings=small))
+    train.main(lessons(lesson, tmp_path / "distil", *student, settings=turns))
+    for name in ("student", "student ddp"):
+        assert same_course(tmp_path / name, tmp_path / "distil")
     assert same_course(tmp_path / "lora", tmp_path / "alone") and same_course(
         tmp_path / "lora16", tmp_path / "alone", 3e-2
     )
