@@ -6,9 +6,10 @@
     the reference's visual tokens                      -> Latent Connector -> (1, m, D)   } DiT's cross-attention
 
 The two towers are in qwen.py. The chat text, frame sampling, resizing, patches and positions are made here, because
-released weights depend on details that a processor would decide anew with each version: two resizes of video frames, pixel values rounded to bfloat16, temporal positions 0, 2, 4, ... at any frame
-rate (FACTS.md, "The MLLM"). Special tokens typed into an instruction are plain text here; in the release a
-typed query token crashes. Several reference images follow one another; the release takes one.
+released weights depend on details that a processor would decide anew with each version: two resizes of video frames,
+pixel values rounded to bfloat16, temporal positions 0, 2, 4, ... at any frame rate (FACTS.md, "The MLLM"). Special
+tokens typed into an instruction are plain text here; in the release a typed query token crashes. Several reference
+images follow one another; the release takes one.
 """
 
 import json

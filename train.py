@@ -351,11 +351,11 @@ class Trainer:
         """The next batch; None where a signal asks to stop, also while it is waited for."""
         try:
             self.waiting = True
-            return None if self.stop else next(self.batches)
+            batch = None if self.stop else next(self.batches)
+            self.waiting = False  # here and not in a `finally`, where the signal would still raise
+            return batch
         except InterruptedError:
             return None
-        finally:
-            self.waiting = False
 
     def ask_to_stop(self, number, frame):
         if self.ranks.first and not self.stop:
