@@ -67,7 +67,7 @@ def memory(config, stage, shape, gpus=1, cache=False, quantise=None, checkpointi
     )  # one weight: 8 -> 32 -> 16 bits, or laid out anew
     return {
         "frozen weights": frozen, "trained weights": 4 * trained / share, "gathered": gathered,
-        "gradients": 4 * trained / share, "moments": 8 * trained / share,
+        "gradients": 4 * trained / share / (2 if stage.student else 1), "moments": 8 * trained / share,
         "average": 4 * trained / share * (stage.ema > 0),
         "activations": activations(config, stage, shape, cache, checkpointing) + copied,
     }  # fmt: skip

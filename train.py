@@ -25,6 +25,7 @@ from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from command import at_least, run
 from stages import ON_WEIGHTS, STAGES, Stage, choose_stage, with_model_settings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: busy-waiting threads slow small steps tenfold
@@ -55,9 +56,10 @@ def parse_arguments(argv=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    flag = lambda name, default, metavar, words: add(
-        name, type=type(default), default=default, metavar=metavar, help=words
-    )
+
+    def flag(name, default, metavar, words, least=1):
+        add(name, type=at_least(least, type(default)), default=default, metavar=metavar, help=words)
+
     add("--config", default="wan22_5b", choices=("wan22_5b", "wan21_14b", "wan21_1_3b", "nano"), help="model sizes")
     add("--preset", choices=list(STAGES), default="paper", help="whose numbers (default %(default)s)")
     add(
@@ -96,7 +98,7 @@ def parse_arguments(argv=None):
     add("--quantise", choices=("fp8", "int8"), help="frozen linears in 8 bits: half the memory of a LoRA's base")
     add("--resume", metavar="auto|PATH", help="auto: from --out's last checkpoint, if any. A run or checkpoint, "
         "alone: with the run's own arguments")  # fmt: skip
-    flag("--seed", 0, "N", "order of the data, noise, and what the weights lack (default %(default)s)")
+    flag("--seed", 0, "N", "order of the data, noise, and what the weights lack (default %(default)s)", 0)
     add(
         "--dtype",
         choices=("float32", "bfloat16"),
@@ -111,13 +113,13 @@ def parse_arguments(argv=None):
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute blocks in the backward")
     add("--cache", metavar="DIR", help="encoded rows, written by `python data.py cache`")
     add("--write-cache", metavar="DIR", help="write them, train nothing (what `python data.py cache` calls)")
-    flag("--workers", 2, "N", "processes a rank that decode (default %(default)s)")
-    flag("--max-bad", 5.0, "PERCENT", "stop if more samples are broken (default %(default)g)")
+    flag("--workers", 2, "N", "processes a rank that decode (default %(default)s)", 0)
+    flag("--max-bad", 5.0, "PERCENT", "stop if more samples are broken (default %(default)g)", 0)
     flag("--save-every", 500, "STEPS", "default %(default)s")
-    flag("--save-minutes", 30.0, "M", "save after so long too (default %(default)g)")
+    flag("--save-minutes", 30.0, "M", "save after so long too (default %(default)g)", 0)
     flag("--keep", 3, "K", "checkpoints that stay (default %(default)s)")
     flag("--val-every", 100, "STEPS", "default %(default)s")
-    flag("--sample-every", 0, "STEPS", "edit a row of each table, held out if there is --val (default: never)")
+    flag("--sample-every", 0, "STEPS", "edit a row of each table, held out if there is --val (default: never)", 0)
     flag("--sample-steps", 20, "STEPS", "denoising steps of that (default %(default)s)")
     add("--dry-run", action="store_true", help="print the memory that a card needs, from sizes alone; train nothing")
     flag("--gpus", 1, "N", "cards of a --dry-run (default %(default)s)")
@@ -132,11 +134,6 @@ def parse_arguments(argv=None):
         set_as_begun(parser, args)
         args = parser.parse_args(argv)
         args.resume = parser.resumed
-    for name, least in dict(
-        save_every=1, keep=1, val_every=1, sample_every=0, sample_steps=1, workers=0, max_bad=0, gpus=1
-    ).items():
-        if not getattr(args, name) >= least:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
     if (args.export or args.export_lora) and args.out is None:
         parser.error("--export and --export-lora need --out")
     if alone:
@@ -356,6 +353,12 @@ class Trainer:
             return batch
         except InterruptedError:
             return None
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise ValueError(
+                f"{str(error).strip()} Out of memory? Take fewer --workers, and go on with --resume auto"
+            ) from None
 
     def ask_to_stop(self, number, frame):
         if self.ranks.first and not self.stop:
@@ -738,26 +741,8 @@ def machine_use(ranks, flops_s):
     return use | ({"mfu": flops_s / ranks.world / peak} if peak else {})
 
 
-def run():
-    """main, with every foreseeable failure as one line on stderr and an exit code that is not 0."""
-    try:
-        main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}")
-    except (
-        KeyboardInterrupt
-    ):  # before the first step or while a cache is written: the trainer itself saves and ends well
-        sys.exit("\ntrain.py: interrupted; a cache that is written goes on where it stopped")
-    except torch.OutOfMemoryError:
-        sys.exit(
-            "train.py: out of GPU memory; --dry-run says what a card needs: take more GPUs, --cache, --quantise, or "
-            "fewer --set pixels= or frames="
-        )
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        sys.exit(f"train.py: {str(error).strip()} Out of memory? Take fewer --workers, and go on with --resume auto")
-
-
-if __name__ == "__main__":
-    run()
+if __name__ == "__main__":  # the trainer itself saves and ends well when it is interrupted
+    run(
+        "train.py", main, "interrupted; a cache that is written goes on where it stopped",
+        "--dry-run says what a card needs: take more GPUs, --cache, --quantise, or fewer --set pixels= or frames=",
+    )  # fmt: skip

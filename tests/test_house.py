@@ -20,7 +20,7 @@ from bench import table
 from conftest import HOUSE
 
 HOUSE_FLOORS = (
-    "kernels report stats qwen",
+    "kernels report stats qwen command",
     "parallel dit vae connectors media",
     "data load lora sizing metrics vlm ledger sampler",
     "model curators benchmarks distil",

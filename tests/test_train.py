@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 import checkpoint
+import command
 import media
 import parallel
 import stages
@@ -364,7 +365,7 @@ def test_a_bad_request_to_train_is_one_clear_line(tmp_path, lesson, monkeypatch,
     plain[plain.index("--set") : plain.index("--set")] = [] if words[0] == "--set" else words
     monkeypatch.setattr(sys, "argv", ["train.py", *plain])
     with pytest.raises(SystemExit) as exit_:
-        train.run()
+        command.run("train.py", train.main)
     assert says in exit_.value.code and "\n" not in exit_.value.code and not parallel.dist.is_initialized()
 
 
@@ -378,29 +379,37 @@ def test_a_setting_that_had_no_value_takes_none_a_number_or_several():
         stages.with_settings(MLLMConfig("x", max_pixels=None), ["max_pixels=many"])
 
 
-LEAST = {"--max-bad": 0, "--workers": 0, "--sample-steps": 1, "--sample-every": 0, "--keep": 1}
-
-
-@pytest.mark.parametrize("flag", LEAST)
-def test_a_number_too_small_is_refused_before_anything_is_read(capsys, flag):
-    assert train.parse_arguments(["--stage", "1", flag, str(LEAST[flag])])
-    with pytest.raises(SystemExit):
-        train.parse_arguments(["--stage", "1", flag, str(LEAST[flag] - 1)])
-    assert f"{flag} {LEAST[flag] - 1}" in capsys.readouterr().err
+def test_a_number_too_small_is_refused_before_anything_is_read(capsys):
+    for flag, least in {"--max-bad": 0, "--workers": 0, "--sample-steps": 1, "--sample-every": 0, "--keep": 1}.items():
+        assert train.parse_arguments(["--stage", "1", flag, str(least)])
+        with pytest.raises(SystemExit):
+            train.parse_arguments(["--stage", "1", flag, str(least - 1)])
+        assert f"{flag}: {least - 1}: expected a number of at least {least}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error, says", [
-    (KeyboardInterrupt(), "train.py: interrupted"),
-    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "), "fewer --workers"),
+    (KeyboardInterrupt(), "x.py: interrupted"), (ValueError("no"), "x.py: no"), (OSError("gone"), "x.py: gone"),
+    (torch.OutOfMemoryError("CUDA out of memory"), "out of GPU memory; take less"),
+    (RuntimeError("unable to find an engine to execute this computation"), "out of GPU memory; take less"),
 ])  # fmt: skip
-def test_an_interrupt_before_the_first_step_and_a_lost_worker_are_one_line(monkeypatch, error, says):
+def test_what_can_be_foreseen_is_one_line(error, says):
     def fails():
         raise error
 
-    monkeypatch.setattr(train, "main", fails)
     with pytest.raises(SystemExit) as exit_:
-        train.run()
+        command.run("x.py", fails, memory="take less")
     assert says in exit_.value.code and "\n" not in exit_.value.code.strip()
+
+
+def test_a_lost_worker_is_told_with_the_mend(tmp_path, lesson):
+    def lost():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+        yield
+
+    with trainer_of(lesson, tmp_path) as trainer:
+        trainer.batches = lost()
+        with pytest.raises(ValueError, match="killed by signal: Killed. Out of memory. Take fewer --workers"):
+            trainer.next_batch()
 
 
 def test_nano_starts_from_nothing_but_no_run_is_written_over(tmp_path, lesson, capsys, monkeypatch):
