@@ -123,6 +123,12 @@ class Attention(nn.Module):
         return self.o(self.attend(q, *keys_values).flatten(2))
 
 
+def modulation(rows, dim):
+    """(1, rows, dim), normal with a deviation of 1 / sqrt(dim); on the meta device torch would import its compiler."""
+    table = torch.empty(1, rows, dim)
+    return nn.Parameter(table if table.is_meta else table.normal_(std=dim**-0.5))
+
+
 class Block(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -133,7 +139,7 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(
             nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
         )
-        self.modulation = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+        self.modulation = modulation(6, config.dim)
 
     def forward(self, x, time_mod, context, rope):
         """One transformer block.
@@ -161,7 +167,7 @@ class Head(nn.Module):
         super().__init__()
         self.eps = config.eps
         self.head = nn.Linear(config.dim, config.out_dim * math.prod(config.patch_size))
-        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self.modulation = modulation(2, config.dim)
 
     def forward(self, x, time):
         """x (B, N, D), time (B, D) -> (B, N, out_dim * patch)."""

@@ -222,7 +222,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: QwenConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab, config.hidden)
+        self.embed_tokens = nn.Embedding.from_pretrained(torch.empty(config.vocab, config.hidden), freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.eps)
 
@@ -246,6 +246,8 @@ class Qwen(nn.Module):
         super().__init__()
         self.language_model, self.visual = LanguageModel(config), VisionTower(config)
         for name, parameter in self.named_parameters():
+            if parameter.is_meta:  # random numbers there make torch import its compiler, for a second
+                continue
             if parameter.ndim > 1:
                 nn.init.normal_(parameter, std=0.02)
             elif name.endswith("bias"):
