@@ -167,18 +167,19 @@ def overlap(a, b):
     return (a & b).sum().item() / max((a | b).sum().item(), 1)
 
 
-def by_colour(frame, mask):
+def by_colour(frame, mask, evidence=0.0):
     """A mask bool (H, W) grown or shrunk to what has its colours, not those of the ring around it: its main part.
 
-    A plain GrabCut (Rother et al., 2004): colour histograms of inside and outside decide each pixel near the border.
+    A plain GrabCut (Rother et al., 2004): colour histograms of inside and outside decide each pixel near the border,
+    with other evidence (H, W), log odds.
     """
-    ring, side = max(2, min(mask.shape) // 60), min(mask.shape)
-    near, reach = grow(mask, ring + 4), grow(mask, max(8, side // 8))
-    inside, outside = mask, reach & ~grow(mask, ring)
+    side = min(mask.shape)
+    ring, reach = grow(mask, max(2, side // 60)), grow(mask, max(8, side // 8))
+    inside, outside, near = mask, reach & ~ring, grow(ring, 4)
     if not outside.any():
         return mask
     for _ in range(3):
-        odds = like(frame, inside, outside).clamp(-3, 3)
+        odds = like(frame, inside, outside).clamp(-3, 3) + evidence
         inside = (blur(odds[None, None], 3)[0, 0] > 0) & near
         outside = reach & ~inside
     return without_holes(large_regions(inside[None], 1.0))[0]
@@ -387,7 +388,8 @@ class Classical:
     def ground(self, source_path, target_path, row):
         """-> box, mask (H, W), index of the frame in which it is best seen, no more columns."""
         source, target, indices = look_at_pair(source_path, target_path)
-        masks, subject = body(difference(source, target), row["kind"]), row["kind"] == "subject"
+        apart, subject = difference(source, target), row["kind"] == "subject"
+        masks = body(apart, row["kind"])
         if "box" in row:
             within = torch.zeros_like(masks)
             x1, y1, x2, y2 = (round(v * side) for v, side in zip(row["box"], masks.shape[:0:-1] * 2))
@@ -405,7 +407,7 @@ class Classical:
             raise Rejected(f"{area[best]:.0%} of the frame stayed: no background edit")
         frame, mask = key_frame(target_path, {"key": indices[best]}, CUT_PIXELS), masks[best]
         if subject:
-            mask = whole_object(frame, mask)
+            mask = whole_object(frame, mask, apart[best] / split_value(apart))
         else:
             mask = resized(mask, frame.shape[:2])
             mask = mask | by_colour(frame, mask)
@@ -461,14 +463,16 @@ class Classical:
         return torch.stack([look_feature(image) for image in images])
 
 
-def whole_object(frame, mask):
-    """The mask of one whole object in a frame uint8 (H, W, 3), from the mask of what changed, or Rejected."""
+def whole_object(frame, mask, change):
+    """The mask of one whole object in a frame uint8 (H, W, 3), from the mask of what changed and how much that was,
+    (h, w), 1 on the border to what stayed. Rejected, for what is broken."""
     if (number := parts(mask)) > 1:
         raise Rejected(f"the edit is in {number} large parts")
     mask = resized(large_regions(mask[None], 1.0)[0], frame.shape[:2])
     found = by_colour(frame, mask)
     if (share := overlap(found, mask)) < 0.6:
         raise Rejected(f"colours and difference disagree about the object's outline (IoU {share:.2f})")
+    found = by_colour(frame, mask, stretched(change[None, None], mask.shape)[0, 0].clamp(0.1, 10).log())
     x1, y1, x2, y2 = box_of(found)
     contact = sum(int(side.sum()) for side in (found[0], found[-1], found[:, 0], found[:, -1]))
     if contact > 0.4 * (found.any(0).sum() + found.any(1).sum()) or x2 - x1 == 1 or y2 - y1 == 1:
