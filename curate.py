@@ -65,17 +65,12 @@ class Settings:
 MODELS = ("scorer", "grounder", "segmenter", "editor", "verifier", "embedder")
 
 
-def settings_from(pairs):
-    """["name=value", ...] -> Settings; values take the type of their default. ValueError."""
-    given, known = {}, {field.name: field for field in dataclasses.fields(Settings)}
-    for name, sign, text in (pair.partition("=") for pair in pairs):
-        if not sign or name not in known:
-            raise ValueError(f"--set {name}: give name=value with one of {', '.join(known)}")
-        try:
-            given[name] = type(known[name].default)(text)
-        except ValueError:
-            raise ValueError(f"--set {name}={text}: is not a number") from None
-    return Settings(**given)
+def setting(text):
+    """ "name=value" -> (name, value), of the type of its default."""
+    (name, sign, value), types = text.partition("="), {field.name: field.type for field in dataclasses.fields(Settings)}
+    if not sign or name not in types:
+        raise argparse.ArgumentTypeError(f"{name}: give name=value with one of {', '.join(types)}")
+    return name, types[name](value)
 
 
 def between(low, high, kind=float):
@@ -116,12 +111,12 @@ def parse_arguments(argv=None):
     add("--device", metavar="NAME", help="default: cuda if there is one")
     add("--prompts", metavar="FILE", help="EditScore's vie_prompts.py (default: from pip install editscore)")
     add("--show-prompts", action="store_true", help="print what the models are asked, and stop")
-    add("--set", nargs="*", action="extend", default=[], metavar="NAME=VALUE", help="see below")
+    add("--set", nargs="*", action="extend", default=[], type=setting, metavar="NAME=VALUE", help="see below")
     args = parser.parse_args(argv)
     if not args.show_prompts and not (args.pairs and args.out):
         parser.error("say which pairs, and where to: curate.py pairs.csv --out out/refvie")
     try:
-        vars(args).update(dataclasses.asdict(settings_from(args.set)))
+        vars(args).update(dataclasses.asdict(Settings(**dict(args.set))))
     except ValueError as error:
         parser.error(str(error))
     args.duplicate = args.duplicate or (0.99 if args.models == "paper" else 0.96)
@@ -225,15 +220,14 @@ class Stage:
     def models(self):
         """The models of --models, loaded for the first record that asks: a run read again may ask nothing."""
         with self.lock:
-            if self.barred:  # loading takes minutes: those that wait need not fail one by one
-                raise self.barred
-            if self.loaded is None:
+            if self.loaded is None and self.barred is None:
                 try:
                     self.loaded = load_models(self.args)
                     self.loaded.setup(self.name)
                 except FORESEEN as error:
                     self.barred = Barred(f"{self.name}: {error}")
-                    raise self.barred from error
+            if self.barred:  # loading takes minutes: those that wait need not fail one by one
+                raise self.barred
         return self.loaded
 
     def __call__(self, rows):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from curators import Rejected, box_of, frame_at, moments
 from media import MediaError, decode, open_media, read_image, resize
-from metrics import as_float, lab, luma, otsu
+from metrics import as_float, as_uint8, lab, luma, otsu
 
 LOOKS = 12  # frames of a clip that are looked at
 LOOK_PIXELS, CUT_PIXELS, FILL_PIXELS = 320 * 180, 640 * 360, 1280 * 720
@@ -220,11 +220,6 @@ def own_colour(start, alpha, radius, colour=None):
     inside, outside = blur(alpha, radius), blur(1 - alpha, radius)
     front, back = blur(start * alpha, radius) / (inside + 1e-5), blur(colour * (1 - alpha), radius) / (outside + 1e-5)
     return (front + alpha * (colour - alpha * front - (1 - alpha) * back)).clamp(0, 1)
-
-
-def as_uint8(x):
-    """(N, 3, H, W) in 0..1 -> uint8 (N, H, W, 3)."""
-    return x.mul(255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def guided(x, guide, radius, strength=1e-3):
