@@ -50,9 +50,9 @@ def frames_at(path, wanted, max_pixels):
     return torch.stack(frames), indices
 
 
-def key_frame(path, row, max_pixels):
-    """Frame uint8 (H, W, 3) in which an edit is best seen."""
-    return frames_at(path, (row["key"],), max_pixels)[0][0]
+def key_frame(path, index, max_pixels):
+    """The frame uint8 (H, W, 3) in which an edit is best seen."""
+    return frames_at(path, (index,), max_pixels)[0][0]
 
 
 def look_at_pair(source, target, max_pixels=LOOK_PIXELS):
@@ -400,7 +400,7 @@ class Classical:
             raise Rejected(f"{area[best]:.0%} of the frame changed: not a local edit")
         if not subject and not 0.005 < area[best] < 0.75:
             raise Rejected(f"{area[best]:.0%} of the frame stayed: no background edit")
-        frame, mask = key_frame(target_path, {"key": indices[best]}, CUT_PIXELS), masks[best]
+        frame, mask = key_frame(target_path, indices[best], CUT_PIXELS), masks[best]
         if subject:
             mask = whole_object(frame, mask, apart[best] / split_value(apart))
         else:
@@ -412,7 +412,7 @@ class Classical:
         """A subject cut out of the key frame, or the key frame without its foreground: uint8 (H, W, 3)."""
         if row["kind"] == "subject":
             return cut_out(frame_at(target_path, row["key"]), mask)
-        frame = key_frame(target_path, row, FILL_PIXELS)
+        frame = key_frame(target_path, row["key"], FILL_PIXELS)
         return without_foreground(frame, resized(mask, frame.shape[:2]))
 
     def verify(self, source_path, target_path, ref_path, row):
@@ -440,7 +440,7 @@ class Classical:
 
     def in_place(self, target_path, picture, ink, row):
         """What is wrong with a reference that was cut out of the key frame, held against that frame, or None."""
-        frame = as_float(key_frame(target_path, row, CUT_PIXELS)[None])[0]
+        frame = as_float(key_frame(target_path, row["key"], CUT_PIXELS)[None])[0]
         mask = resized(read_image(f"{self.args.out}/{row['mask']}")[..., 0] > 127, frame.shape[1:])
         where = mask if row["kind"] == "subject" else torch.ones_like(mask)
         if not where.any():

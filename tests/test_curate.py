@@ -88,6 +88,8 @@ def test_pairs_become_quadruplets_that_training_reads(run, pairs):
     assert len(rows) == 16 and len(kept) >= 4 and {row["kind"] for row in rows} >= {"subject", "background"}
     stages = ["read", "score", "ground", "synthesize", "verify", "person", "deduplicate"]
     assert all(row["reason"] and row["stage"] in stages for row in rows if row["status"] != "kept")
+    for kind, why in (("style", "a style is no object"), ("remove", "a removal leaves nothing to show")):
+        assert {(why in r["reason"], r["tuning"]) for r in rows if r["kind"] == kind} <= {(True, True), (False, False)}
     common = os.path.commonpath([run, pairs.parent])
     table = read_table(run / "ref_video.csv", "ref", common)
     assert [Path(row.ref) for row in table] == [run / row["ref_image"] for row in kept]
@@ -362,21 +364,6 @@ def test_a_score_that_a_table_brings_does_not_make_up_for_a_missing_source(tmp_p
     assert not poor["tuning"] and there["tuning"] and len((tmp_path / "out/video.csv").read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("kind, score, says", [
-    ("style", 9.0, "a style is no object"), ("remove", 9.0, "leaves nothing"), ("subject", 7.0, "tuning only"),
-    ("subject", 8.0, None),
-])  # fmt: skip
-def test_styles_and_removals_are_for_tuning_alone(kind, score, says):
-    stage = curate.Score(SimpleNamespace(min_score=6.0, min_ref_score=8.0, models="classical"), [])
-    row = {"edit_score": score, "kind": kind, "frames": 9}
-    if says is None:
-        assert stage.one(row)["tuning"]
-    else:
-        with pytest.raises(curate.Rejected, match=says) as error:
-            stage.one(row)
-        assert error.value.found["tuning"]
-
-
 def test_limits_are_of_the_longer_side_to_the_shorter_and_of_the_mask(tmp_path, pairs):
     stage = curate.Synthesize(SimpleNamespace(min_side=8, max_aspect=4.0, models="classical"), [])
     stage.check(40, 10)
@@ -563,15 +550,14 @@ def test_the_funnel_counts_one_reason_as_one_whatever_file_or_line_it_speaks_of(
     ("caf\udce9", (), "its name is no UTF-8 text"), ("in", ("--rejects", "none.json"), "none.json"),
     ("in", ("--guard", "in"), "broken.png"),
 ])  # fmt: skip
-def test_what_would_spoil_the_result_is_found_before_the_work(tmp_path, pairs, monkeypatch, name, more, says):
-    monkeypatch.chdir(tmp_path)
-    Path(name).mkdir()
-    shutil.copy(pairs, name)
-    Path("in").mkdir(exist_ok=True)
-    Path("in/broken.png").write_bytes(b"no picture")
+def test_what_would_spoil_the_result_is_found_before_the_work(tmp_path, pairs, name, more, says):
+    for folder in {tmp_path / name, tmp_path / "in"}:
+        folder.mkdir()
+    (tmp_path / "in/broken.png").write_bytes(b"no picture")
+    table = shutil.copy(pairs, tmp_path / name)
     with pytest.raises((ValueError, OSError), match=says):
-        curated(Path("out"), Path(name) / "pairs.csv", *more)
-    assert not Path("out/ledger/score").exists()
+        curated(tmp_path / "out", table, *(tmp_path / word if word[0] != "-" else word for word in more))
+    assert not (tmp_path / "out/ledger/score").exists()
 
 
 def test_the_measures_run_on_the_real_code(tmp_path, nano_data):
