@@ -45,8 +45,8 @@ def write_json_lines(path, rows):
 
 
 @contextmanager
-def journal(path):
-    """Yield ({id: line} that were written before, a function that adds one at once)."""
+def journal(path, sync=False):
+    """Yield (the lines that were written before, a function that adds one at once). sync: also for a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = path.read_bytes() if path.is_file() else b""
     whole = content[: content.rfind(b"\n") + 1]  # what died while writing leaves half a line, or zeros
@@ -56,8 +56,9 @@ def journal(path):
         def add(row):
             file.write(json.dumps(row).encode() + b"\n")
             file.flush()
+            sync and os.fsync(file.fileno())
 
-        yield {row["id"]: row for row in map(parsed, whole.splitlines()) if row}, add
+        yield [row for row in map(parsed, whole.splitlines()) if isinstance(row, dict)], add
 
 
 def is_open(row):
@@ -144,21 +145,19 @@ class Ledger:
         if not self.part(stage, shard).is_file():
             return []
         with journal(self.part(stage, shard)) as (lines, _):
-            return list(lines.values())
+            return lines
 
     def forget(self, stage):
         shutil.rmtree(self.folder / stage, ignore_errors=True)
 
 
 @contextmanager
-def only_run(ledger, rank):
+def only_run(folder, rank=0):
     """Two runs in one folder would mix their work: the second is refused."""
-    ledger.folder.mkdir(parents=True, exist_ok=True)
-    with (ledger.folder / f"lock.{rank}").open("w") as file:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"lock.{rank}").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(
-                f"{ledger.out}: another curate.py is at work there; wait for it, or give another --out"
-            ) from None
+            raise ValueError(f"{folder}: another run is at work there; wait for it, or give another --out") from None
         yield

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from media import (
+    IMAGE_CODECS,
     MediaError,
     faithful_codec,
     fit_frames,
@@ -382,10 +383,14 @@ def write_media(media, source, edit, fps, ref_path):
 
 def write_damaged(path, damage, source_path, edit_path):
     """The edit, damaged, as a file as good as the edit's: a judge should score it lower."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     source, edit, fps = load_pair(source_path, edit_path, max_pixels=720 * 1280)
-    worse = DAMAGES[damage](edit, source)
-    if path.suffix == ".mp4":
-        write_video(path, worse, fps, codec=faithful_codec(worse))
+    write_edit(path, DAMAGES[damage](edit, source), fps)
+
+
+def write_edit(path, frames, fps, audio_from=None):
+    """An edit as a picture or a clip, which loses nothing that metrics would see."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix.lower() in IMAGE_CODECS:
+        write_image(path, frames[0])
     else:
-        write_image(path, worse[0])
+        write_video(path, frames, fps, audio_from, faithful_codec(frames))
