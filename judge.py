@@ -178,9 +178,9 @@ def key_of_question(*parts):
 
 
 def make_judge(args):
-    """The judge of --judge, or None for `metrics`."""
+    """The judge of --judge; None for `metrics`, and where nothing is asked."""
     kind, _, rest = args.judge.partition(":")
-    if args.judge == "metrics":
+    if args.judge == "metrics" or args.dry_run:
         return None
     if vlm.has_secret(args.endpoint):
         raise ValueError("--endpoint: no user, password or query in the address; put the key into the environment")
@@ -326,9 +326,10 @@ class Row:
         totals = [fmean(enforce(answer)[0].values()) for answer in self.answers]
         return stdev(totals) if len(totals) > 1 else None
 
-    def measured(self):
-        """The metrics that are defined."""
-        return {name: self.metrics[name] for name in METRICS if self.metrics.get(name) is not None}
+    def numbers(self):
+        """Everything that is known of it in numbers: {"score": their mean, criterion: ..., metric: ...}."""
+        known = {"score": self.total(), **self.scores(), **{name: self.metrics.get(name) for name in METRICS}}
+        return {name: value for name, value in known.items() if value is not None}
 
 
 METRICS_VERSION = "metrics/4"
@@ -451,16 +452,12 @@ class Verdict:
     bad: bool = False
 
 
-def verdict_of(judge, failed, known, answered):
-    if judge == "metrics":
-        return Verdict(f"No judge was asked. The metrics failed {failed} of {known} known answers.")
-    others = [name for name in answered if name and name.lower() not in judge.lower()]
-    note = f" Answered by {', '.join(others)}, not by {judge}." if others else ""
-    if not known:
-        return Verdict(f"Unchecked: {judge} was asked no known answer that says something.{note}")
-    bad = failed / known > TRUST
-    word = "Do not trust these scores" if bad else "Checked"
-    return Verdict(f"{word}: {judge} failed {failed} of {known} known answers ({failed / known:.0%}).{note}", bad)
+def verdict_of(judge, failed, asked, what, note=""):
+    if not asked:
+        return Verdict(f"Unchecked: {judge} was asked nothing whose answer is known.{note}")
+    bad = failed / asked > TRUST
+    told = f"{judge} {what.format(failed, asked)} ({failed / asked:.0%}).{note}"
+    return Verdict(f"{'Do not trust this judge' if bad else 'Checked'}: {told}", bad)
 
 
 def by_task(rows):
@@ -556,13 +553,13 @@ def score_text(rows, args):
 
 
 def write_csv(path, rows):
-    """One line an item: scores, spread over repeats, metrics, what went wrong."""
+    """One line an item: what went wrong, scores, metrics, spread over repeats."""
     lines = []
     for row in rows:
-        numbers = {**row.scores(), "uncapped": row.total(False), "spread": row.spread(), **row.measured()}
-        lines.append({"item": row.item.key, "task": row.item.task, "edit": row.item.edit.name}
-                     | {name: f"{value:.4f}" for name, value in numbers.items() if value is not None}
-                     | {"error": row.lost, "instruction": row.item.instruction})  # fmt: skip
+        told = {"item": row.item.key, "task": row.item.task, "edit": row.item.edit.name, "error": row.lost or "",
+                "instruction": row.item.instruction}  # fmt: skip
+        numbers = row.numbers() | {"uncapped": row.total(False), "spread": row.spread()}
+        lines.append(told | {name: f"{value:.4f}" for name, value in numbers.items() if value is not None})
     with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for line in lines for name in line)))
         writer.writeheader()
@@ -591,24 +588,23 @@ def bar(task, mean, low, high):
     return dict(task=task.replace("_", " "), text=str(replace(mean, values=())), share=round(100 * share, 1))
 
 
-def finish(args, name, verdict, parts, lost, count, stopped, **page):
+def finish(args, name, verdict, parts, lost, stopped, page):
     """Write <name>.md and .html, from the same parts [(title, text, table)], and end as the run has gone: exit code 3
     for a judge that cannot be trusted, ValueError where results are missing."""
-    title, path = page["title"], args.out / f"{name}.html"
     text = "".join(f"\n## {name}\n\n{words}\n\n{report.table(table)}\n" for name, words, table in parts)
-    write_text(path.with_suffix(".md"), f"# {title}\n\n**{verdict.text}**\n\n`{args.command_line}`\n{text}")
+    head, path = f"# {page['title']}\n\n**{verdict.text}**\n\n`{args.command_line}`\n", args.out / f"{name}.html"
+    write_text(path.with_suffix(".md"), head + text)
     names = dict.fromkeys(name for card in page["cards"] for name in card["values"])
-    write_text(
-        path, report.page("judge.html", names=names, verdict=verdict, command=args.command_line, parts=parts, **page)
-    )
+    page |= {"verdict": verdict, "command": args.command_line, "parts": parts, "names": list(names)}
+    write_text(path, report.page("judge.html", **page))
     print(f"{text.partition('## What the metrics are')[0]}\n{path}\nverdict     {verdict.text}")
     if stopped:
         raise stopped
     if verdict.bad:
         sys.exit(3)
     if lost and not args.allow_missing:
-        raise ValueError(f"{lost} of {count} items lack a result, see {path}; mend them and run again, or average over "
-                         "the rest with --allow-missing")  # fmt: skip
+        told = f"{lost} of {len(page['cards'])} items lack a result, see {path}"
+        raise ValueError(f"{told}; mend them and run again, or average over the rest with --allow-missing")
 
 
 def read_human(path, items):
@@ -638,32 +634,29 @@ def mean_scores(told):
     return {item: fmean(of) for item, of in scores.items()}
 
 
-def agreement(human, ours, rows):
-    """How people's scores agree with `ours`, {name: {item: value}}, per task, and raters among themselves: a part."""
+def agreement(human, rows):
+    """A table: how people's scores agree with ours, over all and per task, and raters among themselves."""
     table = [["people's", "ours", "task", "items", "Spearman", "Kendall", "pairwise accuracy"]]
+    ours = {row.item.key: row.numbers() for row in rows}
     for column, told in human.items():
         people = mean_scores(told)
-        for name, of_us in ours.items():
+        for name in dict.fromkeys(name for numbers in ours.values() for name in numbers):
             for task, of in grouped(rows).items():
-                both = [row.item.key for row in of if row.item.key in people and of_us.get(row.item.key) is not None]
-                if both and (task == "all" or name == next(iter(ours))):
-                    a, b = [people[key] for key in both], [of_us[key] for key in both]
+                both = [row.item.key for row in of if row.item.key in people and name in ours[row.item.key]]
+                if both and (task == "all" or name == "score"):
+                    a, b = [people[key] for key in both], [ours[key][name] for key in both]
                     found = [with_interval(f, a, b) for f in (spearman, kendall, pairwise)]
                     table.append([column, name, task, len(both), *found])
-        raters = [
-            mean_scores(t for t in told if t[1] == rater) for rater in dict.fromkeys(rater for _, rater, _ in told)
-        ]
-        shared = [(x, y, sorted(x.keys() & y.keys())) for x, y in combinations(raters, 2)]
+        raters = [mean_scores(t for t in told if t[1] == name) for name in dict.fromkeys(rater for _, rater, _ in told)]
+        shared = [(x, y, x.keys() & y.keys()) for x, y in combinations(raters, 2)]
         among = [pairwise([x[k] for k in keys], [y[k] for k in keys]) for x, y, keys in shared if keys]
         if among := [share for share in among if share is not None]:
             table.append([column, "raters among themselves", "all", "", "", "", f"{fmean(among):.2f}"])
-    text = ("Rank correlations and the share of pairs of items put in people's order, over items; [95 % bootstrap "
-            "interval] from 10 items on.")  # fmt: skip
-    return "Agreement with people", text, table
+    return table
 
 
 def read_sides(args, *folders):
-    """The benchmark's items with the edits of each folder. A report on a folder that is absent would replace a good one."""
+    """The benchmark's items with the edits of each folder; a report on an absent one would replace a good one."""
     if lost := [folder for folder in folders if not Path(folder).is_dir()]:
         raise ValueError(f"{lost[0]}: no such folder of edits")
     args.bench = open_bench(args.bench, getattr(args, "prompts", None))
@@ -674,8 +667,7 @@ def prepare(args, *folders):
     """Read what the arguments name, before anything is paid -> items of each folder, people's scores, the judge."""
     sides = read_sides(args, *folders)
     fps, resolution = MODES[args.mode]
-    settings = vlm.Settings(args.endpoint, fps, resolution, dry_run=args.dry_run)
-    args.settings = with_settings(settings, args.set)
+    args.settings = with_settings(vlm.Settings(args.endpoint, fps, resolution), args.set)
     return *sides, read_human(args.human, sides[0]) if args.human else {}, make_judge(args)
 
 
@@ -685,7 +677,7 @@ def score(args):
     items, human, judge = prepare(args, args.edits)
     controls, stopped, answered = {}, None, Counter()
     with open_answers(args.out) as answers:
-        if judge and args.dry_run:
+        if args.dry_run and args.judge != "metrics":
             return announce(questions_of([item for item in items if item.edit.is_file()], args), answers, args)
         rows = measure_all(items, answers, args)
         if judge:
@@ -694,16 +686,17 @@ def score(args):
             controls, cost = collect(rows, questions, answers), account(answers, questions, args.price)
             answered = Counter(answers.good[q.key].get("model") for q in questions if q.key in answers.good)
     known, failed, asked = judge_controls(rows, controls) if judge else metric_controls(rows)
-    verdict, parts = verdict_of(args.judge, failed, asked, answered), []
+    verdict, parts = Verdict(f"No judge was asked. The metrics failed {failed} of {asked} known answers."), []
     if judge:
+        others = [name for name in answered if name and name.lower() not in args.judge.lower()]
+        note = f" Answered by {', '.join(others)}, not by {args.judge}." if others else ""
+        verdict = verdict_of(args.judge, failed, asked, "failed {} of {} known answers", note)
         parts.append(("Scores", score_text(rows, args), score_table(args, rows, not verdict.bad)))
         parts.append(("Known answers, judge", f"Cost: {cost}", known))
     if human:
-        names = dict.fromkeys(name for row in rows for name in row.scores())
-        ours = {"mean score": {row.item.key: row.total() for row in rows}}
-        ours |= {name: {row.item.key: row.scores().get(name) for row in rows} for name in names}
-        ours |= {name: {row.item.key: row.metrics.get(name) for row in rows} for name in METRICS}
-        parts.append(agreement(human, ours, rows))
+        text = ("Rank correlations and the share of pairs of items put in people's order, over items; [95 % bootstrap "
+                "interval] from 10 items on.")  # fmt: skip
+        parts.append(("Agreement with people", text, agreement(human, rows)))
     text = "No model. Means over items, with their values below 10 items and a 95 % bootstrap interval from there on."
     parts.append(("Metrics", text, metric_table(rows, args.allow_missing)))
     parts.append(("Known answers, metrics", "", metric_controls(rows)[0]))
@@ -722,24 +715,16 @@ def score(args):
             "tasks": {task: str(mean["average"]) for task, mean in means.items()},
             "verdict": verdict.text, "trusted": not verdict.bad}  # fmt: skip
     write_text(args.out / "summary.json", json.dumps(told, indent=1))
-    strength = {task: [row.metrics["edit_strength"] for row in of if row.metrics] for task, of in by_task(rows).items()}
-    bars = [bar(task, mean["average"], 1, 5) for task, mean in means.items()] if judge else [
-        bar(task, mean_of([values]), 0, 80) for task, values in strength.items()]  # fmt: skip
-    score_of = lambda row: {"score": row.total()} if row.answers else {}
-    finish(
-        args,
-        args.bench.name,
-        verdict,
-        parts,
-        len(lost),
-        len(rows),
-        stopped,
-        title=f"{args.bench.title or args.bench.name}: {args.name}",
-        bars=bars,
-        cards=[card(args, [row], score_of(row) | row.measured()) for row in rows],
-        measured="mean score" if judge else "edit strength",
-        sort="score" if judge else "reference_gain" if any(item.ref for item in items) else "edit_strength",
-    )
+    bars = [bar(task, mean["average"], 1, 5) for task, mean in means.items()]
+    if not judge:
+        strengths = {
+            task: [row.metrics["edit_strength"] for row in of if row.metrics] for task, of in by_task(rows).items()
+        }
+        bars = [bar(task, mean_of([values]), 0, 80) for task, values in strengths.items()]
+    page = {"title": f"{args.bench.title}: {args.name}", "bars": bars,
+            "measured": "mean score" if judge else "edit strength",
+            "cards": [card(args, [row], row.numbers()) for row in rows]}  # fmt: skip
+    finish(args, args.bench.name, verdict, parts, len(lost), stopped, page)
 
 
 def same_run(args, items):
@@ -802,8 +787,8 @@ def both_orders(args, a, b):
         yield Question(a, order, 0, text, media, [], key, {"type": "object", "properties": properties})
 
 
-OUTCOMES = {("1", "2"): "A preferred", ("2", "1"): "B preferred", ("1", "1"): "followed the position",
-            ("2", "2"): "followed the position"}  # fmt: skip
+SWAYED = "followed the position"
+OUTCOMES = {("1", "2"): "A preferred", ("2", "1"): "B preferred", ("1", "1"): SWAYED, ("2", "2"): SWAYED}
 POINTS = {"A preferred": 1.0, "B preferred": 0.0}  # anything else is 0.5
 
 
@@ -816,53 +801,39 @@ def votes_of(questions, answers):
     return {item: OUTCOMES.get(tuple(winners), "undecided") for item, winners in said.items() if len(winners) == 2}
 
 
-def position_verdict(judge, votes):
-    swayed = sum(vote == "followed the position" for vote in votes.values())
-    if not votes:
-        return Verdict("No pair was judged.")
-    bad = swayed / len(votes) > TRUST
-    word = "Do not trust these preferences" if bad else "Checked"
-    return Verdict(f"{word}: {judge} followed the position, not the edit, in {swayed} of {len(votes)} pairs.", bad)
+def share_cell(share, count):
+    low, high = wilson(share, count)
+    return f"{share:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def preferences(votes, rows, lost, allow_missing):
-    """-> a part of the report: a win counts where both orders name the same system; and {task: share of A}."""
-    table, shares = [["task", "A wins", "B wins", "undecided", "of these: followed the position", "pairs",
-                      "share of A [Wilson 95 %]", "sign test p"]], {}  # fmt: skip
+def preferences(votes, human, rows, lost):
+    """A table, in which a win is one in both orders, and {task: share of A}. lost: pairs without a vote."""
+    head = ["task", "A wins", "B wins", "undecided", "of these: followed the position", "pairs", "share of A [Wilson]"]
+    table, shares = [[*head, "sign test p", *(f"as people's {name} says [Wilson]" for name in human)]], {}
     for task, of in grouped(rows).items():
-        said = [votes[row.item.key] for row in of if row.item.key in votes]
+        said = {row.item.key: votes[row.item.key] for row in of if row.item.key in votes}
         if said:
-            a, b, swayed = (said.count(what) for what in ("A preferred", "B preferred", "followed the position"))
-            shares[task] = fmean(POINTS.get(vote, 0.5) for vote in said)
-            low, high = wilson(shares[task], len(said))
-            cell = f"{shares[task]:.3f} [{low:.3f}, {high:.3f}]" if allow_missing or not lost else f"– ({lost} missing)"
-            rest = len(said) - a - b
-            table.append([task, a, b, rest, swayed, len(said), cell, f"{sign_test(a, b):.3f}"])
-    return ("Preferences", "Each pair was shown in both orders; a win needs both.", table), shares
-
-
-def people_and_votes(human, votes):
-    """A part of the report: how often the judge prefers what people prefer."""
-    table = [["people's", "items that both decide", "the judge agrees [Wilson 95 %]"]]
-    for column, told in human.items():
-        people = {item: score for item, score in mean_scores(told).items() if score != 0.5}
-        both = [(people[item] > 0.5) == bool(POINTS[vote]) for item, vote in votes.items()
-                if item in people and vote in POINTS]  # fmt: skip
-        if both:
-            low, high = wilson(fmean(both), len(both))
-            table.append([column, len(both), f"{fmean(both):.2f} [{low:.2f}, {high:.2f}]"])
-    return "Agreement with people", "", table
+            a, b, swayed = (list(said.values()).count(what) for what in (*POINTS, SWAYED))
+            shares[task] = fmean(POINTS.get(vote, 0.5) for vote in said.values())
+            told = f"– ({lost} missing)" if lost else share_cell(shares[task], len(said))
+            line = [task, a, b, len(said) - a - b, swayed, len(said), told, f"{sign_test(a, b):.3f}"]
+            for people in map(mean_scores, human.values()):
+                both = [(people.get(item, 0.5), POINTS.get(vote, 0.5)) for item, vote in said.items()]
+                same = [(x > 0.5) == (y > 0.5) for x, y in both if 0.5 not in (x, y)]
+                line.append(share_cell(fmean(same), len(same)) if same else "–")
+            table.append(line)
+    return table, shares
 
 
 def paired_metrics(pairs, lost, allow_missing):
-    """A part of the report: the differences of every metric over pairs of rows."""
+    """A table: the differences of every metric over pairs of rows."""
     table = [["metric", "better", "A - B, mean of the pairs", "A higher", "B higher", "sign test p"]]
     for name, (better, *_) in METRICS.items():
         both = [(or_worst(a.metrics, name), or_worst(b.metrics, name)) for a, b in pairs]
         if gaps := [x - y for x, y in both if x is not None and y is not None]:
             up, down = sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps)
             table.append([name, better, mean_of([gaps], lost, allow_missing), up, down, f"{sign_test(up, down):.3f}"])
-    return "Metrics", f"Paired differences over {len(pairs)} pairs, {lost} missing.", table
+    return table
 
 
 def compare(args):
@@ -870,7 +841,7 @@ def compare(args):
     *sides, human, judge = prepare(args, args.a, args.b)
     parts, verdict, votes, shares, stopped = [], Verdict("No judge was asked."), {}, {}, None
     with open_answers(args.out) as answers:
-        if judge and args.dry_run:
+        if args.dry_run and args.judge != "metrics":
             there = [(a, b) for a, b in zip(*sides) if a.edit.is_file() and b.edit.is_file()]
             return announce([q for a, b in there for q in both_orders(args, a, b)], answers, args)
         pairs = list(zip(*(measure_all(items, answers, args) for items in sides)))
@@ -881,21 +852,23 @@ def compare(args):
             votes = votes_of(questions, answers)
             unheard = "no answer of the judge in both orders"
             lost |= {q.item.key: unheard for q in questions if q.item.key not in votes}
-            verdict = position_verdict(args.judge, votes)
-            part, shares = preferences(votes, [a for a, _ in pairs], len(lost), args.allow_missing)
-            parts += [part, people_and_votes(human, votes)] if human else [part]
+            swayed = list(votes.values()).count(SWAYED)
+            verdict = verdict_of(args.judge, swayed, len(votes), f"{SWAYED}, not the edit, in {{}} of {{}} pairs")
+            table, shares = preferences(votes, human, [a for a, _ in pairs], 0 if args.allow_missing else len(lost))
+            parts.append(("Preferences", "Each pair was shown in both orders; a win needs both.", table))
     whole = [(a, b) for a, b in pairs if a.item.key not in lost]
-    parts.append(paired_metrics(whole, len(lost), args.allow_missing))
+    text = f"Paired differences over {len(whole)} pairs, {len(lost)} missing."
+    parts.append(("Metrics", text, paired_metrics(whole, len(lost), args.allow_missing)))
     parts += [("Missing", "", [["item", "why"], *lost.items()])] if lost else []
     cards = []
     for a, b in pairs:
-        theirs = b.measured()
-        gaps = {f"{name}, A - B": value - theirs[name] for name, value in a.measured().items() if name in theirs}
+        theirs = b.numbers()
+        gaps = {f"{name}, A - B": value - theirs[name] for name, value in a.numbers().items() if name in theirs}
         cards.append(card(args, [a, b], gaps, votes.get(a.item.key, "")))
-    finish(args, f"{args.bench.name}_compare", verdict, parts, len(lost), len(pairs), stopped,
-           title=f"{args.bench.title or args.bench.name}: A = {args.a}, B = {args.b}", cards=cards,
-           bars=[bar(task, Mean(share), 0, 1) for task, share in shares.items()], measured="share that prefers A",
-           sort="edit_strength, A - B")  # fmt: skip
+    page = {"title": f"{args.bench.title}: A = {args.a}, B = {args.b}", "cards": cards,
+            "measured": "share that prefers A",
+            "bars": [bar(task, Mean(share), 0, 1) for task, share in shares.items()]}  # fmt: skip
+    finish(args, f"{args.bench.name}_compare", verdict, parts, len(lost), stopped, page)
 
 
 def people(args):
@@ -908,7 +881,7 @@ def people(args):
     pairs = [dict(item=a.key, instruction=a.instruction, source=to(a.source), a=to(a.edit), b=to(b.edit), ref=to(a.ref))
              for a, b in both]  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
-    title, page = f"{args.bench.title or args.bench.name}: which edit is better?", args.out / "people.html"
+    title, page = f"{args.bench.title}: which edit is better?", args.out / "people.html"
     write_text(page, report.page("people.html", title=title, pairs=pairs))
     print(f"{page}: {len(pairs)} pairs; open it, and give the people.csv that it saves to compare --human")
 

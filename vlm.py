@@ -43,6 +43,7 @@ ANSWER_LIMIT = 4_000_000  # bytes of an answer that are read
 FRAME_PIXELS = 448 * 448  # larger frames are shrunk
 PICTURES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
 MIME = {**PICTURES, ".mp4": "video/mp4", ".mov": "video/quicktime", ".webm": "video/webm"}
+STOPS = (None, "STOP", "stop", "eos", "eos_token", "end_turn", "stop_sequence")  # any other end is no answer
 UNREAD = 10  # answers of which none could be read, before the first that could
 TOKENS = (  # per frame of a video, and per picture, at low, medium, high resolution; their documentation, 2026-11
     ("gemini-[34]", (70, 70, 280), (280, 560, 1120)),
@@ -86,7 +87,6 @@ class Settings:
     max_tokens: int = 400  # of an answer of a local model
     max_pixels: int = FRAME_PIXELS
     device: str = ""
-    dry_run: bool = False
     as_user: bool = False  # text after the pictures in the user's turn, max_tokens sent along; else a system prompt
 
 
@@ -117,9 +117,9 @@ class Unusable(Malformed):
 @dataclass
 class Answer:
     text: str
-    tokens_in: int | None = None
-    tokens_out: int | None = None
-    model: str | None = None  # who answered: providers redirect old names
+    tokens_in: int | None
+    tokens_out: int | None
+    model: str | None  # who answered: providers redirect old names
 
     def __post_init__(self):
         self.text = sound(self.text)
@@ -246,6 +246,12 @@ def jpeg_uri(image):
     return data_uri("image/jpeg", jpeg(image))
 
 
+def within(height, width, max_pixels, unit):
+    """[height, width] of about the aspect, at most max_pixels, in multiples of unit."""
+    scale = min(1.0, math.sqrt(max_pixels / (height * width)))
+    return [max(unit, round(side * scale / unit) * unit) for side in (height, width)]
+
+
 def sampled_frames(path, fps, rate=None, max_pixels=FRAME_PIXELS):
     """Frames of a clip at `fps`, shrunk to max_pixels: uint8 (n, H, W, 3), and the seconds at which they stand.
 
@@ -256,8 +262,7 @@ def sampled_frames(path, fps, rate=None, max_pixels=FRAME_PIXELS):
         source_rate = rate or float(frame_rate(stream))
         for index, rgb in decode(path, container, stream):
             if index / source_rate >= due - 1e-6:
-                scale = min(1.0, math.sqrt(max_pixels / (rgb.shape[0] * rgb.shape[1])))
-                frames.append(resize(rgb[None], [max(2, round(side * scale / 2) * 2) for side in rgb.shape[:2]])[0])
+                frames.append(resize(rgb[None], within(*rgb.shape[:2], max_pixels, 2))[0])
                 seconds.append(index / source_rate)
                 due += 1 / min(fps, source_rate)
     return torch.stack(frames), seconds
@@ -282,17 +287,20 @@ def uris(path, fps=None):
 
 
 class Server:
-    """What both kinds of server share. `optional`: what a server may refuse; then it is left out from there on."""
+    """What both kinds of server share."""
 
     again = True  # another answer may be better
     trusted = False  # until it has answered
 
+    def __init__(self, model, settings, url, key):
+        self.model, self.settings, self.url, self.key, self.refused = model, settings, url, key, set()
+
     def exchange(self, headers, body, optional, text):
+        """Send a question -> Answer. optional: what a server may refuse; then it is left out from there on."""
         while True:
-            asked = [name for name in optional if name not in self.refused]
+            asked = {name: value for name, value in optional.items() if name not in self.refused}
             try:
-                answer = post(self.url, headers, body | {n: optional[n] for n in asked}, self.settings.deadline,
-                              self.key, self.trusted)  # fmt: skip
+                answer = post(self.url, headers, body | asked, self.settings.deadline, self.key, self.trusted)
                 break
             except Unusable as error:
                 named = [name for name in asked if name in str(error)]
@@ -301,24 +309,17 @@ class Server:
                 self.refused.update(named)
         self.trusted = True
         hide = lambda text: text.replace(self.key, "***") if self.key else text  # JSON may have spelled it otherwise
-        found = Answer("")
         try:
-            problem = self.reply(answer, found)
-            found.text, found.model = sound(hide(found.text)), hide(str(found.model)) if found.model else None
+            said, end, model, *tokens = self.reply(answer)
+            found = Answer(hide(said), *(n if type(n) is int else None for n in tokens), model and hide(str(model)))
         except (AttributeError, TypeError, KeyError, IndexError):
-            problem = Malformed(hide(f"the server's answer has another shape: {json.dumps(answer)[:200]}"))
-        if not problem and found.tokens_in is not None and found.tokens_in <= len(text) / 3:
-            problem = Unusable(f"{found.tokens_in} prompt tokens are no more than the text: the server dropped the "
-                               "videos; see --set send=video")  # fmt: skip
-        if problem:
-            problem.answer = found
-            raise problem
+            raise Malformed(hide(f"the server's answer has another shape: {json.dumps(answer)[:200]}")) from None
+        if end not in STOPS or not said:
+            raise Malformed(f"refused or cut off ({end if end not in STOPS else 'no text'})", found)
+        if found.tokens_in is not None and found.tokens_in <= len(text) / 3:
+            raise Unusable(f"{found.tokens_in} prompt tokens are no more than the text: the server dropped the videos; "
+                           "see --set send=video", found)  # fmt: skip
         return found
-
-
-def count_of(usage, name):
-    value = usage.get(name)
-    return value if type(value) is int else None  # True is an int to isinstance
 
 
 def text_of(content):
@@ -332,13 +333,11 @@ class Gemini(Server):
     """Google's native generateContent, videos as inline data with an explicit frame rate."""
 
     def __init__(self, model, settings):
-        self.model, self.settings, self.refused = model, settings, set()
-        self.url = f"{(settings.endpoint or GEMINI).rstrip('/')}/models/{urllib.parse.quote(model)}:generateContent"
-        self.key = key_of("GEMINI_API_KEY")
-        if not self.key and not settings.dry_run:
+        url = f"{(settings.endpoint or GEMINI).rstrip('/')}/models/{urllib.parse.quote(model)}:generateContent"
+        super().__init__(model, settings, url, key_of("GEMINI_API_KEY"))
+        if not self.key:
             raise ValueError("GEMINI_API_KEY is not set: export the key, or choose another --judge")
-        host = urllib.parse.urlsplit(self.url).hostname
-        if not self.url.startswith("https://") and host not in ("127.0.0.1", "localhost"):
+        if not url.startswith("https://") and urllib.parse.urlsplit(url).hostname not in ("127.0.0.1", "localhost"):
             raise ValueError(f"--endpoint {settings.endpoint}: the key goes over https only")
 
     def ask(self, text, media, fps, schema=None):
@@ -359,27 +358,23 @@ class Gemini(Server):
                 "generationConfig": config}  # fmt: skip
         return self.exchange({"x-goog-api-key": self.key}, body, {}, text)
 
-    def reply(self, answer, found):
+    def reply(self, answer):
+        """-> text, why it ended, who answered, tokens in and out."""
         usage, candidate = answer.get("usageMetadata") or {}, (answer.get("candidates") or [{}])[0]
-        counts = [count_of(usage, f"{name}TokenCount") for name in ("candidates", "thoughts")]
-        found.tokens_in, found.tokens_out = count_of(usage, "promptTokenCount"), sum(n or 0 for n in counts)
-        found.model = answer.get("modelVersion")
         parts = (candidate.get("content") or {}).get("parts") or []
-        found.text = "".join(p.get("text", "") for p in parts if not p.get("thought"))
-        reason = (answer.get("promptFeedback") or {}).get("blockReason") or candidate.get("finishReason")
-        if reason not in (None, "STOP"):
-            return Malformed(f"refused or cut off ({reason})")
-        return None if found.text else Malformed("refused to answer (no text)")
+        text = "".join(part.get("text", "") for part in parts if not part.get("thought"))
+        end = (answer.get("promptFeedback") or {}).get("blockReason") or candidate.get("finishReason")
+        tokens_out = sum(usage.get(f"{name}TokenCount") or 0 for name in ("candidates", "thoughts"))
+        return text, end, answer.get("modelVersion"), usage.get("promptTokenCount"), tokens_out
 
 
 class OpenAICompatible(Server):
     """chat/completions; videos as frames at the given rate (any server), or as video_url (vLLM)."""
 
     def __init__(self, model, settings):
-        if not (settings.endpoint or "").startswith(("http://", "https://")):
+        if not settings.endpoint.startswith(("http://", "https://")):
             raise ValueError("--judge openai:... needs --endpoint, e.g. http://localhost:8000/v1")
-        self.model, self.settings, self.refused = model, settings, set()
-        self.url, self.key = f"{settings.endpoint.rstrip('/')}/chat/completions", key_of("OPENAI_API_KEY")
+        super().__init__(model, settings, f"{settings.endpoint.rstrip('/')}/chat/completions", key_of("OPENAI_API_KEY"))
 
     def ask(self, text, media, fps, schema=None):
         content = []
@@ -402,14 +397,12 @@ class OpenAICompatible(Server):
             body["mm_processor_kwargs"] = {"fps": fps}  # vLLM's name for the frame rate
         return self.exchange({"Authorization": f"Bearer {self.key}"} if self.key else {}, body, optional, text)
 
-    def reply(self, answer, found):
+    def reply(self, answer):
         usage, choice = answer.get("usage") or {}, (answer.get("choices") or [{}])[0]
-        found.tokens_in, found.tokens_out = (count_of(usage, f"{n}_tokens") for n in ("prompt", "completion"))
-        message, found.model = choice.get("message") or {}, answer.get("model")
-        found.text, reason = text_of(message.get("content")), choice.get("finish_reason")
-        if reason not in (None, "stop", "eos", "eos_token", "end_turn", "stop_sequence"):
-            return Malformed(f"refused or cut off ({reason})")
-        return None if found.text else Malformed(f"refused to answer ({message.get('refusal') or 'no text'})")
+        message = choice.get("message") or {}
+        end = message.get("refusal") or choice.get("finish_reason")
+        tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        return text_of(message.get("content")), end, answer.get("model"), *tokens
 
 
 QWEN = {  # patch, mean, std, time step in positions a second (None: a text stamp before each pair of frames)
@@ -521,9 +514,7 @@ class Local:
 
     def seen_size(self, height, width):
         """[height, width] at which the model sees a picture of that size."""
-        unit = 2 * self.patch
-        scale = min(1.0, math.sqrt(self.settings.max_pixels / (height * width)))
-        return [max(unit, round(side * scale / unit) * unit) for side in (height, width)]
+        return within(height, width, self.settings.max_pixels, 2 * self.patch)
 
 
 def spoken(text):

@@ -95,7 +95,8 @@ def open_bench(name, prompts=None):
     found, names = read_yaml(path), {f.name for f in fields(Bench)} - {"name", "prompts"}
     if not isinstance(found, dict) or not {"columns", "edit", "tasks"} <= found.keys() <= names:
         raise ValueError(f"{path}: expected columns, edit, tasks, and no more than {', '.join(sorted(names))}")
-    bench = Bench(path.stem, **found, prompts=read_yaml(prompts) if prompts else {})
+    found = {"title": path.stem, **found, "prompts": read_yaml(prompts) if prompts else {}}
+    bench = Bench(path.stem, **found)
     for task, told in bench.tasks.items():
         for criterion, anchors in told["criteria"].items():
             if not isinstance(anchors, list) or len(anchors) != 5:
