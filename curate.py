@@ -458,9 +458,8 @@ class Budget:
 def run_shard(stage, before, ledger, shard, budget, bar=None):
     """One stage over one shard, from wherever it was. before: the stage whose records it takes."""
     rows = [row for row in ledger.rows(before, shard) if is_open(row)]
-    with journal(ledger.part(stage.name, shard)) as (lines, add):
-        done = {row["id"]: row for row in lines}
-        for row in lines:
+    with journal(ledger.part(stage.name, shard)) as (done, add):
+        for row in done.values():
             budget.add(row)
         waiting = [row for row in rows if row["id"] not in done]
         bar is None or bar.update(len(rows) - len(waiting))
@@ -712,7 +711,7 @@ def main(argv=None):
         raise ValueError("--engine ray finds its own processes: start it without torchrun")
     args.out = str(Path(args.out).resolve())
     ledger = Ledger(args.out, [*(stage.__name__.lower() for stage in PIPELINE), "deduplicate"])
-    with only_run(ledger.folder, rank):
+    with only_run(ledger, rank):
         rejects = read_rejects(args.rejects)  # fail before days of work, not after them
         if rank == 0:
             same_settings(args, ledger)

@@ -123,7 +123,7 @@ import vlm
 from benchmarks import Item, enforce, open_bench, read_answer, read_bench, read_reason, read_winner, wrong_references
 from cache import weights_print
 from data import csv_lines
-from ledger import journal, only_run
+from ledger import appended
 from load import local_path, read_json
 from media import MediaError, read_image, whole_file, write_text
 from metrics import DAMAGES, METRICS, WORST, measure_files, write_damaged, write_edit
@@ -148,7 +148,7 @@ class Answers:
 
     def write(self, **line):
         with self.lock:
-            self.add(line)
+            self.add(line)  # ASCII: an answer may hold what ends a line or is no text
             self.lines.append(line)
             if line.get("ok"):
                 self.good[line["key"]] = line
@@ -161,7 +161,7 @@ class Answers:
 @contextmanager
 def open_answers(out):
     """The answers of earlier runs too. What a crash cut short is put aside, never guessed at."""
-    with only_run(out), journal(out / "answers.jsonl", sync=True) as (lines, add):
+    with appended(out / "answers.jsonl", sync=True) as (lines, add):
         yield Answers(lines, add)
 
 
@@ -389,13 +389,15 @@ def collect(rows, questions, answers):
     return controls
 
 
-KNOWN = {  # control: what is known about its answer
-    "copy": "the source handed in as the edit scores 1 on the first criterion",
-    "wrong_ref": "a wrong reference scores lower on the first criterion",
-    "shuffled": "shuffled frames score lower on time (where there is no such criterion: on all but the first)",
-    "frozen": "the edit frozen at its first frame scores lower in all",
-    "blurred": "the edit at a quarter of its resolution scores lower in all",
-    "quarter": "a quarter of the edit's strength scores lower on the first criterion",
+FIRST, ALL = (lambda names: names[:1]), (lambda names: names)
+TIME = lambda names: [name for name in names if "temporal" in name] or names[1:]
+KNOWN = {  # control: the criteria that it lowers, and what is known about its answer
+    "copy": (FIRST, "the source handed in as the edit scores 1 on the first criterion"),
+    "wrong_ref": (FIRST, "a wrong reference scores lower on the first criterion"),
+    "shuffled": (TIME, "shuffled frames score lower on time (where there is no such criterion: on all but the first)"),
+    "frozen": (ALL, "the edit frozen at its first frame scores lower in all"),
+    "blurred": (ALL, "the edit at a quarter of its resolution scores lower in all"),
+    "quarter": (FIRST, "a quarter of the edit's strength scores lower on the first criterion"),
 }
 
 
@@ -403,14 +405,12 @@ def judge_controls(rows, controls):
     """Known answers put to the judge -> table, and how many failed of how many."""
     true = {row.item.key: row.scores() for row in rows if row.answers}
     table = [["known answer", "held", "of", "true edit scored lowest too", "without an answer"]]
-    for kind, what in KNOWN.items():
+    for kind, (lowered, what) in KNOWN.items():
         asked = [(true.get(key), scores) for (control, key), scores in controls.items() if control == kind]
         known = []  # of each pair the true edit's score, the control's, and the lowest there is
         for whole, scores in asked:
             if whole and scores:
-                names = list(scores)[:1] if kind in ("copy", "wrong_ref", "quarter") else list(scores)
-                if kind == "shuffled":
-                    names = [name for name in scores if "temporal" in name] or list(scores)[1:]
+                names = lowered(list(scores))
                 known.append((sum(whole[n] for n in names), sum(scores[n] for n in names), len(names)))
         if kind == "copy":
             held = [given == lowest for _, given, lowest in known]

@@ -45,12 +45,18 @@ def write_json_lines(path, rows):
 
 
 @contextmanager
-def journal(path, sync=False):
-    """Yield (the lines that were written before, a function that adds one at once). sync: also for a power cut."""
+def appended(path, sync=False):
+    """Yield (the lines of JSON that were written before, a function that adds one at once; sync: and through a power
+    cut). One process at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = path.read_bytes() if path.is_file() else b""
-    whole = content[: content.rfind(b"\n") + 1]  # what died while writing leaves half a line, or zeros
-    with path.open("ab") as file:
+    with path.open("ab+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{path}: another run writes to it; wait for it, or give another --out") from None
+        file.seek(0)
+        content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]  # what died while writing leaves half a line, or zeros
         file.truncate(len(whole))
 
         def add(row):
@@ -59,6 +65,13 @@ def journal(path, sync=False):
             sync and os.fsync(file.fileno())
 
         yield [row for row in map(parsed, whole.splitlines()) if isinstance(row, dict)], add
+
+
+@contextmanager
+def journal(path):
+    """`appended`, the lines by their ids."""
+    with appended(path) as (lines, add):
+        yield {row["id"]: row for row in lines}, add
 
 
 def is_open(row):
@@ -145,19 +158,21 @@ class Ledger:
         if not self.part(stage, shard).is_file():
             return []
         with journal(self.part(stage, shard)) as (lines, _):
-            return lines
+            return list(lines.values())
 
     def forget(self, stage):
         shutil.rmtree(self.folder / stage, ignore_errors=True)
 
 
 @contextmanager
-def only_run(folder, rank=0):
+def only_run(ledger, rank):
     """Two runs in one folder would mix their work: the second is refused."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"lock.{rank}").open("w") as file:
+    ledger.folder.mkdir(parents=True, exist_ok=True)
+    with (ledger.folder / f"lock.{rank}").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"{folder}: another run is at work there; wait for it, or give another --out") from None
+            raise ValueError(
+                f"{ledger.out}: another curate.py is at work there; wait for it, or give another --out"
+            ) from None
         yield

@@ -133,8 +133,8 @@ def read_bench(bench, path, edits, limit=None):
         edit = edit_of(bench, edits, index, key, texts, place)
         items.append(Item(key, task, texts["instruction"], source_of(path, texts["source"], place), edit, ref))
         if (other := names.setdefault(edit, key)) != key:
-            print(f"warning: {path}: items {other} and {key} share the edit {edit.name}: both are judged by the one file, "
-                  "which `run` makes of the first", file=sys.stderr)  # fmt: skip
+            told = "both are judged by the one file, which `run` makes of the first"
+            print(f"warning: {path}: items {other} and {key} share the edit {edit.name}: {told}", file=sys.stderr)
     if not items:
         raise ValueError(f"{path}: holds no items of --bench {bench.name}; is it the right file?")
     return items[:limit]

@@ -33,6 +33,7 @@ from media import frame_rate, open_media, pad_reference, read_image, resize, wri
 from metrics import as_float
 from parallel import pick_device
 from vlm import (
+    Answer,
     Asker,
     Local,
     Malformed,
@@ -229,7 +230,7 @@ class Batch(Local):
     def settle(self, jobs):
         try:
             for job, said in zip(jobs, self.answers([job["asked"] for job in jobs])):
-                job["error" if isinstance(said, Malformed) else "said"] = said
+                job["said"] = said
         except torch.OutOfMemoryError as error:
             if len(jobs) > 1:
                 return [self.settle([job]) for job in jobs]
@@ -237,6 +238,38 @@ class Batch(Local):
         except Exception as error:  # each of them tells its own thread
             for job in jobs:
                 job["error"] = error
+
+    @torch.no_grad()
+    def answers(self, asked):
+        """[(ids (1, S), positions (3, 1, S), pixels), ...], padded on the left -> [Answer or Malformed]"""
+        from transformers import DynamicCache
+
+        longest, place = max(ids.shape[1] for ids, *_ in asked), lambda x: x.to(self.device)
+        pad = lambda x: F.pad(x, (longest - x.shape[-1], 0))
+        ids, mask = (torch.cat([pad(x) for x in xs]) for xs in zip(*((ids, torch.ones_like(ids)) for ids, *_ in asked)))
+        positions = torch.cat([pad(at) for _, at, _ in asked], dim=1)
+        pixels = {name: place(torch.cat([p[name] for *_, p in asked])) for name in asked[0][2]}
+        newer = "cache" in inspect.signature(self.mllm.forward).parameters
+        kept = {"cache" if newer else "past_key_values": DynamicCache(), "use_cache": True}
+        step, at = {"input_ids": place(ids), **pixels}, place(positions)
+        said, ends, mask = [], torch.tensor([self.token("<|im_end|>"), self.token("<|endoftext|>")]), place(mask)
+        going = torch.ones(len(asked), dtype=torch.bool)
+        while going.any() and len(said) <= self.settings.max_tokens:
+            out = self.mllm(position_ids=at, attention_mask=mask, **kept, **step)
+            token = out.logits[:, -1].argmax(-1)
+            said.append(token.cpu())
+            going &= ~torch.isin(said[-1], ends)
+            at, step, mask = (
+                at[:, :, -1:] + 1 if len(said) > 1 else at.amax(dim=(0, 2), keepdim=True).expand(3, -1, 1) + 1,
+                {"input_ids": token[:, None]},
+                F.pad(mask, (0, 1), value=1),
+            )
+        out = []
+        for row, (own, *_) in zip(torch.stack(said, dim=1), asked):
+            stop = torch.isin(row, ends).nonzero()[:, 0].tolist()
+            text = self.tokenizer.decode(row[: stop[0]].tolist()) if stop else ""
+            out.append(Answer(text if stop else "cut off", own.shape[1], stop[0] if stop else len(row), self.model))
+        return out
 
 
 def served(address, model):

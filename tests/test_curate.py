@@ -515,8 +515,11 @@ def test_ray_finishes_with_fewer_gpus_than_stages_and_leaves_a_ray_that_was_ther
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
-    with curate.only_run(tmp_path), pytest.raises(ValueError, match="another run is at work there"):
-        with curate.only_run(tmp_path):
+    with (
+        curate.only_run(Ledger(tmp_path, []), 0),
+        pytest.raises(ValueError, match="another curate.py is at work there"),
+    ):
+        with curate.only_run(Ledger(tmp_path, []), 0):
             pass
 
 

@@ -358,7 +358,7 @@ def test_two_runs_never_share_a_folder_and_a_broken_line_is_put_aside(tmp_path):
     (tmp_path / "answers.jsonl").write_text('{}\nnull\n{"event": "answer"}\n{"event": "sent", "key": "k"}\n{"ev')
     with judge.open_answers(tmp_path) as answers:
         assert answers.lines == [{"event": "sent", "key": "k"}]
-        with pytest.raises(ValueError, match="another run is at work"), judge.open_answers(tmp_path):
+        with pytest.raises(ValueError, match="another run writes to it"), judge.open_answers(tmp_path):
             pass
 
 

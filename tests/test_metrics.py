@@ -98,7 +98,7 @@ def test_edit_strength_is_in_levels_and_the_area_a_share():
 @pytest.mark.parametrize("count", [1, 9])
 def test_the_small_clips_of_the_page_are_as_long_as_the_edit_and_near_it(tmp_path, count):
     frames = smooth_clip(BLUE, count)
-    copy = metrics.write_media(tmp_path / "x", frames, frames, 8, None)
+    copy = metrics.write_small(tmp_path / "x", frames, frames, 8)
     assert copy.shape == frames.shape and 0 < (copy.float() - frames.float()).abs().mean() < 6
     assert (tmp_path / "x_edit.jpg").is_file() and (tmp_path / "x_edit.mp4").is_file() == (count > 1)
 
