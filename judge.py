@@ -538,20 +538,6 @@ def metric_table(rows, allow_missing):
     return table
 
 
-def score_text(rows, args):
-    """How the scores came about."""
-    answers, s = [answer for row in rows for answer in row.answers], args.settings
-    broken, missing = sum(enforce(answer)[1] for answer in answers), sum(len(row.failures) for row in rows)
-    spreads = [row.spread() for row in rows if row.spread() is not None]
-    return (
-        f"{args.judge} at {s.fps:g} frames a second, {s.resolution} resolution, temperature {s.temperature}, "
-        f"{args.repeats} answer(s) an item, rubric: {args.bench.wording}. Overall is the mean of "
-        f"the tasks' means. The judge broke the hierarchy in {broken} of {len(answers)} answers; the first row caps "
-        f"every score by the first, published rows were merely asked to. {missing} answers are missing."
-        + (f" Standard deviation over repeats, mean over items: {fmean(spreads):.2f}." if spreads else "")
-    )
-
-
 def write_csv(path, rows):
     """One line an item: what went wrong, scores, metrics, spread over repeats."""
     lines = []
@@ -659,7 +645,7 @@ def read_sides(args, *folders):
     """The benchmark's items with the edits of each folder; a report on an absent one would replace a good one."""
     if lost := [folder for folder in folders if not Path(folder).is_dir()]:
         raise ValueError(f"{lost[0]}: no such folder of edits")
-    args.bench = open_bench(args.bench, getattr(args, "prompts", None))
+    args.bench = open_bench(args.bench, args.prompts if args.command == "score" else None)
     return [read_bench(args.bench, args.path, folder, args.limit) for folder in folders]
 
 
@@ -675,7 +661,7 @@ def score(args):
     """`judge.py score`: metrics, then the judge, then the report."""
     args.name = args.name or args.edits.name
     items, human, judge = prepare(args, args.edits)
-    controls, stopped, answered = {}, None, Counter()
+    controls, stopped, cost, answered = {}, None, "", Counter()
     with open_answers(args.out) as answers:
         if args.dry_run and args.judge != "metrics":
             return announce(questions_of([item for item in items if item.edit.is_file()], args), answers, args)
@@ -686,13 +672,53 @@ def score(args):
             controls, cost = collect(rows, questions, answers), account(answers, questions, args.price)
             answered = Counter(answers.good[q.key].get("model") for q in questions if q.key in answers.good)
     known, failed, asked = judge_controls(rows, controls) if judge else metric_controls(rows)
-    verdict, parts = Verdict(f"No judge was asked. The metrics failed {failed} of {asked} known answers."), []
+    verdict = Verdict(f"No judge was asked. The metrics failed {failed} of {asked} known answers.")
     if judge:
         others = [name for name in answered if name and name.lower() not in args.judge.lower()]
         note = f" Answered by {', '.join(others)}, not by {args.judge}." if others else ""
         verdict = verdict_of(args.judge, failed, asked, "failed {} of {} known answers", note)
-        parts.append(("Scores", score_text(rows, args), score_table(args, rows, not verdict.bad)))
-        parts.append(("Known answers, judge", f"Cost: {cost}", known))
+
+    write_csv(args.out / f"{args.bench.name}.csv", rows)
+    means, overall = score_means(args, rows)
+    told = {"bench": args.bench.name, "name": args.name, "judge": args.judge, "answered": answered, "items": len(rows),
+            "asked": asked_how(args), "prompts": key_of_question(*map(args.bench.rubric, items)),
+            "overall": str(overall), "uncapped": str(score_means(args, rows, False)[1]),
+            "tasks": {task: str(mean["average"]) for task, mean in means.items()},
+            "verdict": verdict.text, "trusted": not verdict.bad}  # fmt: skip
+    write_text(args.out / "summary.json", json.dumps(told, indent=1))
+
+    bars = [bar(task, mean["average"], 1, 5) for task, mean in means.items()]
+    if not judge:
+        strength = lambda of: mean_of([[row.metrics["edit_strength"] for row in of if row.metrics]])
+        bars = [bar(task, strength(of), 0, 80) for task, of in by_task(rows).items()]
+    page = {"title": f"{args.bench.title}: {args.name}", "measured": "mean score" if judge else "edit strength",
+            "bars": bars, "cards": [card(args, [row], row.numbers()) for row in rows]}  # fmt: skip
+    parts = score_parts(args, rows, verdict, known, cost) if judge else []
+    parts += metric_parts(args, rows, human)
+    finish(args, args.bench.name, verdict, parts, sum(bool(row.lost) for row in rows), stopped, page)
+
+
+def score_parts(args, rows, verdict, known, cost):
+    """What the judge said, as parts of the report: [(title, text, table)]."""
+    answers, s = [answer for row in rows for answer in row.answers], args.settings
+    broken, missing = sum(enforce(answer)[1] for answer in answers), sum(len(row.failures) for row in rows)
+    text = (
+        f"{args.judge} at {s.fps:g} frames a second, {s.resolution} resolution, temperature {s.temperature}, "
+        f"{args.repeats} answer(s) an item, rubric: {args.bench.wording}. Overall is the mean of the tasks' means. The "
+        f"judge broke the hierarchy in {broken} of {len(answers)} answers; the first row caps every score by the first, "
+        f"published rows were merely asked to. {missing} answers are missing."
+    )
+    if spreads := [row.spread() for row in rows if row.spread() is not None]:
+        text += f" Standard deviation over repeats, mean over items: {fmean(spreads):.2f}."
+    return [
+        ("Scores", text, score_table(args, rows, not verdict.bad)),
+        ("Known answers, judge", f"Cost: {cost}", known),
+    ]
+
+
+def metric_parts(args, rows, human):
+    """What people and the metrics say, and what is missing."""
+    parts = []
     if human:
         text = ("Rank correlations and the share of pairs of items put in people's order, over items; [95 % bootstrap "
                 "interval] from 10 items on.")  # fmt: skip
@@ -705,26 +731,7 @@ def score(args):
         text = f"{len(lost)} of {len(rows)} items lack a result. {means}."
         parts.append(("Missing", text, [["item", "task", "why"], *lost]))
     told = [["metric", "better", "what it is", "what it cannot see"], *([n, *about] for n, about in METRICS.items())]
-    parts.append(("What the metrics are", "", told))
-
-    write_csv(args.out / f"{args.bench.name}.csv", rows)
-    means, overall = score_means(args, rows)
-    told = {"bench": args.bench.name, "name": args.name, "judge": args.judge, "answered": answered, "items": len(rows),
-            "asked": asked_how(args), "prompts": key_of_question(*map(args.bench.rubric, items)),
-            "overall": str(overall), "uncapped": str(score_means(args, rows, False)[1]),
-            "tasks": {task: str(mean["average"]) for task, mean in means.items()},
-            "verdict": verdict.text, "trusted": not verdict.bad}  # fmt: skip
-    write_text(args.out / "summary.json", json.dumps(told, indent=1))
-    bars = [bar(task, mean["average"], 1, 5) for task, mean in means.items()]
-    if not judge:
-        strengths = {
-            task: [row.metrics["edit_strength"] for row in of if row.metrics] for task, of in by_task(rows).items()
-        }
-        bars = [bar(task, mean_of([values]), 0, 80) for task, values in strengths.items()]
-    page = {"title": f"{args.bench.title}: {args.name}", "bars": bars,
-            "measured": "mean score" if judge else "edit strength",
-            "cards": [card(args, [row], row.numbers()) for row in rows]}  # fmt: skip
-    finish(args, args.bench.name, verdict, parts, len(lost), stopped, page)
+    return [*parts, ("What the metrics are", "", told)]
 
 
 def same_run(args, items):
