@@ -599,13 +599,14 @@ def read_human(path, items):
     for where, line in csv_lines(path, ["item"]):
         item, rater = line.pop("item"), line.pop("rater", "")
         for column, value in line.items():
-            try:
-                score = None if not value else winners[value] if column == "winner" else float(value)
-            except (ValueError, KeyError):
-                score = math.nan
-            if score is not None and not math.isfinite(score):
-                raise ValueError(f"{where}: {column} is {value!r}, not a number")
-            human[column] += [(item, rater, score)] if value else []
+            if value:
+                try:
+                    score = winners[value] if column == "winner" else float(value)
+                except (ValueError, KeyError):
+                    score = math.nan
+                if not math.isfinite(score):
+                    raise ValueError(f"{where}: {column} is {value!r}, not a number")
+                human[column].append((item, rater, score))
     known = sorted(item.key for item in items)
     if not any(item in known for of in human.values() for item, *_ in of):
         raise ValueError(f"{path}: none of its items is one of the benchmark's, which are {', '.join(known[:5])}, ...")
@@ -705,8 +706,8 @@ def score_parts(args, rows, verdict, known, cost):
     text = (
         f"{args.judge} at {s.fps:g} frames a second, {s.resolution} resolution, temperature {s.temperature}, "
         f"{args.repeats} answer(s) an item, rubric: {args.bench.wording}. Overall is the mean of the tasks' means. The "
-        f"judge broke the hierarchy in {broken} of {len(answers)} answers; the first row caps every score by the first, "
-        f"published rows were merely asked to. {missing} answers are missing."
+        f"judge broke the hierarchy in {broken} of {len(answers)} answers; the first row caps every score by the first "
+        f"one, published rows were merely asked to. {missing} answers are missing."
     )
     if spreads := [row.spread() for row in rows if row.spread() is not None]:
         text += f" Standard deviation over repeats, mean over items: {fmean(spreads):.2f}."
