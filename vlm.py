@@ -14,6 +14,7 @@ import inspect
 import json
 import math
 import os
+import queue
 import random
 import re
 import tempfile
@@ -22,7 +23,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -424,6 +425,7 @@ class Local:
             raise ValueError(f"{folder}: a {kind} model; --judge local: takes {' or '.join(QWEN)}")
         self.patch, self.mean, self.std, self.positions_a_second = QWEN[kind]
         self.settings, self.device, self.model = settings, pick_device(settings.device), str(folder)
+        self.waiting, self.turn = queue.SimpleQueue(), threading.Lock()
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(f"{folder}: has no tokenizer.json; give the folder of a Qwen2.5-VL or Qwen3-VL model")
         dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
@@ -438,8 +440,19 @@ class Local:
             raise Unusable(f"out of memory on {self.device}: give a smaller fps or another device") from None
 
     def answer(self, text, media, fps):
-        said = self.answers([self.prepare(text, media, fps)])[0]
-        if isinstance(said, Malformed):
+        """Questions that wait while others are answered go through the model together."""
+        own = Future()
+        self.waiting.put((self.prepare(text, media, fps), own))
+        with self.turn:
+            if not own.done():
+                jobs = [self.waiting.get() for _ in range(self.waiting.qsize())]
+                try:
+                    for (_, future), said in zip(jobs, self.answers([asked for asked, _ in jobs])):
+                        future.set_result(said)
+                except Exception as error:  # each tells its own thread
+                    for _, future in jobs:
+                        future.set_exception(error)
+        if isinstance(said := own.result(), Malformed):
             raise said
         return said
 
@@ -454,7 +467,8 @@ class Local:
         mask = place(torch.cat([pad(torch.ones_like(ids)) for ids, *_ in asked]))
         at = place(torch.cat([pad(positions) for _, positions, _ in asked], dim=1))
         first = at.amax(dim=(0, 2))[:, None] + 1  # (B, 1): the position of the first new token
-        step = {name: place(torch.cat([pixels[name] for *_, pixels in asked])) for name in asked[0][2]}
+        names = {name for *_, pixels in asked for name in pixels}
+        step = {name: place(torch.cat([p[name] for *_, p in asked if name in p])) for name in names}
         newer = "cache" in inspect.signature(self.mllm.forward).parameters
         kept = {"cache" if newer else "past_key_values": DynamicCache(), "use_cache": True}
         ends, said = torch.tensor([self.token("<|im_end|>"), self.token("<|endoftext|>")]), []
