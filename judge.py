@@ -77,17 +77,17 @@ def parse_arguments(argv=None):
         more = {"help": text, "description": text, "epilog": EXAMPLES, "formatter_class": raw}
         return commands.add_parser(name, parents=parents, **more).add_argument
 
-    command("compare", "compare two systems, order swapped", bench, sides, judged, report)
-    command("people", "a page on which people compare two systems blind", bench, sides, report)
-    add = command("leaderboard", "one table over several runs")
-    add("runs", nargs="+", type=Path, metavar="RUN", help="--out of a `score`")
-
     add = command("score", "score finished edits and write a report", bench, judged, report)
     add("--edits", type=Path, required=True, metavar="DIR", help="the edited videos, under the release's names")
     add("--prompts", type=Path, metavar="FILE", help="YAML, task: template with {instruction}; instead of our rubric")
     add("--repeats", type=number(1), default=1, help="answers an item (default %(default)s)")
     add("--controls", type=number(0), default=4, metavar="N", help="items with known answers (default %(default)s)")
     add("--name", help="the system's name in the tables (default: the folder of the edits)")
+
+    command("compare", "compare two systems, order swapped", bench, sides, judged, report)
+    command("people", "a page on which people compare two systems blind", bench, sides, report)
+    add = command("leaderboard", "one table over several runs")
+    add("runs", nargs="+", type=Path, metavar="RUN", help="--out of a `score`")
 
     add = command("run", "make the edits with Kiwi-Edit, under torchrun on several GPUs", bench)
     add("--edits", type=Path, required=True, metavar="DIR", help="where they go, under the release's names")
