@@ -44,19 +44,33 @@ def write_json_lines(path, rows):
 
 
 @contextmanager
-def journal(path):
-    """Yield ({id: line} that were written before, a function that adds one at once)."""
+def appended(path, sync=False):
+    """Yield (the lines of JSON that were written before, a function that adds one at once; sync: and through a power
+    cut). One process at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = path.read_bytes() if path.is_file() else b""
-    whole = content[: content.rfind(b"\n") + 1]  # what died while writing leaves half a line, or zeros
-    with path.open("ab") as file:
+    with path.open("ab+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{path}: another run writes to it; wait for it, or give another --out") from None
+        file.seek(0)
+        content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]  # what died while writing leaves half a line, or zeros
         file.truncate(len(whole))
 
         def add(row):
             file.write(json.dumps(row).encode() + b"\n")
             file.flush()
+            sync and os.fsync(file.fileno())
 
-        yield {row["id"]: row for row in map(parsed, whole.splitlines()) if row}, add
+        yield [row for row in map(parsed, whole.splitlines()) if isinstance(row, dict)], add
+
+
+@contextmanager
+def journal(path):
+    """`appended`, the lines by their ids."""
+    with appended(path) as (lines, add):
+        yield {row["id"]: row for row in lines}, add
 
 
 def is_open(row):
