@@ -23,6 +23,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from command import number, one_line
+
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: busy-waiting threads slow small steps tenfold
 
 EXAMPLES = """examples:
@@ -73,17 +75,6 @@ def setting(text):
     return name, types[name](value)
 
 
-def between(low, high, kind=float):
-    """The type of a flag whose number lies in low..high."""
-
-    def number(text):
-        if not low <= (value := kind(text)) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-
-    return number
-
-
 def parse_arguments(argv=None):
     defaults = "\n".join(f"  {f.name}={f.default}" for f in dataclasses.fields(Settings))
     parser = argparse.ArgumentParser(
@@ -97,17 +88,17 @@ def parse_arguments(argv=None):
     add("--out", metavar="DIR", help="the ledger and the result; the same again resumes")
     add("--base-path", metavar="DIR", help="what paths in the tables start from (default: the table's folder)")
     add("--models", choices=("classical", "paper"), default="classical", help="default %(default)s")
-    score = {"type": between(0, 10), "metavar": "0..10"}
+    score = {"type": number(0, 10, float), "metavar": "0..10"}
     add("--min-score", default=6.0, **score, help="for instruction tuning (default %(default)s)")
     add("--min-ref-score", default=8.0, **score, help="to get a reference (default %(default)s)")
     add("--guard", metavar="DIR", help="a benchmark's pictures and clips, e.g. RefVIE-Bench: a record whose reference "
         "or first frame resembles one is rejected")  # fmt: skip
     add("--rejects", metavar="FILE", help="rejects.json of page.html: these records leave the result")
-    add("--max-bad", type=between(0, 1), default=0.2, metavar="0..1", help="stop when a larger share of the "
+    add("--max-bad", type=number(0, 1, float), default=0.2, metavar="0..1", help="stop when a larger share of the "
         "records fails, at least 20 (default %(default)s)")  # fmt: skip
     add("--retry-failed", action="store_true", help="try again what failed: no network, no memory, a missing file")
     add("--engine", choices=("local", "ray"), default="local", help="ray: many machines; pip install 'ray[data]'")
-    add("--workers", type=between(1, 9999, int), default=2, help="records at a time; with ray also actors (default 2)")
+    add("--workers", type=number(1, 9999), default=2, help="records at a time; with ray also actors (default 2)")
     add("--device", metavar="NAME", help="default: cuda if there is one")
     add("--prompts", metavar="FILE", help="EditScore's vie_prompts.py (default: from pip install editscore)")
     add("--show-prompts", action="store_true", help="print what the models are asked, and stop")
@@ -680,14 +671,8 @@ def report(args, text, counts, common):
 
 def run():
     """main, with every foreseeable failure as one line on stderr and a non-zero exit code."""
-    try:
+    with one_line("curate.py", "stopped; the same command goes on from here"):
         main()
-    except KeyboardInterrupt:
-        print("\ncurate.py: stopped; the same command goes on from here", file=sys.stderr)
-        sys.stdout.flush()
-        os._exit(130)  # at a plain exit Python waits for the threads that a second Ctrl-C leaves
-    except (ValueError, OSError) as error:
-        sys.exit(f"curate.py: {error}")
 
 
 if __name__ == "__main__":

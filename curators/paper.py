@@ -14,12 +14,10 @@ import importlib.util
 import inspect
 import json
 import math
-import queue
 import re
 import tempfile
 import threading
 import urllib.request
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,7 +35,6 @@ from media import frame_rate, open_media, pad_reference, read_image, resize, wri
 from metrics import as_float
 from parallel import pick_device
 from vlm import (
-    Answer,
     Asker,
     Local,
     Malformed,
@@ -187,60 +184,10 @@ def open_model(name, args, device):
     if is_address(name):
         return OpenAICompatible(served(name), replace(settings, endpoint=name.partition("#")[0]))
     base, _, adapter = name.partition("+")
-    asked = Batch(local_path(base), settings)
+    asked = Local(local_path(base), settings)
     if adapter:
         add_adapter(asked.mllm, local_path(adapter))
     return asked
-
-
-class Batch(Local):
-    """Questions that wait while others are answered go through the model together."""
-
-    def __init__(self, folder, settings):
-        super().__init__(folder, settings)
-        self.waiting, self.turn = queue.SimpleQueue(), threading.Lock()
-
-    def answer(self, text, media, fps):
-        asked, own = self.prepare(text, media, fps), Future()
-        self.waiting.put((asked, own))
-        with self.turn:
-            if not own.done():
-                jobs = [self.waiting.get() for _ in range(self.waiting.qsize())]
-                try:
-                    for (_, future), said in zip(jobs, self.answers([asked for asked, _ in jobs])):
-                        future.set_result(said)
-                except Exception as error:  # each tells its own thread
-                    for _, future in jobs:
-                        future.set_exception(error)
-        return own.result()
-
-    @torch.no_grad()
-    def answers(self, asked):
-        """[(ids (1, S), positions (3, 1, S), pixels), ...], padded on the left -> [Answer, ...]"""
-        from transformers import DynamicCache
-
-        longest, place = max(ids.shape[1] for ids, *_ in asked), lambda x: x.to(self.device)
-        pad = lambda x: F.pad(x, (longest - x.shape[-1], 0))
-        mask = place(torch.cat([pad(torch.ones_like(ids)) for ids, *_ in asked]))
-        at = place(torch.cat([pad(positions) for _, positions, _ in asked], dim=1))
-        step = {"input_ids": place(torch.cat([pad(ids) for ids, *_ in asked]))}
-        step |= {name: place(torch.cat([pixels[name] for *_, pixels in asked])) for name in asked[0][2]}
-        newer = "cache" in inspect.signature(self.mllm.forward).parameters
-        kept = {"cache" if newer else "past_key_values": DynamicCache(), "use_cache": True}
-        said, ends = [], torch.tensor([self.token("<|im_end|>"), self.token("<|endoftext|>")])
-        going = torch.ones(len(asked), dtype=torch.bool)
-        while going.any() and len(said) <= self.settings.max_tokens:
-            logits = self.mllm(position_ids=at, attention_mask=mask, **kept, **step).logits
-            said.append(logits[:, -1].argmax(-1).cpu())
-            going &= ~torch.isin(said[-1], ends)
-            at = at.amax(dim=(0, 2), keepdim=True).expand(3, -1, 1) + 1
-            step, mask = {"input_ids": place(said[-1][:, None])}, F.pad(mask, (0, 1), value=1)
-        out = []
-        for row, (ids, *_) in zip(torch.stack(said, dim=1), asked):
-            stop = torch.isin(row, ends).nonzero()[:, 0].tolist()
-            text = self.tokenizer.decode(row[: stop[0]].tolist()) if stop else "cut off"
-            out.append(Answer(text, ids.shape[1], (stop or [len(row)])[0], self.model))
-        return out
 
 
 def is_address(name):

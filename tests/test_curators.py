@@ -3,7 +3,6 @@
 import csv
 import json
 import threading
-from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -199,9 +198,13 @@ def tiny_paper_models(folder, kind, said, args):
     from transformers import CLIPConfig, CLIPModel, Sam3TrackerConfig, Sam3TrackerModel
 
     models, settings = Paper(args), vlm.Settings(device="cpu", max_pixels=64 * 64, max_tokens=2, as_user=True)
-    asked = paper.Batch(tiny_local_judge(folder, kind), settings)
-    mumble = asked.ask
-    asked.ask = lambda prompt, media, fps, schema: replace(mumble(prompt, media, fps), text=said(prompt))
+    asked = vlm.Local(tiny_local_judge(folder, kind), settings)
+
+    def ask(prompt, media, fps, schema):
+        asked.answers([asked.prepare(prompt, media, fps)])
+        return vlm.Answer(said(prompt), 1, 1, "tiny")
+
+    asked.ask = ask
     models.scorer = models.grounder = models.verifier = asked
     models.words = {"success": "two whole numbers: <instruction>", "quality": "two whole numbers, natural"}
     small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
@@ -267,20 +270,15 @@ def test_the_paper_s_models_go_through_all_stages(tmp_path, nano_data, kind, sai
 
 
 def test_several_questions_go_through_a_local_model_together_and_get_their_own_answers(tmp_path):
-    folder = tiny_local_judge(tmp_path / "mllm", "qwen3_vl")
     settings = vlm.Settings(device="cpu", max_pixels=64 * 64, max_tokens=6, as_user=True)
-    model, alone = paper.Batch(folder, settings), vlm.Local(folder, settings)
-    randomise(model.mllm, 0.2), alone.mllm.load_state_dict(model.mllm.state_dict())
+    model, asked = vlm.Local(tiny_local_judge(tmp_path / "mllm", "qwen3_vl"), settings), []
+    randomise(model.mllm, 0.2)
     for name, size, colour in (("a", 64, RED), ("b", 96, BLUE), ("c", 64, GREEN)):
         write_image(tmp_path / f"{name}.png", smooth_clip(colour, 1, size)[0])
-    questions = [(f"What is {name * 9}?", [("image", tmp_path / f"{name}.png")]) for name in "abc"]
-    together, expected = model.answers([model.prepare(*question, 1.0) for question in questions]), []
-    for question in questions:
-        try:
-            expected.append(alone.answer(*question, 1.0).text)
-        except vlm.Malformed:
-            expected.append("cut off")
-    assert [answer.text for answer in together] == expected
+        asked.append(model.prepare(f"What is {name * 9}?", [("image", tmp_path / f"{name}.png")], 1.0))
+    text = lambda said: getattr(said, "answer", said).text
+    alone = [text(model.answers([question])[0]) for question in asked]
+    assert list(map(text, model.answers(asked))) == alone and len(set(alone)) > 1
 
 
 def test_sam_s_mask_and_clip_s_features_have_the_frame_s_shape_and_length_one(tmp_path, arguments):
