@@ -150,7 +150,7 @@ def read_all(args, ledger):
     state = {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in tables}
     told = ledger.told or {"shards": [], "bases": []}
     if told.get("state") != state:
-        known, sizes, reader = Seen(), list(told["shards"]), Reader(args, settings_of(args), told["bases"])
+        known, sizes, reader = Seen(), list(told["shards"]), Reader(args, told["bases"])
         for shard in range(len(sizes)):
             for row in ledger.rows("read", shard):
                 known.add(row["id"])

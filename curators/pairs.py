@@ -156,9 +156,8 @@ class Reader:
     Nothing is opened but the tables: a missing clip is one failed record when it is its turn.
     """
 
-    def __init__(self, args, settings=None, bases=()):
-        self.args, self.settings, self.bases = args, settings or {}, list(bases)
-        self.seen, self.licences = Seen(), set()
+    def __init__(self, args, bases=()):
+        self.args, self.bases, self.seen, self.licences = args, list(bases), Seen(), set()
         self.number = self.copies = self.unknown = 0
 
     def __iter__(self):
@@ -233,7 +232,8 @@ class Reader:
     def of_run(self, folder):
         """The records of another run with all that was paid for; what its thresholds decided is decided again."""
         told, theirs = (parsed((folder / f"ledger/{name}.json").read_text()) for name in ("read", "settings"))
-        same_models = all(theirs.get(key) == self.settings.get(key) for key in ("models", "embedder"))
+        own = {"paper": self.args.embedder}.get(self.args.models)
+        same_models = (theirs.get("models"), theirs.get("embedder")) == (self.args.models, own)
         ledger, out = Ledger(folder, told["stages"]), os.path.abspath(self.args.out)
         numbers = [self.base(self.args.base_path or base) for base in told["bases"]]
         for shard in range(len(told["shards"])):

@@ -118,16 +118,16 @@ def test_refvie_s_parquet_holds_the_jpegs_and_is_read_again_as_it_is(tmp_path, r
 
 def test_a_stage_is_one_line_of_the_list_also_after_verify(tmp_path, pairs, run, monkeypatch):
     monkeypatch.setattr(curate, "PIPELINE", list(curate.PIPELINE))
-    (story,) = re.findall(r"```python\n(class Sharp.*?)```", (HOUSE / "docs/curation.md").read_text(), re.DOTALL)
-    kept = [read_image(run / row["ref_image"]).float().diff(dim=1).abs().mean() for row in kept_in(records_in(run))]
-    exec(story.replace("< 1:", f"< {sorted(kept)[1]}:"), {"curate": curate})
+    story = re.search(r"```python\n# curate.py\n(.*?)```", (HOUSE / "README.md").read_text(), re.DOTALL)[1]
+    lights = sorted(read_image(run / row["ref_image"]).float().mean() / 255 for row in kept_in(records_in(run)))
+    exec(story.replace("< 0.2", f"< {lights[1]}"), dict(vars(curate)))
     rows = curated(shutil.copytree(run, tmp_path / "out"), pairs)
-    passed, blurred = [r for r in rows if "sharpness" in r], [r for r in rows if r.get("stage") == "sharp"]
-    assert passed and blurred and all(row["status"] == "rejected" for row in blurred) and kept_in(rows)
+    passed, dark = [row for row in rows if "light" in row], [row for row in rows if row.get("stage") == "bright"]
+    assert passed and dark and all(row["status"] == "rejected" for row in dark) and kept_in(rows)
     funnel = (tmp_path / "out/funnel.md").read_text()
-    assert f"| sharp | {len(passed)} |" in funnel
-    assert f"| sharp | rejected | the reference is blurred | {len(blurred)} |" in funnel
-    assert (tmp_path / "out/ledger/sharp/00000.jsonl").is_file()
+    assert f"| bright | {len(passed)} |" in funnel
+    assert f"| bright | rejected | the reference is dark | {len(dark)} |" in funnel
+    assert (tmp_path / "out/ledger/bright/00000.jsonl").is_file()
 
 
 def test_a_run_read_again_takes_other_thresholds_and_asks_no_model(tmp_path, run, pairs, no_models):
