@@ -383,7 +383,7 @@ def collect(rows, questions, answers):
             controls[q.control, q.item.key] = line and enforce(line["value"])[0]
         elif line:
             row.answers.append(line["value"])
-            row.reasons.append(read_reason(line["raw"]))
+            row.reasons.append(read_reason(line["text"]))
         else:
             row.failures.append(failures.get(q.key, "not asked"))
     return controls
