@@ -562,7 +562,7 @@ def test_a_missing_and_a_broken_edit_are_counted_and_shown_and_no_edits_replace_
 
 
 def test_benchmarks_are_read_in_their_own_formats_and_lead_nowhere_else(tmp_path, capsys):
-    read = lambda name, table, edits="edits": judge.read_bench(judge.open_bench(name), tmp_path / table, edits)
+    read = lambda name, table, edits="edits": judge.read_bench(name, tmp_path / table, edits)
     rows = "original_video,prompt,edited_type\nvideos/a.mp4,Add a hat.,local_add\nvideos/b.mp4,Zoom in.,camera_edit\n"
     write = lambda text: (tmp_path / "b.csv").write_text(text)
     write(rows)
