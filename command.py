@@ -30,10 +30,6 @@ def one_line(program, interrupted="interrupted", memory="take a larger card, or 
     except (ValueError, OSError) as error:
         sys.exit(f"{program}: {' '.join(str(error).split())}")
     except RuntimeError as error:  # torch.OutOfMemoryError, or CUDA's own where not even its context fits
-        if not is_out_of_memory(error):
+        if "out of memory" not in str(error):
             raise
         sys.exit(f"{program}: out of GPU memory; {memory}")
-
-
-def is_out_of_memory(error):
-    return "out of memory" in str(error) or "unable to find an engine" in str(error)

@@ -383,7 +383,7 @@ def collect(rows, questions, answers):
             controls[q.control, q.item.key] = line and enforce(line["value"])[0]
         elif line:
             row.answers.append(line["value"])
-            row.reasons.append(read_reason(line["raw"]))
+            row.reasons.append(read_reason(line["text"]))
         else:
             row.failures.append(failures.get(q.key, "not asked"))
     return controls
@@ -754,7 +754,7 @@ def run(args):
     """`judge.py run`: the edits themselves, one process a GPU under torchrun, taken up where it stopped."""
     rank, world = rank_and_world()
     device = pick_device(args.device)
-    items = read_bench(open_bench(args.bench), args.path, args.edits, args.limit)
+    items = read_bench(args.bench, args.path, args.edits, args.limit)
     same_run(args, items)
     items = list({item.edit: item for item in reversed(items)}.values())[::-1]  # of those that share a name the first
     mine = [item for item in items[rank::world] if not item.edit.is_file()]

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from command import is_out_of_memory
 from connectors import Encoder, MLLMConfig, merge_lora, meta_parameters
 from dit import DiT, DiTConfig
 from load import QWEN_BASE, WAN_BASE, from_dict, listed, load_weights, move_buffers, only_weights, read_fields
@@ -537,6 +536,14 @@ class KiwiEdit(nn.Module):
 def of_part(tell, parts, phase, i):
     """-> on_chunk(done, total) of part i of a phase."""
     return lambda done, total: tell(phase, i * total + done, parts * total)
+
+
+def is_out_of_memory(error):
+    return (
+        isinstance(error, torch.OutOfMemoryError)
+        or "unable to find an engine" in str(error)
+        or "out of memory" in str(error)
+    )
 
 
 @contextmanager

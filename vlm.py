@@ -310,17 +310,27 @@ class Server:
                 self.refused.update(named)
         self.trusted = True
         hide = lambda text: text.replace(self.key, "***") if self.key else text  # JSON may have spelled it otherwise
+        tokens = list(self.tokens(answer))
         try:
-            said, end, model, *tokens = self.reply(answer)
-            found = Answer(hide(said), *(n if type(n) is int else None for n in tokens), model and hide(str(model)))
+            said, end, model = self.reply(answer)
+            found = Answer(hide(said), *tokens, model and hide(str(model)))
         except (AttributeError, TypeError, KeyError, IndexError):
-            raise Malformed(hide(f"the server's answer has another shape: {json.dumps(answer)[:200]}")) from None
+            reason = hide(f"the server's answer has another shape: {json.dumps(answer)[:200]}")
+            raise Malformed(reason, Answer("", *tokens, None)) from None
         if end not in STOPS or not said:
-            raise Malformed(f"refused or cut off ({end if end not in STOPS else 'no text'})", found)
+            raise Malformed(f"refused or cut off ({'no text' if end in STOPS else hide(str(end))})", found)
         if found.tokens_in is not None and found.tokens_in <= len(text) / 3:
             raise Unusable(f"{found.tokens_in} prompt tokens are no more than the text: the server dropped the videos; "
                            "see --set send=video", found)  # fmt: skip
         return found
+
+    def tokens(self, answer):
+        """Yield the tokens in and out that an answer counts, None where it does not say."""
+        usage, *kinds = self.usage
+        counted = answer.get(usage) if isinstance(answer.get(usage), dict) else {}
+        for names in kinds:
+            counts = [counted[name] for name in names if type(counted.get(name)) is int]
+            yield sum(counts) if counts else None
 
 
 def text_of(content):
@@ -332,6 +342,8 @@ def text_of(content):
 
 class Gemini(Server):
     """Google's native generateContent, videos as inline data with an explicit frame rate."""
+
+    usage = "usageMetadata", ["promptTokenCount"], ["candidatesTokenCount", "thoughtsTokenCount"]
 
     def __init__(self, model, settings):
         url = f"{(settings.endpoint or GEMINI).rstrip('/')}/models/{urllib.parse.quote(model)}:generateContent"
@@ -360,17 +372,18 @@ class Gemini(Server):
         return self.exchange({"x-goog-api-key": self.key}, body, {}, text)
 
     def reply(self, answer):
-        """-> text, why it ended, who answered, tokens in and out."""
-        usage, candidate = answer.get("usageMetadata") or {}, (answer.get("candidates") or [{}])[0]
+        """-> text, why it ended, who answered."""
+        candidate = (answer.get("candidates") or [{}])[0]
         parts = (candidate.get("content") or {}).get("parts") or []
         text = "".join(part.get("text", "") for part in parts if not part.get("thought"))
         end = (answer.get("promptFeedback") or {}).get("blockReason") or candidate.get("finishReason")
-        tokens_out = sum(usage.get(f"{name}TokenCount") or 0 for name in ("candidates", "thoughts"))
-        return text, end, answer.get("modelVersion"), usage.get("promptTokenCount"), tokens_out
+        return text, end, answer.get("modelVersion")
 
 
 class OpenAICompatible(Server):
     """chat/completions; videos as frames at the given rate (any server), or as video_url (vLLM)."""
+
+    usage = "usage", ["prompt_tokens"], ["completion_tokens"]
 
     def __init__(self, model, settings):
         if not settings.endpoint.startswith(("http://", "https://")):
@@ -399,11 +412,13 @@ class OpenAICompatible(Server):
         return self.exchange({"Authorization": f"Bearer {self.key}"} if self.key else {}, body, optional, text)
 
     def reply(self, answer):
-        usage, choice = answer.get("usage") or {}, (answer.get("choices") or [{}])[0]
+        choice = (answer.get("choices") or [{}])[0]
         message = choice.get("message") or {}
-        end = message.get("refusal") or choice.get("finish_reason")
-        tokens = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        return text_of(message.get("content")), end, answer.get("model"), *tokens
+        return (
+            text_of(message.get("content")),
+            message.get("refusal") or choice.get("finish_reason"),
+            answer.get("model"),
+        )
 
 
 QWEN = {  # patch, mean, std, time step in positions a second (None: a text stamp before each pair of frames)
@@ -574,9 +589,7 @@ class Asker:
                 except (TryAgain, ValueError, OSError) as error:
                     problem, answer = error, answer or getattr(error, "answer", None)
                 known = {"seconds": round(time.monotonic() - began, 2), "ok": problem is None}
-                if answer:
-                    known |= {"raw": answer.text, "tokens_in": answer.tokens_in, "tokens_out": answer.tokens_out,
-                              "model": answer.model}  # fmt: skip
+                known |= vars(answer) if answer else {}
                 if problem is None:
                     note(event="answer", value=value, **known)
                     return value

@@ -118,7 +118,8 @@ def rows_of(path):
 
 
 def read_bench(bench, path, edits, limit=None):
-    """The items of a benchmark, at most `limit`. ValueError where the file is not what --bench says."""
+    """The items of a Bench, or of one by name, at most `limit`. ValueError where the file is not what --bench says."""
+    bench = open_bench(bench) if isinstance(bench, str) else bench
     path, items, names = Path(path), [], {}
     if not path.is_file():
         raise ValueError(f"{path}: no such file; give the benchmark's YAML, CSV or JSON")

@@ -20,8 +20,8 @@ from bench import table
 from conftest import HOUSE
 
 HOUSE_FLOORS = (
-    "kernels report stats command",
-    "parallel dit vae connectors media",
+    "kernels report stats",
+    "parallel dit vae connectors media command",
     "data load lora sizing metrics vlm ledger sampler",
     "model curators benchmarks",
     "checkpoint cache stages",

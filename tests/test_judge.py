@@ -211,6 +211,7 @@ CUT_OFF = {
     "MAX_TOKENS": ("gemini", gemini_says("Quality: 2", "MAX_TOKENS")),
     "blocked": ("gemini", {"promptFeedback": {"blockReason": "OTHER"},
                            "usageMetadata": {"promptTokenCount": 9000, "thoughtsTokenCount": 7}}),
+    "shape": ("openai", {"choices": "none", "usage": {"prompt_tokens": 9000, "completion_tokens": 7}}),
 }  # fmt: skip
 
 
@@ -413,7 +414,7 @@ def test_the_hierarchy_is_enforced_in_code_and_odd_answers_are_paid_once(refvie)
     with FakeJudge(lambda request, nth: good_answer(request, scores(request)).replace("{", "{" + odd, 1)) as fake:
         for _ in range(2):
             score(refvie, fake, "--controls", 0)
-        assert len(fake.requests) == 3 and "\u2028" in lines_of(refvie)[-1]["raw"]
+        assert len(fake.requests) == 3 and "\u2028" in lines_of(refvie)[-1]["text"]
     assert "broke the hierarchy in 2 of 3 answers" in report_of(refvie)
     assert "| the same, uncapped | 2.00 (2.00, 2.00) | 5.00 (5.00, 5.00) |" in report_of(refvie)
     with (refvie / "out" / "refvie.csv").open() as file:
@@ -561,7 +562,7 @@ def test_a_missing_and_a_broken_edit_are_counted_and_shown_and_no_edits_replace_
 
 
 def test_benchmarks_are_read_in_their_own_formats_and_lead_nowhere_else(tmp_path, capsys):
-    read = lambda name, table, edits="edits": judge.read_bench(judge.open_bench(name), tmp_path / table, edits)
+    read = lambda name, table, edits="edits": judge.read_bench(name, tmp_path / table, edits)
     rows = "original_video,prompt,edited_type\nvideos/a.mp4,Add a hat.,local_add\nvideos/b.mp4,Zoom in.,camera_edit\n"
     write = lambda text: (tmp_path / "b.csv").write_text(text)
     write(rows)

@@ -297,7 +297,7 @@ def test_a_card_counts_every_run_before_from_whatever_folder_it_is_written(tmp_p
 
 def test_bench_writes_what_judge_reads_and_eval_wants_held_out_clips(tmp_path, nano_data):
     main(["bench", str(tmp_path), "--items", "2", "--frames", "5"])
-    items = judge.read_bench(judge.open_bench("refvie"), tmp_path / "refvie_bench.yaml", tmp_path / "edits")
+    items = judge.read_bench("refvie", tmp_path / "refvie_bench.yaml", tmp_path / "edits")
     assert len(items) == 2 and all(item.source.is_file() and item.ref.is_file() for item in items)
     with pytest.raises(ValueError, match="of the train split"):
         main(["eval", "--weights", "w", "--data", str(nano_data), "--out", str(tmp_path / "r")])
