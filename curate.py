@@ -612,14 +612,12 @@ def reopen_all(ledger, rank, world):
         dist.destroy_process_group()
 
 
-def wait_for(ready, what, bar_seconds=30):
+def wait_for(ready, what):
     """Poll until ready() is true; torchrun ends everybody when one process dies."""
-    told = time.monotonic()
+    if not ready():
+        print(f"wait        for {what}")
     while not ready():
         time.sleep(0.2)
-        if time.monotonic() - told > bar_seconds:
-            print(f"wait        for {what}")
-            told = math.inf
 
 
 def main(argv=None):

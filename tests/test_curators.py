@@ -81,11 +81,12 @@ def test_colours_that_contradict_the_difference_are_rejected():
 
 def test_a_background_is_filled_only_where_little_of_it_is_never_seen():
     frame, foreground = disc(1, 128, places=())[0], torch.zeros(128, 128, dtype=torch.bool)
-    foreground[50:62, 50:62] = True
+    foreground[44:68, 44:68] = True
     shown = torch.where(foreground[..., None], torch.tensor(BLUE, dtype=torch.uint8), frame)
     filled = classical.without_foreground(shown, foreground)
-    assert (filled.float() - frame.float()).abs().mean() < 1
-    assert torch.equal(filled[:40], frame[:40]) and (filled[50:62, 50:62, 2] > 180).float().mean() < 0.05
+    assert torch.equal(filled[:36], frame[:36]) and (filled.float() - frame.float()).abs().mean() < 1.5
+    hole = filled[46:66, 46:66].float()
+    assert (hole[..., 2] > 180).float().mean() < 0.05 and hole.std() > 5  # waves like those around, no average
     foreground[20:100, 20:100] = True
     with pytest.raises(Rejected, match="of the background is never seen"):
         classical.without_foreground(shown, foreground)
