@@ -175,15 +175,10 @@ def wrong_references(items, item):
 
 def read_score(text):
     """ "4", 4, "4/5", "**4**", {"score": 4} -> 4. Malformed for anything but a whole number from 1 to 5."""
-    if isinstance(text, dict):
-        text = text.get("score", text)
+    text = text.get("score", text) if isinstance(text, dict) else text
     match = re.fullmatch(NUMBER, str(text).strip(" *_`\"'.,"))
-    if isinstance(text, bool) or not match:
-        raise Malformed(f"{text!r} is not a score")
-    if match[2] and match[2] != "5":
-        raise Malformed(f"{text!r} is not on the scale from 1 to 5")
-    if float(match[1]) not in (1, 2, 3, 4, 5):
-        raise Malformed(f"{match[1]} is not a whole number from 1 to 5")
+    if isinstance(text, bool) or not match or match[2] not in (None, "5") or float(match[1]) not in range(1, 6):
+        raise Malformed(f"{text!r} is not a whole number from 1 to 5")
     return int(float(match[1]))
 
 

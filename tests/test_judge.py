@@ -156,16 +156,16 @@ def test_an_answer_is_read_by_its_names_whatever_stands_around_the_numbers(text)
 
 
 @pytest.mark.parametrize("text, says", [
-    ('{"instruction_compliance": 6, "consistency_detail": 3, "visual_quality": 2}', "6 is not a whole number"),
+    ('{"instruction_compliance": 6, "consistency_detail": 3, "visual_quality": 2}', "6 is not a whole"),
     ('{"instruction_compliance": 3.5, "consistency_detail": 3, "visual_quality": 2}', "3.5 is not a whole"),
-    ('{"instruction_compliance": "8/10", "consistency_detail": 3, "visual_quality": 2}', "scale"),
-    ('{"instruction_compliance": true, "consistency_detail": 3, "visual_quality": 2}', "not a score"),
+    ('{"instruction_compliance": "8/10", "consistency_detail": 3, "visual_quality": 2}', "8/10. is not a whole"),
+    ('{"instruction_compliance": true, "consistency_detail": 3, "visual_quality": 2}', "True is not a whole"),
     ('{"instruction_compliance": 4, "consistency_detail": 3, "visual_qu', "visual_quality is missing"),
     ("Visual quality: 3\nVisual quality: 4\nInstruction compliance: 4\nConsistency detail: 1", "given twice"),
     ("Instruction compliance: 3-4\nConsistency detail: 1\nVisual quality: 1", "instruction_compliance is missing"),
     ("Instruction compliance: 2 of the hats, so 4/5\nConsistency detail: 1\nVisual quality: 1", "is missing"),
-    ("Instruction compliance: 2/3 of the hats, so 4/5\nConsistency detail: 1\nVisual quality: 1", "scale"),
-    ("Instruction compliance: -4\nConsistency detail: 1\nVisual quality: 1", "-4 is not"), ("", "missing"),
+    ("Instruction compliance: 2/3 of the hats, so 4/5\nConsistency detail: 1\nVisual quality: 1", "2/3. is not a"),
+    ("Instruction compliance: -4\nConsistency detail: 1\nVisual quality: 1", "-4. is not a whole"), ("", "missing"),
 ])  # fmt: skip
 def test_an_answer_without_a_possible_score_is_refused_and_never_guessed(text, says):
     with pytest.raises(vlm.Malformed, match=says):
