@@ -121,6 +121,27 @@ def patchify(frames, patch=14, mean=PIXEL_MEAN, std=PIXEL_STD):
     return x.reshape(t * h * w, -1).bfloat16(), (t, h, w)
 
 
+def lay_out(pieces):
+    """Pieces (lists of ids, or (pad id, grid, time step) of a visual) -> ids (1, S), positions (3, 1, S).
+
+    Text counts on from the largest position so far; a visual's tokens have their place in its grid.
+    """
+    ids, positions, at = [], [], 0
+    for piece in pieces:
+        if isinstance(piece, tuple):
+            pad, (t, h, w), step = piece
+            axes = ((step * torch.arange(t)).long(), torch.arange(h // 2), torch.arange(w // 2))
+            here = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
+            ids += [pad] * here.shape[1]
+        else:
+            here = torch.arange(len(piece)).expand(3, -1)
+            ids += piece
+        if here.numel():
+            positions.append(at + here)
+            at = int(positions[-1].max()) + 1
+    return torch.tensor([ids]), torch.cat(positions, 1)[:, None]
+
+
 @dataclass
 class MLLMInputs:
     """One request, ready for the model. `pieces` is the sequence in order: lists of token ids, the name of a
@@ -280,36 +301,26 @@ class MLLMEncoder(Encoder, name="qwen2.5-vl"):
     def ids(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
-    def input_ids(self, inputs: MLLMInputs):
-        """The token ids (1, S) of a request, with one id for each visual token and query."""
-        ids = []
+    def laid_out(self, inputs: MLLMInputs):
+        """Token ids (1, S), one for each visual token and query, and positions (3, 1, S); 2 a step in time.
+
+        transformers 5 would number the text after a video differently: so positions are passed in.
+        """
+        pieces = []
         for piece in inputs.pieces:
             if piece == "queries":
-                ids += [self.token(QUERY_TOKEN)] * self.num_queries[inputs.mode]
+                piece = [self.token(QUERY_TOKEN)] * self.num_queries[inputs.mode]
             elif isinstance(piece, str):
                 still = piece != "source" or inputs.mode == "image"
-                ids += [self.token("<|image_pad|>" if still else "<|video_pad|>")] * num_tokens(inputs.grids[piece])
-            else:
-                ids += piece
-        return torch.tensor([ids])
+                piece = (self.token("<|image_pad|>" if still else "<|video_pad|>"), inputs.grids[piece], 2)
+            pieces.append(piece)
+        return lay_out(pieces)
 
-    def position_ids(self, inputs: MLLMInputs):
-        """Positions (3, 1, S) for time, height and width of each token.
+    def input_ids(self, inputs):
+        return self.laid_out(inputs)[0]
 
-        Text counts on from the largest position so far; a visual's tokens have their place in its grid, 2 a
-        step in time (transformers 5 numbers the text after a video differently).
-        """
-        parts, start = [], 0
-        for piece in inputs.pieces:
-            if isinstance(piece, str) and piece != "queries":
-                t, h, w = inputs.grids[piece]
-                axes = (2 * torch.arange(t), torch.arange(h // 2), torch.arange(w // 2))
-                parts.append(start + torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1))
-            else:
-                count = self.num_queries[inputs.mode] if piece == "queries" else len(piece)
-                parts.append(start + torch.arange(count).expand(3, -1))
-            start = int(parts[-1].max()) + 1 if parts[-1].numel() else start
-        return torch.cat(parts, dim=1)[:, None]
+    def position_ids(self, inputs):
+        return self.laid_out(inputs)[1]
 
     def encode(self, requests):
         """Run the model on prepared requests at once -> their contexts, a list of (1, L, dit_dim).

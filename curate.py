@@ -23,6 +23,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from command import number, one_line
+
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: busy-waiting threads slow small steps tenfold
 
 EXAMPLES = """examples:
@@ -56,38 +58,21 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("fps", "min_side", "shard_rows", "page"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above 0")
-        if not 1 < self.max_aspect < math.inf:
-            raise ValueError("max_aspect must be above 1")
+        least = {"fps": 0, "min_side": 0, "shard_rows": 0, "page": 0, "max_aspect": 1}
+        for name, low in least.items():
+            if not low < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be above {low}")
 
 
 MODELS = ("scorer", "grounder", "segmenter", "editor", "verifier", "embedder")
 
 
-def settings_from(pairs):
-    """["name=value", ...] -> Settings; values take the type of their default. ValueError."""
-    given, known = {}, {field.name: field for field in dataclasses.fields(Settings)}
-    for name, sign, text in (pair.partition("=") for pair in pairs):
-        if not sign or name not in known:
-            raise ValueError(f"--set {name}: give name=value with one of {', '.join(known)}")
-        try:
-            given[name] = type(known[name].default)(text)
-        except ValueError:
-            raise ValueError(f"--set {name}={text}: is not a number") from None
-    return Settings(**given)
-
-
-def between(low, high, kind=float):
-    """The type of a flag whose number lies in low..high."""
-
-    def number(text):
-        if not low <= (value := kind(text)) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
-
-    return number
+def setting(text):
+    """ "name=value" -> (name, value), of the type of its default."""
+    (name, sign, value), types = text.partition("="), {field.name: field.type for field in dataclasses.fields(Settings)}
+    if not sign or name not in types:
+        raise argparse.ArgumentTypeError(f"{name}: give name=value with one of {', '.join(types)}")
+    return name, types[name](value)
 
 
 def parse_arguments(argv=None):
@@ -103,42 +88,26 @@ def parse_arguments(argv=None):
     add("--out", metavar="DIR", help="the ledger and the result; the same again resumes")
     add("--base-path", metavar="DIR", help="what paths in the tables start from (default: the table's folder)")
     add("--models", choices=("classical", "paper"), default="classical", help="default %(default)s")
-    add(
-        "--min-score",
-        type=between(0, 10),
-        default=6.0,
-        metavar="0..10",
-        help="for instruction tuning (default %(default)s)",
-    )
-    add(
-        "--min-ref-score",
-        type=between(0, 10),
-        default=8.0,
-        metavar="0..10",
-        help="to get a reference (default %(default)s)",
-    )
+    score = {"type": number(0, 10, float), "metavar": "0..10"}
+    add("--min-score", default=6.0, **score, help="for instruction tuning (default %(default)s)")
+    add("--min-ref-score", default=8.0, **score, help="to get a reference (default %(default)s)")
     add("--guard", metavar="DIR", help="a benchmark's pictures and clips, e.g. RefVIE-Bench: a record whose reference "
         "or first frame resembles one is rejected")  # fmt: skip
     add("--rejects", metavar="FILE", help="rejects.json of page.html: these records leave the result")
-    add("--max-bad", type=between(0, 1), default=0.2, metavar="0..1", help="stop when a larger share of the "
+    add("--max-bad", type=number(0, 1, float), default=0.2, metavar="0..1", help="stop when a larger share of the "
         "records fails, at least 20 (default %(default)s)")  # fmt: skip
     add("--retry-failed", action="store_true", help="try again what failed: no network, no memory, a missing file")
     add("--engine", choices=("local", "ray"), default="local", help="ray: many machines; pip install 'ray[data]'")
-    add(
-        "--workers",
-        type=between(1, 9999, int),
-        default=2,
-        help="records at a time; with ray also actors (default %(default)s)",
-    )
+    add("--workers", type=number(1, 9999), default=2, help="records at a time; with ray also actors (default 2)")
     add("--device", metavar="NAME", help="default: cuda if there is one")
     add("--prompts", metavar="FILE", help="EditScore's vie_prompts.py (default: from pip install editscore)")
     add("--show-prompts", action="store_true", help="print what the models are asked, and stop")
-    add("--set", nargs="*", action="extend", default=[], metavar="NAME=VALUE", help="see below")
+    add("--set", nargs="*", action="extend", default=[], type=setting, metavar="NAME=VALUE", help="see below")
     args = parser.parse_args(argv)
     if not args.show_prompts and not (args.pairs and args.out):
         parser.error("say which pairs, and where to: curate.py pairs.csv --out out/refvie")
     try:
-        vars(args).update(dataclasses.asdict(settings_from(args.set)))
+        vars(args).update(dataclasses.asdict(Settings(**dict(args.set))))
     except ValueError as error:
         parser.error(str(error))
     args.duplicate = args.duplicate or (0.99 if args.models == "paper" else 0.96)
@@ -152,6 +121,7 @@ import base64
 import errno
 import importlib
 import shlex
+import shutil
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -162,7 +132,7 @@ import torch
 from tqdm import tqdm
 
 from curators import KINDS, Rejected, box_of, ended, frame_at
-from curators.pairs import Reader, tables_of
+from curators.pairs import Reader, Seen, tables_of
 from curators.result import read_rejects, write_results
 from data import FILES, inside, read_reference
 from ledger import Ledger, is_open, journal, only_run, parsed
@@ -176,56 +146,36 @@ FORESEEN = (ValueError, OSError, RuntimeError, ArithmeticError, LookupError, Typ
 
 def read_all(args, ledger):
     """The tables into shards of records, once; rows that were appended since become more shards."""
-    state = {
-        str(file): [file.stat().st_size, file.stat().st_mtime_ns] for p in args.pairs for _, file, _ in tables_of(p)
-    }
-    names = [stage.__name__.lower() for stage in PIPELINE]
+    tables = [file for source in args.pairs for _, file, _ in tables_of(source)]
+    state = {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in tables}
     told = ledger.told or {"shards": [], "bases": []}
-    if told.get("state") == state:
-        if told["stages"] != names:
-            write_text(ledger.folder / "read.json", json.dumps(told | {"stages": names}))
-        return
-    reader = Reader(args, settings_of(args), told["bases"])
-    for shard in range(len(told["shards"])):
-        for row in ledger.rows("read", shard):
-            reader.known.add(row["id"], 0)
-    shards = list(told["shards"])
-    records = tqdm(reader, desc="read", unit=" records", mininterval=1)
-    fresh = (row for row in records if not shards or reader.known.add(row["id"], 0) or reader.known.again(row["id"]))
-    sizes = list(shards)
-    while rows := list(islice(fresh, args.shard_rows)):
-        ledger.write("read", len(sizes), rows)
-        sizes.append(len(rows))
-    gone, which = reader.known.never_again() if shards else (0, None)
-    gone -= sum(sizes) - sum(shards) if shards else 0
-    if gone:
-        raise ValueError(f"{gone} records of {ledger.out} are gone from the tables, or changed: give another --out")
-    if reader.unknown and args.models == "classical":
-        print(
-            f"kinds       {reader.unknown} records are of unknown kind: no edit_type, no English keyword in the prompt"
-        )
-    write_text(ledger.folder / "settings.json", json.dumps(settings_of(args), indent=1))
-    told = {"shards": sizes, "stages": names, "bases": reader.bases, "state": state, "copies": reader.copies}
-    write_text(ledger.folder / "read.json", json.dumps(told))
+    if told.get("state") != state:
+        known, sizes, reader = Seen(), list(told["shards"]), Reader(args, told["bases"])
+        for shard in range(len(sizes)):
+            for row in ledger.rows("read", shard):
+                known.add(row["id"])
+        records = tqdm(reader, desc="read", unit=" records", mininterval=1)
+        fresh = (row for row in records if known.add(row["id"]))
+        while rows := list(islice(fresh, args.shard_rows)):
+            ledger.write("read", len(sizes), rows)
+            sizes.append(len(rows))
+        if gone := sum(sizes) - reader.number:
+            raise ValueError(f"{gone} records of {ledger.out} are gone from the tables, or changed: give another --out")
+        if reader.unknown and args.models == "classical":
+            print(f"kinds       {reader.unknown} records are of unknown kind: no edit_type, no English keyword")
+        write_text(ledger.folder / "settings.json", json.dumps(settings_of(args), indent=1))
+        told = {"shards": sizes, "bases": reader.bases, "state": state, "copies": reader.copies}
+    if told.get("stages") != (names := [stage.__name__.lower() for stage in PIPELINE]):
+        write_text(ledger.folder / "read.json", json.dumps(told | {"stages": names}))
+
+
+FREE = "pairs out engine workers retry_failed device show_prompts rejects page max_bad set".split()
 
 
 def settings_of(args):
     """What the records of a folder depend on."""
-    free = (
-        "pairs",
-        "out",
-        "engine",
-        "workers",
-        "retry_failed",
-        "device",
-        "show_prompts",
-        "rejects",
-        "page",
-        "max_bad",
-        "set",
-    )
-    models = MODELS if args.models == "classical" else ()
-    return {key: value for key, value in vars(args).items() if key not in (*free, *models)}
+    free = FREE if args.models == "paper" else [*FREE, *MODELS]
+    return {key: value for key, value in vars(args).items() if key not in free}
 
 
 def same_settings(args, ledger):
@@ -237,9 +187,6 @@ def same_settings(args, ledger):
             f"{ledger.out} was made with {changed[0]} {before.get(changed[0])!r}, not {settings.get(changed[0])!r}: "
             f"give another --out; {ledger.out} as its input keeps what was paid for"
         )
-
-
-# ---- the stages
 
 
 def load_models(args):
@@ -264,41 +211,44 @@ class Stage:
     def models(self):
         """The models of --models, loaded for the first record that asks: a run read again may ask nothing."""
         with self.lock:
-            if self.barred:  # loading takes minutes: those that wait need not fail one by one
-                raise self.barred
-            if self.loaded is None:
+            if self.loaded is None and self.barred is None:
                 try:
                     self.loaded = load_models(self.args)
                     self.loaded.setup(self.name)
                 except FORESEEN as error:
                     self.barred = Barred(f"{self.name}: {error}")
-                    raise self.barred from error
+            if self.barred:  # loading takes minutes: those that wait need not fail one by one
+                raise self.barred
         return self.loaded
 
     def __call__(self, rows):
         """Yield id and new columns of each record as it is done. What ends the run, Ctrl-C too, is raised after all
         that were begun are done: they may have been paid for. A second Ctrl-C leaves them."""
         rows, busy, ends, pool = iter(rows), set(), None, ThreadPoolExecutor(self.args.workers)
-        more = lambda: {pool.submit(self.guarded, row) for row in islice(rows, 2 * self.args.workers - len(busy))}
         try:
-            while busy := busy if ends else busy | more():
+            while True:
+                room = 0 if ends else 2 * self.args.workers - len(busy)
+                busy |= {pool.submit(self.guarded, row) for row in islice(rows, room)}
+                if not busy:
+                    break
                 try:
                     done, busy = wait(busy, return_when=FIRST_COMPLETED)
                 except KeyboardInterrupt as stop:
-                    if ends is not None:
+                    if ends:
                         raise
-                    ends, done, busy = stop, set(), {future for future in busy if not future.cancel()}
-                    print(f"\nnote        the {len(busy)} records under way are finished; Ctrl-C once more leaves them",
+                    done, ends = set(), stop
+                    print("\nnote        the records under way are finished; Ctrl-C once more leaves them",
                           file=sys.stderr)  # fmt: skip
                 for future in done:
-                    if future.exception() is None:
+                    if error := future.exception():
+                        ends = ends or error
+                    else:
                         yield future.result()
-                    elif ends is None:
-                        ends = future.exception()
-                        busy = {future for future in busy if not future.cancel()}
+                if ends:
+                    busy = {future for future in busy if not future.cancel()}
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-        if ends is not None:
+        if ends:
             raise ends
 
     def guarded(self, row):
@@ -346,19 +296,16 @@ class Score(Stage):
         if kind not in KINDS and not (kind == "unknown" and self.args.models == "paper"):  # a grounder will say it
             raise Rejected(no_reference(kind), found)
         if score < self.args.min_ref_score:
-            raise Rejected(
-                f"score {score:g} is below {self.args.min_ref_score:g}, enough for instruction tuning only", found
-            )
+            text = f"score {score:g} is below {self.args.min_ref_score:g}, enough for instruction tuning only"
+            raise Rejected(text, found)
         return found
 
 
+WHY = {"remove": "a removal leaves nothing to show", "style": "a style is no object", "unknown": "its kind is unknown"}
+
+
 def no_reference(kind):
-    why = {
-        "remove": "a removal leaves nothing to show",
-        "style": "a style is no object",
-        "unknown": "its kind is unknown",
-    }
-    return f"no reference for this kind of edit: {why.get(kind, 'neither object nor background')}"
+    return f"no reference for this kind of edit: {WHY.get(kind, 'neither object nor background')}"
 
 
 class Ground(Stage):
@@ -403,10 +350,11 @@ class Synthesize(Stage):
         return {"ref_image": name, "ref_size": list(image.shape[:2])}
 
     def check(self, height, width):
+        shape = f"the reference has {width}x{height} pixels"
         if min(height, width) < self.args.min_side:
-            raise Rejected(f"the reference has {width}x{height} pixels, a side below {self.args.min_side}")
+            raise Rejected(f"{shape}, a side below {self.args.min_side}")
         if max(height / width, width / height) > self.args.max_aspect:
-            raise Rejected(f"the reference has {width}x{height} pixels, an aspect above {self.args.max_aspect:g}")
+            raise Rejected(f"{shape}, an aspect above {self.args.max_aspect:g}")
 
 
 class Verify(Stage):
@@ -471,9 +419,6 @@ def run_shard(stage, before, ledger, shard, budget, bar=None):
     ledger.write(stage.name, shard, [done[row["id"]] for row in rows])
 
 
-# ---- de-duplication
-
-
 @torch.no_grad()
 def deduplicate(features, order, threshold, block=2048, known_from=0.9, device="cpu"):
     """Which records stand for which: features (N, D) of length 1, in any order; `order` (N,) best first.
@@ -502,12 +447,7 @@ def deduplicate(features, order, threshold, block=2048, known_from=0.9, device="
                 closer = value > best[near]
                 place[near[closer]], best[near[closer]] = others[index[closer]], value[closer]
         among = (features[rows] @ features[rows].T).cpu().numpy()
-        best, place, rows, new = (
-            best.cpu().numpy(),
-            place.cpu().numpy(),
-            rows.cpu().numpy(),
-            [],
-        )  # new: kept of this block
+        best, place, rows, new = *(x.cpu().numpy() for x in (best, place, rows)), []  # new: kept of this block
         for i in range(len(rows)):
             if new:
                 j = new[int(among[i, new].argmax())]
@@ -531,41 +471,35 @@ def on_main_axes(features, sample=20_000):
 
 def deduplicate_all(args, ledger, rejects):
     """The last step, over all shards: what a person rejected leaves, a benchmark's pictures, copies of a kept one."""
-    made_with, path = (
-        {"rejects": rejects, "shards": ledger.told["shards"], "stages": ledger.told["stages"]},
-        ledger.folder / "deduplicate.json",
-    )
+    made_with = {"rejects": rejects, "shards": ledger.told["shards"], "stages": ledger.told["stages"]}
+    path = ledger.folder / "deduplicate.json"
     if ledger.all_done("deduplicate") and path.is_file() and parsed(path.read_text()) == made_with:
         return
-    ledger.forget("deduplicate")
-    last, shards, resembled = ledger.stages[-2], range(len(ledger.told["shards"])), guard_of(args)
-    ids, scores, features, over = [], [], [], {}
-    for row in (row for shard in shards for row in ledger.rows(last, shard) if is_open(row)):
+    shutil.rmtree(ledger.folder / "deduplicate", ignore_errors=True)
+    shards, resembled = range(len(ledger.told["shards"])), guard_of(args)
+    opened = lambda shard: (row for row in ledger.rows(ledger.stages[-2], shard) if is_open(row))
+    ids, scores, features, decided = [], [], [], {}
+    for row in (row for shard in shards for row in opened(shard)):
         if row["id"] in rejects:
-            over[row["id"]] = ended("person", "rejected", rejects[row["id"]])
+            decided[row["id"]] = {"tuning": False, **ended("person", "rejected", rejects[row["id"]])}
         elif name := resembled(row):
-            over[row["id"]] = ended("deduplicate", "rejected", f"resembles {name} of the benchmark")
+            reason = f"resembles {name} of the benchmark"
+            decided[row["id"]] = {"tuning": False, **ended("deduplicate", "rejected", reason)}
         else:
             ids.append(row["id"])
             scores.append(row["edit_score"])
             features.append(unpack(row["feature"]))
-    found = {}
     if ids:
         matrix = torch.from_numpy(np.stack(features))
         features.clear()
         order = np.argsort(-np.array(scores), kind="stable")
         belongs, nearest = deduplicate(matrix, order, args.duplicate, device=pick_device(args.device))
-        found = {i: (ids[b], round(float(n), 4)) for i, b, n in zip(ids, belongs, nearest)}
-
-    def decided(key):
-        if key in over:
-            return {"id": key, "tuning": False, **over[key]}
-        kept, cosine = found[key]
-        same = ended("deduplicate", "rejected", f"the reference is that of {kept} again (cosine {cosine:.3f})")
-        return {"id": key, "cluster": kept, "nearest": cosine, **({"status": "kept"} if kept == key else same)}
-
+        for key, kept, cosine in zip(ids, (ids[i] for i in belongs), nearest.tolist()):
+            same = ended("deduplicate", "rejected", f"the reference is that of {kept} again (cosine {cosine:.3f})")
+            status = {"status": "kept"} if kept == key else same
+            decided[key] = {"cluster": kept, "nearest": round(cosine, 4), **status}
     for shard in shards:
-        ledger.write("deduplicate", shard, [decided(row["id"]) for row in ledger.rows(last, shard) if is_open(row)])
+        ledger.write("deduplicate", shard, [{"id": row["id"], **decided[row["id"]]} for row in opened(shard)])
     write_text(path, json.dumps(made_with))
 
 
@@ -575,9 +509,8 @@ def guard_of(args):
         return lambda row: None
     files, models = benchmark_files(args.guard), load_models(args)
     models.setup("guard")
-    theirs = np.stack(
-        [models.embed([read_image(path)])[0].numpy() for path in tqdm(files, desc="guard", mininterval=1)]
-    )
+    pictures = (read_image(path) for path in tqdm(files, desc="guard", mininterval=1))
+    theirs = np.stack([models.embed([picture])[0].numpy() for picture in pictures])
 
     def resembled(row):
         for own in ("source_feature", "feature"):
@@ -589,25 +522,18 @@ def guard_of(args):
     return resembled
 
 
+PICTURES = ".png .jpg .jpeg .webp .bmp .gif .tif .tiff .avif .heic .mp4 .m4v .mov .webm .mkv .avi".split()
+
+
 def benchmark_files(folder):
     """The pictures and clips of a benchmark; other files are named, for a clip among them would not be guarded."""
-    kinds = ".png .jpg .jpeg .webp .bmp .gif .tif .tiff .avif .heic .mp4 .m4v .mov .webm .mkv .avi".split()
     found = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
-    files = [path for path in found if path.suffix.lower() in kinds]
+    files = [path for path in found if path.suffix.lower() in PICTURES]
     if not files:
         raise ValueError(f"--guard {folder}: no pictures or clips there")
-    other = sorted({path.suffix.lower() or path.name for path in found} - set(kinds))
-    print(
-        f"guard       {len(files)} pictures and clips of {folder}"
-        + (f"; not read: {', '.join(other)}" if other else "")
-    )
+    other = sorted({path.suffix.lower() or path.name for path in found} - set(PICTURES))
+    print(f"guard       {len(files)} pictures and clips of {folder}; not read: {', '.join(other) or 'nothing'}")
     return files
-
-
-# ---- the result
-
-
-# ---- running
 
 
 def run_local(args, ledger, bases, rank, world):
@@ -616,15 +542,12 @@ def run_local(args, ledger, bases, rank, world):
     torch.set_num_threads(max(1, threads // args.workers))  # records share the cores
     for before, make in zip(ledger.stages, PIPELINE):
         stage = make(args, bases)
-        todo = [shard for shard in range(rank, len(sizes), world) if not ledger.done(stage.name, shard)]
-        if world > 1:  # every shard's records of the stage before, which this process wrote itself
-            todo = [shard for shard in todo if ledger.done(before, shard)]
-        if not todo:
+        own = range(rank, len(sizes), world)  # and what this process wrote in the stage before
+        if not (todo := [i for i in own if ledger.done(before, i) and not ledger.done(stage.name, i)]):
             continue
         stage.setup()
-        with tqdm(
-            total=sum(sizes[shard] for shard in todo), desc=stage.name, unit=" records", mininterval=1, disable=rank > 0
-        ) as bar:
+        total = sum(sizes[shard] for shard in todo)
+        with tqdm(total=total, desc=stage.name, unit=" records", mininterval=1, disable=rank > 0) as bar:
             for shard in todo:
                 run_shard(stage, before, ledger, shard, budget, bar)
         stage.loaded = stage = None  # its models go before others come
@@ -635,8 +558,8 @@ def run_local(args, ledger, bases, rank, world):
 class ShardWorker:
     """What Ray Data calls: a stage on the shards whose numbers come by, from ledger to ledger."""
 
-    def __init__(self, make, before, args, bases, names):
-        self.stage, self.before, self.ledger = make(args, bases), before, Ledger(args.out, (*names, "deduplicate"))
+    def __init__(self, make, before, args, bases, stages):
+        self.stage, self.before, self.ledger = make(args, bases), before, Ledger(args.out, stages)
         self.budget = Budget(args.max_bad)
         self.stage.setup()
 
@@ -653,19 +576,20 @@ def run_ray(args, ledger, bases):
         import ray
     except ImportError:
         raise ValueError("--engine ray needs Ray Data; pip install 'ray[data]'") from None
-    theirs, names = ray.is_initialized(), ledger.told["stages"]
+    theirs = ray.is_initialized()
     try:
         for before, make in zip(ledger.stages, PIPELINE):
             stage = make(args, bases)
-            shards = [shard for shard in range(len(ledger.told["shards"])) if not ledger.done(stage.name, shard)]
+            shards = [i for i in range(len(ledger.told["shards"])) if not ledger.done(stage.name, i)]
             if not shards:
                 continue
             if not ray.is_initialized():
                 ray.init(log_to_driver=False, logging_level="ERROR")
             data = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
             data = data.map_batches(
-                ShardWorker, fn_constructor_args=(make, before, args, bases, names), batch_size=1, num_gpus=stage.gpus,
-                num_cpus=1 if stage.gpus else 0.25, concurrency=(1, min(args.workers, len(shards))),
+                ShardWorker, fn_constructor_args=(make, before, args, bases, ledger.stages[1:]), batch_size=1,
+                num_gpus=stage.gpus, num_cpus=1 if stage.gpus else 0.25,
+                concurrency=(1, min(args.workers, len(shards))),
             )  # fmt: skip
             for _ in tqdm(data.iter_batches(batch_size=1), total=len(shards), desc=f"ray {stage.name}", unit="shard"):
                 pass
@@ -688,14 +612,12 @@ def reopen_all(ledger, rank, world):
         dist.destroy_process_group()
 
 
-def wait_for(ready, what, bar_seconds=30):
+def wait_for(ready, what):
     """Poll until ready() is true; torchrun ends everybody when one process dies."""
-    told = time.monotonic()
+    if not ready():
+        print(f"wait        for {what}")
     while not ready():
         time.sleep(0.2)
-        if time.monotonic() - told > bar_seconds:
-            print(f"wait        for {what}")
-            told = math.inf
 
 
 def main(argv=None):
@@ -703,9 +625,7 @@ def main(argv=None):
     if args.show_prompts:
         return importlib.import_module("curators.paper").show_prompts(args.prompts)
     if given := [name for name in MODELS if has_secret(getattr(args, name))]:
-        raise ValueError(
-            f"--set {given[0]}: no user, password or query in the address; put the key into OPENAI_API_KEY"
-        )
+        raise ValueError(f"--set {given[0]}: no user, password or query in an address; put the key into OPENAI_API_KEY")
     rank, world = rank_and_world()
     if world > 1 and args.engine == "ray":
         raise ValueError("--engine ray finds its own processes: start it without torchrun")
@@ -723,34 +643,23 @@ def main(argv=None):
         bases = ledger.told["bases"]
         if args.retry_failed:
             reopen_all(ledger, rank, world)
-        if rank == 0:
-            preflight(args, ledger)
+        todo = [stage for stage in ledger.stages[1:-1] if not ledger.all_done(stage)]
+        if rank == 0 and args.models == "paper" and todo:
+            load_models(args).preflight(todo)  # a gated model is found out now, not after days of scoring
         run_ray(args, ledger, bases) if args.engine == "ray" else run_local(args, ledger, bases, rank, world)
         if rank > 0:
-            return None
+            return
         wait_for(lambda: ledger.all_done(ledger.stages[-2]), "the other processes")
         deduplicate_all(args, ledger, rejects)
         text, counts, common = write_results(args, ledger, bases, rejects)
-    return tell(args, text, counts, common)
+    report(args, text, counts, common)
 
 
-def preflight(args, ledger):
-    """Are all models there that some record will ask? A gated one is found out now, not after days of scoring."""
-    todo = [stage for stage in ledger.stages[1:-1] if not ledger.all_done(stage)]
-    if args.models == "paper" and todo:
-        load_models(args).preflight(todo)
-
-
-def tell(args, text, counts, common):
-    print(text)
-    names = [name for name in (*FILES.values(), "refvie") if (Path(args.out) / name).exists()]
-    print(
-        f"write       {args.out}/{''.join(f'{name}, ' for name in names)}funnel.md, statistics.json; look at page.html"
-    )
+def report(args, text, counts, common):
+    names = [f"{name}, " for name in (*FILES.values(), "refvie") if (Path(args.out) / name).exists()]
+    print(f"{text}\nwrite       {args.out}/{''.join(names)}funnel.md, statistics.json; look at page.html")
     if sum(number for (_, status, _), number in counts.reasons.items() if status == "failed") == counts.total:
-        raise ValueError(
-            f"not one of {counts.total} records could be worked on; the table above says why; then --retry-failed"
-        )
+        raise ValueError(f"not one of {counts.total} records could be worked on; see above why; then --retry-failed")
     if counts.kinds:
         print(f"train       python train.py --stage 3 --ref-csv {shlex.quote(args.out)}/ref_video.csv --base-path "
               f"{shlex.quote(common)} --data DIR")  # fmt: skip
@@ -760,14 +669,8 @@ def tell(args, text, counts, common):
 
 def run():
     """main, with every foreseeable failure as one line on stderr and a non-zero exit code."""
-    try:
+    with one_line("curate.py", "stopped; the same command goes on from here"):
         main()
-    except KeyboardInterrupt:
-        print("\ncurate.py: stopped; the same command goes on from here", file=sys.stderr)
-        sys.stdout.flush()
-        os._exit(130)  # at a plain exit Python waits for the threads that a second Ctrl-C leaves
-    except (ValueError, OSError) as error:
-        sys.exit(f"curate.py: {error}")
 
 
 if __name__ == "__main__":

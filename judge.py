@@ -12,22 +12,23 @@ known: a judge that fails more than a fifth of them ends the run with exit code 
 
 import argparse
 import csv
-import fcntl
 import hashlib
-import io
 import json
 import math
 import os
 import re
 import shlex
 import sys
-import threading
-from collections import Counter
-from contextlib import closing
-from dataclasses import dataclass, field, fields, replace
+from collections import Counter, defaultdict
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from statistics import fmean, stdev
+from threading import Lock
+
+from command import number, one_line
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: busy-waiting threads slow small steps tenfold
 
@@ -48,58 +49,47 @@ TRUST = 0.2  # share of known answers that a judge may fail
 
 
 def parse_arguments(argv=None):
+    bench, report, judged, sides = (argparse.ArgumentParser(add_help=False) for _ in range(4))
+    add = bench.add_argument
+    add("path", help="the items: the benchmark's YAML, CSV or JSON, or the --bench file if it holds them")
+    add("--bench", required=True, metavar="NAME|FILE", help="refvie, openve, imgedit, sparkle, or a YAML like them")
+    add("--limit", type=number(1), metavar="N", help="only the first N items")
+    add = report.add_argument
+    add("--out", type=Path, default="out/judge", metavar="DIR", help="for the report (default %(default)s)")
+    add = judged.add_argument
+    add("--judge", default="metrics", help="see below (default %(default)s)")
+    add("--mode", choices=MODES, default="official", help="1 frame a second, or 4 at high resolution")
+    add("--endpoint", default="", metavar="URL", help="the judge's server, for openai: and other places than Google's")
+    add("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="dollars a million tokens, for the cost")
+    add("--dry-run", action="store_true", help="stop after the cost estimate")
+    add("--allow-missing", action="store_true", help="average over what succeeded")
+    add("--human", type=Path, metavar="CSV", help="item, rater, and people's scores, or what `people` saved")
+    add("--embedder", metavar="PATH|HUB_ID", help="a CLIP for crop_similarity, e.g. openai/clip-vit-large-patch14")
+    add("--set", action="append", default=[], metavar="NAME=VALUE", help="how to ask (docs/judging.md)")
+    sides.add_argument("a", metavar="A", help="the edits of one system")
+    sides.add_argument("b", metavar="B", help="the edits of the other")
+
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description="Judge edited videos.", epilog=EXAMPLES, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name, text, judged=False):
-        add = commands.add_parser(name, help=text, description=text, epilog=EXAMPLES, formatter_class=raw).add_argument
-        if name != "leaderboard":
-            add("path", help="the items: the benchmark's YAML, CSV or JSON, or the --bench file if it holds them")
-            add(
-                "--bench",
-                required=True,
-                metavar="NAME|FILE",
-                help="refvie, openve, imgedit, sparkle, or a YAML like them",
-            )
-            add("--limit", type=number(1), metavar="N", help="only the first N items")
-        if judged:
-            add("--judge", default="metrics", help="see below (default %(default)s)")
-            add("--mode", choices=MODES, default="official", help="1 frame a second, or 4 at high resolution")
-            add("--endpoint", metavar="URL", help="the judge's server, for openai: and other places than Google's")
-            add("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="dollars a million tokens, for the cost")
-            add("--dry-run", action="store_true", help="stop after the cost estimate")
-            add("--allow-missing", action="store_true", help="average over what succeeded")
-            add("--human", type=Path, metavar="CSV", help="item, rater, and people's scores, or what `people` saved")
-            add(
-                "--embedder",
-                metavar="PATH|HUB_ID",
-                help="a CLIP, for crop_similarity, e.g. openai/clip-vit-large-patch14",
-            )
-            add("--set", action="append", default=[], metavar="NAME=VALUE", help="how to ask (docs/judging.md)")
-        if judged or name == "people":
-            add("--out", type=Path, default="out/judge", metavar="DIR", help="for the report (default %(default)s)")
-        return add
+    def command(name, text, *parents):
+        more = {"help": text, "description": text, "epilog": EXAMPLES, "formatter_class": raw}
+        return commands.add_parser(name, parents=parents, **more).add_argument
 
-    add = command("score", "score finished edits and write a report", judged=True)
+    add = command("score", "score finished edits and write a report", bench, judged, report)
     add("--edits", type=Path, required=True, metavar="DIR", help="the edited videos, under the release's names")
     add("--prompts", type=Path, metavar="FILE", help="YAML, task: template with {instruction}; instead of our rubric")
     add("--repeats", type=number(1), default=1, help="answers an item (default %(default)s)")
     add("--controls", type=number(0), default=4, metavar="N", help="items with known answers (default %(default)s)")
     add("--name", help="the system's name in the tables (default: the folder of the edits)")
 
-    add = command("compare", "compare two systems, order swapped", judged=True)
-    add("a", metavar="A", help="the edits of one system")
-    add("b", metavar="B", help="the edits of the other")
-
-    add = command("people", "a page on which people compare two systems blind")
-    add("a", metavar="A", help="the edits of one system")
-    add("b", metavar="B", help="the edits of the other")
-
+    command("compare", "compare two systems, order swapped", bench, sides, judged, report)
+    command("people", "a page on which people compare two systems blind", bench, sides, report)
     add = command("leaderboard", "one table over several runs")
     add("runs", nargs="+", type=Path, metavar="RUN", help="--out of a `score`")
 
-    add = command("run", "make the edits with Kiwi-Edit, under torchrun on several GPUs")
+    add = command("run", "make the edits with Kiwi-Edit, under torchrun on several GPUs", bench)
     add("--edits", type=Path, required=True, metavar="DIR", help="where they go, under the release's names")
     nano = str(Path(__file__).parent / "weights" / "nano")
     add("--weights", default=nano, metavar="PATH|HUB_ID", help="as for sample.py (default: weights/nano)")
@@ -108,7 +98,7 @@ def parse_arguments(argv=None):
     add("--ref-pad-first", action="store_true", help="as for sample.py")
     add("--ref", action=argparse.BooleanOptionalAction, default=True, help="give the reference image to the model")
     add("--steps", type=number(1), help="denoising steps (default: 50; nano 2)")
-    add("--ref-guidance", type=number(1e-9, float), metavar="G", help="of references (default: 1; nano 1.2)")
+    add("--ref-guidance", type=number(1e-9, kind=float), metavar="G", help="of references (default: 1; nano 1.2)")
     add("--seed", type=int, default=0, help="of every edit, as in the release (default %(default)s)")
     add("--frames", type=number(1), help="at most so many (default: 81; nano 9)")
     add("--max-pixels", type=number(1), help="larger frames are shrunk (default: 921600; nano 4096)")
@@ -119,21 +109,7 @@ def parse_arguments(argv=None):
     # a password or key in --endpoint stays out of the report
     words = [re.sub(r"://.*[@?].*", "://***", word) for word in (sys.argv[1:] if argv is None else argv)]
     args.command_line = shlex.join(["python", "judge.py", *words])
-    if args.command == "score":
-        args.name = args.name or args.edits.name
     return args
-
-
-def number(least, kind=int):
-    """A type for argparse: a finite number of at least so much."""
-
-    def parse(text):
-        value = kind(text)
-        if not least <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-        return value
-
-    return parse
 
 
 if __name__ == "__main__":
@@ -143,47 +119,18 @@ import torch
 from tqdm import tqdm
 
 import report
-from benchmarks import (
-    Item,
-    enforce,
-    open_bench,
-    read_answer,
-    read_bench,
-    read_reason,
-    read_winner,
-    read_yaml,
-    wrong_references,
-)
+import vlm
+from benchmarks import Item, enforce, open_bench, read_answer, read_bench, read_reason, read_winner, wrong_references
+from cache import weights_print
 from data import csv_lines
+from ledger import appended
 from load import local_path, read_json
-from media import (
-    MediaError,
-    faithful_codec,
-    frame_rate,
-    open_media,
-    read_image,
-    shown_frames,
-    writable,
-    write_image,
-    write_text,
-    write_video,
-)
-from metrics import DAMAGES, METRICS, WORST, measure_files, write_damaged
-from model import KiwiEdit, is_out_of_memory, read_for, read_weights
+from media import MediaError, read_image, whole_file, write_text
+from metrics import DAMAGES, METRICS, WORST, measure_files, write_damaged, write_edit
+from model import KiwiEdit, read_for, read_weights
 from parallel import pick_device, rank_and_world
+from stages import with_settings
 from stats import Mean, kendall, mean_of, pairwise, sign_test, spearman, wilson, with_interval
-from vlm import (
-    Asker,
-    Gemini,
-    JudgeError,
-    Local,
-    OpenAICompatible,
-    Settings,
-    TryAgain,
-    has_secret,
-    in_threads,
-    tokens_of,
-)
 
 PAIR = """You compare two edits of one {kind}. You see {what}, then edit 1 and edit 2. Say which one a careful viewer
 would prefer: first by how well it does what was asked, then by what it kept, then by how clean, sharp and stable it is.
@@ -192,60 +139,36 @@ Answer with JSON alone: {"reasoning": "...", "winner": "1"}, "2" in place of "1"
 The instruction of the edit was: {instruction}"""
 
 
-class Ledger:
-    """answers.jsonl: every question sent and every answer, one JSON a line, written through at once.
+class Answers:
+    """answers.jsonl: every question sent and every answer, written through at once: they were paid for."""
 
-    A rerun asks only what has no good answer yet. A line cut short by a crash is put aside, never guessed at.
-    """
-
-    def __init__(self, path):
-        self.path, self.lock = path, threading.Lock()
-        self.good, self.lines, cut = {}, [], 0
-        writable(path)
-        self.file = path.open("a+", encoding="utf-8", errors="replace")  # a crash may cut a character in two
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise JudgeError(f"{path}: another judge.py writes to it; wait for it, or give another --out") from None
-        self.file.seek(0)
-        text = self.file.read()
-        for line in filter(None, text.split("\n")):
-            try:
-                self.take(json.loads(line))
-            except (ValueError, KeyError, TypeError):
-                cut += 1
-        if cut:
-            print(f"resume      {cut} broken line(s) of {path} put aside", file=sys.stderr)
-        if text and not text.endswith("\n"):
-            self.file.write("\n")
-
-    def take(self, line):
-        event, key = line["event"], line["key"]  # KeyError: a broken line
-        if event == "answer" and line["ok"]:
-            self.good[key] = line
-        self.lines.append(line)
+    def __init__(self, lines, add):
+        self.lines, self.add, self.lock = [line for line in lines if {"event", "key"} <= line.keys()], add, Lock()
+        self.good = {line["key"]: line for line in self.lines if line.get("ok")}
 
     def write(self, **line):
         with self.lock:
-            self.file.write(json.dumps(line) + "\n")  # ASCII: an answer may hold what ends a line or is no text
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.take(line)
+            self.add(line)  # ASCII: an answer may hold what ends a line or is no text
+            self.lines.append(line)
+            if line.get("ok"):
+                self.good[line["key"]] = line
 
     def due(self, questions):
         """Those without a good answer yet, each once."""
         return list({q.key: q for q in questions if q.key not in self.good}.values())
 
-    def close(self):
-        self.file.close()
+
+@contextmanager
+def open_answers(out):
+    """The answers of earlier runs too. What a crash cut short is put aside, never guessed at."""
+    with appended(out / "answers.jsonl", sync=True) as (lines, add):
+        yield Answers(lines, add)
 
 
 @cache
 def file_hash(path):
     """sha256 of a file's content, in hex; read once a run."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else (
-            hashlib.sha256(file.read()).hexdigest())  # fmt: skip
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def key_of_question(*parts):
@@ -255,35 +178,19 @@ def key_of_question(*parts):
 
 
 def make_judge(args):
-    """The judge of --judge, or None for `metrics`. JudgeError for a name that is none."""
-    if args.judge == "metrics":
-        return None
-    if has_secret(args.endpoint):
-        raise JudgeError("--endpoint: no user, password or query in the address; put the key into the environment")
-    if args.judge.startswith("gemini-"):
-        return Gemini(args.judge, args.settings)
+    """The judge of --judge; None for `metrics`, and where nothing is asked."""
     kind, _, rest = args.judge.partition(":")
+    if args.judge == "metrics" or args.dry_run:
+        return None
+    if vlm.has_secret(args.endpoint):
+        raise ValueError("--endpoint: no user, password or query in the address; put the key into the environment")
+    if args.judge.startswith("gemini-"):
+        return vlm.Gemini(args.judge, args.settings)
     if rest and kind == "openai":
-        return OpenAICompatible(rest, args.settings)
+        return vlm.OpenAICompatible(rest, args.settings)
     if rest and kind == "local":
-        return Local(local_path(rest), args.settings)
-    raise JudgeError(f"--judge {args.judge}: expected metrics, gemini-..., openai:MODEL or local:PATH")
-
-
-def make_settings(args):
-    """vlm.Settings from --mode, --endpoint and --set."""
-    fps, resolution = MODES[args.mode]
-    settings = Settings(args.endpoint, fps, resolution, dry_run=args.dry_run)
-    for text in args.set:
-        name, _, value = text.partition("=")
-        if name not in {f.name for f in fields(Settings)}:
-            raise JudgeError(f"--set {text}: expected one of {', '.join(f.name for f in fields(Settings))}")
-        kind = type(getattr(Settings, name))
-        try:
-            settings = replace(settings, **{name: value if kind is type(None) else kind(value)})
-        except ValueError:
-            raise JudgeError(f"--set {text}: expected {kind.__name__}") from None
-    return settings
+        return vlm.Local(local_path(rest), args.settings)
+    raise ValueError(f"--judge {args.judge}: expected metrics, gemini-..., openai:MODEL or local:PATH")
 
 
 def asked_how(args):
@@ -306,40 +213,37 @@ class Question:
     schema: dict | None = None
 
 
-def media_of(bench, item):
-    return [*([("Reference image", item.ref)] if item.ref else []), (f"Original {bench.kind}", item.source),
-            (f"Edited {bench.kind}", item.edit)]  # fmt: skip
-
-
-def question(args, item, shown, control="", repeat=0):
-    """A question about an item, with the media of `shown`; a damaged edit is known by the edit and the damage."""
-    names, text = args.bench.criteria(item.task), args.bench.rubric(item, args.prompts)
+def question(args, item, control="", repeat=0, **changed):
+    """A question about an item, with what is `changed` for a control whose answer is known."""
+    bench, shown = args.bench, replace(item, **changed)
+    names, text = bench.criteria(item.task), bench.rubric(item)
     scores = {name: {"type": "integer", "minimum": 1, "maximum": 5} for name in names}
-    schema = None if args.prompts else {"type": "object", "properties": {"reasoning": {"type": "string"}, **scores}}
-    files = [item.source, item.edit, "damaged"] if control in DAMAGES else [shown.source, shown.edit]
-    key = key_of_question(asked_how(args), text, control, repeat, *files, shown.ref or "")
-    return Question(item, control, repeat, text, media_of(args.bench, shown), names, key, schema)
+    schema = None if bench.prompts else {"type": "object", "properties": {"reasoning": {"type": "string"}, **scores}}
+    files = [item.edit, "damaged"] if control in DAMAGES else [shown.edit]  # the damaged file is not there yet
+    key = key_of_question(asked_how(args), text, control, repeat, item.source, *files, shown.ref or "")
+    media = [("Reference image", shown.ref)] if item.ref else []
+    media += [(f"Original {bench.kind}", item.source), (f"Edited {bench.kind}", shown.edit)]
+    return Question(item, control, repeat, text, media, names, key, schema)
 
 
 def questions_of(items, args):
     """Everything to ask about the items that can be judged: the items, repeated, and controls on a few of them."""
-    questions = [question(args, item, item, repeat=repeat) for item in items for repeat in range(args.repeats)]
-    step = max(1, len(items) // max(1, args.controls))
-    for item in items[::step][: args.controls]:
-        questions.append(question(args, item, replace(item, edit=item.source), "copy"))
-        still = args.bench.kind == "picture"
-        for damage in DAMAGES:
-            if not still or damage in ("blurred", "quarter"):
-                path = args.out / "controls" / f"{file_hash(item.edit)[:16]}_{damage}.{'png' if still else 'mp4'}"
-                questions.append(question(args, item, replace(item, edit=path), damage))
+    questions = [question(args, item, repeat=repeat) for item in items for repeat in range(args.repeats)]
+    still = args.bench.kind == "picture"
+    for item in items[:: max(1, len(items) // max(1, args.controls))][: args.controls]:
+        questions.append(question(args, item, "copy", edit=item.source))
+        for damage in ("blurred", "quarter") if still else DAMAGES:
+            path = args.out / "controls" / f"{file_hash(item.edit)[:16]}_{damage}.{'png' if still else 'mp4'}"
+            questions.append(question(args, item, damage, edit=path))
         if wrong := wrong_references(items, item):
-            questions.append(question(args, item, replace(item, ref=wrong[0]), "wrong_ref"))
+            questions.append(question(args, item, "wrong_ref", ref=wrong[0]))
     return questions
 
 
-def ask_all(judge, args, ledger, questions):
-    """Ask what the ledger does not know yet -> why asking stopped, or None."""
-    asker, due = Asker(judge, args.settings), ledger.due(questions)
+def ask_all(judge, args, answers, questions):
+    """Ask what has no good answer yet -> why asking stopped, or None."""
+    announce(questions, answers, args)
+    asker, due = vlm.Asker(judge, args.settings), answers.due(questions)
 
     def ask(q):
         told = {"key": q.key, "item": q.item.key, "control": q.control, "repeat": q.repeat, "judge": args.judge,
@@ -348,39 +252,27 @@ def ask_all(judge, args, ledger, questions):
         try:
             if q.control in DAMAGES and not q.media[-1][1].is_file() and not asker.stop:
                 write_damaged(q.media[-1][1], q.control, q.item.source, q.item.edit)
-            asker.ask(q.text, q.media, args.settings.fps, read, q.schema, lambda **event: ledger.write(**told, **event))
-        except (TryAgain, ValueError, OSError):
+            asker.ask(
+                q.text, q.media, args.settings.fps, read, q.schema, lambda **event: answers.write(**told, **event)
+            )
+        except (vlm.TryAgain, ValueError, OSError):
             pass  # the ledger knows; what stops all is in asker.stop
 
     workers = args.settings.concurrency if judge.again else 1
-    try:
-        for _ in tqdm(in_threads(ask, due, workers), total=len(due), desc="judge", disable=not due):
-            pass
-    except KeyboardInterrupt as error:
-        asker.stop = error  # what waits is not sent, and not paid
-        raise
+    for _ in tqdm(vlm.in_threads(ask, due, workers), total=len(due), desc="judge", disable=not due):
+        pass
+    print(f"paid        {account(answers, questions, args.price)}")
     return asker.stop
 
 
-def frames_seen(path, fps):
-    """About how many frames of a file a judge sees; 0 of a picture, 1 of what cannot be read."""
-    if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
-        return 0
-    try:
-        with open_media(path) as (container, stream):
-            return max(1, round(shown_frames(container, stream) / frame_rate(stream) * fps))
-    except MediaError:
-        return 1
-
-
-def announce(questions, ledger, args):
+def announce(questions, answers, args):
     """Print what the questions will cost, from the files' headers alone."""
-    due, s = ledger.due(questions), args.settings
-    a_frame, a_picture = tokens_of(args.judge, s.resolution)
+    due, s = answers.due(questions), args.settings
+    a_frame, a_picture = vlm.tokens_of(args.judge, s.resolution)
     if args.judge.startswith("openai:") and s.send == "frames":
         a_frame = a_picture
     seen_by = lambda q: [q.item.edit if q.control in DAMAGES else path for _, path in q.media]
-    seen = {path: frames_seen(path, s.fps) for path in {path for q in due for path in seen_by(q)}}
+    seen = {path: vlm.frames_seen(path, s.fps) for path in {path for q in due for path in seen_by(q)}}
     tokens_in = sum(len(q.text) // 4 + sum(a_frame * seen[p] or a_picture for p in seen_by(q)) for q in due)
     out = 120 * len(due)  # tokens; a thinking model says more
     print(f"cost        {len(due)} of {len(questions)} questions to ask, about {tokens_in:,} tokens in, {out:,} out"
@@ -391,15 +283,16 @@ def dollars(price, tokens_in, tokens_out):
     return f", ${(price[0] * tokens_in + price[1] * tokens_out) / 1e6:.2f}" if price else ""
 
 
-def account(ledger, questions, price):
+def account(answers, questions, price):
     """What the questions cost so far, over all runs, refused and cut-off answers too: one line of text."""
     keys = {q.key for q in questions}
-    answers = [line for line in ledger.lines if line["event"] == "answer" and line["key"] in keys]
-    sent = sum(line["event"] == "sent" and line["key"] in keys for line in ledger.lines)
-    t_in, t_out = (sum(line.get(name) or 0 for line in answers) for name in ("tokens_in", "tokens_out"))
-    unread, late = (sum(map(test, answers)) for test in (lambda a: not a["ok"], lambda a: a.get("perhaps_paid", False)))
-    return (f"{sent} requests sent, {len(answers)} answered or given up, {unread} of these without a score, "
-            f"{sent - len(answers)} cut off, {late} timed out (perhaps paid); {t_in:,} tokens in, {t_out:,} out"
+    lines = [line for line in answers.lines if line["key"] in keys]
+    ends = [line for line in lines if line["event"] == "answer"]
+    sent, unread = len(lines) - len(ends), sum(not line["ok"] for line in ends)
+    late = sum(line.get("perhaps_paid", False) for line in ends)
+    t_in, t_out = (sum(line.get(name) or 0 for line in ends) for name in ("tokens_in", "tokens_out"))
+    return (f"{sent} requests sent, {len(ends)} answered or given up, {unread} of these without a score, "
+            f"{sent - len(ends)} cut off, {late} timed out (perhaps paid); {t_in:,} tokens in, {t_out:,} out"
             f"{dollars(price, t_in, t_out)}")  # fmt: skip
 
 
@@ -433,6 +326,11 @@ class Row:
         totals = [fmean(enforce(answer)[0].values()) for answer in self.answers]
         return stdev(totals) if len(totals) > 1 else None
 
+    def numbers(self):
+        """Everything that is known of it in numbers: {"score": their mean, criterion: ..., metric: ...}."""
+        known = {"score": self.total(), **self.scores(), **{name: self.metrics.get(name) for name in METRICS}}
+        return {name: value for name, value in known.items() if value is not None}
+
 
 METRICS_VERSION = "metrics/4"
 
@@ -449,9 +347,9 @@ def open_embedder(args):
     return lambda images: clip_features(model, images)
 
 
-def measure_all(items, ledger, args):
-    """Metrics of every item, those that the ledger knows already excepted -> rows."""
-    out, embed = args.out, open_embedder(args)
+def measure_all(items, answers, args):
+    """Metrics of every item, those known already excepted -> rows."""
+    embed = open_embedder(args)
 
     def one(item):
         if not item.edit.is_file():
@@ -459,62 +357,61 @@ def measure_all(items, ledger, args):
         try:
             refs = [item.ref, *wrong_references(items, item)] if item.ref else []
             key = key_of_question(METRICS_VERSION, args.embedder, item.source, item.edit, *refs)
-            media = out / "media" / key
-            if key not in ledger.good or not media.with_name(f"{key}_edit.jpg").is_file():
+            media = args.out / "media" / key
+            if key not in answers.good or not media.with_name(f"{key}_edit.jpg").is_file():
                 values = measure_files(item.source, item.edit, refs, media, embed)
-                ledger.write(event="answer", ok=True, key=key, item=item.key, judge=METRICS_VERSION, metrics=values)
-            return Row(item, ledger.good[key]["metrics"], media)
+                answers.write(event="answer", ok=True, key=key, item=item.key, judge=METRICS_VERSION, metrics=values)
+            return Row(item, answers.good[key]["metrics"], media)
         except (MediaError, OSError) as error:
             return Row(item, error=f"unreadable: {error}")
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # items run side by side
-    done = dict(tqdm(in_threads(one, items, os.cpu_count()), total=len(items), desc="metrics"))
+    rows = list(tqdm(vlm.in_threads(one, items, os.cpu_count()), total=len(items), desc="metrics"))
     torch.set_num_threads(threads)
-    return [done[i] for i in range(len(items))]
+    print(f"metrics     {sum(bool(row.metrics) for row in rows)} of {len(rows)} items")
+    return rows
 
 
-def collect(rows, questions, ledger):
-    """Put the ledger's answers into the rows -> answers to controls, {(control, item key): scores or None}."""
+def collect(rows, questions, answers):
+    """Put the answers into the rows -> those to controls, {(control, item key): scores or None}."""
     by_key, controls = {row.item.key: row for row in rows}, {}
-    failures = {line["key"]: line["error"] for line in ledger.lines if line["event"] == "answer" and not line["ok"]}
+    failures = {line["key"]: line["error"] for line in answers.lines if "error" in line}
     for q in questions:
-        row, line = by_key[q.item.key], ledger.good.get(q.key)
-        scores = {name: line["value"][name] for name in q.names} if line else None
+        row, line = by_key[q.item.key], answers.good.get(q.key)
         if q.control:
-            controls[q.control, q.item.key] = scores and enforce(scores)[0]
-        elif line is None:
-            row.failures.append(failures.get(q.key) or "not asked")
+            controls[q.control, q.item.key] = line and enforce(line["value"])[0]
+        elif line:
+            row.answers.append(line["value"])
+            row.reasons.append(read_reason(line["text"]))
         else:
-            row.answers.append(scores)
-            row.reasons.append(read_reason(line["raw"]))
+            row.failures.append(failures.get(q.key, "not asked"))
     return controls
 
 
-KNOWN = {  # control: what is known about its answer
-    "copy": "the source handed in as the edit scores 1 on the first criterion",
-    "wrong_ref": "a wrong reference scores lower on the first criterion",
-    "shuffled": "shuffled frames score lower on time (where there is no such criterion: on all but the first)",
-    "frozen": "the edit frozen at its first frame scores lower in all",
-    "blurred": "the edit at a quarter of its resolution scores lower in all",
-    "quarter": "a quarter of the edit's strength scores lower on the first criterion",
+FIRST, ALL = (lambda names: names[:1]), (lambda names: names)
+TIME = lambda names: [name for name in names if "temporal" in name] or names[1:]
+KNOWN = {  # control: the criteria that it lowers, and what is known about its answer
+    "copy": (FIRST, "the source handed in as the edit scores 1 on the first criterion"),
+    "wrong_ref": (FIRST, "a wrong reference scores lower on the first criterion"),
+    "shuffled": (TIME, "shuffled frames score lower on time (where there is no such criterion: on all but the first)"),
+    "frozen": (ALL, "the edit frozen at its first frame scores lower in all"),
+    "blurred": (ALL, "the edit at a quarter of its resolution scores lower in all"),
+    "quarter": (FIRST, "a quarter of the edit's strength scores lower on the first criterion"),
 }
 
 
 def judge_controls(rows, controls):
     """Known answers put to the judge -> table, and how many failed of how many."""
-    judged = {row.item.key: row for row in rows if row.answers}
+    true = {row.item.key: row.scores() for row in rows if row.answers}
     table = [["known answer", "held", "of", "true edit scored lowest too", "without an answer"]]
-    for kind, what in KNOWN.items():
-        asked = [(judged.get(key), scores) for (control, key), scores in controls.items() if control == kind]
+    for kind, (lowered, what) in KNOWN.items():
+        asked = [(true.get(key), scores) for (control, key), scores in controls.items() if control == kind]
         known = []  # of each pair the true edit's score, the control's, and the lowest there is
-        for row, scores in asked:
-            if row and scores:
-                names = list(scores)[:1] if kind in ("copy", "wrong_ref", "quarter") else list(scores)
-                if kind == "shuffled":
-                    names = [name for name in scores if "temporal" in name] or list(scores)[1:]
-                true = row.scores()
-                known.append((sum(true[n] for n in names), sum(scores[n] for n in names), len(names)))
+        for whole, scores in asked:
+            if whole and scores:
+                names = lowered(list(scores))
+                known.append((sum(whole[n] for n in names), sum(scores[n] for n in names), len(names)))
         if kind == "copy":
             held = [given == lowest for _, given, lowest in known]
         else:  # what scores lowest already cannot fall: such a pair says nothing
@@ -527,7 +424,6 @@ def judge_controls(rows, controls):
 def metric_controls(rows):
     """Known answers put to the metrics -> table, and how many failed of how many; the last row is not counted."""
     done = [row.metrics for row in rows if row.metrics]
-    moving = [m for m in done if m["flicker"] is not None]
     refs = [m for m in done if m["reference_gain"] is not None]
     wrong = [(m["reference_gain"], m["control_wrong_gains"]) for m in refs if m["control_wrong_gains"]]
     tests = {
@@ -537,13 +433,15 @@ def metric_controls(rows):
             [m["reference_gain"] > m["control_copy_gain"] for m in refs],
         "reference_gain is higher for the true reference than for the next one of its task":
             [g > w[0] for g, w in wrong],
-        "shuffled frames flicker more": [m["control_shuffled_flicker"] > m["flicker"] for m in moving],
+        "shuffled frames flicker more":
+            [m["control_shuffled_flicker"] > m["flicker"] for m in done if m["flicker"] is not None],
         "the edit at a quarter of its resolution is less sharp": [m["control_blurred"] < 1 for m in done],
-        "all pairs with up to 5 other references": [g > x for g, w in wrong for x in w],
     }  # fmt: skip
-    table = [["known answer", "held", "of"], *([what, sum(held), len(held)] for what, held in tests.items() if held)]
-    counted = [held for what, held in tests.items() if not what.startswith("all pairs")]
-    return table, sum(len(h) - sum(h) for h in counted), sum(map(len, counted))
+    pairs = [g > x for g, w in wrong for x in w]
+    lines = [[what, sum(held), len(held)] for what, held in tests.items() if held]
+    table = [["known answer", "held", "of"], *lines]
+    table += [["all pairs with up to 5 other references", sum(pairs), len(pairs)]] if pairs else []
+    return table, sum(of - held for _, held, of in lines), sum(of for *_, of in lines)
 
 
 @dataclass
@@ -554,60 +452,55 @@ class Verdict:
     bad: bool = False
 
 
-def verdict_of(args, failed, known, answered):
-    if args.judge == "metrics":
-        return Verdict(f"No judge was asked. The metrics failed {failed} of {known} known answers.")
-    others = [name for name in answered if name and name.lower() not in args.judge.lower()]
-    note = f" Answered by {', '.join(others)}, not by {args.judge}." if others else ""
-    if not known:
-        return Verdict(f"Unchecked: {args.judge} was asked no known answer that says something.{note}")
-    failing = failed / known > TRUST
-    word = "Do not trust these scores" if failing else "Checked"
-    return Verdict(
-        f"{word}: {args.judge} failed {failed} of {known} known answers ({failed / known:.0%}).{note}", failing
-    )
+def verdict_of(judge, failed, asked, what, note=""):
+    if not asked:
+        return Verdict(f"Unchecked: {judge} was asked nothing whose answer is known.{note}")
+    bad = failed / asked > TRUST
+    told = f"{judge} {what.format(failed, asked)} ({failed / asked:.0%}).{note}"
+    return Verdict(f"{'Do not trust this judge' if bad else 'Checked'}: {told}", bad)
 
 
 def by_task(rows):
-    """{task: its rows}, in the benchmark's order."""
-    tasks = {}
+    """{task: its rows}, in the items' order."""
+    tasks = defaultdict(list)
     for row in rows:
-        tasks.setdefault(row.item.task, []).append(row)
+        tasks[row.item.task].append(row)
     return tasks
 
 
-def score_means(bench, rows, allow_missing, cap=True):
+def grouped(rows):
+    """{"all": rows}, and those of each task if there are several."""
+    tasks = by_task(rows)
+    return {"all": rows, **(tasks if len(tasks) > 1 else {})}
+
+
+def score_means(args, rows, cap=True):
     """{task: {criterion: Mean, "average": Mean}}, and overall, the mean of the tasks' means."""
     tasks, means, groups = by_task(rows), {}, []
-    for task in sorted(tasks, key=lambda t: list(bench.tasks).index(t) if t in bench.tasks else 99):
+    for task in [task for task in dict.fromkeys((*args.bench.tasks, *tasks)) if task in tasks]:
         missing, judged = sum(bool(row.lost) for row in tasks[task]), [row for row in tasks[task] if row.answers]
-        columns = {name: [row.scores(cap)[name] for row in judged] for name in bench.criteria(task)}
+        columns = {name: [row.scores(cap)[name] for row in judged] for name in args.bench.criteria(task)}
         columns["average"] = [row.total(cap) for row in judged]
-        means[task] = {name: mean_of([values], missing, allow_missing) for name, values in columns.items()}
+        means[task] = {name: mean_of([values], missing, args.allow_missing) for name, values in columns.items()}
         groups.append(columns["average"])
-    return means, mean_of(groups, sum(bool(row.lost) for row in rows), allow_missing)
+    return means, mean_of(groups, sum(bool(row.lost) for row in rows), args.allow_missing)
 
 
 def score_table(args, rows, trusted):
     """The paper's Table 3 (a column for each criterion) or 2 (one for each task), capped and not."""
-    bench, lines = args.bench, []
+    bench, lines, wide = args.bench, [], args.bench.table == "criteria"
     for cap in (True, False):
-        means, overall = score_means(bench, rows, args.allow_missing, cap)
-        wide = bench.table == "criteria"
-        ours = {f"{t}: {c.replace('_', ' ')}" if wide else t.replace("_", " "): mean
-                for t in means for c, mean in means[t].items() if wide or c == "average"}  # fmt: skip
+        means, overall = score_means(args, rows, cap)
+        ours = {f"{task}: {name}" if wide else task: mean
+                for task, of in means.items() for name, mean in of.items() if wide or name == "average"}  # fmt: skip
         lines.append([args.name if cap else "the same, uncapped", *ours.values(), overall])
-    table = [["", *ours, "overall"], *lines]
-    note = published_note(args, len(rows))
+    table, note = [["", *(name.replace("_", " ") for name in ours), "overall"], *lines], published_note(args, len(rows))
     for system, known in (bench.published.get("rows") or {}).items() if trusted else ():
         cells = []
-        for task in means:
-            given = known.get(task, "–")
-            given = given if isinstance(given, list) else [given]
-            if wide:
-                complete = len(given) == len(bench.criteria(task))
-                given = [*given, fmean(given)] if complete else ["–"] * len(means[task])
-            cells += [f"{v:.2f}" if isinstance(v, int | float) else v for v in (given if wide else given[:1])]
+        for task, of in means.items():
+            given, count = known.get(task, []), len(of) if wide else 1
+            given = [*given, fmean(given)] if wide and given else [given] if given else []
+            cells += [f"{value:.2f}" for value in given] if len(given) == count else ["–"] * count
         whole = len(means) == len(bench.tasks) or "*" in bench.tasks
         cells.append(f"{known['overall']:.2f}" if whole and "overall" in known else "–")
         table.append([f"{system}, published ({note})", *cells])
@@ -616,297 +509,245 @@ def score_table(args, rows, trusted):
 
 def published_note(args, count):
     """Whether published rows were made as this run was."""
-    told, name = args.bench.published, (args.prompts or {}).get("name", "ours")
-    same = {"model": told.get("model") == args.judge, "prompts": told.get("prompts") == name,
+    told = args.bench.published
+    same = {"model": told.get("model") == args.judge, "prompts": told.get("prompts") == args.bench.wording,
             "items": told.get("items") in (None, count) and not args.limit}  # fmt: skip
     other = [what for what, is_same in same.items() if not is_same]
     return f"{told.get('judge')}; " + (f"other {', '.join(other)}: compare ranks" if other else "comparable")
 
 
+def or_worst(metrics, name):
+    """A metric's value; where it is undefined the worst there is, or None."""
+    return WORST.get(name) if metrics[name] is None else metrics[name]
+
+
 def metric_table(rows, allow_missing):
-    """Means of the metrics, one line a metric; undefined counts as worst where there is a worst."""
+    """Means of the metrics, one line a metric."""
     tasks = by_task(rows)
-    count = lambda of_task: f"{sum(bool(row.metrics) for row in of_task)} of {len(of_task)}"
+    count = lambda of: f"{sum(bool(row.metrics) for row in of)} of {len(of)}"
     table = [["metric", "better", *(f"{task} ({count(of)})" for task, of in tasks.items())]]
     for name, (better, *_) in METRICS.items():
         cells = []
-        for of_task in tasks.values():
-            done = [row.metrics for row in of_task if row.metrics]
-            values = [m[name] if m[name] is not None else WORST.get(name) for m in done]
-            nothing = sum(m[name] is None for m in done)
-            known = [value for value in values if value is not None]
-            mean = mean_of([known], len(of_task) - len(done), allow_missing) if known else "–"
-            cells.append(f"{mean}, {nothing} undefined" if known and nothing else mean)
-        if any(str(cell) != "–" for cell in cells):
+        for of in tasks.values():
+            done = [row.metrics for row in of if row.metrics]
+            known = [value for m in done if (value := or_worst(m, name)) is not None]
+            nothing = f", {undefined} undefined" if (undefined := sum(m[name] is None for m in done)) else ""
+            cells.append(f"{mean_of([known], len(of) - len(done), allow_missing)}{nothing}" if known else "–")
+        if set(cells) != {"–"}:
             table.append([name, better, *cells])
     return table
 
 
-def shown(value):
-    return "–" if value is None else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
-
-
-def sections(rows, controls, args, cost, human, verdict):
-    """The report's parts: [(title, text, table)], for Markdown and HTML alike."""
-    parts = []
-    if args.judge != "metrics":
-        parts.append(("Scores", score_text(rows, args), score_table(args, rows, not verdict.bad)))
-        parts.append(("Known answers, judge", f"Cost: {cost}", judge_controls(rows, controls)[0]))
-    if human:
-        text = ("Rank correlations and the share of pairs of items put in people's order, over items; [95 % bootstrap "
-                "interval] from 10 items on.")  # fmt: skip
-        parts.append(("Agreement with people", text, human_agreement(human, rows)))
-    text = "No model. Means over items, with their values below 10 items and a 95 % bootstrap interval from there on."
-    parts.append(("Metrics", text, metric_table(rows, args.allow_missing)))
-    parts.append(("Known answers, metrics", "", metric_controls(rows)[0]))
-    if lost := [[row.item.key, row.item.task, row.lost] for row in rows if row.lost]:
-        means = "Means are over what there is" if args.allow_missing else "No mean is given over failures"
-        parts.append(("Missing", f"{len(lost)} of {len(rows)} items lack a result. {means}.",
-                      [["item", "task", "why"], *lost]))  # fmt: skip
-    told = [["metric", "better", "what it is", "what it cannot see"], *([n, *about] for n, about in METRICS.items())]
-    return [*parts, ("What the metrics are", "", told)]
-
-
-def score_text(rows, args):
-    """How the scores came about."""
-    answers, s = [answer for row in rows for answer in row.answers], args.settings
-    broken, missing = sum(enforce(answer)[1] for answer in answers), sum(len(row.failures) for row in rows)
-    spreads = [row.spread() for row in rows if row.spread() is not None]
-    return (
-        f"{args.judge} at {s.fps:g} frames a second, {s.resolution} resolution, temperature {s.temperature}, "
-        f"{args.repeats} answer(s) an item, rubric: {(args.prompts or {}).get('name', 'ours')}. Overall is the mean of "
-        f"the tasks' means. The judge broke the hierarchy in {broken} of {len(answers)} answers; the first row caps "
-        f"every score by the first, published rows were merely asked to. {missing} answers are missing."
-        + (f" Standard deviation over repeats, mean over items: {fmean(spreads):.2f}." if spreads else "")
-    )
-
-
-def markdown_text(title, args, verdict, parts):
-    text = f"# {title}\n\n**{verdict.text}**\n\n`{args.command_line}`\n"
-    return text + "".join(f"\n## {name}\n\n{words}\n\n{report.table(table)}\n" for name, words, table in parts)
-
-
-def csv_text(rows):
-    """One line an item: scores, spread over repeats, metrics, what went wrong."""
-    names = list(dict.fromkeys(name for row in rows for name in row.scores()))
-    buffer, cell = io.StringIO(), lambda value: "" if value is None else f"{value:.4f}"
-    writer = csv.writer(buffer)
-    writer.writerow(["item", "task", "edit", *names, "uncapped", "answers", "spread", *METRICS, "error", "instruction"])
+def write_csv(path, rows):
+    """One line an item: what went wrong, scores, metrics, spread over repeats."""
+    lines = []
     for row in rows:
-        scores = [cell(row.scores().get(name)) for name in names]
-        measured = [cell(row.metrics.get(name)) for name in METRICS]
-        item, total = row.item, cell(row.total(False))
-        told = [item.key, item.task, item.edit.name, *scores, total, len(row.answers), cell(row.spread()), *measured]
-        writer.writerow([*told, row.lost or "", item.instruction])
-    return buffer.getvalue()
+        told = {"item": row.item.key, "task": row.item.task, "edit": row.item.edit.name, "error": row.lost or "",
+                "instruction": row.item.instruction}  # fmt: skip
+        numbers = row.numbers() | {"uncapped": row.total(False), "spread": row.spread()}
+        lines.append(told | {name: f"{value:.4f}" for name, value in numbers.items() if value is not None})
+    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for line in lines for name in line)))
+        writer.writeheader()
+        writer.writerows(lines)
 
 
-def card(row, out, outcome=""):
-    """An item for the page: what it shows, says and is sorted by. Paths are relative to the page."""
-    to = lambda path: Path(os.path.relpath(path, out)).as_posix()
-    item, clips = row.item, []
-    for name, path in (("source", item.source), ("edit", item.edit)) if row.media else ():
-        small = row.media.with_name(f"{row.media.name}_{name}")
-        video = small.with_suffix(".mp4")
-        clips.append((name, to(small.with_suffix(".jpg")), to(video) if video.is_file() else "", to(path)))
-    ref = row.media and item.ref and to(row.media.with_name(f"{row.media.name}_ref.jpg"))
-    known = {name: value for name, value in row.metrics.items() if name in METRICS and value is not None}
-    keys = {"score": row.total(), **known} if row.answers else known
-    return dict(key=item.key, task=item.task, instruction=item.instruction, clips=clips, ref=ref, keys=keys,
-                scores={name.replace("_", " "): shown(value) for name, value in row.scores().items()},
-                metrics={name: shown(value) for name, value in known.items()}, reasons=row.reasons,
-                problems=[row.error] if row.error else [f"no score: {w}" for w in row.failures],
-                outcome=outcome)  # fmt: skip
-
-
-def write_page(path, title, args, verdict, parts, cards, bars, measured, sort):
-    """The report: verdict, a bar a task, items with the worst first, tables, what the metrics are at the end."""
-    shown = [part for part in parts if part[0] in ("Scores", "Preferences")]
-    keys, tasks = dict.fromkeys(name for one in cards for name in one["keys"]), dict.fromkeys(c["task"] for c in cards)
-    write_text(path, report.page("judge.html", title=title, verdict=verdict, command=args.command_line, bars=bars,
-                                 first=shown, rest=[part for part in parts if part not in shown], cards=cards,
-                                 tasks=list(tasks), keys=list(keys), sort=sort, measured=measured))  # fmt: skip
+def card(args, rows, values, outcome=""):
+    """An item for the page: what it shows, says and is sorted by (values). rows: its edit, or those of A and B."""
+    to = lambda path: Path(os.path.relpath(path, args.out)).as_posix()
+    first, clips = rows[0], []
+    names = ["edit"] if len(rows) == 1 else ["A", "B"]
+    for name, row in [("source", first), *zip(names, rows)]:
+        if row.media:
+            kind, file = ("source", row.item.source) if name == "source" else ("edit", row.item.edit)
+            small = row.media.with_name(f"{row.media.name}_{kind}")
+            video = small.with_suffix(".mp4")
+            clips.append((name, to(small.with_suffix(".jpg")), to(video) if video.is_file() else "", to(file)))
+    ref = first.media and first.item.ref and to(first.media.with_name(f"{first.media.name}_ref.jpg"))
+    problems = [p for row in rows for p in ([row.error] if row.error else [f"no score: {w}" for w in row.failures])]
+    return dict(row=first, clips=clips, ref=ref, values=values, outcome=outcome, problems=problems)
 
 
 def bar(task, mean, low, high):
     """A bar of the page, from low to high; the text is a mean with its interval, without single values."""
-    mean = replace(mean, values=())
     share = 0 if mean.value is None else max(0.0, min(1.0, (mean.value - low) / (high - low)))
-    return dict(task=task.replace("_", " "), text=str(mean), share=round(100 * share, 1))
+    return dict(task=task.replace("_", " "), text=str(replace(mean, values=())), share=round(100 * share, 1))
 
 
-def read_human(path, items):
-    """A CSV of item, perhaps rater, and columns of scores, or of `winner` -> {column: {rater: {item: score}}}."""
-    human, winners = {}, {"a": 1.0, "tie": 0.5, "b": 0.0}
-    for where, line in csv_lines(path, ["item"]):
-        item, rater = line.pop("item"), line.pop("rater", "") or ""
-        for column, value in line.items():
-            if value:
-                try:
-                    score = winners[value.lower()] if column == "winner" else float(value)
-                except (ValueError, KeyError):
-                    score = math.nan
-                if not math.isfinite(score):
-                    raise JudgeError(f"{where}: {column} is {value!r}, not a number")
-                human.setdefault(column, {}).setdefault(rater, {}).setdefault(item, []).append(score)
-    human = {column: {rater: {item: fmean(scores) for item, scores in of.items()} for rater, of in raters.items()}
-             for column, raters in human.items()}  # fmt: skip
-    known = {item.key for item in items}
-    if not any(known & of.keys() for raters in human.values() for of in raters.values()):
-        raise JudgeError(
-            f"{path}: none of its items is one of the benchmark's, which are {', '.join(sorted(known)[:5])}, ..."
-        )
-    return human
-
-
-def human_agreement(human, rows):
-    """What `read_human` read -> table of agreement with what we computed, per task, and of raters among themselves."""
-    names = list(dict.fromkeys(name for row in rows for name in row.scores()))
-    ours = {"mean score": {row.item.key: row.total() for row in rows}}
-    ours |= {name: {row.item.key: row.scores().get(name) for row in rows} for name in names}
-    ours |= {name: {row.item.key: row.metrics.get(name) for row in rows} for name in METRICS}
-    tasks = {"all": {row.item.key for row in rows}}
-    tasks |= (
-        {task: {row.item.key for row in of} for task, of in by_task(rows).items()} if len(by_task(rows)) > 1 else {}
-    )
-    table = [["people's", "ours", "task", "items", "Spearman", "Kendall", "pairwise accuracy"]]
-    for column, raters in human.items():
-        people = {}
-        for of in raters.values():
-            for item, score in of.items():
-                people.setdefault(item, []).append(score)
-        for name, of_us in ours.items():
-            for task, keys in tasks.items():
-                both = sorted(key for key in keys & people.keys() if of_us.get(key) is not None)
-                if both and (task == "all" or name == "mean score"):
-                    a, b = [fmean(people[key]) for key in both], [of_us[key] for key in both]
-                    found = [with_interval(f, a, b) for f in (spearman, kendall, pairwise)]
-                    table.append([column, name, task, len(both), *found])
-        pairs = [(x, y) for i, x in enumerate(raters.values()) for y in list(raters.values())[i + 1 :]]
-        among = [
-            pairwise([x[k] for k in x if k in y], [y[k] for k in x if k in y]) for x, y in pairs if x.keys() & y.keys()
-        ]
-        if among := [share for share in among if share is not None]:
-            table.append([column, "raters among themselves", "all", "", "", "", f"{fmean(among):.2f}"])
-    return table
-
-
-def edits_exist(*folders):
-    """JudgeError where a folder of edits is not there: a report on it would take the place of a good one."""
-    for folder in folders:
-        if not Path(folder).is_dir():
-            raise JudgeError(f"{folder}: no such folder of edits")
-
-
-def prepare(args):
-    """Read what the arguments name, before anything is paid: benchmark, settings, prompts."""
-    args.bench, args.settings = open_bench(args.bench), make_settings(args)
-    prompts = getattr(args, "prompts", None)
-    args.prompts = read_yaml(prompts) if prompts else None
-    if prompts and not (isinstance(args.prompts, dict) and all(isinstance(v, str) for v in args.prompts.values())):
-        raise JudgeError(f"{prompts}: expected a mapping from tasks to templates")
-
-
-def finish(verdict, page, lost, count, args, stopped=None):
-    """Print where the report is; exit 3 for a judge that cannot be trusted, 1 where results are missing."""
-    print(f"\n{page}\nverdict     {verdict.text}")
+def finish(args, name, verdict, parts, lost, stopped, page):
+    """Write <name>.md and .html, from the same parts [(title, text, table)], and end as the run has gone: exit code 3
+    for a judge that cannot be trusted, ValueError where results are missing."""
+    text = "".join(f"\n## {name}\n\n{words}\n\n{report.table(table)}\n" for name, words, table in parts)
+    head, path = f"# {page['title']}\n\n**{verdict.text}**\n\n`{args.command_line}`\n", args.out / f"{name}.html"
+    write_text(path.with_suffix(".md"), head + text)
+    names = dict.fromkeys(name for card in page["cards"] for name in card["values"])
+    page |= {"verdict": verdict, "command": args.command_line, "parts": parts, "names": list(names)}
+    write_text(path, report.page("judge.html", **page))
+    print(f"{text.partition('## What the metrics are')[0]}\n{path}\nverdict     {verdict.text}")
     if stopped:
         raise stopped
     if verdict.bad:
         sys.exit(3)
     if lost and not args.allow_missing:
-        raise JudgeError(f"{lost} of {count} items lack a result, see {page}; mend them and run again, or average over "
-                         "the rest with --allow-missing")  # fmt: skip
+        told = f"{lost} of {len(page['cards'])} items lack a result, see {path}"
+        raise ValueError(f"{told}; mend them and run again, or average over the rest with --allow-missing")
+
+
+def read_human(path, items):
+    """A CSV of item, perhaps rater, and columns of scores, or of `winner` -> {column: [(item, rater, score), ...]}."""
+    human, winners = defaultdict(list), {"A": 1.0, "tie": 0.5, "B": 0.0}
+    for where, line in csv_lines(path, ["item"]):
+        item, rater = line.pop("item"), line.pop("rater", "")
+        for column, value in line.items():
+            if value:
+                try:
+                    score = winners[value] if column == "winner" else float(value)
+                except (ValueError, KeyError):
+                    score = math.nan
+                if not math.isfinite(score):
+                    raise ValueError(f"{where}: {column} is {value!r}, not a number")
+                human[column].append((item, rater, score))
+    known = sorted(item.key for item in items)
+    if not any(item in known for of in human.values() for item, *_ in of):
+        raise ValueError(f"{path}: none of its items is one of the benchmark's, which are {', '.join(known[:5])}, ...")
+    return human
+
+
+def mean_scores(told):
+    """[(item, rater, score), ...] -> {item: mean over raters}."""
+    scores = defaultdict(list)
+    for item, _, score in told:
+        scores[item].append(score)
+    return {item: fmean(of) for item, of in scores.items()}
+
+
+def agreement(human, rows):
+    """A table: how people's scores agree with ours, over all and per task, and raters among themselves."""
+    table = [["people's", "ours", "task", "items", "Spearman", "Kendall", "pairwise accuracy"]]
+    ours = {row.item.key: row.numbers() for row in rows}
+    for column, told in human.items():
+        people = mean_scores(told)
+        for name in dict.fromkeys(name for numbers in ours.values() for name in numbers):
+            for task, of in grouped(rows).items():
+                both = [row.item.key for row in of if row.item.key in people and name in ours[row.item.key]]
+                if both and (task == "all" or name == "score"):
+                    a, b = [people[key] for key in both], [ours[key][name] for key in both]
+                    found = [with_interval(f, a, b) for f in (spearman, kendall, pairwise)]
+                    table.append([column, name, task, len(both), *found])
+        raters = [mean_scores(t for t in told if t[1] == name) for name in dict.fromkeys(rater for _, rater, _ in told)]
+        shared = [(x, y, x.keys() & y.keys()) for x, y in combinations(raters, 2)]
+        among = [pairwise([x[k] for k in keys], [y[k] for k in keys]) for x, y, keys in shared if keys]
+        if among := [share for share in among if share is not None]:
+            table.append([column, "raters among themselves", "all", "", "", "", f"{fmean(among):.2f}"])
+    return table
+
+
+def read_sides(args, *folders):
+    """The benchmark's items with the edits of each folder; a report on an absent one would replace a good one."""
+    if lost := [folder for folder in folders if not Path(folder).is_dir()]:
+        raise ValueError(f"{lost[0]}: no such folder of edits")
+    args.bench = open_bench(args.bench, args.prompts if args.command == "score" else None)
+    return [read_bench(args.bench, args.path, folder, args.limit) for folder in folders]
+
+
+def prepare(args, *folders):
+    """Read what the arguments name, before anything is paid -> items of each folder, people's scores, the judge."""
+    sides = read_sides(args, *folders)
+    fps, resolution = MODES[args.mode]
+    args.settings = with_settings(vlm.Settings(args.endpoint, fps, resolution), args.set)
+    return *sides, read_human(args.human, sides[0]) if args.human else {}, make_judge(args)
 
 
 def score(args):
-    """`judge.py score`: metrics, then the judge, then the report. JudgeError at the end where items have no result."""
-    edits_exist(args.edits)
-    prepare(args)
-    items = read_bench(args.bench, args.path, args.edits, args.limit)
-    human = read_human(args.human, items) if args.human else None
-    controls, cost, stopped, answered = {}, "", None, Counter()
-    with closing(Ledger(args.out / "answers.jsonl")) as ledger:
-        judge = make_judge(args)
-        if judge and args.dry_run:
-            return announce(questions_of([item for item in items if item.edit.is_file()], args), ledger, args)
-        rows = measure_all(items, ledger, args)
-        print(f"metrics     {sum(bool(row.metrics) for row in rows)} of {len(rows)} items")
+    """`judge.py score`: metrics, then the judge, then the report."""
+    args.name = args.name or args.edits.name
+    items, human, judge = prepare(args, args.edits)
+    controls, stopped, cost, answered = {}, None, "", Counter()
+    with open_answers(args.out) as answers:
+        if args.dry_run and args.judge != "metrics":
+            return announce(questions_of([item for item in items if item.edit.is_file()], args), answers, args)
+        rows = measure_all(items, answers, args)
         if judge:
             questions = questions_of([row.item for row in rows if row.error is None], args)
-            announce(questions, ledger, args)
-            stopped = ask_all(judge, args, ledger, questions)
-            controls, cost = collect(rows, questions, ledger), account(ledger, questions, args.price)
-            answered = Counter(ledger.good[q.key].get("model") for q in questions if q.key in ledger.good)
-            print(f"paid        {cost}")
-    verdict = verdict_of(args, *(judge_controls(rows, controls) if judge else metric_controls(rows))[1:], answered)
-    parts = sections(rows, controls, args, cost, human, verdict)
-    title, page = f"{args.bench.title or args.bench.name}: {args.name}", args.out / f"{args.bench.name}.html"
-    write_text(page.with_suffix(".md"), markdown_text(title, args, verdict, parts))
-    write_text(page.with_suffix(".csv"), csv_text(rows))
-    means, overall = score_means(args.bench, rows, args.allow_missing)
+            stopped = ask_all(judge, args, answers, questions)
+            controls, cost = collect(rows, questions, answers), account(answers, questions, args.price)
+            answered = Counter(answers.good[q.key].get("model") for q in questions if q.key in answers.good)
+    known, failed, asked = judge_controls(rows, controls) if judge else metric_controls(rows)
+    verdict = Verdict(f"No judge was asked. The metrics failed {failed} of {asked} known answers.")
+    if judge:
+        others = [name for name in answered if name and name.lower() not in args.judge.lower()]
+        note = f" Answered by {', '.join(others)}, not by {args.judge}." if others else ""
+        verdict = verdict_of(args.judge, failed, asked, "failed {} of {} known answers", note)
+
+    write_csv(args.out / f"{args.bench.name}.csv", rows)
+    means, overall = score_means(args, rows)
     told = {"bench": args.bench.name, "name": args.name, "judge": args.judge, "answered": answered, "items": len(rows),
-            "asked": asked_how(args),
-            "prompts": key_of_question(*(args.bench.rubric(item, args.prompts) for item in items)),
-            "overall": str(overall), "uncapped": str(score_means(args.bench, rows, args.allow_missing, False)[1]),
+            "asked": asked_how(args), "prompts": key_of_question(*map(args.bench.rubric, items)),
+            "overall": str(overall), "uncapped": str(score_means(args, rows, False)[1]),
             "tasks": {task: str(mean["average"]) for task, mean in means.items()},
             "verdict": verdict.text, "trusted": not verdict.bad}  # fmt: skip
     write_text(args.out / "summary.json", json.dumps(told, indent=1))
-    strength = {task: [row.metrics["edit_strength"] for row in of if row.metrics] for task, of in by_task(rows).items()}
+
     bars = [bar(task, mean["average"], 1, 5) for task, mean in means.items()]
     if not judge:
-        bars = [bar(task, mean_of([values]), 0, 80) for task, values in strength.items()]
-    sort = "score" if judge else "reference_gain" if any(item.ref for item in items) else "edit_strength"
-    write_page(
-        page,
-        title,
-        args,
-        verdict,
-        parts,
-        [card(row, args.out) for row in rows],
-        bars,
-        "mean score" if judge else "edit strength",
-        sort,
+        strength = lambda of: mean_of([[row.metrics["edit_strength"] for row in of if row.metrics]])
+        bars = [bar(task, strength(of), 0, 80) for task, of in by_task(rows).items()]
+    page = {"title": f"{args.bench.title}: {args.name}", "measured": "mean score" if judge else "edit strength",
+            "bars": bars, "cards": [card(args, [row], row.numbers()) for row in rows]}  # fmt: skip
+    parts = score_parts(args, rows, verdict, known, cost) if judge else []
+    parts += metric_parts(args, rows, human)
+    finish(args, args.bench.name, verdict, parts, sum(bool(row.lost) for row in rows), stopped, page)
+
+
+def score_parts(args, rows, verdict, known, cost):
+    """What the judge said, as parts of the report: [(title, text, table)]."""
+    answers, s = [answer for row in rows for answer in row.answers], args.settings
+    broken, missing = sum(enforce(answer)[1] for answer in answers), sum(len(row.failures) for row in rows)
+    text = (
+        f"{args.judge} at {s.fps:g} frames a second, {s.resolution} resolution, temperature {s.temperature}, "
+        f"{args.repeats} answer(s) an item, rubric: {args.bench.wording}. Overall is the mean of the tasks' means. The "
+        f"judge broke the hierarchy in {broken} of {len(answers)} answers; the first row caps every score by the first "
+        f"one, published rows were merely asked to. {missing} answers are missing."
     )
-    for name, _, table in parts[:-1]:
-        print(f"\n{name}\n{report.table(table)}")
-    finish(verdict, page, sum(bool(row.lost) for row in rows), len(rows), args, stopped)
+    if spreads := [row.spread() for row in rows if row.spread() is not None]:
+        text += f" Standard deviation over repeats, mean over items: {fmean(spreads):.2f}."
+    return [
+        ("Scores", text, score_table(args, rows, not verdict.bad)),
+        ("Known answers, judge", f"Cost: {cost}", known),
+    ]
+
+
+def metric_parts(args, rows, human):
+    """What people and the metrics say, and what is missing."""
+    parts = []
+    if human:
+        text = ("Rank correlations and the share of pairs of items put in people's order, over items; [95 % bootstrap "
+                "interval] from 10 items on.")  # fmt: skip
+        parts.append(("Agreement with people", text, agreement(human, rows)))
+    text = "No model. Means over items, with their values below 10 items and a 95 % bootstrap interval from there on."
+    parts.append(("Metrics", text, metric_table(rows, args.allow_missing)))
+    parts.append(("Known answers, metrics", "", metric_controls(rows)[0]))
+    if lost := [[row.item.key, row.item.task, row.lost] for row in rows if row.lost]:
+        means = "Means are over what there is" if args.allow_missing else "No mean is given over failures"
+        text = f"{len(lost)} of {len(rows)} items lack a result. {means}."
+        parts.append(("Missing", text, [["item", "task", "why"], *lost]))
+    told = [["metric", "better", "what it is", "what it cannot see"], *([n, *about] for n, about in METRICS.items())]
+    return [*parts, ("What the metrics are", "", told)]
 
 
 def same_run(args, items):
     """Refuse to mix runs in one folder of edits: run.json in it says what made them."""
-    path, weights = args.edits / "run.json", Path(args.weights)
-    config, files = read_weights(args.weights, args.base, args.qwen)
-    asked = {name: getattr(args, name) for name in ("base", "qwen", "seed", "ref", "frames", "max_pixels")}
-    asked |= {name: getattr(args, name) or getattr(config, name) for name in ("steps", "ref_guidance")}
-    asked |= {
-        "ref_pad_first": args.ref_pad_first or None,
-        "weights": str(weights.resolve() if weights.exists() else weights),
-    }
-    asked["files"] = fingerprint(sorted({file for file, _ in files.places.values()}))
-    if path.is_file():
-        made = read_json(path)
-        if other := [
-            f"{name} {made.get(name)}, not {value}" for name, value in asked.items() if made.get(name) != value
-        ]:
-            raise JudgeError(f"{path}: edits are there of {'; '.join(other)}; give another --edits, or delete them")
-        return
-    if there := next((item.edit for item in items if item.edit.is_file()), None):
-        raise JudgeError(f"{there}: edits without {path}; use an empty --edits")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(asked, indent=1))
-
-
-def fingerprint(files):
-    """Cheap checkpoint fingerprint: the files' names, sizes, first and last megabytes."""
-    digest = hashlib.sha256()
-    for path in files:
-        size = Path(path).stat().st_size
-        with open(path, "rb") as file:
-            digest.update(f"{Path(path).name} {size}".encode() + file.read(1 << 20))
-            file.seek(max(size - (1 << 20), 0))
-            digest.update(file.read())
-    return digest.hexdigest()[:16]
+    path, files = args.edits / "run.json", read_weights(args.weights, args.base, args.qwen)[1]
+    names = ("seed", "steps", "ref", "ref_guidance", "ref_pad_first", "frames", "max_pixels")
+    asked = {"weights": weights_print(files, ""), **{name: getattr(args, name) for name in names}}
+    if not path.is_file():
+        if there := next((item.edit for item in items if item.edit.is_file()), None):
+            raise ValueError(f"{there}: edits without {path}; use an empty --edits")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return write_text(path, json.dumps(asked, indent=1))
+    made = read_json(path)
+    if other := [f"{name} {made.get(name)}, not {asked[name]}" for name in asked if made.get(name) != asked[name]]:
+        raise ValueError(f"{path}: edits are there of {'; '.join(other)}; give another --edits, or delete them")
 
 
 def run(args):
@@ -926,95 +767,20 @@ def run(args):
         try:
             make_edit(model, item, args)
             print(f"[{rank}/{world}] {item.edit}", flush=True)
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, torch.OutOfMemoryError) as error:
             failed += 1
-            if isinstance(error, RuntimeError):
-                if not is_out_of_memory(error):
-                    raise
-                torch.cuda.empty_cache()
-                error = f"out of memory on {device}: add --tile 16, or smaller --frames or --max-pixels"
             print(f"[{rank}/{world}] item {item.key} skipped: {error}", file=sys.stderr, flush=True)
     if failed and world == 1:  # under torchrun a failing process would end the others; `score` counts what is missing
-        raise JudgeError(f"{failed} of {len(mine)} edits failed, see above; run again when they are mended")
+        raise ValueError(f"{failed} of {len(mine)} edits failed, see above; mend them and run again; where memory is "
+                         "short, add --tile 16, or smaller --frames or --max-pixels")  # fmt: skip
 
 
 def make_edit(model, item, args):
     """An item's edit by the model, written where the benchmark looks for it."""
     clip = read_for(model.config, item.source, args.frames, args.max_pixels, every_frame=True)
     ref = read_image(item.ref) if item.ref and args.ref else None
-    edited = model.edit(clip.frames, item.instruction, ref, steps=args.steps, seed=args.seed, tile=args.tile,
-                        ref_guidance=args.ref_guidance)  # fmt: skip
-    item.edit.parent.mkdir(parents=True, exist_ok=True)
-    if clip.still:
-        write_image(item.edit, edited[0])
-    else:
-        write_video(item.edit, edited, clip.fps, item.source, faithful_codec(edited))
-
-
-def compare(args):
-    """`judge.py compare`: which of two systems wins, each pair shown in both orders; metrics as paired differences."""
-    edits_exist(args.a, args.b)
-    prepare(args)
-    sides = [read_bench(args.bench, args.path, folder, args.limit) for folder in (args.a, args.b)]
-    human = read_human(args.human, sides[0]) if args.human else None
-    parts, verdict, votes = [], Verdict("No judge was asked."), {}
-    with closing(Ledger(args.out / "answers.jsonl")) as ledger:
-        judge = make_judge(args)
-        if judge and args.dry_run:
-            there = [(a, b) for a, b in zip(*sides) if a.edit.is_file() and b.edit.is_file()]
-            return announce([q for a, b in there for q in both_orders(args, a, b)], ledger, args)
-        pairs = list(zip(*(measure_all(items, ledger, args) for items in sides)))
-        lost = {a.item.key: a.error or b.error for a, b in pairs if a.error or b.error}
-        if judge:
-            questions = [q for a, b in pairs if a.item.key not in lost for q in both_orders(args, a.item, b.item)]
-            announce(questions, ledger, args)
-            stopped = ask_all(judge, args, ledger, questions)
-            if stopped:
-                raise stopped
-            lost |= {q.item.key: "no answer of the judge in both orders" for q in questions if q.key not in ledger.good}
-            votes = votes_of(questions, ledger, lost)
-            verdict = position_verdict(args, votes)
-            parts.append(preferences(votes, {a.item.key: a.item.task for a, _ in pairs}, len(lost), args.allow_missing))
-            print(f"paid        {account(ledger, questions, args.price)}")
-            if human:
-                parts.append(people_and_votes(human, votes))
-    whole = [(a, b) for a, b in pairs if a.item.key not in lost]
-    parts.append(paired_metrics(whole, len(lost), args.allow_missing))
-    if lost:
-        parts.append(("Missing", "", [["item", "why"], *lost.items()]))
-    title, page = (
-        f"{args.bench.title or args.bench.name}: A = {args.a}, B = {args.b}",
-        args.out / f"{args.bench.name}_compare.html",
-    )
-    text = markdown_text(title, args, verdict, parts)
-    write_text(page.with_suffix(".md"), text)
-    cards = []
-    for a, b in pairs:
-        one, other = card(a, args.out, outcome=OUTCOMES.get(votes.get(a.item.key), "")), card(b, args.out)
-        one["clips"] = [(name.replace("edit", "A"), *rest) for name, *rest in one["clips"]]
-        one["clips"] += [("B", *rest) for name, *rest in other["clips"] if name == "edit"]
-        one["keys"] = {n: v - other["keys"][n] for n, v in one["keys"].items() if n in other["keys"]}
-        one["metrics"] = {f"{n}, A - B": shown(v) for n, v in one["keys"].items()}
-        cards.append(one | {"problems": one["problems"] + other["problems"], "scores": {}})
-    shares = share_of_a(votes, {a.item.key: a.item.task for a, _ in pairs})
-    bars = [bar(task, Mean(fmean(share)), 0, 1) for task, share in shares.items()]
-    write_page(page, title, args, verdict, parts, cards, bars, "share that prefers A", "edit_strength")
-    print(f"{text}")
-    finish(verdict, page, len(lost), len(pairs), args)
-
-
-def paired_metrics(pairs, lost, allow_missing):
-    """Pairs of rows -> a section of the report with the differences of every metric."""
-    table = [["metric", "better", "A - B, mean of the pairs", "A higher", "B higher", "sign test p"]]
-    for name, (better, *_) in METRICS.items():
-        filled = [
-            [m[name] if m[name] is not None else WORST.get(name) for m in (a.metrics, b.metrics)] for a, b in pairs
-        ]
-        gaps = [x - y for x, y in filled if x is not None and y is not None]
-        if gaps:
-            up, down = sum(g > 0 for g in gaps), sum(g < 0 for g in gaps)
-            table.append([name, better, mean_of([gaps], lost, allow_missing), up, down, f"{sign_test(up, down):.3f}"])
-    return "Metrics", f"Paired differences over {len(pairs)} pairs, {lost} missing.", table
+    more = {"steps": args.steps, "seed": args.seed, "tile": args.tile, "ref_guidance": args.ref_guidance}
+    write_edit(item.edit, model.edit(clip.frames, item.instruction, ref, **more), clip.fps, item.source)
 
 
 def both_orders(args, a, b):
@@ -1029,88 +795,102 @@ def both_orders(args, a, b):
         yield Question(a, order, 0, text, media, [], key, {"type": "object", "properties": properties})
 
 
-def votes_of(questions, ledger, lost):
-    """{item: "A", "B" (both orders agree), "first", "second" (the answer followed the position) or "tie"}."""
-    said = {}
+SWAYED = "followed the position"
+OUTCOMES = {("1", "2"): "A preferred", ("2", "1"): "B preferred", ("1", "1"): SWAYED, ("2", "2"): SWAYED}
+POINTS = {"A preferred": 1.0, "B preferred": 0.0}  # anything else is 0.5
+
+
+def votes_of(questions, answers):
+    """{item: who is preferred, where there is an answer in both orders}."""
+    said = defaultdict(list)
     for q in questions:
-        if q.item.key not in lost:
-            said.setdefault(q.item.key, []).append(ledger.good[q.key]["value"]["winner"])
-    names = {("1", "2"): "A", ("2", "1"): "B", ("1", "1"): "first", ("2", "2"): "second"}
-    return {item: names.get(tuple(winners), "tie") for item, winners in said.items()}
+        if q.key in answers.good:
+            said[q.item.key].append(answers.good[q.key]["value"]["winner"])
+    return {item: OUTCOMES.get(tuple(winners), "undecided") for item, winners in said.items() if len(winners) == 2}
 
 
-OUTCOMES = {"A": "A preferred", "B": "B preferred", "tie": "undecided", "first": "followed the position",
-            "second": "followed the position"}  # fmt: skip
+def share_cell(share, count):
+    low, high = wilson(share, count)
+    return f"{share:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def position_verdict(args, votes):
-    swayed = sum(vote in ("first", "second") for vote in votes.values())
-    if not votes:
-        return Verdict("No pair was judged.")
-    bad = swayed / len(votes) > TRUST
-    word = "Do not trust these preferences" if bad else "Checked"
-    return Verdict(f"{word}: {args.judge} followed the position, not the edit, in {swayed} of {len(votes)} pairs.", bad)
+def preferences(votes, human, rows, lost):
+    """A table, in which a win is one in both orders, and {task: share of A}. lost: pairs without a vote."""
+    head = ["task", "A wins", "B wins", "undecided", "of these: followed the position", "pairs", "share of A [Wilson]"]
+    table, shares = [[*head, "sign test p", *(f"as people's {name} says [Wilson]" for name in human)]], {}
+    for task, of in grouped(rows).items():
+        said = {row.item.key: votes[row.item.key] for row in of if row.item.key in votes}
+        if said:
+            a, b, swayed = (list(said.values()).count(what) for what in (*POINTS, SWAYED))
+            shares[task] = fmean(POINTS.get(vote, 0.5) for vote in said.values())
+            told = f"– ({lost} missing)" if lost else share_cell(shares[task], len(said))
+            line = [task, a, b, len(said) - a - b, swayed, len(said), told, f"{sign_test(a, b):.3f}"]
+            for people in map(mean_scores, human.values()):
+                both = [(people.get(item, 0.5), POINTS.get(vote, 0.5)) for item, vote in said.items()]
+                same = [(x > 0.5) == (y > 0.5) for x, y in both if 0.5 not in (x, y)]
+                line.append(share_cell(fmean(same), len(same)) if same else "–")
+            table.append(line)
+    return table, shares
 
 
-def share_of_a(votes, task_of):
-    """{task: [1 for A, 0 for B, 0.5 for undecided, ...]}, all together first."""
-    points = {"A": 1.0, "B": 0.0}
-    shares = {"all": [points.get(vote, 0.5) for vote in votes.values()]} if votes else {}
-    for item, vote in votes.items():
-        shares.setdefault(task_of[item], []).append(points.get(vote, 0.5))
-    return shares if len(shares) != 2 else {"all": shares["all"]}
+def paired_metrics(pairs, lost, allow_missing):
+    """A table: the differences of every metric over pairs of rows."""
+    table = [["metric", "better", "A - B, mean of the pairs", "A higher", "B higher", "sign test p"]]
+    for name, (better, *_) in METRICS.items():
+        both = [(or_worst(a.metrics, name), or_worst(b.metrics, name)) for a, b in pairs]
+        if gaps := [x - y for x, y in both if x is not None and y is not None]:
+            up, down = sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps)
+            table.append([name, better, mean_of([gaps], lost, allow_missing), up, down, f"{sign_test(up, down):.3f}"])
+    return table
 
 
-def preferences(votes, task_of, lost, allow_missing):
-    """A section of the report: a win counts where both orders name the same system."""
-    swayed = {"all": sum(v in ("first", "second") for v in votes.values())}
-    for item, vote in votes.items():
-        swayed[task_of[item]] = swayed.get(task_of[item], 0) + (vote in ("first", "second"))
-    table = [["task", "A wins", "B wins", "undecided", "of these: followed the position", "pairs",
-              "share of A [Wilson 95 %]", "sign test p"]]  # fmt: skip
-    for task, share in share_of_a(votes, task_of).items():
-        a, b = share.count(1), share.count(0)
-        low, high = wilson(fmean(share), len(share))
-        cell = f"{fmean(share):.3f} [{low:.3f}, {high:.3f}]" if allow_missing or not lost else f"– ({lost} missing)"
-        table.append([task, a, b, len(share) - a - b, swayed[task], len(share), cell, f"{sign_test(a, b):.3f}"])
-    return "Preferences", "Each pair was shown in both orders; a win needs both.", table
-
-
-def people_and_votes(human, votes):
-    """How often the judge prefers what people prefer."""
-    table = [["people's", "items that both decide", "the judge agrees [Wilson 95 %]"]]
-    for column, raters in human.items():
-        people = {}
-        for of in raters.values():
-            for item, score in of.items():
-                people.setdefault(item, []).append(score)
-        both = [
-            (fmean(people[k]), v) for k, v in votes.items() if k in people and v in "AB" and fmean(people[k]) != 0.5
-        ]
-        if both:
-            share = fmean((p > 0.5) == (v == "A") for p, v in both)
-            table.append(
-                [column, len(both), f"{share:.2f} [{', '.join(f'{x:.2f}' for x in wilson(share, len(both)))}]"]
-            )
-    return "Agreement with people", "", table
+def compare(args):
+    """`judge.py compare`: which of two systems wins, each pair shown in both orders; metrics as paired differences."""
+    *sides, human, judge = prepare(args, args.a, args.b)
+    parts, verdict, votes, shares, stopped = [], Verdict("No judge was asked."), {}, {}, None
+    with open_answers(args.out) as answers:
+        if args.dry_run and args.judge != "metrics":
+            there = [(a, b) for a, b in zip(*sides) if a.edit.is_file() and b.edit.is_file()]
+            return announce([q for a, b in there for q in both_orders(args, a, b)], answers, args)
+        pairs = list(zip(*(measure_all(items, answers, args) for items in sides)))
+        lost = {a.item.key: a.error or b.error for a, b in pairs if a.error or b.error}
+        if judge:
+            questions = [q for a, b in pairs if a.item.key not in lost for q in both_orders(args, a.item, b.item)]
+            stopped = ask_all(judge, args, answers, questions)
+            votes = votes_of(questions, answers)
+            unheard = "no answer of the judge in both orders"
+            lost |= {q.item.key: unheard for q in questions if q.item.key not in votes}
+            swayed = list(votes.values()).count(SWAYED)
+            verdict = verdict_of(args.judge, swayed, len(votes), f"{SWAYED}, not the edit, in {{}} of {{}} pairs")
+            table, shares = preferences(votes, human, [a for a, _ in pairs], 0 if args.allow_missing else len(lost))
+            parts.append(("Preferences", "Each pair was shown in both orders; a win needs both.", table))
+    whole = [(a, b) for a, b in pairs if a.item.key not in lost]
+    text = f"Paired differences over {len(whole)} pairs, {len(lost)} missing."
+    parts.append(("Metrics", text, paired_metrics(whole, len(lost), args.allow_missing)))
+    parts += [("Missing", "", [["item", "why"], *lost.items()])] if lost else []
+    cards = []
+    for a, b in pairs:
+        theirs = b.numbers()
+        gaps = {f"{name}, A - B": value - theirs[name] for name, value in a.numbers().items() if name in theirs}
+        cards.append(card(args, [a, b], gaps, votes.get(a.item.key, "")))
+    page = {"title": f"{args.bench.title}: A = {args.a}, B = {args.b}", "cards": cards,
+            "measured": "share that prefers A",
+            "bars": [bar(task, Mean(share), 0, 1) for task, share in shares.items()]}  # fmt: skip
+    finish(args, f"{args.bench.name}_compare", verdict, parts, len(lost), stopped, page)
 
 
 def people(args):
     """`judge.py people`: a page that shows pairs blind, in random order and on random sides, and saves people.csv."""
-    edits_exist(args.a, args.b)
-    bench = open_bench(args.bench)
-    sides = [read_bench(bench, args.path, folder, args.limit) for folder in (args.a, args.b)]
-    to = lambda path: Path(os.path.relpath(path, args.out)).as_posix()
+    sides = read_sides(args, args.a, args.b)
+    to = lambda path: path and Path(os.path.relpath(path, args.out)).as_posix()
     both = [(a, b) for a, b in zip(*sides) if a.edit.is_file() and b.edit.is_file()]
-    pairs = [dict(item=a.key, instruction=a.instruction, source=to(a.source), a=to(a.edit), b=to(b.edit),
-                  ref=a.ref and to(a.ref)) for a, b in both]  # fmt: skip
-    if not pairs:
-        raise JudgeError(f"{args.a}, {args.b}: no item has both edits")
+    if not both:
+        raise ValueError(f"{args.a}, {args.b}: no item has both edits")
+    pairs = [dict(item=a.key, instruction=a.instruction, source=to(a.source), a=to(a.edit), b=to(b.edit), ref=to(a.ref))
+             for a, b in both]  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
-    page = args.out / "people.html"
-    write_text(
-        page, report.page("people.html", title=f"{bench.title or bench.name}: which edit is better?", pairs=pairs)
-    )
+    title, page = f"{args.bench.title}: which edit is better?", args.out / "people.html"
+    write_text(page, report.page("people.html", title=title, pairs=pairs))
     print(f"{page}: {len(pairs)} pairs; open it, and give the people.csv that it saves to compare --human")
 
 
@@ -1119,32 +899,20 @@ def leaderboard(args):
     told = [read_json(path / "summary.json") for path in args.runs]
     tasks = list(dict.fromkeys(task for run in told for task in run["tasks"]))
     table = [["", "judge", "items", *tasks, "overall", "uncapped", "verdict"]]
-    same = ("bench", "judge", "asked", "prompts", "items")
     for run in told:
-        other = [name for name in same if run.get(name) != told[0].get(name)]
-        note = "" if run["trusted"] else "not trusted"
-        note = "; ".join(filter(None, [note, f"other {', '.join(other)} than the first" if other else ""]))
+        other = [name for name in ("bench", "judge", "asked", "prompts", "items") if run[name] != told[0][name]]
+        notes = ["not trusted"] * (not run["trusted"])
+        notes += [f"other {', '.join(other)} than the first"] if other else []
         table.append([run["name"], run["judge"], run["items"], *(run["tasks"].get(task, "–") for task in tasks),
-                      run["overall"], run["uncapped"], note])  # fmt: skip
+                      run["overall"], run["uncapped"], "; ".join(notes)])  # fmt: skip
     print(report.table(table))
 
 
 def main(argv=None):
     args = parse_arguments(argv)
-    try:
-        {"score": score, "compare": compare, "run": run, "people": people, "leaderboard": leaderboard}[args.command](
-            args
-        )
-    except KeyboardInterrupt:
-        print("judge.py: interrupted; run the same command again to go on", file=sys.stderr, flush=True)
-        os._exit(1)  # threads that wait for a server would hold up a regular end; the ledger is on disk
-    except (ValueError, OSError) as error:
-        sys.exit(f"judge.py: {' '.join(str(error).split())}")
-    except RuntimeError as error:  # torch.OutOfMemoryError, or CUDA's own where not even its context fits
-        if not is_out_of_memory(error):
-            raise
-        sys.exit("judge.py: out of GPU memory; take --device cpu, or a larger card")
+    {"score": score, "compare": compare, "run": run, "people": people, "leaderboard": leaderboard}[args.command](args)
 
 
 if __name__ == "__main__":
-    main()
+    with one_line("judge.py", "interrupted; run the same command again to go on"):
+        main()

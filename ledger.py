@@ -12,7 +12,6 @@ and later stages do not see it. A killed run repeats at most the records it was 
 import fcntl
 import json
 import os
-import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,19 +44,33 @@ def write_json_lines(path, rows):
 
 
 @contextmanager
-def journal(path):
-    """Yield ({id: line} that were written before, a function that adds one at once)."""
+def appended(path, sync=False):
+    """Yield (the lines of JSON that were written before, a function that adds one at once; sync: and through a power
+    cut). One process at a time."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = path.read_bytes() if path.is_file() else b""
-    whole = content[: content.rfind(b"\n") + 1]  # what died while writing leaves half a line, or zeros
-    with path.open("ab") as file:
+    with path.open("ab+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"{path}: another run writes to it; wait for it, or give another --out") from None
+        file.seek(0)
+        content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]  # what died while writing leaves half a line, or zeros
         file.truncate(len(whole))
 
         def add(row):
             file.write(json.dumps(row).encode() + b"\n")
             file.flush()
+            sync and os.fsync(file.fileno())
 
-        yield {row["id"]: row for row in map(parsed, whole.splitlines()) if row}, add
+        yield [row for row in map(parsed, whole.splitlines()) if isinstance(row, dict)], add
+
+
+@contextmanager
+def journal(path):
+    """`appended`, the lines by their ids."""
+    with appended(path) as (lines, add):
+        yield {row["id"]: row for row in lines}, add
 
 
 def is_open(row):
@@ -85,69 +98,51 @@ class Ledger:
 
     def rows(self, stage, shard):
         """The records of a shard as they are after `stage`."""
-        rows = {row["id"]: row for row in read_json_lines(self.path("read", shard))}
-        if len(rows) != (size := self.told["shards"][shard]):
-            raise ValueError(
-                f"{self.path('read', shard)}: has lost {size - len(rows)} records (a crash?): delete it and read.json"
-            )
+        rows = self.lines("read", shard)
+        self.nothing_lost("read", shard, self.told["shards"][shard] - len(rows))
         for name in self.stages[1 : self.stages.index(stage) + 1]:
-            found = {row["id"]: row for row in read_json_lines(self.path(name, shard))}
-            waiting = [row for row in rows.values() if is_open(row)]
-            if lost := [row["id"] for row in waiting if row["id"] not in found]:
-                raise ValueError(f"{self.path(name, shard)}: has lost {len(lost)} records (a crash?): delete it")
+            found, waiting = self.lines(name, shard), [row for row in rows.values() if is_open(row)]
+            self.nothing_lost(name, shard, sum(row["id"] not in found for row in waiting))
             for row in waiting:
                 row.update(found[row["id"]])
         return list(rows.values())
 
-    def reached(self, shard):
-        """The last stage that is done with a shard."""
-        return next(stage for stage in reversed(self.stages) if self.done(stage, shard))
+    def lines(self, stage, shard):
+        """{id: line} that a stage has of a shard, done or under work."""
+        if self.done(stage, shard):
+            return {row["id"]: row for row in read_json_lines(self.path(stage, shard))}
+        with journal(self.part(stage, shard)) as (found, _):
+            return found
+
+    def nothing_lost(self, stage, shard, lost):
+        if lost:
+            too = " and read.json" if stage == "read" else ""
+            raise ValueError(f"{self.path(stage, shard)}: has lost {lost} records (a crash?): delete it{too}")
 
     @property
     def told(self):
         """read.json; None until the tables were read to the end."""
         path = self.folder / "read.json"
-        if not path.is_file():
-            return None
-        try:
-            return json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path}: is not JSON ({error})") from None
+        return json.loads(path.read_text()) if path.is_file() else None
 
     def all_done(self, stage):
         return self.told is not None and all(self.done(stage, shard) for shard in range(len(self.told["shards"])))
 
     def reopen_failed(self, shard):
         """Open the failed records of a shard again: from the stage where they failed on, journals without them."""
-        rows = list(read_json_lines(self.path("read", shard)))
         failed = lambda row: row.get("status") == "failed" and row["stage"] != "read"
-        if again := any(map(failed, rows)):  # they failed in the run whose ledger this one read
-            ended = ("status", "stage", "reason", "tuning")
-            rows = [{k: v for k, v in row.items() if k not in ended} if failed(row) else row for row in rows]
-        for i, stage in enumerate(self.stages[1:], 1):
-            again = again or any(failed(row) for row in self.begun(stage, shard))
-            if again:
-                later = self.stages[i:]
-                break
-        else:
+        begun = [list(self.lines(stage, shard).values()) for stage in self.stages]
+        first = next((i for i, rows in enumerate(begun) if any(map(failed, rows))), None)
+        if first is None:
             return
-        for stage in reversed(later):  # killed in between, no later stage still tells of what is open again
-            if begun := self.begun(stage, shard):
-                write_json_lines(self.part(stage, shard), [row for row in begun if not failed(row)])
+        for stage, rows in reversed(list(zip(self.stages, begun))[max(first, 1) :]):
+            if rows:  # the last stage first: killed in between, none tells of what is open again
+                write_json_lines(self.part(stage, shard), [row for row in rows if not failed(row)])
             self.path(stage, shard).unlink(missing_ok=True)
-        write_json_lines(self.path("read", shard), rows)
-
-    def begun(self, stage, shard):
-        """The lines that a stage has of a shard, done or under work."""
-        if self.done(stage, shard):
-            return list(read_json_lines(self.path(stage, shard)))
-        if not self.part(stage, shard).is_file():
-            return []
-        with journal(self.part(stage, shard)) as (lines, _):
-            return list(lines.values())
-
-    def forget(self, stage):
-        shutil.rmtree(self.folder / stage, ignore_errors=True)
+        if first == 0:  # they failed in the run whose ledger this one read
+            ended = ("status", "stage", "reason", "tuning")
+            opened = lambda row: {k: v for k, v in row.items() if k not in ended} if failed(row) else row
+            write_json_lines(self.path("read", shard), map(opened, begun[0]))
 
 
 @contextmanager
@@ -158,7 +153,5 @@ def only_run(ledger, rank):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(
-                f"{ledger.out}: another curate.py is at work there; wait for it, or give another --out"
-            ) from None
+            raise ValueError(f"{ledger.out}: another curate.py is at work there; wait, or give another --out") from None
         yield

@@ -16,17 +16,8 @@ from contextlib import suppress
 import torch
 import torch.nn.functional as F
 
-from media import (
-    MediaError,
-    faithful_codec,
-    fit_frames,
-    pad_reference,
-    read_clip,
-    read_image,
-    resize,
-    write_image,
-    write_video,
-)
+import media
+from connectors import sample_frames
 
 BLOCK = 8  # pixels a side at the working size: smaller shifts than this are mostly averaged away
 CHANGED = (6 / 255, 20 / 255)  # the threshold between kept and changed lies in between: invisible, and plain to see
@@ -46,8 +37,8 @@ METRICS = {  # name: (better when, formula and range, what it cannot see)
                        "damage above the threshold counts as edit; doing less raises it: read it with edit_strength"),
     "preserved_ssim": ("higher", "SSIM of the luma in 8x8 windows over the same blocks; 0 if nothing was kept",
                        "the same; colour"),
-    "shift": ("lower", "pixels at the working size (up to 256x448) by which the whole edit is displaced, by phase "
-              "correlation; 0 where undoing it does not help", "zoom and rotation"),
+    "shift": ("lower", "pixels at the working size by which the whole edit is displaced, by phase correlation; 0 where "
+              "undoing it does not help", "zoom and rotation"),
     "sharpness_kept": ("near 1", "mean |Laplacian| of the luma, edit to source, over the kept blocks",
                        "whether the detail is the right one: noise is sharp"),
     "sharpness_edited": ("", "the same over the changed blocks", "a smooth thing asked for lowers it rightly"),
@@ -55,18 +46,17 @@ METRICS = {  # name: (better when, formula and range, what it cannot see)
                      "a slowed motion; sources that stand still have none"),
     "lag": ("near 0", f"frames by which the edit's motion comes late, -{LAGS}..{LAGS}; {LAGS} if nothing moves",
             "clips whose motion repeats"),
-    "warp_error": ("lower", "mean |luma| difference to the best match in the frame before, 8x8 blocks within "
-                   f"{REACH} pixels, in the changed blocks, levels", "slow boiling; fast motion counts as boiling"),
+    "warp_error": ("lower", f"mean |luma| difference to the best match within {REACH} pixels in the frame before, over "
+                   "the changed blocks, levels", "slow boiling; fast motion counts as boiling"),
     "flicker": ("", "mean |y(t-1) - 2 y(t) + y(t+1)| of the luma y, levels 0..255",
                 "blur, compression and freezing lower it: read it with sharpness and frozen_share"),
     "flicker_excess": ("", "flicker of the edit minus flicker of the source", "the same; motion that the edit stopped"),
-    "reference_similarity": ("higher", "mean exp(-d^2/2) over the edit's patches, weighted by their change, and over "
-                             "the reference's; d: distance to the nearest of the other by colour, contrast, edges",
-                             "shape, identity, text: a red hat and a red shoe of one cloth look alike"),
+    "reference_similarity": ("higher", "mean exp(-d^2/2) over the edit's changed patches and the reference's; d: "
+                             "distance to the nearest of the other by colour and edges", "shape, identity, text"),
     "reference_gain": ("higher", "reference_similarity minus the unedited source's in the same places; -1..1",
                        "the same; a source that looked like the reference has little to gain"),
     "crop_similarity": ("higher", "cosine of CLIP's features of the reference and of the edit's changed region, with "
-                        "--embedder", "the same thing in another pose; what stands around it in the region counts"),
+                        "--embedder", "the same thing in another pose; what stands around it"),
 }  # fmt: skip
 WORST = {"preserved_psnr": 0.0, "preserved_ssim": 0.0}  # what an undefined value counts as
 
@@ -220,7 +210,7 @@ def lag(source, edit):
 
 def warp_error(x, changed):
     """What block matching between neighbouring frames of (T, 1, H, W) leaves over, in the changed blocks."""
-    chosen = torch.linspace(0, len(x) - 2, min(12, len(x) - 1)).round().long()
+    chosen = torch.tensor(sample_frames(len(x) - 1, 12))
     now, before = x[chosen + 1], F.pad(x[chosen], (REACH,) * 4, mode="replicate")
     height, width = x.shape[2:]
     left = torch.full_like(F.avg_pool2d(now, BLOCK), math.inf)
@@ -286,7 +276,7 @@ def reference_scores(source, edit, change, refs):
 
     source, edit (T, 3, H, W), change (T, H/8, W/8), refs: (1, 3, h, w) each; five evenly chosen frames are read.
     """
-    chosen = torch.linspace(0, len(edit) - 1, min(5, len(edit))).round().long().tolist()
+    chosen = sample_frames(len(edit), 5)
     totals = torch.zeros(len(refs), 2)  # of the source, of the edit
     for window in WINDOWS:
         of_refs = [patch_descriptors(ref, window)[0].flatten(1).T for ref in refs]  # (R, 14) each
@@ -305,7 +295,7 @@ def reference_scores(source, edit, change, refs):
 def crop_similarity(edit, changed, ref, embed):
     """Mean cosine between a reference, uint8 (h, w, 3), and the box around the changed blocks of up to five frames."""
     crops = []
-    for t in torch.linspace(0, len(edit) - 1, min(5, len(edit))).round().long().tolist():
+    for t in sample_frames(len(edit), 5):
         rows, columns = (changed[t].any(axis).nonzero()[:, 0] * BLOCK for axis in (1, 0))
         if len(rows):
             crops.append(edit[t, rows[0] : rows[-1] + BLOCK, columns[0] : columns[-1] + BLOCK])
@@ -318,12 +308,12 @@ def load_pair(source_path, edit_path, max_pixels=PIXELS):
     Frame i is compared with frame i, whatever the frame rates, as the release keeps frames and not time; the longer is
     cut. An edit by a system that resamples time must be resampled first. MediaError as `read_clip`.
     """
-    edit = read_clip(edit_path, max_pixels=max_pixels)
-    source = read_clip(source_path, max_pixels=max_pixels).frames
+    edit = media.read_clip(edit_path, max_pixels=max_pixels)
+    source = media.read_clip(source_path, max_pixels=max_pixels).frames
     count = min(len(edit.frames), len(source))
     source = source[:count]
     if source.shape[1:3] != edit.frames.shape[1:3]:
-        source = fit_frames(source, edit.frames.shape[1:3])
+        source = media.fit_frames(source, edit.frames.shape[1:3])
     return source, edit.frames[:count], edit.fps
 
 
@@ -338,54 +328,57 @@ def as_uint8(x):
 @functools.lru_cache(maxsize=64)  # the same reference is a wrong one for other items
 def read_reference(path):
     """A reference picture, its longer side 256 pixels: float32 (1, 3, h, w) in 0..1."""
-    image = read_image(path)
+    image = media.read_image(path)
     scale = 256 / max(image.shape[:2])
-    return as_float(resize(image[None], [max(32, round(n * scale)) for n in image.shape[:2]]))
+    return as_float(media.resize(image[None], [max(32, round(n * scale)) for n in image.shape[:2]]))
 
 
-def measure_files(source_path, edit_path, refs, media, embed=None):
+def measure_files(source_path, edit_path, refs, beside, embed=None):
     """`measure` of an edit, and two numbers of the re-encoded source, which every real edit should beat.
 
-    refs: paths, the true one first. embed: pictures -> features of length 1. Leaves small clips and their
-    posters, <media>_source and <media>_edit.
+    refs: paths, the true one first. embed: pictures -> features of length 1. Leaves small clips and posters,
+    <beside>_source and <beside>_edit, and <beside>_ref.jpg.
     """
     source, edit, fps = load_pair(source_path, edit_path)
-    copy = write_media(media, source, edit, fps, refs[0] if refs else None)
     pictures = [read_reference(ref) for ref in refs[:1]]
+    copy = write_small(beside, source, edit, fps, pictures)
     for ref in refs[1:]:
-        with suppress(MediaError):  # one that is broken is its own item's trouble, and not this one's
+        with suppress(media.MediaError):  # one that is broken is its own item's trouble, and not this one's
             pictures.append(read_reference(ref))
     frames, (source, edit, copy) = edit, map(as_float, (source, edit, copy))
     out, change = measure(source, edit, pictures), change_map(source, copy)
     if embed and refs:
         changed = changed_blocks(change_map(source, edit))
-        out["crop_similarity"] = crop_similarity(frames, changed, read_image(refs[0]), embed)
+        out["crop_similarity"] = crop_similarity(frames, changed, media.read_image(refs[0]), embed)
     gain = reference_scores(source, copy, change, pictures[:1])[0][1] if pictures else None
     return out | {"control_copy_strength": change.mean().item() * 255, "control_copy_gain": gain}
 
 
-def write_media(media, source, edit, fps, ref_path):
-    """<media>_source.mp4, _edit.mp4 and their .jpg posters, <media>_ref.jpg -> the source as its small file has it: the
-    unedited copy that a lazy system would hand in."""
-    media.parent.mkdir(parents=True, exist_ok=True)
-    place = lambda name: media.with_name(f"{media.name}_{name}")
-    if ref_path:
-        write_image(place("ref.jpg"), pad_reference(read_image(ref_path), (192, 192)))
-    for name, frames in (("source", source), ("edit", edit)):
-        write_image(place(f"{name}.jpg"), frames[len(frames) // 2])
+def write_small(beside, source, edit, fps, pictures=()):
+    """Small clips and posters for a page -> the source as its small file has it: the unedited copy that a lazy system
+    would hand in."""
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    place = lambda name: beside.with_name(f"{beside.name}_{name}")
+    for name, frames in (("ref", pictures and as_uint8(pictures[0])), ("source", source), ("edit", edit)):
+        if len(frames):
+            media.write_image(place(f"{name}.jpg"), frames[len(frames) // 2])
         if len(frames) > 1:
-            write_video(place(f"{name}.mp4"), frames, fps, codec=PAGE_CODEC)
+            media.write_video(place(f"{name}.mp4"), frames, fps, codec=PAGE_CODEC)
     if len(source) == 1:
-        return read_image(place("source.jpg"))[None]
-    return read_clip(place("source.mp4"), len(source), source[0].numel()).frames
+        return media.read_image(place("source.jpg"))[None]
+    return media.read_clip(place("source.mp4"), len(source), source[0].numel()).frames
 
 
 def write_damaged(path, damage, source_path, edit_path):
     """The edit, damaged, as a file as good as the edit's: a judge should score it lower."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     source, edit, fps = load_pair(source_path, edit_path, max_pixels=720 * 1280)
-    worse = DAMAGES[damage](edit, source)
-    if path.suffix == ".mp4":
-        write_video(path, worse, fps, codec=faithful_codec(worse))
+    write_edit(path, DAMAGES[damage](edit, source), fps)
+
+
+def write_edit(path, frames, fps, audio_from=None):
+    """An edit as a picture or a clip, which loses nothing that metrics would see."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix.lower() in media.IMAGE_CODECS:
+        media.write_image(path, frames[0])
     else:
-        write_image(path, worse[0])
+        media.write_video(path, frames, fps, audio_from, media.faithful_codec(frames))

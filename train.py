@@ -25,7 +25,7 @@ from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from command import at_least, run
+from command import number, one_line
 from stages import ON_WEIGHTS, STAGES, Stage, choose_stage, with_model_settings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: busy-waiting threads slow small steps tenfold
@@ -58,7 +58,7 @@ def parse_arguments(argv=None):
     add = parser.add_argument
 
     def flag(name, default, metavar, words, least=1):
-        add(name, type=at_least(least, type(default)), default=default, metavar=metavar, help=words)
+        add(name, type=number(least, kind=type(default)), default=default, metavar=metavar, help=words)
 
     add("--config", default="wan22_5b", choices=("wan22_5b", "wan21_14b", "wan21_1_3b", "nano"), help="model sizes")
     add("--preset", choices=list(STAGES), default="paper", help="whose numbers (default %(default)s)")
@@ -742,7 +742,8 @@ def machine_use(ranks, flops_s):
 
 
 if __name__ == "__main__":  # the trainer itself saves and ends well when it is interrupted
-    run(
-        "train.py", main, "interrupted; a cache that is written goes on where it stopped",
+    with one_line(
+        "train.py", "interrupted; a cache that is written goes on where it stopped",
         "--dry-run says what a card needs: take more GPUs, --cache, --quantise, or fewer --set pixels= or frames=",
-    )  # fmt: skip
+    ):  # fmt: skip
+        main()

@@ -23,6 +23,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
@@ -30,35 +31,51 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from connectors import PIXEL_MEAN, PIXEL_STD, patchify
-from media import decode, frame_rate, open_media, read_image, resize, write_image
+from connectors import PIXEL_MEAN, PIXEL_STD, lay_out, patchify
+from media import MediaError, decode, frame_rate, open_media, read_image, resize, shown_frames, write_image
 from parallel import pick_device
 
 GEMINI = "https://generativelanguage.googleapis.com/v1beta"
 INLINE_LIMIT = 20_000_000  # bytes of a Gemini request with inline data
 ANSWER_LIMIT = 4_000_000  # bytes of an answer that are read
 FRAME_PIXELS = 448 * 448  # larger frames are shrunk
+PICTURES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}
+MIME = {**PICTURES, ".mp4": "video/mp4", ".mov": "video/quicktime", ".webm": "video/webm"}
+STOPS = (None, "STOP", "stop", "eos", "eos_token", "end_turn", "stop_sequence")  # any other end is no answer
 UNREAD = 10  # answers of which none could be read, before the first that could
-TOKENS = (  # per frame of a video at low, medium, high resolution, and per picture; their documentation, 2026-11
-    ("gemini-[34]", {"low": 70, "medium": 70, "high": 280}, {"low": 280, "medium": 560, "high": 1120}),
-    ("gemini-", {"low": 66, "medium": 258, "high": 258}, {"low": 66, "medium": 258, "high": 258}),
-    ("(?i)qwen.?3", dict.fromkeys(("low", "medium", "high"), 98), dict.fromkeys(("low", "medium", "high"), 196)),
-    ("", dict.fromkeys(("low", "medium", "high"), 256), dict.fromkeys(("low", "medium", "high"), 256)),
+TOKENS = (  # per frame of a video, and per picture, at low, medium, high resolution; their documentation, 2026-11
+    ("gemini-[34]", (70, 70, 280), (280, 560, 1120)),
+    ("gemini-", (66, 258, 258), (66, 258, 258)),
+    ("(?i)qwen.?3", (98, 98, 98), (196, 196, 196)),
+    ("", (256, 256, 256), (256, 256, 256)),
 )
 
 
 def tokens_of(model, resolution):
     """-> about how many tokens a frame of a video costs, and a picture."""
-    return next((frame[resolution], picture[resolution]) for name, frame, picture in TOKENS if re.search(name, model))
+    at = ("low", "medium", "high").index(resolution)
+    return next((frame[at], picture[at]) for name, frame, picture in TOKENS if re.search(name, model))
+
+
+def frames_seen(path, fps):
+    """About how many frames of a file a model sees; 0 of a picture, 1 of what cannot be read."""
+    if path.suffix.lower() in PICTURES:
+        return 0
+    try:
+        with open_media(path) as (container, stream):
+            return max(1, round(shown_frames(container, stream) / frame_rate(stream) * fps))
+    except MediaError:
+        return 1
 
 
 @dataclass(frozen=True)
 class Settings:
     """How a model is asked; `--set name=value` on the command line."""
 
-    endpoint: str | None = None
+    endpoint: str = ""
     fps: float = 1.0  # frames of a video a second
     resolution: str = "medium"  # Gemini's media resolution: low, medium, high
     temperature: float | None = 0.0  # None: the server's own
@@ -70,13 +87,8 @@ class Settings:
     concurrency: int = 4
     max_tokens: int = 400  # of an answer of a local model
     max_pixels: int = FRAME_PIXELS
-    device: str | None = None
-    dry_run: bool = False
+    device: str = ""
     as_user: bool = False  # text after the pictures in the user's turn, max_tokens sent along; else a system prompt
-
-
-class JudgeError(ValueError):
-    """Input that cannot be judged; the text says what, in which file, and what to do next."""
 
 
 class TryAgain(Exception):
@@ -87,14 +99,16 @@ class TryAgain(Exception):
         self.busy, self.after, self.paid = busy, after, paid
 
 
-class Barred(JudgeError):
+class Barred(ValueError):
     """The model refuses us altogether, or is not there: no further question is sent."""
 
 
 class Malformed(ValueError):
     """An answer without what was asked for; the next may be better. answer: what is known of it, tokens at least."""
 
-    answer = None
+    def __init__(self, reason, answer=None):
+        super().__init__(reason)
+        self.answer = answer
 
 
 class Unusable(Malformed):
@@ -104,9 +118,9 @@ class Unusable(Malformed):
 @dataclass
 class Answer:
     text: str
-    tokens_in: int | None = None
-    tokens_out: int | None = None
-    model: str | None = None  # who answered: providers redirect old names
+    tokens_in: int | None
+    tokens_out: int | None
+    model: str | None  # who answered: providers redirect old names
 
     def __post_init__(self):
         self.text = sound(self.text)
@@ -124,10 +138,10 @@ def has_secret(address):
 
 
 def key_of(name):
-    """A key from the environment, stripped; None without one. JudgeError for a key that cannot be sent in a header."""
+    """A key from the environment, stripped; None without one. ValueError for a key that cannot be sent in a header."""
     key = os.environ.get(name, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise JudgeError(f"{name} has a character that no key has, a line's end perhaps; export the key alone")
+        raise ValueError(f"{name} has a character that no key has, a line's end perhaps; export the key alone")
     return key or None
 
 
@@ -147,19 +161,18 @@ def post(url, headers, body, deadline, secret=None, trusted=False):
     try:
         with urllib.request.build_opener(NoRedirect).open(request, timeout=deadline) as response:
             answer = json.loads(read_all(response, end))
-        if not isinstance(answer, dict):
-            raise TryAgain("the server's answer is not a JSON object", paid=True)
-        return answer
     except urllib.error.HTTPError as error:
         raise refusal(error, hide(error_text(error, end)), trusted) from None
     except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-        reason = getattr(error, "reason", error)
+        reason, sent = getattr(error, "reason", error), not isinstance(error, urllib.error.URLError)
         if isinstance(reason, TimeoutError):
             raise TryAgain(f"no answer within {deadline:g} s", paid=True) from None
-        lost = not isinstance(error, urllib.error.URLError)  # URLError: the request was not sent
-        raise TryAgain(hide(f"connection lost ({type(reason).__name__}: {reason})"), paid=lost) from None
+        raise TryAgain(hide(f"connection lost ({type(reason).__name__}: {reason})"), paid=sent) from None
     except (ValueError, RecursionError):
-        raise TryAgain("the server's answer is not JSON", paid=True) from None
+        answer = None
+    if not isinstance(answer, dict):
+        raise TryAgain("the server's answer is not a JSON object", paid=True)
+    return answer
 
 
 def refusal(error, text, trusted):
@@ -213,20 +226,14 @@ def error_text(error, end):
 
 
 def mime(path):
-    kinds = {".mp4": "video/mp4", ".mov": "video/quicktime", ".webm": "video/webm", ".png": "image/png",
-             ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp"}  # fmt: skip
-    kind = kinds.get(Path(path).suffix.lower())
+    kind = MIME.get(Path(path).suffix.lower())
     if kind is None:
-        raise Unusable(f"{path}: a judge takes {', '.join(kinds)}")
+        raise Unusable(f"{path}: a judge takes {', '.join(MIME)}")
     return kind
 
 
-def encoded(path):
-    return base64.b64encode(Path(path).read_bytes()).decode()
-
-
-def data_uri(path):
-    return f"data:{mime(path)};base64,{encoded(path)}"
+def data_uri(kind, content):
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def jpeg(image):
@@ -237,7 +244,13 @@ def jpeg(image):
 
 
 def jpeg_uri(image):
-    return f"data:image/jpeg;base64,{base64.b64encode(jpeg(image)).decode()}"
+    return data_uri("image/jpeg", jpeg(image))
+
+
+def within(height, width, max_pixels, unit):
+    """[height, width] of about the aspect, at most max_pixels, in multiples of unit."""
+    scale = min(1.0, math.sqrt(max_pixels / (height * width)))
+    return [max(unit, round(side * scale / unit) * unit) for side in (height, width)]
 
 
 def sampled_frames(path, fps, rate=None, max_pixels=FRAME_PIXELS):
@@ -250,8 +263,7 @@ def sampled_frames(path, fps, rate=None, max_pixels=FRAME_PIXELS):
         source_rate = rate or float(frame_rate(stream))
         for index, rgb in decode(path, container, stream):
             if index / source_rate >= due - 1e-6:
-                scale = min(1.0, math.sqrt(max_pixels / (rgb.shape[0] * rgb.shape[1])))
-                frames.append(resize(rgb[None], [max(2, round(side * scale / 2) * 2) for side in rgb.shape[:2]])[0])
+                frames.append(resize(rgb[None], within(*rgb.shape[:2], max_pixels, 2))[0])
                 seconds.append(index / source_rate)
                 due += 1 / min(fps, source_rate)
     return torch.stack(frames), seconds
@@ -260,38 +272,36 @@ def sampled_frames(path, fps, rate=None, max_pixels=FRAME_PIXELS):
 DECODING = threading.Lock()
 
 
-def once(function):
-    """Keep what `function(path, ...)` made of the last files, until they change; one thread works, the others wait."""
-    kept = lru_cache(maxsize=256)(lambda path, state, *rest: function(path, *rest))
-
-    def call(path, *rest):
-        state = os.stat(path)
-        with DECODING:
-            return kept(path, (state.st_mtime_ns, state.st_size, state.st_ino), *rest)
-
-    return call
-
-
-@once
-def frame_uris(path, fps):
+@lru_cache(maxsize=256)
+def kept_uris(path, fps, state):
+    """The file as a data URI or, at fps, its frames; kept until its state changes."""
+    if fps is None:
+        return [data_uri(mime(path), Path(path).read_bytes())]
     return [jpeg_uri(frame) for frame in sampled_frames(path, fps)[0]]
 
 
-file_uri = once(data_uri)
+def uris(path, fps=None):
+    """`kept_uris`, made by one thread while the others wait."""
+    state = os.stat(path)
+    with DECODING:
+        return kept_uris(path, fps, (state.st_mtime_ns, state.st_size, state.st_ino))
 
 
 class Server:
-    """What both kinds of server share. `optional`: what a server may refuse; then it is left out from there on."""
+    """What both kinds of server share."""
 
     again = True  # another answer may be better
     trusted = False  # until it has answered
 
+    def __init__(self, model, settings, url, key):
+        self.model, self.settings, self.url, self.key, self.refused = model, settings, url, key, set()
+
     def exchange(self, headers, body, optional, text):
+        """Send a question -> Answer. optional: what a server may refuse; then it is left out from there on."""
         while True:
-            asked = [name for name in optional if name not in self.refused]
+            asked = {name: value for name, value in optional.items() if name not in self.refused}
             try:
-                answer = post(self.url, headers, body | {n: optional[n] for n in asked}, self.settings.deadline,
-                              self.key, self.trusted)  # fmt: skip
+                answer = post(self.url, headers, body | asked, self.settings.deadline, self.key, self.trusted)
                 break
             except Unusable as error:
                 named = [name for name in asked if name in str(error)]
@@ -300,24 +310,27 @@ class Server:
                 self.refused.update(named)
         self.trusted = True
         hide = lambda text: text.replace(self.key, "***") if self.key else text  # JSON may have spelled it otherwise
-        found = Answer("")
+        tokens = list(self.tokens(answer))
         try:
-            problem = self.reply(answer, found)
-            found.text, found.model = sound(hide(found.text)), found.model and hide(str(found.model))
+            said, end, model = self.reply(answer)
+            found = Answer(hide(said), *tokens, model and hide(str(model)))
         except (AttributeError, TypeError, KeyError, IndexError):
-            problem = Malformed(hide(f"the server's answer has another shape: {json.dumps(answer)[:200]}"))
-        if not problem and found.tokens_in is not None and found.tokens_in <= len(text) / 3:
-            problem = Unusable(f"{found.tokens_in} prompt tokens are no more than the text: the server dropped the "
-                               "videos; see --set send=video")  # fmt: skip
-        if problem:
-            problem.answer = found
-            raise problem
+            reason = hide(f"the server's answer has another shape: {json.dumps(answer)[:200]}")
+            raise Malformed(reason, Answer("", *tokens, None)) from None
+        if end not in STOPS or not said:
+            raise Malformed(f"refused or cut off ({'no text' if end in STOPS else hide(str(end))})", found)
+        if found.tokens_in is not None and found.tokens_in <= len(text) / 3:
+            raise Unusable(f"{found.tokens_in} prompt tokens are no more than the text: the server dropped the videos; "
+                           "see --set send=video", found)  # fmt: skip
         return found
 
-
-def count_of(usage, name):
-    value = usage.get(name)
-    return value if type(value) is int else None  # True is an int to isinstance
+    def tokens(self, answer):
+        """Yield the tokens in and out that an answer counts, None where it does not say."""
+        usage, *kinds = self.usage
+        counted = answer.get(usage) if isinstance(answer.get(usage), dict) else {}
+        for names in kinds:
+            counts = [counted[name] for name in names if type(counted.get(name)) is int]
+            yield sum(counts) if counts else None
 
 
 def text_of(content):
@@ -330,20 +343,20 @@ def text_of(content):
 class Gemini(Server):
     """Google's native generateContent, videos as inline data with an explicit frame rate."""
 
+    usage = "usageMetadata", ["promptTokenCount"], ["candidatesTokenCount", "thoughtsTokenCount"]
+
     def __init__(self, model, settings):
-        self.model, self.settings, self.refused = model, settings, set()
-        self.url = f"{(settings.endpoint or GEMINI).rstrip('/')}/models/{urllib.parse.quote(model)}:generateContent"
-        self.key = key_of("GEMINI_API_KEY")
-        if not self.key and not settings.dry_run:
-            raise JudgeError("GEMINI_API_KEY is not set: export the key, or choose another --judge")
-        host = urllib.parse.urlsplit(self.url).hostname
-        if not self.url.startswith("https://") and host not in ("127.0.0.1", "localhost"):
-            raise JudgeError(f"--endpoint {settings.endpoint}: the key goes over https only")
+        url = f"{(settings.endpoint or GEMINI).rstrip('/')}/models/{urllib.parse.quote(model)}:generateContent"
+        super().__init__(model, settings, url, key_of("GEMINI_API_KEY"))
+        if not self.key:
+            raise ValueError("GEMINI_API_KEY is not set: export the key, or choose another --judge")
+        if not url.startswith("https://") and urllib.parse.urlsplit(url).hostname not in ("127.0.0.1", "localhost"):
+            raise ValueError(f"--endpoint {settings.endpoint}: the key goes over https only")
 
     def ask(self, text, media, fps, schema=None):
         parts, size = [], 0
         for label, path in media:
-            part = {"inlineData": {"mimeType": mime(path), "data": file_uri(path).partition(",")[2]}}
+            part = {"inlineData": {"mimeType": mime(path), "data": uris(path)[0].partition(",")[2]}}
             if mime(path).startswith("video"):
                 part["videoMetadata"] = {"fps": fps}
             parts += [{"text": label + ":"}, part]
@@ -358,27 +371,24 @@ class Gemini(Server):
                 "generationConfig": config}  # fmt: skip
         return self.exchange({"x-goog-api-key": self.key}, body, {}, text)
 
-    def reply(self, answer, found):
-        usage, candidate = answer.get("usageMetadata") or {}, (answer.get("candidates") or [{}])[0]
-        counts = [count_of(usage, f"{name}TokenCount") for name in ("candidates", "thoughts")]
-        found.tokens_in, found.tokens_out = count_of(usage, "promptTokenCount"), sum(n or 0 for n in counts)
-        found.model = answer.get("modelVersion")
+    def reply(self, answer):
+        """-> text, why it ended, who answered."""
+        candidate = (answer.get("candidates") or [{}])[0]
         parts = (candidate.get("content") or {}).get("parts") or []
-        found.text = "".join(p.get("text", "") for p in parts if not p.get("thought"))
-        reason = (answer.get("promptFeedback") or {}).get("blockReason") or candidate.get("finishReason")
-        if reason not in (None, "STOP"):
-            return Malformed(f"refused or cut off ({reason})")
-        return None if found.text else Malformed("refused to answer (no text)")
+        text = "".join(part.get("text", "") for part in parts if not part.get("thought"))
+        end = (answer.get("promptFeedback") or {}).get("blockReason") or candidate.get("finishReason")
+        return text, end, answer.get("modelVersion")
 
 
 class OpenAICompatible(Server):
     """chat/completions; videos as frames at the given rate (any server), or as video_url (vLLM)."""
 
+    usage = "usage", ["prompt_tokens"], ["completion_tokens"]
+
     def __init__(self, model, settings):
-        if not (settings.endpoint or "").startswith(("http://", "https://")):
-            raise JudgeError("--judge openai:... needs --endpoint, e.g. http://localhost:8000/v1")
-        self.model, self.settings, self.refused = model, settings, set()
-        self.url, self.key = f"{settings.endpoint.rstrip('/')}/chat/completions", key_of("OPENAI_API_KEY")
+        if not settings.endpoint.startswith(("http://", "https://")):
+            raise ValueError("--judge openai:... needs --endpoint, e.g. http://localhost:8000/v1")
+        super().__init__(model, settings, f"{settings.endpoint.rstrip('/')}/chat/completions", key_of("OPENAI_API_KEY"))
 
     def ask(self, text, media, fps, schema=None):
         content = []
@@ -386,8 +396,7 @@ class OpenAICompatible(Server):
             as_frames = self.settings.send == "frames" and mime(path).startswith("video")
             kind = "image_url" if as_frames else f"{mime(path).split('/')[0]}_url"
             content.append({"type": "text", "text": label + ":"})
-            urls = frame_uris(path, fps) if as_frames else [file_uri(path)]
-            content += [{"type": kind, kind: {"url": url}} for url in urls]
+            content += [{"type": kind, kind: {"url": url}} for url in uris(path, fps if as_frames else None)]
         messages = [{"role": "system", "content": text}, {"role": "user", "content": content}]
         optional = {} if self.settings.temperature is None else {"temperature": self.settings.temperature}
         if self.settings.as_user:
@@ -402,14 +411,14 @@ class OpenAICompatible(Server):
             body["mm_processor_kwargs"] = {"fps": fps}  # vLLM's name for the frame rate
         return self.exchange({"Authorization": f"Bearer {self.key}"} if self.key else {}, body, optional, text)
 
-    def reply(self, answer, found):
-        usage, choice = answer.get("usage") or {}, (answer.get("choices") or [{}])[0]
-        found.tokens_in, found.tokens_out = (count_of(usage, f"{n}_tokens") for n in ("prompt", "completion"))
-        message, found.model = choice.get("message") or {}, answer.get("model")
-        found.text, reason = text_of(message.get("content")), choice.get("finish_reason")
-        if reason not in (None, "stop", "eos", "eos_token", "end_turn", "stop_sequence"):
-            return Malformed(f"refused or cut off ({reason})")
-        return None if found.text else Malformed(f"refused to answer ({message.get('refusal') or 'no text'})")
+    def reply(self, answer):
+        choice = (answer.get("choices") or [{}])[0]
+        message = choice.get("message") or {}
+        return (
+            text_of(message.get("content")),
+            message.get("refusal") or choice.get("finish_reason"),
+            answer.get("model"),
+        )
 
 
 QWEN = {  # patch, mean, std, time step in positions a second (None: a text stamp before each pair of frames)
@@ -428,11 +437,12 @@ class Local:
 
         kind = AutoConfig.from_pretrained(folder).model_type
         if kind not in QWEN:
-            raise JudgeError(f"{folder}: a {kind} model; --judge local: takes {' or '.join(QWEN)}")
+            raise ValueError(f"{folder}: a {kind} model; --judge local: takes {' or '.join(QWEN)}")
         self.patch, self.mean, self.std, self.positions_a_second = QWEN[kind]
         self.settings, self.device, self.model = settings, pick_device(settings.device), str(folder)
+        self.waiting, self.turn = queue.SimpleQueue(), threading.Lock()
         if not (folder / "tokenizer.json").is_file():
-            raise JudgeError(f"{folder}: has no tokenizer.json; give the folder of a Qwen2.5-VL or Qwen3-VL model")
+            raise ValueError(f"{folder}: has no tokenizer.json; give the folder of a Qwen2.5-VL or Qwen3-VL model")
         dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         self.mllm = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(self.device).eval()
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -444,32 +454,59 @@ class Local:
         except torch.OutOfMemoryError:
             raise Unusable(f"out of memory on {self.device}: give a smaller fps or another device") from None
 
-    @torch.no_grad()
     def answer(self, text, media, fps):
+        """Questions that wait while others are answered go through the model together."""
+        own = Future()
+        self.waiting.put((self.prepare(text, media, fps), own))
+        with self.turn:
+            if not own.done():
+                jobs = [self.waiting.get() for _ in range(self.waiting.qsize())]
+                try:
+                    for (_, future), said in zip(jobs, self.answers([asked for asked, _ in jobs])):
+                        future.set_result(said)
+                except Exception as error:  # each tells its own thread
+                    for _, future in jobs:
+                        future.set_exception(error)
+        if isinstance(said := own.result(), Malformed):
+            raise said
+        return said
+
+    @torch.no_grad()
+    def answers(self, asked):
+        """What `prepare` made of several questions, padded on the left -> an Answer or Malformed each, greedy."""
         from transformers import DynamicCache
 
-        ids, positions, pixels = self.prepare(text, media, fps)
-        place = lambda x: x.to(self.device)
+        longest, place = max(ids.shape[1] for ids, *_ in asked), lambda x: x.to(self.device)
+        pad = lambda x: F.pad(x, (longest - x.shape[-1], 0))
+        ids = place(torch.cat([pad(ids) for ids, *_ in asked]))
+        mask = place(torch.cat([pad(torch.ones_like(ids)) for ids, *_ in asked]))
+        at = place(torch.cat([pad(positions) for _, positions, _ in asked], dim=1))
+        first = at.amax(dim=(0, 2))[:, None] + 1  # (B, 1): the position of the first new token
+        names = {name for *_, pixels in asked for name in pixels}
+        step = {name: place(torch.cat([p[name] for *_, p in asked if name in p])) for name in names}
         newer = "cache" in inspect.signature(self.mllm.forward).parameters
         kept = {"cache" if newer else "past_key_values": DynamicCache(), "use_cache": True}
-        pixels = {name: place(value) for name, value in pixels.items()}
-        out = self.mllm(input_ids=place(ids), position_ids=place(positions), **kept, **pixels)
-        ends = {self.token("<|im_end|>"), self.token("<|endoftext|>")}
-        said, first = [], int(positions.max()) + 1
-        while (token := out.logits[0, -1].argmax()).item() not in ends:
-            if len(said) == self.settings.max_tokens:
-                problem = Malformed(f"cut off after {len(said)} tokens; see --set max_tokens")
-                problem.answer = Answer(self.tokenizer.decode(said), ids.shape[1], len(said), self.model)
-                raise problem
-            here = torch.full((3, 1, 1), first + len(said), device=self.device)
-            said.append(token.item())
-            out = self.mllm(input_ids=token.view(1, 1), position_ids=here, **kept)
-        return Answer(self.tokenizer.decode(said), ids.shape[1], len(said), self.model)
+        ends, said = torch.tensor([self.token("<|im_end|>"), self.token("<|endoftext|>")]), []
+        going = torch.ones(len(asked), dtype=torch.bool)
+        while going.any() and len(said) <= self.settings.max_tokens:
+            out = self.mllm(input_ids=ids, position_ids=at, attention_mask=mask, **kept, **step)
+            ids, step = out.logits[:, -1:].argmax(-1), {}  # (B, 1)
+            at, mask = (first + len(said)).expand(3, -1, -1), F.pad(mask, (0, 1), value=1)
+            said.append(ids[:, 0].cpu())
+            going &= ~torch.isin(said[-1], ends)
+        return [self.read(row, ends, own.shape[1]) for row, (own, *_) in zip(torch.stack(said, dim=1), asked)]
+
+    def read(self, row, ends, tokens_in):
+        """Generated ids (n,) up to the first of `ends` -> Answer; without one Malformed."""
+        stop = torch.isin(row, ends).nonzero()[:, 0].tolist()
+        count = stop[0] if stop else self.settings.max_tokens
+        found = Answer(self.tokenizer.decode(row[:count].tolist()), tokens_in, count, self.model)
+        return found if stop else Malformed(f"cut off after {count} tokens; see --set max_tokens", found)
 
     def token(self, name):
         number = self.tokenizer.token_to_id(name)
         if number is None:
-            raise JudgeError(f"the judge's tokenizer.json has no token {name}: not a Qwen-VL model")
+            raise ValueError(f"the judge's tokenizer.json has no token {name}: not a Qwen-VL model")
         return number
 
     def prepare(self, text, media, fps):
@@ -506,30 +543,7 @@ class Local:
 
     def seen_size(self, height, width):
         """[height, width] at which the model sees a picture of that size."""
-        unit = 2 * self.patch
-        scale = min(1.0, math.sqrt(self.settings.max_pixels / (height * width)))
-        return [max(unit, round(side * scale / unit) * unit) for side in (height, width)]
-
-
-def lay_out(pieces):
-    """Pieces (lists of ids, or (pad id, grid, time step)) -> ids (1, S), positions (3, 1, S).
-
-    What follows a visual counts on from its largest position, as both models were trained.
-    """
-    ids, positions, at = [], [], 0
-    for piece in pieces:
-        if isinstance(piece, tuple):
-            pad, (t, h, w), step = piece
-            axes = ((step * torch.arange(t)).long(), torch.arange(h // 2), torch.arange(w // 2))
-            here = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
-            ids += [pad] * here.shape[1]
-        else:
-            here = torch.arange(len(piece)).expand(3, -1)
-            ids += piece
-        if here.numel():
-            positions.append(at + here)
-            at = int(positions[-1].max()) + 1
-    return torch.tensor([ids]), torch.cat(positions, 1)[:, None]
+        return within(height, width, self.settings.max_pixels, 2 * self.patch)
 
 
 def spoken(text):
@@ -575,9 +589,7 @@ class Asker:
                 except (TryAgain, ValueError, OSError) as error:
                     problem, answer = error, answer or getattr(error, "answer", None)
                 known = {"seconds": round(time.monotonic() - began, 2), "ok": problem is None}
-                if answer:
-                    known |= {"raw": answer.text, "tokens_in": answer.tokens_in, "tokens_out": answer.tokens_out,
-                              "model": answer.model}  # fmt: skip
+                known |= vars(answer) if answer else {}
                 if problem is None:
                     note(event="answer", value=value, **known)
                     return value
@@ -620,30 +632,9 @@ class Asker:
 
 
 def in_threads(function, items, workers):
-    """Yield (index, function(item)) as they come. Daemon threads: after Ctrl-C nothing waits for a slow server."""
-    todo, done = queue.SimpleQueue(), queue.SimpleQueue()
-    for job in enumerate(items):
-        todo.put(job)
-    count = todo.qsize()
-
-    def work():
-        while not todo.empty():
-            try:
-                index, item = todo.get_nowait()
-                done.put((index, function(item), None))
-            except queue.Empty:
-                return
-            except BaseException as error:
-                done.put((0, None, error))
-
-    for _ in range(min(workers, count)):
-        threading.Thread(target=work, daemon=True).start()
+    """Yield function(item) of each item, in order. Whoever stops early waits for no thread."""
+    pool = ThreadPoolExecutor(workers)
     try:
-        for _ in range(count):
-            index, value, error = done.get()
-            if error:
-                raise error
-            yield index, value
+        yield from pool.map(function, items)
     finally:
-        while not todo.empty():
-            todo.get_nowait()
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -7,7 +7,6 @@ scale: the bookkeeping with answers that rows bring along, and de-duplication of
 
 import argparse
 import json
-import math
 import random
 import resource
 import time
@@ -21,50 +20,52 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import curate
-from curators import Rejected, box_of
+from curators import Rejected
 from curators.classical import Classical, overlap, resized
 from curators.pairs import hashed
 from ledger import read_json_lines, write_json_lines
 from media import read_image, resize, write_image
+from metrics import as_float, psnr
 from nano.world import load_library, redraw_edit, render, to_uint8
+from parallel import pick_device
 from report import table
 from vlm import jpeg
 
 
 def truth(folder, most=400):
     world, models = json.loads((folder / "world.json").read_text()), Classical(None)
-    library, cases, local, background, references = load_library(world["assets"]), Counter(), [], [], {}
+    size, library, cases = world["size"], load_library(world["assets"]), Counter()
+    local, background, references = [], [], {}
     for row in tqdm(list(read_json_lines(folder / "truth.jsonl"))[:most], desc="truth", mininterval=1):
         if row["task"] in ("style", "remove"):
             continue
         row["kind"] = "background" if row["task"].startswith("background") else "subject"
         source, target = folder / row["src_video"], folder / row["tgt_video"]
-        region = read_image(folder / row["mask"])[..., 0].unflatten(0, (-1, world["size"])) > 127
+        region = read_image(folder / row["mask"])[..., 0].unflatten(0, (-1, size)) > 127
         if row["kind"] == "background" and region.all():
             continue  # nothing but background: no foreground to be found
         cases[row["kind"]] += 1
         try:
-            box, mask, row["key"], _ = models.ground(source, target, row)
+            _, mask, row["key"], _ = models.ground(source, target, row)
             image = models.synthesize(source, target, mask, row)
         except Rejected:
             continue
-        edit = redraw_edit(library, world, row["index"])
+        edit, changed = redraw_edit(library, world, row["index"]), region[row["key"]]
         if row["kind"] == "subject":
-            mask = resized(mask, [world["size"]] * 2)
-            truths = outlines(edit, world["size"], row["key"]), region[row["key"]]
-            local.append([f for truth in truths for f in (overlap(mask, truth), box_overlap(box, box_of(truth)))])
+            mask = resized(mask, [size] * 2)
+            local.append((overlap(mask, outlines(edit, size, row["key"])), overlap(mask, changed)))
             references.setdefault((row["new"]["name"], row["new"]["look"]), image)
         else:
-            background.append(hidden_psnr(edit, image, ~region[row["key"]], row["key"]))
+            background.append(hidden_psnr(edit, image, ~changed, row["key"]))
     if not references:
         raise ValueError(f"{folder}: none of its clips has a reference that could be made; draw more of them")
     precision, recall, number = find_planted(models, list(references.values()))
-    mask_things, box_things, mask_all, box_all = (sum(column) / len(local) for column in zip(*local))
-    psnr, found = sum(background) / max(len(background), 1), (cases["subject"], len(local))
+    (things, pixels), found = (sum(column) / len(local) for column in zip(*local)), (cases["subject"], len(local))
+    psnr = sum(background) / max(len(background), 1)
     return [
         ("classical models on the nano world", "cases", "found", "figure"),
-        ("local edits: IoU of mask, of box with the edited things", *found, f"{mask_things:.3f}, {box_things:.3f}"),
-        ("the same with all pixels that differ, soft shadows too", *found, f"{mask_all:.3f}, {box_all:.3f}"),
+        ("local edits: IoU of the mask with the edited things", *found, f"{things:.3f}"),
+        ("the same with all pixels that differ, soft shadows too", *found, f"{pixels:.3f}"),
         ("new backgrounds: PSNR where the foreground stood", cases["background"], len(background), f"{psnr:.1f} dB"),
         ("duplicates, 10 % planted: precision, recall", number, "", f"{precision:.3f}, {recall:.3f}"),
     ]  # fmt: skip
@@ -76,17 +77,10 @@ def outlines(edit, size, key):
     return sum(share[key, 0] for share in seen) > 0.5
 
 
-def box_overlap(a, b):
-    area = lambda box: max(box[2] - box[0], 0) * max(box[3] - box[1], 0)
-    both = area([max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])])
-    return both / (area(a) + area(b) - both)
-
-
 def hidden_psnr(edit, image, place, key):
     """PSNR in dB, where `place` is true, of a background reference and the scene drawn without its things."""
     true = to_uint8(render(replace(edit.target, things=[]), image.shape[0])[0])[key]
-    error = ((image.double() - true.double()) / 255).square().mean(dim=-1)[place].mean().item()
-    return -10 * math.log10(max(error, 1e-6))
+    return psnr(as_float(image[None]), as_float(true[None]), place[None])
 
 
 def find_planted(models, images):
@@ -109,46 +103,32 @@ def scale(folder, records=100_000, vectors=200_000, width=768):
     for name in ("masks/0.png", "refs/0.jpg"):
         (made / name).parent.mkdir(parents=True, exist_ok=True)
         write_image(made / name, torch.zeros(8, 8, 3, dtype=torch.uint8))
-    write = lambda name, value: (made / "ledger" / name).write_text(json.dumps(value))
 
     def line(i):
         feature = curate.pack(F.normalize(torch.tensor([drawn.gauss(0, 1) for _ in range(8)]), dim=0))
         return {
-            "id": hashed(str(i)),
-            "name": "",
-            "src_video": f"s/{i}.mp4",
-            "tgt_video": f"t/{i}.mp4",
-            "prompt": f"Replace the car with number {i}.",
-            "base": 0,
-            "kind": "subject",
-            "edit_score": drawn.uniform(4, 10),
-            "frames": 81,
-            "height": 8,
-            "width": 8,
-            "mask": "masks/0.png",
-            "key": 0,
-            "box": [0, 0, 1, 1],
-            "ref_image": "refs/0.jpg",
-            "ref_size": [64, 64],
-            "verdict": drawn.random() < 0.8,
-            "feature": feature,
-        }
+            "id": hashed(str(i)), "name": "", "src_video": f"s/{i}.mp4", "tgt_video": f"t/{i}.mp4", "base": 0,
+            "prompt": f"Replace the car with number {i}.", "kind": "subject", "edit_score": drawn.uniform(4, 10),
+            "frames": 81, "height": 8, "width": 8, "mask": "masks/0.png", "key": 0, "box": [0, 0, 1, 1],
+            "ref_image": "refs/0.jpg", "ref_size": [64, 64], "verdict": drawn.random() < 0.8, "feature": feature,
+        }  # fmt: skip
 
-    sizes = [min(1000, records - at) for at in range(0, records, 1000)]
-    for shard, size in enumerate(sizes):
-        write_json_lines(made / f"ledger/read/{shard:05d}.jsonl", map(line, range(1000 * shard, 1000 * shard + size)))
-    write("read.json", {"bases": [str(made)], "shards": sizes, "stages": []})
-    write("settings.json", {"models": "classical"})
+    shards = [range(at, min(at + 1000, records)) for at in range(0, records, 1000)]
+    for shard, numbers in enumerate(shards):
+        write_json_lines(made / f"ledger/read/{shard:05d}.jsonl", map(line, numbers))
+    told = {"read": {"bases": [str(made)], "shards": list(map(len, shards)), "stages": []},
+            "settings": {"models": "classical"}}  # fmt: skip
+    for name, value in told.items():
+        (made / f"ledger/{name}.json").write_text(json.dumps(value))
     start, busy = time.perf_counter(), time.process_time()
     curate.main([str(made), "--out", str(folder / "out"), "--set", "duplicate=1", "page=1"])
     seconds, busy, peak = time.perf_counter() - start, time.process_time() - busy, memory()
 
-    centres = F.normalize(torch.randn(-(-vectors // 20), width, generator=torch.Generator().manual_seed(0)), dim=1)
-    noise = torch.randn(vectors, width, generator=torch.Generator().manual_seed(1)) * 0.6 / width**0.5
-    features = F.normalize(centres.repeat(20, 1)[:vectors] + noise, dim=1)
-    device = curate.pick_device(None)
+    normal = lambda seed, *shape: torch.randn(*shape, width, generator=torch.Generator().manual_seed(seed))
+    centres, noise = F.normalize(normal(0, -(-vectors // 20)), dim=1), normal(1, vectors) * 0.6 / width**0.5
+    features, device = F.normalize(centres.repeat(20, 1)[:vectors] + noise, dim=1), pick_device(None)
     start = time.perf_counter()
-    belongs, _ = curate.deduplicate(features, np.arange(vectors), 0.99, device=device)
+    curate.deduplicate(features, np.arange(vectors), 0.99, device=device)
     spent = time.perf_counter() - start
     return [
         ("scale", "figure"),
@@ -159,13 +139,9 @@ def scale(folder, records=100_000, vectors=200_000, width=768):
     ]  # fmt: skip
 
 
-def main(argv=None):
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("truth", "scale"))
     parser.add_argument("folder", type=Path, help="truth: of python -m nano data; scale: an empty folder to work in")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     print(table({"truth": truth, "scale": scale}[args.what](args.folder.resolve())))
-
-
-if __name__ == "__main__":
-    main()

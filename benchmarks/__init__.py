@@ -17,7 +17,7 @@ from pathlib import Path
 import yaml
 
 from data import csv_lines, inside
-from vlm import JudgeError, Malformed, json_objects, spoken
+from vlm import Malformed, json_objects, spoken
 
 ANSWER = """
 Think in one or two sentences, then answer with JSON alone, scores last, whole numbers from 1 to 5. No score may be
@@ -52,6 +52,11 @@ class Bench:
     skip: tuple = ()
     items: list = ()
     published: dict = field(default_factory=dict)
+    prompts: dict = field(default_factory=dict)  # {task or "*": template}, in place of our rubric
+
+    @property
+    def wording(self):
+        return self.prompts.get("name", "ours")
 
     def task(self, name):
         return self.tasks.get(name) or self.tasks["*"]
@@ -59,47 +64,45 @@ class Bench:
     def criteria(self, name):
         return list(self.task(name)["criteria"])
 
-    def rubric(self, item, prompts=None):
+    def rubric(self, item):
         """What the judge is asked about an item."""
-        text = (prompts or {}).get(item.task) or (prompts or {}).get("*")
+        text = self.prompts.get(item.task) or self.prompts.get("*")
         if text is None:
-            lines = [f"You grade {self.task(item.task)['grade']}."]
+            text = f"You grade {self.task(item.task)['grade']}.\n"
             for name, anchors in self.task(item.task)["criteria"].items():
-                lines += ["", f"{name}:", *(f"{i}: {anchor}" for i, anchor in enumerate(anchors, 1))]
-            scores = ", ".join(f'"{name}": n' for name in self.criteria(item.task))
-            text = "\n".join(lines) + "\n" + ANSWER.replace("FIELDS", scores)
+                text += "\n".join(["", f"{name}:", *(f"{i}: {anchor}" for i, anchor in enumerate(anchors, 1)), ""])
+            text += ANSWER.replace("FIELDS", ", ".join(f'"{name}": n' for name in self.criteria(item.task)))
         elif "{instruction}" not in text:
             text += "\n\nThe instruction of the edit was: {instruction}"
         return text.replace("{instruction}", item.instruction)
 
 
 def read_yaml(path):
-    """A YAML or JSON file. JudgeError where it is neither."""
+    """A YAML or JSON file."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # an impossible date is a ValueError
-        kind = "JSON" if path.suffix == ".json" else "YAML"
-        raise JudgeError(f"{path}: is not {kind} ({str(error).splitlines()[0]})") from None
+        raise ValueError(f"{path}: is not {path.suffix[1:].upper()} ({str(error).splitlines()[0]})") from None
 
 
-def open_bench(name):
-    """A Bench by its name, or from a YAML file. JudgeError where it is not described well enough to judge by."""
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        path = Path(__file__).parent / f"{name}.yaml"
+def open_bench(name, prompts=None):
+    """A Bench by its name, or from a YAML file, perhaps with a file of prompts."""
+    ours = {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
+    path = ours.get(name, Path(name))
     if not path.is_file():
-        known = sorted(p.stem for p in Path(__file__).parent.glob("*.yaml"))
-        raise JudgeError(f"--bench {name}: expected {', '.join(known)}, or a YAML file like benchmarks/refvie.yaml")
-    found = read_yaml(path)
-    names = {f.name for f in fields(Bench)} - {"name"}
+        raise ValueError(f"--bench {name}: expected {', '.join(ours)}, or a YAML file like benchmarks/refvie.yaml")
+    found, names = read_yaml(path), {f.name for f in fields(Bench)} - {"name", "prompts"}
     if not isinstance(found, dict) or not {"columns", "edit", "tasks"} <= found.keys() <= names:
-        raise JudgeError(f"{path}: expected columns, edit, tasks, and no more than {', '.join(sorted(names))}")
+        raise ValueError(f"{path}: expected columns, edit, tasks, and no more than {', '.join(sorted(names))}")
+    found = {"title": path.stem, **found, "prompts": read_yaml(prompts) if prompts else {}}
     bench = Bench(path.stem, **found)
     for task, told in bench.tasks.items():
         for criterion, anchors in told["criteria"].items():
             if not isinstance(anchors, list) or len(anchors) != 5:
-                raise JudgeError(f"{path}: {task}, {criterion}: expected five anchors, for 1 to 5")
+                raise ValueError(f"{path}: {task}, {criterion}: expected five anchors, for 1 to 5")
+    if not isinstance(bench.prompts, dict) or not all(isinstance(text, str) for text in bench.prompts.values()):
+        raise ValueError(f"{prompts}: expected a mapping from tasks to templates")
     return bench
 
 
@@ -115,34 +118,33 @@ def rows_of(path):
 
 
 def read_bench(bench, path, edits, limit=None):
-    """The items of a benchmark, at most `limit`. JudgeError where the file is not what --bench says."""
-    bench = bench if isinstance(bench, Bench) else open_bench(bench)
+    """The items of a Bench, or of one by name, at most `limit`. ValueError where the file is not what --bench says."""
+    bench = open_bench(bench) if isinstance(bench, str) else bench
     path, items, names = Path(path), [], {}
     if not path.is_file():
-        raise JudgeError(f"{path}: no such file; give the benchmark's YAML, CSV or JSON")
+        raise ValueError(f"{path}: no such file; give the benchmark's YAML, CSV or JSON")
     for index, (place, key, row) in enumerate(rows_of(path)):
         texts = {ours: text_of(row, theirs, place) for ours, theirs in bench.columns.items()}
         task = texts["task"]
         if task in bench.skip:
             continue
         if task not in bench.tasks and "*" not in bench.tasks:
-            raise JudgeError(f"{place}: unknown task {task!r}; --bench {bench.name} has {', '.join(bench.tasks)}")
-        item = Item(key, task, texts["instruction"], source_of(path, texts["source"], place),
-                    edit_of(bench, edits, index, key, texts, place),
-                    source_of(path, texts["ref"], place) if "ref" in texts else None)  # fmt: skip
-        items.append(item)
-        if (other := names.setdefault(item.edit, item)) is not item:
-            print(f"warning: {path}: items {other.key} and {key} share the edit {item.edit.name}: both are judged by "
-                  "the one file, which `run` makes of the first", file=sys.stderr)  # fmt: skip
+            raise ValueError(f"{place}: unknown task {task!r}; --bench {bench.name} has {', '.join(bench.tasks)}")
+        ref = source_of(path, texts["ref"], place) if "ref" in texts else None
+        edit = edit_of(bench, edits, index, key, texts, place)
+        items.append(Item(key, task, texts["instruction"], source_of(path, texts["source"], place), edit, ref))
+        if (other := names.setdefault(edit, key)) != key:
+            told = "both are judged by the one file, which `run` makes of the first"
+            print(f"warning: {path}: items {other} and {key} share the edit {edit.name}: {told}", file=sys.stderr)
     if not items:
-        raise JudgeError(f"{path}: holds no items of --bench {bench.name}; is it the right file?")
+        raise ValueError(f"{path}: holds no items of --bench {bench.name}; is it the right file?")
     return items[:limit]
 
 
 def text_of(row, name, place):
     value = row.get(name) if isinstance(row, dict) else None
     if not isinstance(value, str) or not value.strip():
-        raise JudgeError(f"{place}: has no {name}; is it the right --bench?")
+        raise ValueError(f"{place}: has no {name}; is it the right --bench?")
     return value.strip()
 
 
@@ -173,15 +175,10 @@ def wrong_references(items, item):
 
 def read_score(text):
     """ "4", 4, "4/5", "**4**", {"score": 4} -> 4. Malformed for anything but a whole number from 1 to 5."""
-    if isinstance(text, dict):
-        text = text.get("score", text)
+    text = text.get("score", text) if isinstance(text, dict) else text
     match = re.fullmatch(NUMBER, str(text).strip(" *_`\"'.,"))
-    if isinstance(text, bool) or not match:
-        raise Malformed(f"{text!r} is not a score")
-    if match[2] and match[2] != "5":
-        raise Malformed(f"{text!r} is not on the scale from 1 to 5")
-    if float(match[1]) not in (1, 2, 3, 4, 5):
-        raise Malformed(f"{match[1]} is not a whole number from 1 to 5")
+    if isinstance(text, bool) or not match or match[2] not in (None, "5") or float(match[1]) not in range(1, 6):
+        raise Malformed(f"{text!r} is not a whole number from 1 to 5")
     return int(float(match[1]))
 
 

@@ -6,7 +6,6 @@ paper names: a plain twin and a heavy one with the same methods, each about one 
     embed([picture, ...]) -> (N, D) of length 1          preflight(): is everything there? setup(stage): load it
 """
 
-import os
 from functools import lru_cache
 from itertools import islice
 
@@ -37,14 +36,12 @@ def frame_at(path, index):
     raise MediaError(f"{path}: has no frame {index}")
 
 
-@lru_cache(maxsize=4096)
-def measured(path, state):
-    return measure(path)[0]
+counted = lru_cache(maxsize=4096)(lambda path: measure(path)[0])
 
 
 def moments(source, target):
     """How many frames two clips have in common. MediaError if their lengths differ by more than a cut to 4k + 1."""
-    before, after = (measured(path, os.stat(path).st_mtime_ns) for path in (source, target))
+    before, after = counted(source), counted(target)
     if abs(before - after) > 0.1 * after + 2:
         raise MediaError(f"{target}: has {after} frames, its source {before}: not the same moments")
     return min(before, after)

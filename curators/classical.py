@@ -1,19 +1,18 @@
 """Curation without weights: everything follows from the difference of source and target at the same moments.
 
     source, target clips -> 12 moments (T, 3, h, w) of at most 320x180 -> CIELAB difference (T, h, w) -> what changed
-      subject: its main part, grown by colour (GrabCut) -> cut out of the full key frame, its rim's colours estimated
-      background: what stayed is the foreground -> filled by shift map
+      subject: its main part, grown by colour -> cut out of the full key frame, its rim's colours estimated
+      background: what stayed is the foreground -> filled with copies of what surrounds it
 
 Sees how strong an edit is, whether it stays in its place and is there all the time, and a colour that the words name.
 Does not see what was asked for, whether it looks natural, what an object is. So it rejects what looks broken: several
 large parts, colours that contradict the difference, contact with the border, 20 % of a background never seen.
-opencv (opencv-contrib-python-headless) is optional: GrabCut and shift maps have plain twins here, and the rejects hold.
 """
 
 import math
-import os
 import re
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 
 from curators import Rejected, box_of, frame_at, moments
 from media import MediaError, decode, open_media, read_image, resize
-from metrics import as_float, lab, luma, otsu
+from metrics import as_float, as_uint8, lab, luma, otsu
 
 LOOKS = 12  # frames of a clip that are looked at
 LOOK_PIXELS, CUT_PIXELS, FILL_PIXELS = 320 * 180, 640 * 360, 1280 * 720
@@ -35,48 +34,36 @@ COLOURS = {  # names -> sRGB
     "platinum": (220, 210, 190), "snowy": (230, 235, 240),
 }  # fmt: skip
 
-try:
-    import cv2
-except ImportError:
-    cv2 = None
-
-
-# ---- what is seen
-
-
-def frames_at(path, wanted, max_pixels):
-    """Frames by their indices, as far as the clip has them, shrunk: uint8 (T, H, W, 3), and their indices."""
-    return decoded(
-        path, os.stat(path).st_mtime_ns if os.path.exists(path) else 0, tuple(sorted(set(wanted))), max_pixels
-    )
-
 
 @lru_cache(maxsize=64)  # of 2 MB at most: a small run decodes each clip once
-def decoded(path, state, wanted, max_pixels):
+def frames_at(path, wanted, max_pixels):
+    """Frames by their indices in order, as far as the clip has them, shrunk: uint8 (T, H, W, 3), and their indices."""
     frames, indices = [], []
     with open_media(path) as (container, stream):
-        for number, (_, rgb) in enumerate(decode(path, container, stream)):
+        for number, (_, rgb) in enumerate(islice(decode(path, container, stream), wanted[-1] + 1)):
             if number in wanted:
                 scale = min(1.0, math.sqrt(max_pixels / (rgb.shape[0] * rgb.shape[1])))
                 frames.append(resize(rgb[None], [max(8, round(side * scale)) for side in rgb.shape[:2]])[0])
                 indices.append(number)
-            if number == wanted[-1]:
-                break
     if not frames:
         raise MediaError(f"{path}: has no frames")
     return torch.stack(frames), indices
 
 
+def key_frame(path, index, max_pixels):
+    """The frame uint8 (H, W, 3) in which an edit is best seen."""
+    return frames_at(path, (index,), max_pixels)[0][0]
+
+
 def look_at_pair(source, target, max_pixels=LOOK_PIXELS):
     """The same moments of both clips, at the target's size -> source, target float (T, 3, H, W), indices."""
     shared = moments(source, target)
-    wanted = [round(i) for i in np.linspace(0, shared - 1, min(LOOKS, shared))]
+    wanted = tuple(round(i) for i in np.linspace(0, shared - 1, min(LOOKS, shared)))
     (a, _), (b, indices) = (frames_at(path, wanted, max_pixels) for path in (source, target))
     count = min(len(a), len(b))  # a file may hold fewer frames than it declares
     if abs(math.log(a.shape[1] / a.shape[2] * b.shape[2] / b.shape[1])) > 0.05:
-        raise MediaError(
-            f"{target}: is {b.shape[2]}x{b.shape[1]} where its source is {a.shape[2]}x{a.shape[1]}, another aspect"
-        )
+        sizes = [f"{x.shape[2]}x{x.shape[1]}" for x in (b, a)]
+        raise MediaError(f"{target}: is {sizes[0]} where its source is {sizes[1]}, another aspect")
     return as_float(resize(a[:count], b.shape[1:3])), as_float(b[:count]), indices[:count]
 
 
@@ -94,9 +81,6 @@ def split_value(values):
 def body(apart, kind):
     """What is to be masked, bool (T, H, W): the changed region, or before a new background what stayed."""
     return clean(apart > split_value(apart), 0.25) if kind == "subject" else clean(apart < split_value(apart), 0.12)
-
-
-# ---- masks
 
 
 def regions(mask):
@@ -145,9 +129,15 @@ def without_holes(mask):
     return ~(labels == labels[:, :1, :1])[:, 1:-1, 1:-1]
 
 
-def grow(x, n):
-    """Each pixel of (N, 1, H, W) takes the largest value within n pixels."""
-    return F.max_pool2d(F.max_pool2d(x, (2 * n + 1, 1), 1, (n, 0)), (1, 2 * n + 1), 1, (0, n)) if n else x
+def grow(mask, n):
+    """What lies within n pixels of a mask, bool (..., H, W), along both axes."""
+    x = mask.float().view(-1, 1, *mask.shape[-2:])
+    return (F.max_pool2d(F.max_pool2d(x, (2 * n + 1, 1), 1, (n, 0)), (1, 2 * n + 1), 1, (0, n)) > 0).view(mask.shape)
+
+
+def close(mask, n):
+    """A mask without gaps of 2n pixels."""
+    return ~grow(~grow(mask, n), n)
 
 
 def blur(x, n):
@@ -158,53 +148,41 @@ def blur(x, n):
 
 def clean(mask, least=0.1):
     """Large regions without their holes; gaps of 2 % of the frame are closed first, bridges of a pixel cut."""
-    x, gap = mask[:, None].float(), min(mask.shape[1:]) // 60
-    if gap:
-        x = -grow(-grow(x, 1), 1)
-        x = grow(-grow(-x, 1), 1)
-        x = -grow(-grow(x, gap), gap)
-    return without_holes(large_regions(x[:, 0] > 0.5, least))
+    if gap := min(mask.shape[1:]) // 60:
+        mask = close(~close(~close(mask, 1), 1), gap)
+    return without_holes(large_regions(mask, least))
+
+
+def stretched(x, size, **how):
+    """(N, C, H, W) at another size."""
+    return F.interpolate(x, size, mode="bilinear", align_corners=False, **how)
 
 
 def resized(mask, size):
     """A mask bool (H, W) at another size."""
-    return F.interpolate(mask[None, None].float(), size, mode="bilinear", align_corners=False)[0, 0] > 0.5
+    return stretched(mask[None, None].float(), size)[0, 0] > 0.5
 
 
 def overlap(a, b):
     return (a & b).sum().item() / max((a | b).sum().item(), 1)
 
 
-def by_colour(frame, mask, seed):
-    """A mask bool (H, W) grown or shrunk to what has its seed's colours, not those of the ring around it: main part."""
-    x = mask[None, None].float()
-    ring, reach = (grow(x, max(n, min(mask.shape) // d))[0, 0] > 0.5 for n, d in ((2, 60), (8, 8)))
-    inner = (-grow(-seed[None, None].float(), 1))[0, 0] > 0.5
-    if not inner.any() or ring.all():
+def by_colour(frame, mask, evidence=0.0):
+    """A mask bool (H, W) grown or shrunk to what has its colours, not those of the ring around it: its main part.
+
+    A plain GrabCut (Rother et al., 2004): colour histograms of inside and outside decide each pixel near the border,
+    with other evidence (H, W), log odds.
+    """
+    side = min(mask.shape)
+    ring, reach = grow(mask, max(2, side // 60)), grow(mask, max(8, side // 8))
+    inside, outside, near = mask, reach & ~ring, grow(ring, 4)
+    if not outside.any():
         return mask
-    grabbed = (grab_cut if cv2 else histogram_cut)(frame, mask, inner, ring, reach)
-    return without_holes(large_regions(grabbed[None], 1.0))[0] if grabbed.any() else grabbed
-
-
-def grab_cut(frame, mask, inner, ring, reach):
-    """GrabCut (Rother et al., 2004): inner is probably foreground, what lies beyond `reach` is not looked at."""
-    state = np.full(mask.shape, cv2.GC_BGD, np.uint8)
-    state[reach.numpy()], state[inner.numpy()] = cv2.GC_PR_BGD, cv2.GC_PR_FGD
-    state[(grow(ring[None, None].float(), 4)[0, 0] < 0.5).numpy() & reach.numpy()] = cv2.GC_BGD
-    cv2.setRNGSeed(0)
-    cv2.grabCut(
-        np.ascontiguousarray(frame), state, None, np.zeros((1, 65)), np.zeros((1, 65)), 4, cv2.GC_INIT_WITH_MASK
-    )
-    return torch.from_numpy((state == cv2.GC_FGD) | (state == cv2.GC_PR_FGD))
-
-
-def histogram_cut(frame, mask, inner, ring, reach):
-    """GrabCut's plain twin: smoothed colour histograms of inside and ring decide each pixel near the mask's border."""
-    near, inside = grow(ring[None, None].float(), 4)[0, 0] > 0.5, mask
-    for outside in (reach & ~ring, None, None):
-        odds = like(frame, inside, reach & ~inside if outside is None else outside)
-        inside = (blur(odds.clamp(-3, 3)[None, None], 3)[0, 0] > 0) & near
-    return inside
+    for _ in range(3):
+        odds = like(frame, inside, outside).clamp(-3, 3) + evidence
+        inside = (blur(odds[None, None], 3)[0, 0] > 0) & near
+        outside = reach & ~inside
+    return without_holes(large_regions(inside[None], 1.0))[0]
 
 
 def like(frame, inside, outside, bins=12):
@@ -217,9 +195,6 @@ def like(frame, inside, outside, bins=12):
     return (share[0] / share[1]).log()
 
 
-# ---- pictures
-
-
 def cut_out(frame, mask, margin=0.05):
     """The masked object of a frame uint8 (H, W, 3) on white, tightly cropped, uint8. mask: bool (h, w), of any size.
 
@@ -227,7 +202,7 @@ def cut_out(frame, mask, margin=0.05):
     those of the object alone, estimated from blurs of both sides (Forte, 2021).
     """
     height, width = frame.shape[:2]
-    soft = F.interpolate(mask[None, None].float(), (height, width), mode="bilinear", align_corners=False)
+    soft = stretched(mask[None, None].float(), (height, width))
     x1, y1, x2, y2 = box_of(soft[0, 0] > 0.5)
     pad = margin * max((x2 - x1) * width, (y2 - y1) * height)
     left, right = max(int(x1 * width - pad), 0), min(math.ceil(x2 * width + pad), width)
@@ -247,11 +222,6 @@ def own_colour(start, alpha, radius, colour=None):
     return (front + alpha * (colour - alpha * front - (1 - alpha) * back)).clamp(0, 1)
 
 
-def as_uint8(x):
-    """(N, 3, H, W) in 0..1 -> uint8 (N, H, W, 3)."""
-    return x.mul(255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
 def guided(x, guide, radius, strength=1e-3):
     """x (1, 1, H, W) smoothed, but not across the edges of `guide` (1, 1, H, W)."""
     mean = lambda y: blur(y, radius)
@@ -261,51 +231,63 @@ def guided(x, guide, radius, strength=1e-3):
 
 def without_foreground(frame, foreground):
     """A frame uint8 (H, W, 3) with its foreground, bool (H, W), filled from like surroundings. Rejected if that is more
-    than 20 % of the picture, or 4 % without opencv's shift map."""
-    unknown = (
-        grow(foreground[None, None].float(), max(4, min(foreground.shape) // 50))[0, 0] > 0.5
-    )  # shadows, soft rims
-    if unknown.float().mean() > (0.2 if cv2 else 0.04):
-        raise Rejected(f"{unknown.float().mean():.0%} of the background is never seen")
-    picture = as_float(frame[None])
-    return shift_map(picture, unknown) if cv2 else as_uint8(from_surroundings(picture, ~unknown[None, None]))[0]
+    than 20 % of the picture."""
+    if foreground.float().mean() > 0.2:
+        raise Rejected(f"{foreground.float().mean():.0%} of the background is never seen")
+    hole = grow(foreground, max(4, min(foreground.shape) // 50))[None, None]  # shadows, soft rims
+    return as_uint8(filled(as_float(frame[None]), hole))[0]
 
 
-def shift_map(picture, unknown, pixels=360 * 200):
-    """Fill `unknown`, bool (H, W), of a picture (1, 3, H, W) with copies of like surroundings (He and Sun, 2012)."""
-    full = as_uint8(picture)[0]
-    if not unknown.any():
-        return full
-    scale = min(1.0, math.sqrt(pixels / unknown.numel()))
-    size = [round(side * scale) for side in unknown.shape]
-    small = cv2.cvtColor(
-        as_uint8(F.interpolate(from_surroundings(picture, ~unknown[None, None]), size, mode="area"))[0].numpy(),
-        cv2.COLOR_RGB2Lab,
-    )
-    hole = F.interpolate(unknown[None, None].float(), size, mode="area")[0, 0] > 0
-    done = small.copy()
-    cv2.setRNGSeed(0)
-    cv2.xphoto.inpaint(small, (~hole).to(torch.uint8).mul(255).numpy(), done, cv2.xphoto.INPAINT_SHIFTMAP)
-    filled = as_float(resize(torch.from_numpy(cv2.cvtColor(done, cv2.COLOR_Lab2RGB))[None], unknown.shape))
-    soft = torch.where(unknown, 1.0, blur(unknown[None, None].float(), 4))
-    return as_uint8(picture * (1 - soft) + filled * soft)[0]
+def filled(picture, hole):
+    """A picture (1, 3, H, W) whose hole, bool (1, 1, H, W), shows copies of like surroundings, which overlap.
+
+    From coarse to fine: each cell of a grid takes the place of the cell whose 5x5 neighbours look most alike, at about
+    the same height (after Wexler et al., 2007); then the hole's pixels come from there, three cells wide.
+    """
+    if not hole.any():
+        return picture
+    out = from_surroundings(picture, ~hole)
+    for cells in (40, 80, 160):
+        size = max(1, max(hole.shape) // cells)
+        grid = [side // size for side in hole.shape[2:]]
+        whole = stretched(out, [side * size for side in grid])
+        small, gap = F.interpolate(whole, grid, mode="area"), F.adaptive_max_pool2d(hole.float(), grid) > 0
+        for _ in range(3):
+            source = like_cells(small, gap)
+            small = torch.where(gap, copied(small, source, 1), small)
+        out = torch.where(hole, stretched(copied(whole, source, size), hole.shape[2:]), out)
+    return out
+
+
+def like_cells(small, gap):
+    """For each pixel of (1, 3, h, w) the index of the one to copy; far from the gap, bool (1, 1, h, w), itself."""
+    height, width = gap.shape[2:]
+    place = torch.meshgrid(torch.linspace(0, 3, height), torch.linspace(0, 1.4, width), indexing="ij")
+    seen = torch.cat([F.unfold(F.pad(small, (2, 2, 2, 2), mode="replicate"), 5)[0], torch.stack(place).flatten(1)]).T
+    blocked = grow(F.pad(gap, (1, 1, 1, 1), value=True), 2)[0, 0, 1:-1, 1:-1].flatten()
+    wanted, known = blocked.nonzero()[:, 0], (~blocked).nonzero()[:, 0]
+    source = torch.arange(height * width)
+    source[wanted] = known[torch.cat([torch.cdist(x, seen[known]).argmin(1) for x in seen[wanted].split(1024)])]
+    return source
+
+
+def copied(picture, source, size):
+    """Cells of `size` pixels of (1, 3, H, W) with a margin of one cell, each taken from place `source` and mixed."""
+    patches = F.unfold(picture, 3 * size, padding=size, stride=size)
+    window = torch.hann_window(3 * size + 2, periodic=False)[1:-1]
+    weight = torch.outer(window, window).flatten().repeat(3)[:, None].expand(-1, patches.shape[2])
+    fold = lambda x: F.fold(x, picture.shape[2:], 3 * size, padding=size, stride=size)
+    return fold((patches * weight)[..., source]) / fold(weight[None])
 
 
 def from_surroundings(picture, known):
     """Fill what is not known, bool (1, 1, H, W), with averages over as much around it as it takes: (1, 3, H, W)."""
-    known = known.float()
-    if known.min() == 1:
+    if known.all():
         return picture
-    weight = F.avg_pool2d(known, 2, ceil_mode=True, count_include_pad=False)
-    coarse = F.avg_pool2d(picture * known, 2, ceil_mode=True, count_include_pad=False) / weight.clamp_min(1e-6)
-    if min(coarse.shape[2:]) > 1 or weight.min() == 0 < weight.max() and max(coarse.shape[2:]) > 1:
-        coarse = from_surroundings(coarse, weight > 0)
-    return picture * known + (1 - known) * F.interpolate(
-        coarse, picture.shape[2:], mode="bilinear", align_corners=False
-    )
-
-
-# ---- numbers
+    mean = lambda x: F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False)
+    weight = mean(known.float())
+    coarse = from_surroundings(mean(picture * known) / weight.clamp_min(1e-6), weight > 0)
+    return torch.where(known, picture, stretched(coarse, picture.shape[2:]))
 
 
 def ramp(value, low, high):
@@ -333,36 +315,31 @@ def colours(pixels, ways=8):
 
 
 def inked(picture):
-    """Where a reference (1, 3, H, W) is not its white ground -> bool (1, H, W)."""
-    return picture.amin(dim=1) < 0.96
+    """Where a reference (3, H, W) is not its white ground -> bool (H, W)."""
+    return picture.amin(dim=0) < 0.96
 
 
 def layout(picture, mask, size=32):
     """What a mask bool (H, W) shows of a picture (3, H, W), its box stretched: CIELAB (3, size, size), and the mask."""
     x1, y1, x2, y2 = (round(v * side) for v, side in zip(box_of(mask), mask.shape[::-1] * 2))
-    stretched = lambda x: F.interpolate(
-        x[None, :, y1:y2, x1:x2], (size, size), mode="bilinear", antialias=True, align_corners=False
-    )
-    return 100 * lab(stretched(picture))[0], stretched(mask[None].float())[0, 0] > 0.5
+    shown = lambda x: stretched(x[None, :, y1:y2, x1:x2], (size, size), antialias=True)
+    return 100 * lab(shown(picture))[0], shown(mask[None].float())[0, 0] > 0.5
 
 
-def apart_in_layout(a, b):
-    """Mean CIELAB distance of two `layout`s where both have a mask, and the overlap of their masks."""
-    (one, mask), (other, mask2) = a, b
-    both = mask & mask2
-    distance = (one - other).square().sum(0).sqrt()[both].mean().item() if both.any() else 99.0
-    return distance, overlap(mask, mask2)
+def apart_in_layout(a, b, both):
+    """Mean CIELAB distance of two `layout`s (3, h, w) where both have a mask."""
+    return (a - b).square().sum(0).sqrt()[both].mean().item() if both.any() else 99.0
 
 
 class Classical:
     def __init__(self, args):
         self.args = args
 
-    def setup(self, stage):
-        torch.manual_seed(0)
-
     def preflight(self, stages):
-        pass
+        """Nothing can be missing."""
+
+    def setup(self, stage):
+        """Nothing is to be loaded."""
 
     def score(self, source_path, target_path, row):
         """Of each moment 10 sqrt(SC PQ): EditScore's formula with what can be measured in their places."""
@@ -382,18 +359,15 @@ class Classical:
         strength = 1 - math.exp(-(apart[whole].mean().item() if whole.any() else 0.0) / 8)
         left = apart[~whole].square().mean().sqrt().item() if not whole.all() else 99.0
         if kind == "style":
-            edges = [
-                (luma(x[None])[..., 1:, 1:] - luma(x[None])[..., :-1, :-1]).abs().flatten() for x in (source, target)
-            ]
-            kept = torch.corrcoef(torch.stack(edges))[0, 1].nan_to_num().item()
+            edges = torch.stack([luma(x[None]).diff(dim=-1).flatten().abs() for x in (source, target)])
+            kept = torch.corrcoef(edges)[0, 1].nan_to_num().item()
             return strength * ramp(area, 0.05, 0.6) * (0.4 + 0.6 * ramp(kept, 0.0, 0.6))
         if kind == "background":
             return strength * ramp(area, 0.05, 0.3) * ramp(1 - area, 0.0, 0.05)
         together = (changed & whole).sum().item() / max(changed.sum().item(), 1)  # the rest is scattered about
-        place = min(
-            math.exp(-((left / 14) ** 2)), ramp(together, 0.3, 0.9), ramp(area, 0.85, 0.5), ramp(area, 0.0, 0.001)
-        )
-        return strength * place * (ramp(area, 0.1 * usual, 0.4 * usual) if usual else 0.0)
+        stays, size = math.exp(-((left / 14) ** 2)), min(ramp(area, 0.85, 0.5), ramp(area, 0.0, 0.001))
+        present = ramp(area, 0.1 * usual, 0.4 * usual) if usual else 0.0
+        return strength * min(stays, ramp(together, 0.3, 0.9), size) * present
 
     def exchanged(self, source, target, whole, row):
         """0.3 where the source has the colour that the words ask for and the target lost it, else 1."""
@@ -409,75 +383,55 @@ class Classical:
     def ground(self, source_path, target_path, row):
         """-> box, mask (H, W), index of the frame in which it is best seen, no more columns."""
         source, target, indices = look_at_pair(source_path, target_path)
-        apart = difference(source, target)
-        masks, kind = body(apart, row["kind"]), row["kind"]
+        apart, subject = difference(source, target), row["kind"] == "subject"
+        masks = body(apart, row["kind"])
         if "box" in row:
             within = torch.zeros_like(masks)
             x1, y1, x2, y2 = (round(v * side) for v, side in zip(row["box"], masks.shape[:0:-1] * 2))
             within[:, y1:y2, x1:x2] = True
             masks = masks & within
         area = masks.float().mean(dim=(1, 2))
-        edge = torch.stack([masks[:, 0].any(1), masks[:, -1].any(1), masks[..., 0].any(1), masks[..., -1].any(1)]).sum(
-            0
-        )
+        edges = sum(side.any(1).float() for side in (masks[:, 0], masks[:, -1], masks[..., 0], masks[..., -1]))
         if area.max() < 2e-4:
-            raise Rejected("nothing changed" if kind == "subject" else "nothing stayed: no foreground")
-        best = (
-            area * (1 - 0.2 * edge) if kind == "subject" else -area * (1 - 0.1 * edge) - (area < 2e-4).float()
-        ).argmax()
-        if kind == "subject" and area[best] > 0.6:
+            raise Rejected("nothing changed" if subject else "nothing stayed: no foreground")
+        seen = area * (1 - 0.2 * edges) if subject else -area * (1 - 0.1 * edges) - (area < 2e-4).float()
+        best = int(seen.argmax())
+        if subject and area[best] > 0.6:
             raise Rejected(f"{area[best]:.0%} of the frame changed: not a local edit")
-        if kind == "background" and not 0.005 < area[best] < 0.75:
+        if not subject and not 0.005 < area[best] < 0.75:
             raise Rejected(f"{area[best]:.0%} of the frame stayed: no background edit")
-        key, mask = indices[best], masks[best]
-        if kind == "background":
-            frame = frames_at(target_path, [key], CUT_PIXELS)[0][0]
+        frame, mask = key_frame(target_path, indices[best], CUT_PIXELS), masks[best]
+        if subject:
+            mask = whole_object(frame, mask, apart[best] / split_value(apart))
+        else:
             mask = resized(mask, frame.shape[:2])
-            mask = mask | by_colour(frame, mask, mask)
-        if kind == "subject":
-            mask = self.whole_object(
-                frames_at(target_path, [key], CUT_PIXELS)[0][0], mask, apart[best] > split_value(apart)
-            )
-        return box_of(mask), mask, key, {}
-
-    def whole_object(self, frame, mask, changed):
-        """The mask of one whole object in a frame uint8 (H, W, 3), from the mask of what changed, or Rejected."""
-        if (number := parts(mask)) > 1:
-            raise Rejected(f"the edit is in {number} large parts")
-        mask, changed = resized(large_regions(mask[None], 1.0)[0], frame.shape[:2]), resized(changed, frame.shape[:2])
-        found = by_colour(frame, mask, mask & changed)
-        if (share := overlap(found, mask)) < 0.6:
-            raise Rejected(f"colours and difference disagree about the object's outline (IoU {share:.2f})")
-        x1, y1, x2, y2 = box_of(found)
-        contact = sum(int(side.sum()) for side in (found[0], found[-1], found[:, 0], found[:, -1]))
-        if contact > 0.2 * (found.any(0).sum() + found.any(1).sum()) * 2 or x2 - x1 == 1 or y2 - y1 == 1:
-            raise Rejected("the frame's border cuts the object off")
-        return found
+            mask = mask | by_colour(frame, mask)
+        return box_of(mask), mask, indices[best], {}
 
     def synthesize(self, source_path, target_path, mask, row):
         """A subject cut out of the key frame, or the key frame without its foreground: uint8 (H, W, 3)."""
         if row["kind"] == "subject":
             return cut_out(frame_at(target_path, row["key"]), mask)
-        frame = frames_at(target_path, [row["key"]], FILL_PIXELS)[0][0]
+        frame = key_frame(target_path, row["key"], FILL_PIXELS)
         return without_foreground(frame, resized(mask, frame.shape[:2]))
 
     def verify(self, source_path, target_path, ref_path, row):
         """Does the reference show the edit, upright and whole, and is it there at other moments? (bool, reason)"""
         source, target, indices = look_at_pair(source_path, target_path)
-        masks = body(difference(source, target), row["kind"])
-        place = masks if row["kind"] == "subject" else ~masks
+        masks, subject = body(difference(source, target), row["kind"]), row["kind"] == "subject"
+        place = masks if subject else ~masks
         picture = as_float(read_image(ref_path)[None])[0]
-        ink = inked(picture[None])[0] if row["kind"] == "subject" else torch.ones(picture.shape[1:], dtype=torch.bool)
+        ink = inked(picture) if subject else torch.ones(picture.shape[1:], dtype=torch.bool)
         if not ink.any() or not place.any():
             return False, "nothing is shown"
         if "given_ref" not in row and row.get("key") in indices:
-            shown = self.in_place(target_path, picture, ink, row)
-            if shown:
-                return False, shown
-        elif broken := self.broken(picture, ink, target, place):
-            return False, broken
-        others = [i for i, index in enumerate(indices) if index != row.get("key") and place[i].any()]
-        others = others or [i for i in range(len(indices)) if place[i].any()]
+            wrong = self.in_place(target_path, picture, ink, row)
+        else:
+            wrong = broken(picture, ink, target, place)
+        if wrong:
+            return False, wrong
+        seen = [i for i in range(len(indices)) if place[i].any()]
+        others = [i for i in seen if indices[i] != row.get("key")] or seen
         wanted = colours(picture[:, ink].T)
         after, before = (colours(torch.cat([clip[i][:, place[i]].T for i in others])) for clip in (target, source))
         near, far = ((wanted - x).abs().mean().item() for x in (after, before))
@@ -486,35 +440,51 @@ class Classical:
 
     def in_place(self, target_path, picture, ink, row):
         """What is wrong with a reference that was cut out of the key frame, held against that frame, or None."""
-        frame = as_float(frames_at(target_path, [row["key"]], CUT_PIXELS)[0])[0]
-        mask = resized(read_image(self.args.out + "/" + row["mask"])[..., 0] > 127, frame.shape[1:])
+        frame = as_float(key_frame(target_path, row["key"], CUT_PIXELS)[None])[0]
+        mask = resized(read_image(f"{self.args.out}/{row['mask']}")[..., 0] > 127, frame.shape[1:])
         where = mask if row["kind"] == "subject" else torch.ones_like(mask)
         if not where.any():
             return "the mask is empty"
-        seen, shown = layout(frame, where), layout(picture, ink)
+        (seen, outline), (shown, ink) = layout(frame, where), layout(picture, ink)
         if row["kind"] == "background":
-            stayed = F.interpolate(grow(mask[None, None].float(), 9), (32, 32), mode="area")[0, 0] > 0
-            seen = seen[0], seen[1] & ~stayed
-            shown = shown[0], shown[1] & ~stayed
-        distance, same = apart_in_layout(seen, shown)
+            new = F.interpolate(grow(mask, 9)[None, None].float(), ink.shape, mode="area")[0, 0] == 0
+            outline, ink = outline & new, ink & new
+        distance, same = apart_in_layout(seen, shown, outline & ink), overlap(outline, ink)
         if distance > 14 or same < 0.8:
             return f"it is not what stands in its place (CIELAB {distance:.0f}, outline {same:.2f})"
         return None
 
-    def broken(self, picture, ink, target, place):
-        """What is wrong with a reference that came with the pair: noise, or upside down; None if nothing is found."""
-        fine = F.interpolate(picture[None], (128, 128), mode="area")
-        noise = (luma(fine)[..., 1:] - luma(fine)[..., :-1]).abs().mean() / luma(fine).std().clamp_min(0.01)
-        if noise > 0.7:
-            return "it is noise"
-        best = int(place.float().mean(dim=(1, 2)).argmax())
-        seen, shown = layout(target[best], place[best]), layout(picture, ink)
-        upright = apart_in_layout(seen, shown)[0]
-        turned = apart_in_layout(seen, (shown[0].flip(1), shown[1].flip(0)))[0]
-        return f"it is upside down (CIELAB {turned:.0f} against {upright:.0f})" if turned < 0.7 * upright else None
-
     def embed(self, images):
         return torch.stack([look_feature(image) for image in images])
+
+
+def whole_object(frame, mask, change):
+    """The mask of one whole object in a frame uint8 (H, W, 3), from the mask of what changed and how much that was,
+    (h, w), 1 on the border to what stayed. Rejected, for what is broken."""
+    if (number := parts(mask)) > 1:
+        raise Rejected(f"the edit is in {number} large parts")
+    mask = resized(large_regions(mask[None], 1.0)[0], frame.shape[:2])
+    found = by_colour(frame, mask)
+    if (share := overlap(found, mask)) < 0.6:
+        raise Rejected(f"colours and difference disagree about the object's outline (IoU {share:.2f})")
+    found = by_colour(frame, mask, stretched(change[None, None], mask.shape)[0, 0].clamp(0.1, 10).log())
+    x1, y1, x2, y2 = box_of(found)
+    contact = sum(int(side.sum()) for side in (found[0], found[-1], found[:, 0], found[:, -1]))
+    if contact > 0.4 * (found.any(0).sum() + found.any(1).sum()) or x2 - x1 == 1 or y2 - y1 == 1:
+        raise Rejected("the frame's border cuts the object off")
+    return found
+
+
+def broken(picture, ink, target, place):
+    """What is wrong with a reference that came with the pair: noise, or upside down; None if nothing is found."""
+    fine = luma(F.interpolate(picture[None], (128, 128), mode="area"))
+    if fine.diff(dim=-1).abs().mean() > 0.7 * fine.std().clamp_min(0.01):
+        return "it is noise"
+    best = int(place.float().mean(dim=(1, 2)).argmax())
+    (seen, outline), (shown, ink) = layout(target[best], place[best]), layout(picture, ink)
+    upright = apart_in_layout(seen, shown, outline & ink)
+    turned = apart_in_layout(seen, shown.flip(1), outline & ink.flip(0))
+    return f"it is upside down (CIELAB {turned:.0f} against {upright:.0f})" if turned < 0.7 * upright else None
 
 
 def drift(clip, where):
@@ -529,9 +499,7 @@ def look_feature(image, size=16):
     Shown is what lies within two standard deviations of its ink, so that a white margin, a resize or a JPEG's noise
     around the object move nothing.
     """
-    picture = F.interpolate(
-        as_float(image[None]), (64, 64), mode="bilinear", antialias=True, align_corners=False
-    ).clamp(0, 1)
+    picture = stretched(as_float(image[None]), (64, 64), antialias=True).clamp(0, 1)
     ink = (0.92 - picture.amin(dim=1)[0]).clamp_min(1e-12).sqrt()
     axis = (torch.arange(64) + 0.5) / 32 - 1
     spread = []

@@ -15,7 +15,7 @@ import sqlite3
 from pathlib import Path
 
 from curators import KINDS
-from data import COLUMNS, has_columns, inside, parquet_file, row_group
+from data import COLUMNS, below, has_columns, inside, parquet_file, row_group
 from ledger import Ledger, parsed
 from media import whole_file
 from vlm import sound
@@ -98,8 +98,7 @@ def read_lines(path):
         with path.open(encoding="utf-8-sig", errors="replace") as file:
             yield from ((f"line {number}", parsed(text)) for number, text in enumerate(file, 1) if text.strip())
     elif path.suffix == ".json":
-        lines = parsed(path.read_text(encoding="utf-8-sig"))
-        if not isinstance(lines, list):
+        if not isinstance(lines := parsed(path.read_text(encoding="utf-8-sig")), list):
             raise ValueError(f"{path}: is not JSON, or has no list of pairs")
         yield from ((f"entry {number}", line) for number, line in enumerate(lines))
     elif path.suffix == ".csv":
@@ -108,14 +107,11 @@ def read_lines(path):
             try:
                 for line in reader:
                     ragged = any(line.pop(None, None) or ())
-                    yield (
-                        f"line {reader.line_num}",
-                        "more fields than columns; quote a prompt with commas" if ragged else line,
-                    )
+                    wrong = "more fields than columns; quote a prompt with commas"
+                    yield f"line {reader.line_num}", wrong if ragged else line
             except (csv.Error, UnicodeDecodeError) as error:
-                raise ValueError(
-                    f"{path}, after line {reader.line_num}: {error}; UTF-8, and every quote closed?"
-                ) from None
+                text = f"{path}, after line {reader.line_num}: {error}; UTF-8, and every quote closed?"
+                raise ValueError(text) from None
     else:
         raise ValueError(f"{path}: a table is .csv, .parquet, .json or .jsonl")
 
@@ -135,23 +131,18 @@ def reco_line(line, task):
 
 
 class Seen:
-    """Ids that were read, on disk: memory stays constant. add -> is it new?"""
+    """Ids that were read and the number of their base, on disk: memory stays constant."""
 
     def __init__(self):
         self.table = sqlite3.connect("")
-        self.table.execute("create table seen (id text primary key, base int, again int default 0) without rowid")
+        self.table.execute("create table seen (id text primary key, base int) without rowid")
 
-    def add(self, key, base):
-        return self.table.execute("insert or ignore into seen (id, base) values (?, ?)", (key, base)).rowcount == 1
-
-    def again(self, key):
-        self.table.execute("update seen set again = 1 where id = ?", (key,))
+    def add(self, key, base=0):
+        """-> is it new?"""
+        return self.table.execute("insert or ignore into seen values (?, ?)", (key, base)).rowcount == 1
 
     def base(self, key):
-        return self.table.execute("select base from seen where id = ?", (key,)).fetchone()[0]
-
-    def never_again(self):
-        return self.table.execute("select count(*), min(id) from seen where again = 0").fetchone()
+        return (self.table.execute("select base from seen where id = ?", (key,)).fetchone() or [None])[0]
 
 
 def hashed(*texts):
@@ -159,33 +150,35 @@ def hashed(*texts):
 
 
 class Reader:
-    """The records of all inputs. `bases` are the folders that their paths start from; `copies` counts exact duplicates.
+    """The records of all inputs. `bases` are the folders that their paths start from; `number` counts records, `copies`
+    exact duplicates, `unknown` edits of unknown kind.
 
     Nothing is opened but the tables: a missing clip is one failed record when it is its turn.
     """
 
-    def __init__(self, args, settings=None, bases=()):
-        self.args, self.settings, self.bases, self.seen, self.known = args, settings or {}, list(bases), Seen(), Seen()
-        self.copies, self.unknown, self.licences = 0, 0, set()
+    def __init__(self, args, bases=()):
+        self.args, self.bases, self.seen, self.licences = args, list(bases), Seen(), set()
+        self.number = self.copies = self.unknown = 0
 
     def __iter__(self):
-        total = 0
-        for source in self.args.pairs:
-            for name, file, folder in tables_of(source):
-                for row in self.of_run(folder) if name == "run" else self.of_table(name, file, folder):
-                    total += 1
-                    if self.seen.add(row["id"], row["base"]):
-                        yield row
-                    elif self.seen.base(row["id"]) == row["base"]:
-                        self.copies += 1
-                    elif self.seen.add(other := hashed(row["id"], self.bases[row["base"]]), row["base"]):
-                        yield row | {"id": other}  # the same names below another folder
-                    else:
-                        self.copies += 1
-        if not total:
+        for row in self.rows():
+            if self.seen.base(row["id"]) not in (None, row["base"]):  # the same names below another folder
+                row["id"] = hashed(row["id"], self.bases[row["base"]])
+            if self.seen.add(row["id"], row["base"]):
+                self.number += 1
+                yield row
+            else:
+                self.copies += 1
+        if not self.number:
             raise ValueError(f"{', '.join(self.args.pairs)}: no pairs")
 
+    def rows(self):
+        for source in self.args.pairs:
+            for name, file, folder in tables_of(source):
+                yield from self.of_run(folder.resolve()) if name == "run" else self.of_table(name, file, folder)
+
     def base(self, folder):
+        """The number of a folder that paths start from."""
         folder = str(Path(folder).resolve())
         if folder not in self.bases:
             if unsound := [path for path in (folder, self.args.out) if sound(path) != path]:
@@ -207,31 +200,28 @@ class Reader:
             if licence and name not in self.licences:
                 self.licences.add(name)
                 print(f"licence     {name}: {licence}")
+            if name == "Sparkle":
+                fields = fields | {"edit_type": "background"}
             texts = {key: fields.get(column) for key, column in zip(PAIR, columns)}
             sane = {key: sound(value) if isinstance(value, str) else "" for key, value in texts.items()}
             given = next((fields[key] for key in ("name", "id", "iid", "task") if fields.get(key)), "")
             row = {"id": hashed(*sane.values()), "name": sound(str(given)), **sane, "base": number}
-            yield row | self.start(row, texts, fields | ({"edit_type": "background"} if name == "Sparkle" else {}),
-                                   line if isinstance(line, str) else "", f"{file}, {place}")  # fmt: skip
+            empty = [f"{key} is empty, or no text" for key in PAIR if texts[key] != row[key] or not row[key].strip()]
+            wrong = [line] if isinstance(line, str) else empty
+            try:
+                if wrong:
+                    raise ValueError(f"{file}, {place}: {wrong[0]}")
+                yield row | self.start(row, fields, f"{file}, {place}")
+            except ValueError as error:
+                key = hashed(f"{file.name}, {place}", row["id"])
+                yield row | {"kind": "unknown", "id": key, "status": "failed", "stage": "read", "reason": str(error)}
 
-    def start(self, row, texts, fields, wrong, place):
-        """What a row brings, and its kind; one with an empty field, or a path that leaves its base, is over at once."""
-        over = {
-            "kind": "unknown",
-            "id": hashed(place.rpartition("/")[2], row["id"]),
-            "status": "failed",
-            "stage": "read",
-        }
-        empty = [key for key in PAIR if texts[key] != row[key] or not row[key].strip()]
-        if wrong or empty:
-            return over | {"reason": f"{place}: {wrong or f'{empty[0]} is empty, or no text'}"}
+    def start(self, row, fields, place):
+        """What a row brings, and its kind. ValueError for a path that leaves its base."""
         found = brought(fields)
-        try:
-            for name in (row["src_video"], row["tgt_video"], found.get("given_mask"), found.get("given_ref")):
-                if isinstance(name, str):
-                    inside(self.bases[row["base"]], name, place)
-        except ValueError as error:
-            return over | {"reason": str(error)}
+        for name in (row["src_video"], row["tgt_video"], found.get("given_mask"), found.get("given_ref")):
+            if isinstance(name, str):
+                inside(self.bases[row["base"]], name, place)
         given = next((fields[key] for key in ("edit_type", "edited_type") if isinstance(fields.get(key), str)), "")
         kind = kind_of(given, row["prompt"] if self.args.models == "classical" or "given_ref" in found else "")
         if "given_ref" in found and kind not in KINDS:
@@ -241,43 +231,37 @@ class Reader:
 
     def of_run(self, folder):
         """The records of another run with all that was paid for; what its thresholds decided is decided again."""
-        told = parsed((folder / "ledger" / "read.json").read_text())
-        theirs, ours = parsed((folder / "ledger" / "settings.json").read_text()), self.settings
-        ledger = Ledger(folder, told["stages"])
+        told, theirs = (parsed((folder / f"ledger/{name}.json").read_text()) for name in ("read", "settings"))
+        own = {"paper": self.args.embedder}.get(self.args.models)
+        same_models = (theirs.get("models"), theirs.get("embedder")) == (self.args.models, own)
+        ledger, out = Ledger(folder, told["stages"]), os.path.abspath(self.args.out)
         numbers = [self.base(self.args.base_path or base) for base in told["bases"]]
         for shard in range(len(told["shards"])):
-            for row in ledger.rows(ledger.reached(shard), shard):
-                if any(theirs.get(key) != ours.get(key) for key in ("models", "embedder")):
+            reached = next(stage for stage in reversed(ledger.stages) if ledger.done(stage, shard))
+            for row in ledger.rows(reached, shard):
+                if not same_models:
                     row.pop("feature", None), row.pop("source_feature", None)
-                adopt(row, folder, Path(self.args.out))
-                again = row.get("stage") == "score" if row.get("status") == "rejected" else self.args.retry_failed
-                if "status" in row and again and row["stage"] != "read":
-                    row = {key: value for key, value in row.items() if key not in ("status", "stage", "reason")}
-                elif "status" in row:
-                    row["tuning"] = row.get("tuning", False) and row.get("edit_score", -1) >= self.args.min_score
-                yield row | {"base": numbers[row["base"]]}
+                adopt(row, str(folder), out)
+                row["base"] = numbers[row["base"]]
+                if "status" in row:
+                    again = row["stage"] == "score" if row["status"] == "rejected" else self.args.retry_failed
+                    if again and row["stage"] != "read":
+                        row = {key: value for key, value in row.items() if key not in ("status", "stage", "reason")}
+                    else:
+                        row["tuning"] = row.get("tuning", False) and row.get("edit_score", -1) >= self.args.min_score
+                yield row
 
 
 def brought(fields):
     """What a table's row brings of the stages' work; a CSV's numbers and lists are read as JSON."""
-    value = {
-        key: parsed(text) if isinstance(text := fields.get(key), str) else text
-        for key in ("edit_score", "frame_scores", "box")
-    }
+    known = {key: fields.get(key) for key in ("edit_score", "frame_scores", "box")}
+    score, scores, box = (parsed(value) if isinstance(value, str) else value for value in known.values())
     number = lambda v, high: type(v) in (int, float) and 0 <= v <= high
-    out = {}
-    if number(value["edit_score"], 10):
-        out["edit_score"] = value["edit_score"]
-    if isinstance(value["frame_scores"], list) and all(number(v, 10) for v in value["frame_scores"]):
-        out["frame_scores"] = value["frame_scores"]
-    box = value["box"]
-    if (
-        isinstance(box, list)
-        and len(box) == 4
-        and all(number(v, 1) for v in box)
-        and box[0] < box[2]
-        and box[1] < box[3]
-    ):
+    several = lambda v, high: isinstance(v, list) and all(number(x, high) for x in v)
+    out = {"edit_score": score} if number(score, 10) else {}
+    if several(scores, 10):
+        out["frame_scores"] = scores
+    if several(box, 1) and len(box) == 4 and box[0] < box[2] and box[1] < box[3]:
         out["box"] = box
     for key, name in (("mask", "given_mask"), ("ref_image", "given_ref")):
         if isinstance(fields.get(key), str | list) and fields[key]:
@@ -287,15 +271,13 @@ def brought(fields):
 
 def adopt(row, theirs, out):
     """Take over the pictures that another run made for a record: a link if the disk allows, else a copy."""
-    for key in ("mask", "ref_image"):
-        if key in row:
-            inside(theirs, row[key], row["id"]) if row[key][0] == "/" or ".." in row[key] else None
-            source, target = f"{theirs}/{row[key]}", f"{out}/{row[key]}"
-            try:
-                os.makedirs(os.path.dirname(target), exist_ok=True)
-                os.link(source, target)
-            except FileExistsError:
-                pass
-            except OSError:
-                with whole_file(target) as temporary:
-                    shutil.copyfile(source, temporary)
+    for name in (row[key] for key in ("mask", "ref_image") if key in row):
+        source, target = below(theirs, name, row["id"]), below(out, name, row["id"])
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        try:
+            os.link(source, target)
+        except FileExistsError:
+            pass
+        except OSError:
+            with whole_file(target) as temporary:
+                shutil.copyfile(source, temporary)

@@ -18,6 +18,7 @@ import re
 import tempfile
 import threading
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +29,12 @@ from safetensors.torch import load_file
 from connectors import PIXEL_MEAN, PIXEL_STD
 from curators import KINDS, Rejected, box_of, frame_at, moments
 from curators.classical import grow, inked, large_regions
+from ledger import parsed
 from load import local_path
 from media import frame_rate, open_media, pad_reference, read_image, resize, write_image
 from metrics import as_float
 from parallel import pick_device
 from vlm import (
-    Answer,
     Asker,
     Local,
     Malformed,
@@ -42,7 +43,7 @@ from vlm import (
     Settings,
     json_objects,
     key_of,
-    sampled_frames,  # fmt: skip
+    sampled_frames,
     sound,
 )
 
@@ -67,47 +68,46 @@ PROMPTS = {
         "The {label} in this picture is painted over in plain grey. Fill the grey area with the background that would "
         "be seen there, without shadows or reflections of it. Change nothing else."
     ),
-    "verify_subject": (
+    "verify": (
         "The first image is a frame of a video that was edited by this instruction: {prompt}\n"
-        "The second image is meant to show the object that the edit brought. Is it the same object, of the same "
-        "colour, shape and material, the right way up, alone and complete enough to be recognised?\n"
+        "The second image is meant to show {meant}\n"
         'Answer with JSON only: {{"reason": "<one sentence>", "match": true or false}}'
+    ),
+    "verify_subject": (
+        "the object that the edit brought. Is it the same object, of the same colour, shape and material, the right "
+        "way up, alone and complete enough to be recognised?"
     ),
     "verify_background": (
-        "The first image is a frame of a video whose background was replaced by this instruction: {prompt}\n"
-        "The second image is meant to show that background without any foreground. Is it the same place in the same "
-        "style and light, the right way up, with nothing left of the foreground and no smears?\n"
-        'Answer with JSON only: {{"reason": "<one sentence>", "match": true or false}}'
+        "the new background without any foreground. Is it the same place in the same style and light, the right way "
+        "up, with nothing left of the foreground and no smears?"
     ),
-}  # fmt: skip
-SCORES = {"type": "object", "properties": {"reasoning": {"type": "string"},
-          "score": {"type": "array", "items": {"type": "number"}}}}  # fmt: skip
-BOX = {"type": "object", "properties": {"kind": {"type": "string"}, "label": {"type": "string"},
-       "bbox_2d": {"type": "array", "items": {"type": "number"}}}}  # fmt: skip
-VERDICT = {"type": "object", "properties": {"reason": {"type": "string"}, "match": {"type": "boolean"}}}
-NUMBERS = r"-?\d+(?:\.\d+)?"
+}
+TYPES = {"numbers": {"type": "array", "items": {"type": "number"}}, "text": {"type": "string"},
+         "truth": {"type": "boolean"}}  # fmt: skip
+schema = lambda **fields: {"type": "object", "properties": {name: TYPES[kind] for name, kind in fields.items()}}
+SCORES = schema(reasoning="text", score="numbers")
+BOX = schema(kind="text", label="text", bbox_2d="numbers")
+VERDICT = schema(reason="text", match="truth")
 STEPS = {False: (40, 4.0), True: (4, 1.0)}  # of the editor, without and with a Lightning LoRA: steps, guidance
 
 
 def editscore_prompts(path=None):
     """The two questions of EditScore, {"success", "quality"}, out of its vie_prompts.py: read as text, never run."""
-    spec = None if path else importlib.util.find_spec("editscore")
-    path = Path(path) if path else spec and Path(spec.submodule_search_locations[0]) / "vie_prompts.py"
-    if not path or not path.is_file():
+    if path is None and (found := importlib.util.find_spec("editscore")):
+        path = Path(found.submodule_search_locations[0]) / "vie_prompts.py"
+    if not path or not Path(path).is_file():
         raise ValueError(
             "EditScore's words are missing: pip install --no-deps editscore, or give its vie_prompts.py with --prompts"
         )
-    texts = {}
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
-            texts[node.targets[0].id] = node.value.value
+    assigned = [node for node in ast.parse(Path(path).read_text("utf-8")).body if isinstance(node, ast.Assign)]
+    texts = {node.targets[0].id: node.value.value for node in assigned if isinstance(node.value, ast.Constant)}
+    scale = lambda name: texts[name].replace("10", "25")  # tuned on 0..25
     try:
         context, rule = texts["_context_no_delimit_reasoning_first"], texts["_prompts_0shot_two_image_edit_rule"]
-        scale = lambda text: text.replace("10", "25")  # tuned on 0..25
-        return {"success": "\n".join([context, rule, scale(texts["_prompts_0shot_tie_rule_SC"])]),
-                "quality": "\n".join([context, scale(texts["_prompts_0shot_rule_PQ"])])}  # fmt: skip
+        success, quality = scale("_prompts_0shot_tie_rule_SC"), scale("_prompts_0shot_rule_PQ")
     except KeyError as error:
         raise ValueError(f"{path}: has no {error}; give the vie_prompts.py of EditScore") from None
+    return {"success": f"{context}\n{rule}\n{success}", "quality": f"{context}\n{quality}"}
 
 
 def show_prompts(path=None):
@@ -120,24 +120,25 @@ def show_prompts(path=None):
         print(f"--- EditScore\n{error}")
 
 
-# ---- answers
+def number_list(text, count, high):
+    """The inside of a JSON list -> its numbers; None unless there are `count`, from 0 to `high`."""
+    found = parsed(f"[{text}]")
+    sane = lambda v: type(v) in (int, float) and 0 <= v <= high  # true and false are ints to isinstance
+    return found if found and len(found) == count and all(map(sane, found)) else None
 
 
-def is_number(value):
-    return type(value) in (int, float)  # true and false are ints to isinstance
+def malformed(what, text):
+    return Malformed(f"no {what} in the answer: {' '.join(text.split())[:120]!r}")
 
 
 def read_scores(text, highest=25):
-    """A judge's answer -> its smallest number. Malformed: a failed parse is a failed record, never a middling score."""
-    found = [f["score"] for f in json_objects(text) if isinstance(f.get("score"), list)]
-    if not found:  # half a JSON, or none
-        lists = re.findall(rf"score\W{{0,6}}\[\s*({NUMBERS})\s*,\s*({NUMBERS})\s*\]", text, re.IGNORECASE)
-        found = [[float(a), float(b)] for a, b in lists]
-    if not found:
-        raise Malformed(f"no score in the answer: {' '.join(text.split())[:120]!r}")
-    if len(found[-1]) != 2 or not all(is_number(v) and 0 <= v <= highest for v in found[-1]):
-        raise Malformed(f"{found[-1]} are not two numbers from 0 to {highest}")
-    return float(min(found[-1]))
+    """A judge's answer, whole JSON or cut off after its scores -> the smaller of two. Malformed: a failed parse is a
+    failed record, never a middling score."""
+    lists = re.findall(r"score\W{0,6}\[([^\]]*)\]", text, re.IGNORECASE)
+    scores = number_list(lists[-1], 2, highest) if lists else None
+    if scores is None:
+        raise malformed(f"pair of scores from 0 to {highest}", text)
+    return float(min(scores))
 
 
 def read_box(text, size=(1000, 1000)):
@@ -146,31 +147,25 @@ def read_box(text, size=(1000, 1000)):
     size: what coordinates count, (width, height): 1000 for Qwen3-VL; of the resized picture for Qwen2.5-VL. Malformed
     without a box; Rejected for a box that is no object's.
     """
-    objects = list(json_objects(text))
-    kind = next((f["kind"] for f in objects if isinstance(f.get("kind"), str)), None)
-    if any(f.get("bbox_2d") == [] for f in objects) or re.search(r"\[\s*\]", text) and "bbox" not in text:
-        raise Rejected("the grounder sees nothing of the kind")
-    found = [(f.get("bbox_2d", f.get("bbox")), f.get("label")) for f in objects]
-    found = [
-        (box, label) for box, label in found if isinstance(box, list) and len(box) == 4 and all(map(is_number, box))
-    ]
-    if not found:  # half a JSON, or none
-        four = r"\s*,\s*".join([f"({NUMBERS})"] * 4)
-        for match in re.finditer(rf"bbox(?:_2d)?[\"']?\s*:\s*\[\s*{four}\s*\]", text):
-            label = re.match(r"[^{}]{0,40}?label[\"']?\s*:\s*([\"'])(.{1,80}?)\1\s*(?:[,}\]]|$)", text[match.end() :])
-            found.append(([float(v) for v in match.groups()], label and label[2]))
+    word = lambda key, piece: re.search(rf"{key}[\"']?\s*:\s*([\"'])(.{{1,80}}?)\1\s*(?:[,}}\]]|$)", piece)
     boxes = []
-    for four, label in found:
-        x1, y1, x2, y2 = (min(max(v / side, 0), 1) for v, side in zip(four, size * 2))
-        boxes.append(((x2 - x1) * (y2 - y1) if x2 > x1 and y2 > y1 else 0.0, [x1, y1, x2, y2], label))
+    for piece in text.split("{"):  # a cut off list of objects has whole ones, too
+        inside = re.search(r"bbox\w*[\"']?\s*:\s*\[([^\]]*)\]", piece)
+        if four := inside and number_list(inside[1], 4, math.inf):
+            x1, y1, x2, y2 = (min(v / side, 1) for v, side in zip(four, size * 2))
+            label = word("label", piece)
+            boxes.append((max(x2 - x1, 0) * max(y2 - y1, 0), [x1, y1, x2, y2], label[2].strip() if label else ""))
+    if not boxes and re.search(r"\[\s*\]", text):
+        raise Rejected("the grounder sees nothing of the kind")
     if not boxes:
-        raise Malformed(f"no box in the answer: {' '.join(text.split())[:120]!r}")
-    area, box, label = max(boxes, key=lambda b: b[0])
+        raise malformed("box", text)
+    area, box, label = max(boxes, key=lambda found: found[0])
     if area < 1e-3:
         raise Rejected(f"the box {[round(v, 3) for v in box]} is empty or tiny")
     if area > 0.95:
         raise Rejected("the box is the whole frame")
-    return box, sound(label.strip())[:80] if isinstance(label, str) and label.strip() else "object", kind
+    kind = word("kind", text)
+    return box, sound(label) or "object", kind and kind[2]
 
 
 def read_verdict(text):
@@ -179,112 +174,37 @@ def read_verdict(text):
         match = str(found.get("match")).strip().lower()  # JSON's true, or the word
         if match in ("true", "yes", "false", "no"):
             return match in ("true", "yes"), sound(str(found.get("reason", "")))[:200]
-    said = {m.lower() for m in re.findall(r"match\W{0,6}(true|false)\b", text, re.IGNORECASE)}
-    if len(said) != 1:
-        raise Malformed(f"no verdict in the answer: {' '.join(text.split())[:120]!r}")
-    return said == {"true"}, ""
+    raise malformed("verdict", text)
 
 
-# ---- loading
-
-
-def open_model(name, device, workers=1):
+def open_model(name, args, device):
     """A model to ask: http://HOST/v1#MODEL, or a folder or hub id, BASE+ADAPTER with a LoRA. ValueError."""
-    settings = Settings(
-        device=device,
-        max_pixels=1280 * 720,
-        max_tokens=512,
-        deadline=120.0,
-        as_user=True,
-        temperature=0.0,
-        concurrency=workers,
-    )
-    if name.startswith(("http://", "https://")):
-        address, _, model = name.partition("#")
-        return OpenAICompatible(served(address, model), settings.__class__(**{**vars(settings), "endpoint": address}))
+    settings = Settings(device=device, max_pixels=1280 * 720, max_tokens=512, deadline=120.0, as_user=True,
+                        concurrency=args.workers)  # fmt: skip
+    if is_address(name):
+        return OpenAICompatible(served(name), replace(settings, endpoint=name.partition("#")[0]))
     base, _, adapter = name.partition("+")
-    asked = Batch(local_path(base), settings)
+    asked = Local(local_path(base), settings)
     if adapter:
         add_adapter(asked.mllm, local_path(adapter))
     return asked
 
 
-class Batch(Local):
-    """Questions that wait while others are answered go through the model together, at most settings.concurrency."""
-
-    def __init__(self, folder, settings):
-        super().__init__(folder, settings)
-        self.waiting, self.turn = [], threading.Lock()
-
-    def answer(self, text, media, fps):
-        job = {"asked": self.prepare(text, media, fps)}
-        self.waiting.append(job)  # lists are appended to and cut by one thread at a time
-        with self.turn:
-            while "said" not in job and "error" not in job:
-                jobs = [self.waiting.pop(0) for _ in range(min(len(self.waiting), self.settings.concurrency))]
-                self.settle(jobs)
-        if "error" in job:
-            raise job["error"]
-        return job["said"]
-
-    def settle(self, jobs):
-        try:
-            for job, said in zip(jobs, self.answers([job["asked"] for job in jobs])):
-                job["said"] = said
-        except torch.OutOfMemoryError as error:
-            if len(jobs) > 1:
-                return [self.settle([job]) for job in jobs]
-            jobs[0]["error"] = error
-        except Exception as error:  # each of them tells its own thread
-            for job in jobs:
-                job["error"] = error
-
-    @torch.no_grad()
-    def answers(self, asked):
-        """[(ids (1, S), positions (3, 1, S), pixels), ...], padded on the left -> [Answer or Malformed]"""
-        from transformers import DynamicCache
-
-        longest, place = max(ids.shape[1] for ids, *_ in asked), lambda x: x.to(self.device)
-        pad = lambda x: F.pad(x, (longest - x.shape[-1], 0))
-        ids, mask = (torch.cat([pad(x) for x in xs]) for xs in zip(*((ids, torch.ones_like(ids)) for ids, *_ in asked)))
-        positions = torch.cat([pad(at) for _, at, _ in asked], dim=1)
-        pixels = {name: place(torch.cat([p[name] for *_, p in asked])) for name in asked[0][2]}
-        newer = "cache" in inspect.signature(self.mllm.forward).parameters
-        kept = {"cache" if newer else "past_key_values": DynamicCache(), "use_cache": True}
-        step, at = {"input_ids": place(ids), **pixels}, place(positions)
-        said, ends, mask = [], torch.tensor([self.token("<|im_end|>"), self.token("<|endoftext|>")]), place(mask)
-        going = torch.ones(len(asked), dtype=torch.bool)
-        while going.any() and len(said) <= self.settings.max_tokens:
-            out = self.mllm(position_ids=at, attention_mask=mask, **kept, **step)
-            token = out.logits[:, -1].argmax(-1)
-            said.append(token.cpu())
-            going &= ~torch.isin(said[-1], ends)
-            at, step, mask = (
-                at[:, :, -1:] + 1 if len(said) > 1 else at.amax(dim=(0, 2), keepdim=True).expand(3, -1, 1) + 1,
-                {"input_ids": token[:, None]},
-                F.pad(mask, (0, 1), value=1),
-            )
-        out = []
-        for row, (own, *_) in zip(torch.stack(said, dim=1), asked):
-            stop = torch.isin(row, ends).nonzero()[:, 0].tolist()
-            text = self.tokenizer.decode(row[: stop[0]].tolist()) if stop else ""
-            out.append(Answer(text if stop else "cut off", own.shape[1], stop[0] if stop else len(row), self.model))
-        return out
+def is_address(name):
+    return name.startswith(("http://", "https://"))
 
 
-def served(address, model):
-    """The model of an OpenAI-compatible server: `model`, or the only one. ValueError."""
+def served(name):
+    """The model of an OpenAI-compatible server: that of ADDRESS#MODEL, or the only one. ValueError."""
+    address, _, model = name.partition("#")
     key = key_of("OPENAI_API_KEY")
-    request = urllib.request.Request(
-        f"{address.rstrip('/')}/models", headers={"Authorization": f"Bearer {key}"} if key else {}
-    )
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
+        request = urllib.request.Request(f"{address.rstrip('/')}/models", headers=headers)
         with urllib.request.build_opener(NoRedirect).open(request, timeout=30) as answer:
             names = [entry["id"] for entry in json.load(answer)["data"]]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ValueError(
-            f"{address}: no OpenAI-compatible server answers there ({error}); start it, or name a model"
-        ) from None
+        raise ValueError(f"{address}: no OpenAI-compatible server answers there ({error}); start it") from None
     if (model or len(names) != 1) and model not in names:
         raise ValueError(f"{address}: serves {len(names)} models, {', '.join(names[:8])}: say which, {address}#MODEL")
     if re.search("qwen2[._]5.vl", model or names[0], re.IGNORECASE):
@@ -295,40 +215,28 @@ def served(address, model):
 
 
 def add_adapter(module, folder):
-    """Merge a LoRA (adapter_config.json, adapter_model.safetensors) into a model's weights as peft would: ranks and
-    alphas by pattern, rslora. ValueError for other kinds of adapter, or if some of it finds no place."""
+    """Merge a LoRA (adapter_config.json, adapter_model.safetensors) into a model's weights as peft would: alphas by
+    pattern, rslora. ValueError for other kinds of adapter, or if some of it finds no place."""
     config = json.loads((folder / "adapter_config.json").read_text())
     if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora") or config.get("modules_to_save"):
         raise ValueError(f"{folder}: only LoRA adapters without DoRA or modules_to_save are read")
     tensors = load_file(folder / "adapter_model.safetensors")
     weights = {name.removesuffix(".weight"): p for name, p in module.named_parameters() if name.endswith(".weight")}
-    lower = {name for name in tensors if ".lora_A." in name}
-    other = tensors.keys() - lower - {name.replace(".lora_A.", ".lora_B.") for name in lower}
-    if other or len(tensors) != 2 * len(lower):
-        raise ValueError(
-            f"{folder}: not pairs of lora_A and lora_B alone ({', '.join(sorted(other)[:3]) or 'a lora_B is missing'})"
-        )
-    for name in lower:
-        layer = name.split(".lora_A.")[0]
-        tail = re.search(
-            r"(?:language_model\.|visual\.|model\.)?(?:layers|blocks|merger|deepstack_merger_list)\..*", layer
-        )
-        places = [w for w in weights if tail and w.endswith(re.sub(r"^model\.", "", tail[0]))]
+    lower = {name: name.replace(".lora_A.", ".lora_B.") for name in tensors if ".lora_A." in name}
+    if other := tensors.keys() ^ {*lower, *lower.values()}:
+        raise ValueError(f"{folder}: not pairs of lora_A and lora_B alone ({', '.join(sorted(other)[:3])})")
+    for a, b in lower.items():
+        layer = a.split(".lora_A.")[0]
+        tail = re.search(r"((language_model|visual)\.)?(layers|blocks|merger|deepstack_merger_list)\..*", layer)
+        places = [name for name in weights if tail and name.endswith(tail[0])]
         if "visual" not in layer:  # names of transformers 4 leave out language_model.; both towers have layers
-            places = [w for w in places if "visual" not in w]
+            places = [name for name in places if "visual" not in name]
         if len(places) != 1:
-            raise ValueError(
-                f"{folder}: {layer} finds {'no place' if not places else 'several places'} in {type(module).__name__}"
-            )
-        by_name = lambda field, value: next(
-            (v for key, v in (config.get(field) or {}).items() if re.fullmatch(rf"(.*\.)?{key}", layer)), value
-        )
-        rank, alpha = by_name("rank_pattern", config["r"]), by_name("alpha_pattern", config["lora_alpha"])
-        update = tensors[name.replace(".lora_A.", ".lora_B.")].float() @ tensors[name].float()
-        with torch.no_grad():
-            weights[places[0]] += (alpha / (math.sqrt(rank) if config.get("use_rslora") else rank) * update).to(
-                weights[places[0]]
-            )
+            raise ValueError(f"{folder}: {layer} has {len(places)} places in {type(module).__name__}, not one")
+        alphas = [v for key, v in (config.get("alpha_pattern") or {}).items() if re.fullmatch(rf"(.*\.)?{key}", layer)]
+        alpha, rank = [*alphas, config["lora_alpha"]][0], len(tensors[a])
+        factor = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        weights[places[0]].data += (factor * tensors[b].float() @ tensors[a].float()).to(weights[places[0]])
 
 
 def open_editor(name, device):
@@ -347,12 +255,8 @@ def tell_of_pictures(mllm):
     """diffusers 0.42 does not say which tokens are a picture's, and transformers then gives Qwen2.5-VL the positions of
     text: say it."""
 
-    def told(module, arguments, keywords):
-        if "mm_token_type_ids" in keywords or keywords.get("input_ids") is None:
-            return None
-        return arguments, keywords | {
-            "mm_token_type_ids": (keywords["input_ids"] == module.config.image_token_id).int()
-        }
+    def told(module, _, words):
+        return (), {"mm_token_type_ids": (words["input_ids"] == module.config.image_token_id).int(), **words}
 
     if "mm_token_type_ids" in inspect.signature(mllm.forward).parameters:  # older ones see it from the tokens
         mllm.register_forward_pre_hook(told, with_kwargs=True)
@@ -380,6 +284,10 @@ def clip_features(model, images):
     return F.normalize(getattr(out, "pooler_output", out).float(), dim=-1).cpu()
 
 
+NEEDS = {"score": ["scorer"], "ground": ["grounder", "segmenter"], "synthesize": ["editor"],
+         "verify": ["verifier", "embedder"], "guard": ["embedder"]}  # fmt: skip
+
+
 class Paper:
     """The models of one stage at a time; several threads ask them."""
 
@@ -389,12 +297,6 @@ class Paper:
     def preflight(self, stages):
         """ValueError or FileNotFoundError for what is missing, before days of work: models (SAM 3 is gated), packages,
         servers, EditScore's words."""
-        need = {
-            "score": ["scorer"],
-            "ground": ["grounder", "segmenter"],
-            "synthesize": ["editor"],
-            "verify": ["verifier", "embedder"],
-        }
         if "score" in stages:
             editscore_prompts(self.args.prompts)
         if "synthesize" in stages:
@@ -406,36 +308,25 @@ class Paper:
                     f"--models paper makes references with diffusers ({error}); pip install diffusers pillow "
                     f"torchvision torch=={torch.__version__.partition('+')[0]}"
                 ) from None
-        for name in (name for stage in stages for name in need.get(stage, ())):
-            value = getattr(self.args, name)
-            if value.startswith(("http://", "https://")):
-                served(*value.partition("#")[::2])
-                continue
-            for part in value.split("+"):
-                try:
-                    reachable(part)
-                except (ValueError, OSError) as error:
-                    raise ValueError(f"--set {name}={value}: {error}") from None
+        for need in (need for stage in stages for need in NEEDS.get(stage, ())):
+            name = getattr(self.args, need)
+            try:
+                for part in [name] if is_address(name) else name.split("+"):
+                    served(part) if is_address(part) else reachable(part)
+            except (ValueError, OSError) as error:
+                raise ValueError(f"--set {need}={name}: {error}") from None
 
     def setup(self, stage):
+        from transformers import CLIPModel, Sam3TrackerModel
+
+        whole = lambda kind: lambda name: kind.from_pretrained(local_path(name)).to(self.device).eval()
+        asked = lambda name: open_model(name, self.args, self.device)
+        openers = {"segmenter": whole(Sam3TrackerModel), "embedder": whole(CLIPModel),
+                   "editor": lambda name: open_editor(name, self.device)}  # fmt: skip
+        for need in NEEDS.get(stage, ()):
+            setattr(self, need, openers.get(need, asked)(getattr(self.args, need)))
         if stage == "score":
-            self.scorer, self.words = (
-                open_model(self.args.scorer, self.device, self.args.workers),
-                editscore_prompts(self.args.prompts),
-            )
-        elif stage == "ground":
-            from transformers import Sam3TrackerModel
-
-            self.grounder = open_model(self.args.grounder, self.device, self.args.workers)
-            self.segmenter = Sam3TrackerModel.from_pretrained(local_path(self.args.segmenter)).to(self.device).eval()
-        elif stage == "synthesize":
-            self.editor = open_editor(self.args.editor, self.device)
-        elif stage == "verify":
-            self.verifier = open_model(self.args.verifier, self.device, self.args.workers)
-        if stage in ("verify", "guard"):
-            from transformers import CLIPModel
-
-            self.embedder = CLIPModel.from_pretrained(local_path(self.args.embedder)).to(self.device).eval()
+            self.words = editscore_prompts(self.args.prompts)
 
     def ask(self, model, prompt, images, read, schema):
         """read(the answer) to a prompt about images, uint8 (H, W, 3) by label. A server that was busy, or whose answer
@@ -468,20 +359,16 @@ class Paper:
         return math.sqrt(success * self.ask(self.scorer, quality, {"edited": target}, read_scores, SCORES)) * 10 / 25
 
     def ground(self, source_path, target_path, row):
-        frame, more = frame_at(target_path, 0), {}
-        if "box" in row:
-            box = row["box"]
-        else:
+        frame, more, box = frame_at(target_path, 0), {}, row.get("box")
+        if box is None:
             absolute = isinstance(self.grounder, Local) and self.grounder.positions_a_second  # Qwen2.5-VL
-            size = self.grounder.seen_size(*frame.shape[:2])[::-1] if absolute else (1000, 1000)
-            kinds = (
-                f'"{row["kind"]}"' if row["kind"] in KINDS else '"subject", "background", "remove", "style" or "other"'
-            )
+            size = tuple(self.grounder.seen_size(*frame.shape[:2])[::-1]) if absolute else (1000, 1000)
+            known = row["kind"] in KINDS
+            kinds = f'"{row["kind"]}"' if known else '"subject", "background", "remove", "style" or "other"'
             prompt = PROMPTS["ground"].format(prompt=row["prompt"], what=PROMPTS[row["kind"]], kinds=kinds)
-            box, more["label"], kind = self.ask(
-                self.grounder, prompt, {"frame": frame}, lambda said: read_box(said, tuple(size)), BOX
-            )
-            if row["kind"] not in KINDS:
+            read = lambda said: read_box(said, size)
+            box, more["label"], kind = self.ask(self.grounder, prompt, {"frame": frame}, read, BOX)
+            if not known:
                 more["kind"] = kind or "unknown"
         with self.lock:
             mask = segment(self.segmenter, frame, box)
@@ -496,7 +383,7 @@ class Paper:
 
         frame, label = frame_at(target_path, row["key"]), row.get("label", "object")
         mask = F.interpolate(mask[None, None].float(), frame.shape[:2])[0, 0] > 0.5
-        soft = (grow(mask[None, None].float(), max(1, min(mask.shape) // 180))[0, 0] > 0.5)[..., None]
+        soft = grow(mask, max(1, min(mask.shape) // 180))[..., None]
         if row["kind"] == "subject":
             frame = around(torch.where(soft, frame, torch.tensor(255, dtype=torch.uint8)), box_of(mask))
         else:
@@ -512,9 +399,8 @@ class Paper:
 
     def verify(self, source_path, target_path, ref_path, row):
         images = {"edited": frame_at(target_path, row.get("key", 0)), "reference": read_image(ref_path)}
-        return self.ask(
-            self.verifier, PROMPTS[f"verify_{row['kind']}"].format(prompt=row["prompt"]), images, read_verdict, VERDICT
-        )
+        prompt = PROMPTS["verify"].format(prompt=row["prompt"], meant=PROMPTS[f"verify_{row['kind']}"])
+        return self.ask(self.verifier, prompt, images, read_verdict, VERDICT)
 
     def embed(self, images):
         with self.lock:
@@ -531,7 +417,7 @@ def around(frame, box, margin=0.1):
 
 def trimmed(image, margin=0.05):
     """A picture of an object on white, uint8 (H, W, 3), tightly cropped. Rejected if it is empty."""
-    ink = inked(as_float(image[None]))[0]
+    ink = inked(as_float(image[None])[0])
     if not ink.any():
         raise Rejected("the editor's picture is empty")
     return around(image, box_of(large_regions(ink[None], 0.01)[0]), margin)
@@ -539,14 +425,10 @@ def trimmed(image, margin=0.05):
 
 def reachable(name):
     """Is a folder there, or a hub id in the cache or to be had? Nothing is downloaded. FileNotFoundError."""
-    if Path(name).exists():
-        return
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    if any(
-        isinstance(try_to_load_from_cache(name, file), str)
-        for file in ("config.json", "model_index.json", "adapter_config.json")
-    ):
+    files = ("config.json", "model_index.json", "adapter_config.json")
+    if Path(name).exists() or any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
         return
     try:
         HfApi().auth_check(name)

@@ -34,31 +34,28 @@ def write_results(args, ledger, bases, rejects):
         for row in final_rows(ledger, rejects):
             counts.add(row)
             kept = row["status"] == "kept"
-            if len(told) < 200:
-                told.append(row)
+            told += [row] if len(told) < 200 else []
             heapq.heappush(samples[kept], (-int(row["id"], 16), row))  # ids are hashes: each row is as likely
             if len(samples[kept]) > (args.page + 1) // 2:
                 heapq.heappop(samples[kept])
-            if not row.get("tuning"):
-                continue
-            pair = [os.path.normpath(f"{start[row['base']]}/{row[key]}") for key in ("src_video", "tgt_video")]
-            write("image" if row.get("frames") == 1 else "video", [*pair, row["prompt"]])
-            if kept:
-                write("ref", [*pair, row["prompt"], os.path.relpath(inside(out, row["ref_image"], row["id"]), common)])
-                digest.update(row["id"].encode())
+            if row.get("tuning"):
+                pair = [os.path.normpath(f"{start[row['base']]}/{row[key]}") for key in ("src_video", "tgt_video")]
+                write("image" if row.get("frames") == 1 else "video", [*pair, row["prompt"]])
+                if kept:
+                    reference = inside(out, row["ref_image"], row["id"])
+                    write("ref", [*pair, row["prompt"], os.path.relpath(reference, common)])
+                    digest.update(row["id"].encode())
     write_refvie(out, ledger, bases, rejects, digest.hexdigest())
-    write_page(
-        args,
-        ledger,
-        bases,
-        [row for sample in samples.values() for _, row in sorted(sample, key=lambda item: -item[0])],
-        counts,
-        told,
-        rejects,
-    )
-    text = counts.markdown() + ("\n" + pair_by_pair(told) if counts.total <= len(told) else "")
-    for name, content in (("funnel.md", text), ("statistics.json", counts.statistics())):
-        write_text(out / name, content)
+    pairs = pair_by_pair(told)
+    shown = [row for sample in samples.values() for _, row in sorted(sample, key=lambda item: -item[0])]
+    with ThreadPoolExecutor(args.workers) as pool:
+        cards = pool.map(lambda row: card(row, Path(bases[row["base"]]), out), shown)
+        cards = list(tqdm(cards, total=len(shown), desc="page", mininterval=1))
+    known = {"cards": cards, "steps": counts.steps(), "reasons": counts.rows(), "rejects": rejects, "lines": pairs}
+    text = counts.markdown() + (f"\n{table(pairs)}\n" if counts.total <= len(told) else "")
+    write_text(out / "page.html", page("curate.html", title="RefVIE quadruplets", kept=counts.kinds.total(), **known))
+    write_text(out / "funnel.md", text)
+    write_text(out / "statistics.json", counts.statistics())
     return text, counts, common
 
 
@@ -66,11 +63,9 @@ def final_rows(ledger, rejects):
     """Yield all records; one that a person rejected leaves the tuning tables too, wherever it had ended."""
     for shard in range(len(ledger.told["shards"])):
         for row in ledger.rows("deduplicate", shard):
-            yield (
-                row | {"tuning": False, **ended("person", "rejected", rejects[row["id"]])}
-                if row["id"] in rejects
-                else row
-            )
+            if row["id"] in rejects:
+                row |= {"tuning": False, **ended("person", "rejected", rejects[row["id"]])}
+            yield row
 
 
 def read_rejects(path):
@@ -156,28 +151,24 @@ class Funnel:
         self.reasons[row["stage"], row["status"], short(row["reason"])] += 1
 
     def steps(self):
-        """[(stage, records that passed it)]"""
-        left, out = self.total, [("pairs", self.total)]
+        """[(stage, records that passed it, their share)]"""
+        left, out = self.total, [("pairs", self.total, 1.0)]
         for stage in self.stages:
             ended_here = sum(number for (at, _, _), number in self.reasons.items() if at == stage)
             left -= ended_here
             if stage != "person" or ended_here:
-                out.append((stage, left))
+                out.append((stage, left, left / max(self.total, 1)))
         return out
 
     def rows(self):
-        return [
-            (*key, number)
-            for key, number in sorted(self.reasons.items(), key=lambda kv: (self.stages.index(kv[0][0]), -kv[1]))
-        ]
+        order = lambda item: (self.stages.index(item[0][0]), -item[1])
+        return [(*key, number) for key, number in sorted(self.reasons.items(), key=order)]
 
     def markdown(self):
-        steps = [(name, number, f"{number / max(self.total, 1):.1%}") for name, number in self.steps()]
-        return "\n".join([
-            table([("stage", "records that passed", "of all"), *steps]), "",
-            f"Good for instruction tuning: {self.tuning} of {self.total}.", "",
-            table([("left at", "as", "why", "records"), *self.rows()]), "",
-        ])  # fmt: skip
+        steps = [(name, number, f"{share:.1%}") for name, number, share in self.steps()]
+        funnel = table([("stage", "records that passed", "of all"), *steps])
+        reasons = table([("left at", "as", "why", "records"), *self.rows()])
+        return f"{funnel}\n\nGood for instruction tuning: {self.tuning} of {self.total}.\n\n{reasons}\n"
 
     def statistics(self):
         """Of the kept: kinds, frames, reference sizes; and how many would be left at other thresholds of likeness:
@@ -199,58 +190,28 @@ def short(reason):
 
 
 def pair_by_pair(rows):
-    """What became of each record and why, as Markdown."""
+    """What became of each record and why: the cells of a table."""
     lines = [("record", "kind", "score", "ended", "why")]
     for row in rows:
-        kept = row["status"] == "kept"
-        lines.append(
-            (
-                row["name"] or row["id"],
-                row["kind"],
-                f"{row['edit_score']:.1f}" if "edit_score" in row else "",
-                "kept" if kept else row["stage"],
-                row.get("verdict_reason", "") if kept else row["reason"],
-            )
-        )
-    return table([[" ".join(str(cell).split()) for cell in line] for line in lines]) + "\n"
+        kept, score = row["status"] == "kept", f"{row['edit_score']:.1f}" if "edit_score" in row else ""
+        why = row.get("verdict_reason", "") if kept else row["reason"]
+        lines.append((row["name"] or row["id"], row["kind"], score, "kept" if kept else row["stage"], why))
+    return [[" ".join(cell.split()) for cell in line] for line in lines]
 
 
-def write_page(args, ledger, bases, rows, counts, told, rejects):
-    """page.html: kept and rejected records with their clips side by side, mask and box drawn in."""
-
-    def card(row):
-        clips = [Path(bases[row["base"]]) / row[key] for key in ("src_video", "tgt_video")]
-        known = {
-            key: row.get(key, "")
-            for key in ("id", "name", "kind", "prompt", "stage", "status", "reason", "verdict_reason")
-        }
-        known |= {
-            "why": short(known["reason"]),
-            "score": f"{row['edit_score']:.1f}" if "edit_score" in row else "",
-            "clips": [os.path.relpath(clip, ledger.out) for clip in clips],
-            "still": row.get("frames") == 1,
-        }
-        known["reference"] = row["ref_image"] if "ref_image" in row else ""
-        try:
-            known["marked"] = jpeg_uri(marked(clips[1], ledger.out, row)) if "mask" in row else ""
-        except (MediaError, OSError) as error:
-            known |= {"marked": "", "reason": known["reason"] or str(error)}
-        return known
-
-    with ThreadPoolExecutor(args.workers) as pool:
-        cards = list(tqdm(pool.map(card, rows), total=len(rows), desc="page", mininterval=1))
-    values = dict(
-        cards=cards,
-        steps=[(name, n, n / max(counts.total, 1)) for name, n in counts.steps()],
-        reasons=counts.rows(),
-        rejects=rejects,
-        kept=counts.kinds.total(),
-    )
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in pair_by_pair(told).splitlines()]
-    write_text(
-        ledger.out / "page.html",
-        page("curate.html", title="RefVIE quadruplets", lines=[lines[0], *lines[2:]], **values),
-    )
+def card(row, base, out):
+    """What page.html shows of a record: its clips side by side, mask and box drawn in."""
+    told = ("id", "name", "kind", "prompt", "stage", "status", "reason", "verdict_reason", "ref_image")
+    known = {key: row.get(key, "") for key in told}
+    clips = [base / row[key] for key in ("src_video", "tgt_video")]
+    try:
+        known["marked"] = jpeg_uri(marked(clips[1], out, row)) if "mask" in row else ""
+    except (MediaError, OSError) as error:
+        known |= {"marked": "", "reason": known["reason"] or str(error)}
+    return known | {
+        "why": short(known["reason"]), "score": f"{row['edit_score']:.1f}" if "edit_score" in row else "",
+        "clips": [os.path.relpath(clip, out) for clip in clips], "still": row.get("frames") == 1,
+    }  # fmt: skip
 
 
 def marked(clip, out, row, longest=640):
@@ -263,11 +224,7 @@ def marked(clip, out, row, longest=640):
     rim = (F.max_pool2d(mask[None].float(), 5, 1, 2)[0] > 0.5) & ~mask
     frame[rim] = torch.tensor([255, 40, 40], dtype=torch.uint8)
     x1, y1, x2, y2 = (round(v * side) for v, side in zip(row["box"], (width, height) * 2))
-    for part in (
-        frame[y1:y2, x1 : x1 + 2],
-        frame[y1:y2, max(x2 - 2, 0) : x2],
-        frame[y1 : y1 + 2, x1:x2],
-        frame[max(y2 - 2, 0) : y2, x1:x2],
-    ):
-        part[:] = torch.tensor([255, 210, 0], dtype=torch.uint8)
+    inner, box = torch.zeros(2, height, width, dtype=torch.bool)
+    box[y1:y2, x1:x2], inner[y1 + 2 : y2 - 2, x1 + 2 : x2 - 2] = True, True
+    frame[box & ~inner] = torch.tensor([255, 210, 0], dtype=torch.uint8)
     return frame

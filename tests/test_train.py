@@ -364,8 +364,8 @@ def test_a_bad_request_to_train_is_one_clear_line(tmp_path, lesson, monkeypatch,
     plain = lessons(lesson, tmp_path / "run", settings=words[1:] if words[0] == "--set" else [])
     plain[plain.index("--set") : plain.index("--set")] = [] if words[0] == "--set" else words
     monkeypatch.setattr(sys, "argv", ["train.py", *plain])
-    with pytest.raises(SystemExit) as exit_:
-        command.run("train.py", train.main)
+    with pytest.raises(SystemExit) as exit_, command.one_line("train.py"):
+        train.main()
     assert says in exit_.value.code and "\n" not in exit_.value.code and not parallel.dist.is_initialized()
 
 
@@ -384,21 +384,7 @@ def test_a_number_too_small_is_refused_before_anything_is_read(capsys):
         assert train.parse_arguments(["--stage", "1", flag, str(least)])
         with pytest.raises(SystemExit):
             train.parse_arguments(["--stage", "1", flag, str(least - 1)])
-        assert f"{flag}: {least - 1}: expected a number of at least {least}" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("error, says", [
-    (KeyboardInterrupt(), "x.py: interrupted"), (ValueError("no"), "x.py: no"), (OSError("gone"), "x.py: gone"),
-    (torch.OutOfMemoryError("CUDA out of memory"), "out of GPU memory; take less"),
-    (RuntimeError("unable to find an engine to execute this computation"), "out of GPU memory; take less"),
-])  # fmt: skip
-def test_what_can_be_foreseen_is_one_line(error, says):
-    def fails():
-        raise error
-
-    with pytest.raises(SystemExit) as exit_:
-        command.run("x.py", fails, memory="take less")
-    assert says in exit_.value.code and "\n" not in exit_.value.code.strip()
+        assert f"{flag}: expected a number from {least}" in capsys.readouterr().err
 
 
 def test_a_lost_worker_is_told_with_the_mend(tmp_path, lesson):
