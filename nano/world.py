@@ -147,37 +147,32 @@ def draw_textures(count=48, size=256):
     return photos
 
 
-def draw_pattern(kind, first, second, size=128):
-    """A seamless pattern of two named colours: a background that words alone describe to the pixel."""
-    y, x = pixel_grid(size)
-    soft = size / 8  # edges as wide as an eighth of a cell's pixel: anti-aliased when drawn small
-
-    def wave(phase):
-        return ((2 * math.pi * phase).sin() * soft / 4).clamp(-0.5, 0.5) + 0.5
-
-    from_dot = ((4 * x % 1 - 0.5) ** 2 + (4 * y % 1 - 0.5) ** 2).sqrt()
-    mix = {
-        "plain": torch.zeros_like(x), "stripes": wave(4 * x), "checkerboard": (wave(2 * x) - wave(2 * y)).abs(),
-        "dots": from_dot.sub(0.3).mul(-soft / 2).clamp(-0.5, 0.5) + 0.5, "gradient": (1 - (2 * math.pi * y).cos()) / 2,
-    }[kind]  # fmt: skip
-    a, b = (torch.tensor(COLOURS[c]).view(3, 1, 1) for c in (first, second))
-    return a * (1 - mix) + b * mix
+def wave(phase, soft):
+    return ((2 * math.pi * phase).sin() * soft / 4).clamp(-0.5, 0.5) + 0.5
 
 
-PATTERN_WORDS = {
-    "plain": "a plain {a} wall", "stripes": "{a} and {b} stripes", "checkerboard": "a checkerboard of {a} and {b}",
-    "dots": "{b} dots on {a}", "gradient": "a smooth gradient from {a} to {b}",
+PATTERNS = {  # words of two named colours, and the share of the second on a grid; soft: how wide an edge is
+    "plain": ("a plain {a} wall", lambda x, y, soft: torch.zeros_like(x)),
+    "stripes": ("{a} and {b} stripes", lambda x, y, soft: wave(4 * x, soft)),
+    "checkerboard": ("a checkerboard of {a} and {b}", lambda x, y, soft: (wave(2 * x, soft) - wave(2 * y, soft)).abs()),
+    "dots": ("{b} dots on {a}", lambda x, y, soft: ((4 * x % 1 - 0.5) ** 2 + (4 * y % 1 - 0.5) ** 2).sqrt().sub(0.3)
+             .mul(-soft / 2).clamp(-0.5, 0.5) + 0.5),
+    "gradient": ("a smooth gradient from {a} to {b}", lambda x, y, soft: (1 - (2 * math.pi * y).cos()) / 2),
 }  # fmt: skip
 
 
-def pattern_photo(rng, split):
-    """A pattern whose words belong to the split."""
+def pattern_photo(rng, split, size=128):
+    """A seamless pattern whose words belong to the split: a background that words alone describe to the pixel."""
     while True:
-        kind = pick(rng, list(PATTERN_WORDS))
-        a, b = (list(COLOURS)[i] for i in rng.choice(len(COLOURS), 2, replace=False))
-        name = PATTERN_WORDS[kind].format(a=a, b=b)
+        kind = pick(rng, list(PATTERNS))
+        first, second = (list(COLOURS)[i] for i in rng.choice(len(COLOURS), 2, replace=False))
+        words, mix = PATTERNS[kind]
+        name = words.format(a=first, b=second)
         if kind == "plain" or (hashlib.sha256(name.encode()).digest()[0] % TEST_SHARE == 0) == (split == "test"):
-            return Photo(name, draw_pattern(kind, a, b))
+            break
+    y, x = pixel_grid(size)
+    a, b, mix = *(torch.tensor(COLOURS[c]).view(3, 1, 1) for c in (first, second)), mix(x, y, size / 8)
+    return Photo(name, a * (1 - mix) + b * mix)
 
 
 def draw_leaves(rng, skins, size=128):
@@ -230,22 +225,16 @@ def recoloured(rng, thing):
     return replace(thing, look=f"{thing.look}, recoloured", levels=[turned(level) for level in thing.levels])
 
 
-def read_index(folder):
-    """What a folder of assets holds. FileNotFoundError before `python -m nano assets`."""
-    path = Path(folder) / "index.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: fill the folder with `python -m nano assets {folder}`")
-    return json.loads(path.read_text())
-
-
 @lru_cache(maxsize=1)  # a worker draws many clips
 def load_library(folder=None):
-    """Shapes and textures and, if `folder` has them, emoji and photographs."""
+    """Shapes and textures and, if `folder` has them, emoji and photographs. FileNotFoundError before `nano assets`."""
     library = Library(draw_shapes(), draw_textures())
     if folder is None:
         return library
-    index, folder = read_index(folder), Path(folder)
-    images = load_file(folder / "assets.safetensors")
+    path = Path(folder) / "index.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: fill the folder with `python -m nano assets {folder}`")
+    index, images = json.loads(path.read_text()), load_file(path.with_name("assets.safetensors"))
     for entry, image in zip(index["sprites"], images["sprites"]):
         name = entry["name"]
         library.sprites.setdefault(name, []).append(Sprite(name, entry["look"], pyramid(image.float() / 255)))
@@ -460,18 +449,10 @@ def in_colour(name):
 
 
 def nameable(library, split):
-    """Sprites that a text may call for: of common things the first look, and the split's coloured shapes."""
+    """What a text may call for: the split's coloured shapes, and common things."""
     shapes = [n for n in library.names(split) if in_colour(n) and len(library.sprites[n]) == 2]
     known = library.names("train")
     return shapes, [name for name in WORDINGS["common"] if name in known]
-
-
-def tasks_of(shares):
-    """{kind: its tasks, each as often as it is to be drawn}."""
-    if shares is None:
-        return TASKS
-    often = lambda tasks: [task for task in dict.fromkeys(tasks) for _ in range(shares.get(task, 0))]
-    return {kind: often(tasks) for kind, tasks in TASKS.items()}
 
 
 def draw_photo(rng, library, split, but=""):
@@ -522,14 +503,11 @@ def show_reference(rng, thing, size):
     return torch.tensor(paper, dtype=torch.float32).view(3, 1, 1) * (1 - layer[3:]) + layer[:3]
 
 
-def draw_edit(library, split, seed, index, frames, size, shares=None):
-    """Clip `index` of a data set: everything about it is drawn from (seed, split, index). shares: {task: how often}, of
-    these tasks alone; None: as TASKS has them."""
+def draw_edit(library, split, seed, index, frames, size):
+    """Clip `index` of a data set: everything about it is drawn from (seed, split, index)."""
     rng = np.random.default_rng([seed, split == "test", index])
-    tasks = tasks_of(shares)
-    kinds = [kind for kind in MIXTURE if tasks[kind]]
-    kind = kinds[index % len(kinds)]
-    task = pick(rng, tasks[kind])
+    kind = MIXTURE[index % len(MIXTURE)]
+    task = pick(rng, TASKS[kind])
     scene = draw_scene(rng, library, split, 1 if kind == "image" else frames)
     edit = Edit(kind, task, "", "", scene, scene)
     words = {"clip": "picture" if kind == "image" else "video"}
@@ -550,7 +528,7 @@ def draw_edit(library, split, seed, index, frames, size, shares=None):
 
 def redraw_edit(library, world, index):
     """Clip `index` of a data set as its world.json says that it is drawn: the same each time."""
-    return draw_edit(library, world["split"], world["seed"], index, world["frames"], world["size"], world.get("tasks"))
+    return draw_edit(library, world["split"], world["seed"], index, world["frames"], world["size"])
 
 
 def change_background(rng, edit, library, split, size):
