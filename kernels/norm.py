@@ -225,11 +225,10 @@ def pixel_shape(D):
     return {**shape, "ROWS": max(1, 2048 // shape["BLOCK"]), "num_warps": max(shape["num_warps"], 4)}
 
 
-def launch(name, grid, x, *arguments, **constants):
-    kernel = compiled(name)
-    D = x.shape[-1]
-    with torch.cuda.device_of(x):
-        kernel[grid](*arguments, **{"D": D, **row_shape(D), **constants})
+def launch(name, grid, D, tensors, *numbers, **constants):
+    """Run a kernel on its tensors, the first of them in one piece, and numbers."""
+    with torch.cuda.device_of(tensors[0]):
+        compiled(name)[grid](*tensors, *numbers, D=D, **{**row_shape(D), **constants})
 
 
 def nothing(x):
@@ -241,9 +240,9 @@ def nothing(x):
 def rms_norm_rope_op(x, weight, cos, sin, num_heads, eps):
     """-> out (B, L, H, d), rstd (B, L) float32."""
     B, L, D = x.shape
-    out, rstd = outputs = rms_norm_rope_shapes(x, weight, cos, sin, num_heads, eps)
-    arguments = x.contiguous(), weight, cos, sin, out, rstd, L, eps
-    launch("rms_norm_rope_forward", (B * L,), x, *arguments, PAIRS=D // num_heads // 2)
+    outputs = rms_norm_rope_shapes(x, weight, cos, sin, num_heads, eps)
+    tensors = x.contiguous(), weight, cos, sin, *outputs
+    launch("rms_norm_rope_forward", (B * L,), D, tensors, L, eps, PAIRS=D // num_heads // 2)
     return outputs
 
 
@@ -259,8 +258,8 @@ def rms_norm_rope_backward_op(grad, x, weight, cos, sin, rstd):
     B, L, D = x.shape
     programs = min(B * L, PROGRAMS)
     dx, shares = x.new_empty(x.shape), x.new_empty((programs, D), dtype=torch.float32)
-    arguments = x.contiguous(), weight, cos, sin, rstd, grad.contiguous(), dx, shares, B * L, L
-    launch("rms_norm_rope_backward", (programs,), x, *arguments, PAIRS=grad.shape[-1] // 2)
+    tensors = x.contiguous(), weight, cos, sin, rstd, grad.contiguous(), dx, shares
+    launch("rms_norm_rope_backward", (programs,), D, tensors, B * L, L, PAIRS=grad.shape[-1] // 2)
     return dx, shares.sum(0).to(weight.dtype)
 
 
@@ -284,12 +283,16 @@ rms_norm_rope_op.register_autograd(rms_norm_rope_gradients, setup_context=rms_no
           "(Tensor, Tensor, Tensor, Tensor)")  # fmt: skip
 def residual_norm_op(x, y, gate, shift, scale, eps):
     """x + gate y and its modulated norm, either of them empty if not asked for, and the norm's mean and rstd (B, L)."""
-    B, L, _ = x.shape
+    B, L, D = x.shape
     outputs = residual_norm_shapes(x, y, gate, shift, scale, eps)
-    strides = [0 if t is None else t.stride(0) for t in (gate, shift, scale)]
-    y = None if y is None else y.contiguous()
-    launch("residual_norm_forward", (B * L,), x, x.contiguous(), y, gate, shift, scale, *outputs, L, *strides, eps)
+    tensors = x.contiguous(), None if y is None else y.contiguous(), gate, shift, scale, *outputs
+    launch("residual_norm_forward", (B * L,), D, tensors, L, *strides(gate, shift, scale), eps)
     return outputs
+
+
+def strides(*factors):
+    """From one sample's row to the next."""
+    return [0 if t is None else t.stride(0) for t in factors]
 
 
 @residual_norm_op.register_fake
@@ -310,23 +313,17 @@ def residual_norm_backward_op(grad_new, grad_normed, new, y, gate, scale, mean, 
     dx, dy, *_ = residual_norm_backward_shapes(grad_new, grad_normed, new, y, gate, scale, mean, rstd)
     shares = new.new_empty((3, B, programs, D), dtype=torch.float32)
     grad_new, grad_normed, y = (t if t is None else t.contiguous() for t in (grad_new, grad_normed, y))
-    strides = [0 if t is None else t.stride(0) for t in (gate, scale)]
-    arguments = new.contiguous(), y, gate, scale, mean, rstd, grad_new, grad_normed, dx, dy, *shares, L, *strides
-    launch("residual_norm_backward", (programs, B), new, *arguments)
-    dgate = nothing(new) if gate is None else shares[0].sum(1, keepdim=True).to(gate.dtype)
-    if scale is None:
-        return dx, dy, dgate, nothing(new), nothing(new)
-    return dx, dy, dgate, *(share.sum(1, keepdim=True).to(scale.dtype) for share in shares[1:])
+    tensors = new.contiguous(), y, gate, scale, mean, rstd, grad_new, grad_normed, dx, dy, *shares
+    launch("residual_norm_backward", (programs, B), D, tensors, L, *strides(gate, scale))
+    summed = [nothing(new) if t is None else share.sum(1, keepdim=True).to(t.dtype)
+              for t, share in zip((gate, scale, scale), shares)]  # fmt: skip
+    return dx, dy, *summed
 
 
 @residual_norm_backward_op.register_fake
 def residual_norm_backward_shapes(grad_new, grad_normed, new, y, gate, scale, mean, rstd):
-    def like(present):
-        return nothing(new) if present is None else new.new_empty(new.shape)
-
-    def factor(t):
-        return nothing(new) if t is None else t.new_empty(t.shape)
-
+    like = lambda t: nothing(new) if t is None else new.new_empty(new.shape)
+    factor = lambda t: nothing(new) if t is None else t.new_empty(t.shape)
     return like(scale), like(gate), factor(gate), factor(scale), factor(scale)
 
 
@@ -360,10 +357,9 @@ def channel_norm_silu_op(x, gamma, past):
     D, frames, frame = x.shape[1], x.shape[2], x.shape[3] * x.shape[4]
     if past is not None:
         out[:, :, : past.shape[2]] = past
-    rows, shape = x.numel() // D, pixel_shape(D)
-    skip = (out.shape[2] - frames) * frame
-    launch("channel_norm_silu_forward", (-(-rows // shape["ROWS"]),), x, x, gamma, out, rows, frames * frame, skip,
-           **{"D": D, **shape})  # fmt: skip
+    rows, skip, shape = x.numel() // D, (out.shape[2] - frames) * frame, pixel_shape(D)
+    grid = (-(-rows // shape["ROWS"]),)
+    launch("channel_norm_silu_forward", grid, D, (x, gamma, out), rows, frames * frame, skip, **shape)
     return out
 
 
@@ -393,8 +389,8 @@ def rms_norm_rope_triton(x, weight, rope, num_heads, eps):
     _, L, D = x.shape
     cos, sin = (None, None) if rope is None else (t.contiguous() for t in rope)
     if weight.shape != (D,) or rope is not None and not cos.shape == sin.shape == (L, D // num_heads // 2):
-        table = "" if rope is None else f", rope {tuple(cos.shape)} and {tuple(sin.shape)}"
-        raise ValueError(f"rms_norm_rope: x {tuple(x.shape)}, weight {tuple(weight.shape)}{table} do not fit")
+        table = rope and [tuple(t.shape) for t in rope]
+        raise ValueError(f"rms_norm_rope: x {tuple(x.shape)}, weight {tuple(weight.shape)}, rope {table} do not fit")
     return rms_norm_rope_op(x, weight, cos, sin, num_heads, eps)[0]
 
 

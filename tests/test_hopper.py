@@ -161,8 +161,8 @@ class Machine:
         return {"gl": gl, "mb": mb, "hop": hop, "tma": tma}
 
 
-@pytest.mark.parametrize("stages, pingpong", sys.modules["kernels.hopper"].CONFIGS["attention_forward_hopper"])
-def test_the_hopper_kernel_computes_attention_however_its_partitions_interleave(stages, pingpong, monkeypatch):
+@pytest.mark.parametrize("stages", [2, 3])
+def test_the_hopper_kernel_computes_attention_however_its_partitions_interleave(stages, monkeypatch):
     module, (M, N, D, H) = sys.modules["kernels.hopper"], (4, 4, 8, 2)
     for seed, (Lq, Lk) in enumerate([(5, 3), (4, 4), (6, 9), (3, 22), (7, 40)] * 12):
         q, k, v = (torch.randn(2, n, H, D) for n in (Lq, Lk, Lk))
@@ -171,9 +171,7 @@ def test_the_hopper_kernel_computes_attention_however_its_partitions_interleave(
             for name, value in Machine(seed).gluon(program).items():
                 monkeypatch.setattr(module, name, value)
             pointers = map(Pointer, (q, k, v, out, lse))
-            module.attention_forward_hopper(
-                *pointers, Lq, Lk, H, D**-0.5 / 0.6931471805599453, D, M, N, stages, pingpong
-            )
+            module.attention_forward_hopper(*pointers, Lq, Lk, H, D**-0.5 / 0.6931471805599453, D, M, N, stages)
         assert close(out, kernels.attention_ref(q, k, v), 1e-5)
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * D**-0.5
         assert close(lse, scores.logsumexp(-1) / 0.6931471805599453, 1e-5)
