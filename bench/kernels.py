@@ -159,9 +159,9 @@ def norm_rows(repeat, grid, heads, dtype, video, peak=None, ways=("forward", "ba
 ABSENT = {  # the norms' kernels are compiled with all of their arguments, and without these
     "rms_norm_rope_forward": [(), ("cos", "sin")],
     "rms_norm_rope_backward": [()],
-    "residual_norm_forward": [(), ("y", "gate", "new"), ("shift", "scale", "normed", "mean", "rstd")],
+    "residual_norm_forward": [(), ("y", "gate", "new"), ("shift", "scale", "normed")],
     "residual_norm_backward": [(), ("y", "gate", "grad_new", "dy", "dgate"),
-                               ("scale", "grad_normed", "mean", "rstd", "dx", "dshift", "dscale")],
+                               ("scale", "grad_normed", "dx", "dshift", "dscale")],
     "channel_norm_silu_forward": [()],
 }  # fmt: skip
 
@@ -188,7 +188,7 @@ def compile_all(args):
             yield compile_one(args.arch, fused.compiled(name), label, constants | dict.fromkeys(without), options)
 
 
-FLOATS = ("lse", "delta", "cos", "sin", "rstd", "mean", "dweight", "dgate", "dshift", "dscale")
+FLOATS = ("lse", "delta", "cos", "sin", "dweight", "dgate", "dshift", "dscale")
 INTEGERS = ("Lq", "Lk", "L", "HEADS", "rows", "clip", "skip", "size_class")
 
 

@@ -71,8 +71,10 @@ def make_data(args):
         path.unlink(missing_ok=True)
     for kind in world.TASKS:
         (out / kind).mkdir(parents=True, exist_ok=True)
-    # what an example's index needs to be drawn again
-    settings = {key: getattr(args, key) for key in ("assets", "split", "seed", "clips", "frames", "size", "fps")}
+    settings = {  # what an example's index needs to be drawn again
+        "assets": args.assets, "split": args.split, "seed": args.seed, "clips": args.clips, "frames": args.frames,
+        "size": args.size, "fps": args.fps,
+    }  # fmt: skip
     shares, rows = [range(i, min(i + 32, args.clips)) for i in range(0, args.clips, 32)], []
     with tqdm(total=args.clips, desc="draw", unit="clip", mininterval=5) as bar:
         with ProcessPoolExecutor(args.workers, get_context("spawn")) if args.workers > 1 else nullcontext() as pool:

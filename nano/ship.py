@@ -43,7 +43,8 @@ def ship(args):
         (folder / "example" / "prompt.txt").write_text(row["prompt"] + "\n")
         megabytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
         card = CARD.read_text().format(
-            **vars(args) | world, prompt=row["prompt"], phases=phases, evaluation=NOT_EVALUATED, megabytes=megabytes,
+            **world, example=args.example, steps=args.steps, ref_guidance=args.ref_guidance, made_by=args.made_by,
+            prompt=row["prompt"], phases=phases, evaluation=NOT_EVALUATED, megabytes=megabytes,
             millions=sum(parts.values()) / 1e6, parts=", ".join(f"{name} {count:,}" for name, count in parts.items()),
             licences="\n".join(f"- {name} {version}: {text}" for name, (version, text, _) in PACKAGES.items()),
         )  # fmt: skip
