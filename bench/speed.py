@@ -45,13 +45,6 @@ CLASSES = (
 )
 
 
-def has_diffusers():
-    if importlib.util.find_spec("diffusers"):
-        return True
-    print("note: measured alone, for a comparison pip install diffusers", flush=True)
-    return False
-
-
 def diffusers_dit(config):
     """The same Wan DiT in diffusers; `load_weights` takes its names."""
     from diffusers import WanTransformer3DModel
@@ -100,6 +93,17 @@ def built(device, dtype, make):
         torch.set_default_dtype(default)
 
 
+def beside_diffusers(dtype, ours, theirs, share):
+    """Our module and diffusers', or None, with the same weights, in place."""
+    ours = built(place()[0], dtype, ours)
+    if not importlib.util.find_spec("diffusers"):
+        print("note: measured alone, for a comparison pip install diffusers", flush=True)
+        return ours, None
+    theirs = built(place()[0], dtype, theirs)
+    share(ours, theirs)
+    return ours, theirs
+
+
 def place():
     return ("cuda", torch.bfloat16) if on_gpu() else ("cpu", torch.float32)
 
@@ -121,11 +125,8 @@ def dit_row(args, name, config, grid, dtype, compiled=False):
     """A forward from latents and 512 text features, ours and diffusers', and ours with the context's keys kept."""
     from load import load_weights
 
-    device = place()[0]
-    ours = built(device, dtype, lambda: DiT(config))
-    theirs = built(device, dtype, lambda: diffusers_dit(config)) if has_diffusers() else None
-    if theirs:
-        load_weights(ours, theirs.state_dict())
+    device, share = place()[0], lambda ours, theirs: load_weights(ours, theirs.state_dict())
+    ours, theirs = beside_diffusers(dtype, lambda: DiT(config), lambda: diffusers_dit(config), share)
     x = torch.randn(1, config.in_dim, *grid, device=device, dtype=dtype)
     text = torch.randn(1, 512, config.text_dim, device=device, dtype=dtype)
     t = torch.tensor([500.0], device=device)
@@ -155,10 +156,7 @@ def vae(args):
 def vae_rows(args, config, size, dtype):
     """Encode and decode of a clip of `size` (frames, height, width)."""
     device, row = place()[0], {"VAE": config.version, "frames": "x".join(map(str, size)), "dtype": str(dtype)[6:]}
-    ours = built(device, dtype, lambda: VAE(config))
-    theirs = built(device, dtype, lambda: diffusers_vae(config)) if has_diffusers() else None
-    if theirs:
-        give_weights(ours, theirs)
+    ours, theirs = beside_diffusers(dtype, lambda: VAE(config), lambda: diffusers_vae(config), give_weights)
     video = torch.rand(1, 3, *size, device=device, dtype=dtype) * 2 - 1
     latents = ours.encode(video)
     z = ours.denormalise(latents)  # diffusers leaves the normalisation to its pipelines

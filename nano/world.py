@@ -422,9 +422,8 @@ PLACES = {
 
 
 def article(name):
-    if name.endswith("s") and not name.endswith(("ss", "us")):
-        return f"some {name}"
-    return f"an {name}" if name[0] in "aeio" else f"a {name}"
+    plural = name.endswith("s") and not name.endswith(("ss", "us"))
+    return f"{'some' if plural else 'an' if name[0] in 'aeio' else 'a'} {name}"
 
 
 @dataclass
@@ -433,8 +432,7 @@ class Edit:
 
     kind: str  # the CSV it goes to
     task: str
-    wording: str  # an entry of wordings.json
-    prompt: str  # the wording, its blanks filled
+    prompt: str  # an entry of wordings.json, its blanks filled
     source: Scene
     target: Scene
     style: str | None = None  # a key of STYLES: the target is the source, restyled
@@ -470,10 +468,10 @@ def draw_sprite(rng, library, split, name):
     return recoloured(rng, sprite) if split == "train" and not in_colour(name) and rng.random() < 0.4 else sprite
 
 
-def draw_scene(rng, library, split, frames, least=1):
+def draw_scene(rng, library, split, frames):
     names = library.names(split)
     emoji = [n for n in names if not in_colour(n)] or names
-    count = max(least, int(rng.choice([1, 2, 3], p=[0.45, 0.4, 0.15])))
+    count = int(rng.choice([1, 2, 3], p=[0.45, 0.4, 0.15]))
     chosen = []
     while len(chosen) < count:
         name = pick(rng, emoji if rng.random() < 0.75 else names)
@@ -509,7 +507,7 @@ def draw_edit(library, split, seed, index, frames, size):
     kind = MIXTURE[index % len(MIXTURE)]
     task = pick(rng, TASKS[kind])
     scene = draw_scene(rng, library, split, 1 if kind == "image" else frames)
-    edit = Edit(kind, task, "", "", scene, scene)
+    edit = Edit(kind, task, "", scene, scene)
     words = {"clip": "picture" if kind == "image" else "video"}
     if task == "style":
         edit.style = words["s"] = pick(rng, list(STYLES))
@@ -521,8 +519,7 @@ def draw_edit(library, split, seed, index, frames, size):
         words |= change_thing(rng, edit, library, split)
     if task.startswith("subject"):
         edit.ref = show_reference(rng, edit.target.things[edit.changed[1]], 2 * size)
-    edit.wording = pick(rng, WORDINGS[split][task])
-    edit.prompt = edit.wording.format(**words)
+    edit.prompt = pick(rng, WORDINGS[split][task]).format(**words)
     return edit
 
 
@@ -631,11 +628,9 @@ def describe(scene):
 
 def boxes(scene):
     """Per thing its box on the first frame, (x0, y0, x1, y1) in frame widths; things may leave the frame."""
-    out = {}
+    out, (camera_x, camera_y, zoom) = {}, scene.camera[0].tolist()
     for thing in scene.things:
-        x, y, size = (float(v) for v in thing.path[0, :3])
-        zoom = float(scene.camera[0, 2])
-        x, y = (x - float(scene.camera[0, 0])) * zoom + 0.5, (y - float(scene.camera[0, 1])) * zoom + 0.5
-        half = size * zoom / 2
+        x, y, size, _ = thing.path[0].tolist()
+        x, y, half = (x - camera_x) * zoom + 0.5, (y - camera_y) * zoom + 0.5, size * zoom / 2
         out[thing.sprite.name] = [round(min(max(v, 0), 1), 3) for v in (x - half, y - half, x + half, y + half)]
     return out
