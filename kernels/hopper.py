@@ -174,17 +174,18 @@ def attention_forward_hopper(
         mb.init(order.index(i), count=1)
     mb.arrive(order.index(0), count=1)  # the first warpgroup begins
     hop.fence_async_shared()
-    shared = (q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty)
-    rows = (out, lse, q_row, ROW, Lq, Lk, scale)
     gl.warp_specialize(
         [
-            (consumer, (*rows, *shared, order.index(0), order.index(1), 0, M, N, D, STAGES)),
-            (consumer, (*rows, *shared, order.index(1), order.index(0), 1, M, N, D, STAGES)),
-            (producer, (q_desc, k_desc, v_desc, q_row, Lk, *shared, M, N, D, STAGES)),
+            (consumer, (out, lse, q_row, ROW, Lq, Lk, scale, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full,
+                        v_empty, order.index(0), order.index(1), 0, M, N, D, STAGES)),
+            (consumer, (out, lse, q_row, ROW, Lq, Lk, scale, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full,
+                        v_empty, order.index(1), order.index(0), 1, M, N, D, STAGES)),
+            (producer, (q_desc, k_desc, v_desc, q_row, Lk, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full,
+                        v_empty, M, N, D, STAGES)),
         ],
         [4, 1],  # warps of the second consumer and the producer
         [240, 24],  # and their registers
-    )
+    )  # fmt: skip
 
 
 @lru_cache
