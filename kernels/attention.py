@@ -192,7 +192,7 @@ KERNELS = (head_of, load_tile, store_tile, attention_forward, attention_backward
 CONFIGS = {
     "attention_forward": [(128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 2)],
     "attention_backward_q": [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)],
-    "attention_backward_kv": [(32, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2)],
+    "attention_backward_kv": [(32, 128, 8, 2), (64, 64, 8, 2), (32, 64, 4, 2)],
 }
 
 
