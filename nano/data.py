@@ -128,6 +128,12 @@ def read_frames(path):
     return read_clip(path, max_frames=10_000).frames if path.suffix == ".mp4" else read_image(path)[None]
 
 
+def read_case(folder, row):
+    """Source, truth and reference, or None, of a line of truth.jsonl."""
+    ref = read_frames(folder / row["ref_image"])[0] if "ref_image" in row else None
+    return read_frames(folder / row["src_video"]), read_frames(folder / row["tgt_video"]), ref
+
+
 def read_mask(path, size):
     """The edited region, bool (T, size, size)."""
     return read_image(path)[..., 0].unflatten(0, (-1, size)) > 127

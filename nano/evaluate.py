@@ -15,7 +15,7 @@ from tqdm import tqdm
 from media import pad_reference, write_image, write_text
 from metrics import as_float, luma, psnr, ssim
 from model import KiwiEdit
-from nano.data import read_frames, read_mask, read_truth, read_world
+from nano.data import read_case, read_mask, read_truth, read_world
 from nano.world import draw_frames, load_library, nameable, pick, redraw_edit, render, to_uint8
 from parallel import pick_device
 from report import table
@@ -77,10 +77,9 @@ def recognise(edit, library, split, result, region, index):
 
 def evaluate_case(model, library, edit, split, folder, row):
     """One case -> its measures by method, and its middle frame as a row: source, reference, edit, truth."""
-    source, target = (read_frames(folder / row[key]) for key in ("src_video", "tgt_video"))
+    source, target, ref = read_case(folder, row)
     size, middle = source.shape[1], len(source) // 2
     region = read_mask(folder / row["mask"], size)
-    ref = read_frames(folder / row["ref_image"])[0] if "ref_image" in row else None
     results = {"edit": model.edit(source, row["prompt"], ref, seed=row["index"]), "copy": source}
     if ref is not None:
         results["edit, no reference"] = model.edit(source, row["prompt"], seed=row["index"])

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from media import whole_file
 from model import KiwiEdit
-from nano.data import read_frames
+from nano.data import read_case
 from nano.pretrain import Trainer, decoded, rows_of, stills_and_videos
 
 
@@ -78,8 +78,7 @@ def edits_of(model, folder, rows):
     caught, items = [], []
     model.decode_fitting = lambda latents, *_: caught.append(latents) or torch.zeros(9999, 1)
     for row in tqdm(rows, desc="edit", mininterval=5):
-        source, target = (read_frames(folder / row[key]) for key in ("src_video", "tgt_video"))
-        ref = read_frames(folder / row["ref_image"])[0] if "ref_image" in row else None
+        source, target, ref = read_case(folder, row)
         model.edit(source, row["prompt"], ref, seed=row["index"])
         items.append([model.encode_frames(target)[0, :, :2], caught.pop()[0, :, :2], target[:5]])
     return items
