@@ -93,8 +93,8 @@ def direction(name, function, inputs):
     def backward():
         if not kept:
             out = as_tuple(function(*inputs))
-            torch.manual_seed(0)  # both sides get the same gradients, or their results could not be compared
-            kept.extend((out, [torch.randn_like(o) for o in out]))
+            torch.manual_seed(0)  # both sides get the same gradients, whatever the layout of their results
+            kept.extend((out, [torch.randn(o.shape, device=o.device, dtype=o.dtype) for o in out]))
         return torch.autograd.grad(kept[0], inputs, kept[1], retain_graph=True)
 
     return backward
