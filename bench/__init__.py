@@ -1,17 +1,17 @@
 """Run sections of measurements, print a table, keep the rows in bench/<device>.json.
 
     python -m bench.kernels    kernels: do they compile, compute the right numbers, how fast
-    python -m bench.speed      the model beside diffusers, an edit by phase, training steps, memory
+    python -m bench.speed      the model beside diffusers, 8-bit weights, memory and roofline
+    python -m bench.solvers    fewer forwards, long clips and masks on nano
 
-Rows are saved one by one: a section that stops early keeps what it measured. Several sections, or --limit, run each in
-a process of its own, so that a failure leaves the device to the next.
+Rows are saved one by one: what stops early (`timeout 150 python -m bench...` ends it with its processes) keeps what it
+measured.
 """
 
 import argparse
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -27,47 +27,30 @@ def parse_arguments(program, sections, doc, argv=None):
     add = parser.add_argument
     add("what", nargs="+", choices=sections, help="sections to run")
     add("--repeat", type=int, default=7, help="turns of each measurement (default %(default)s)")
-    add("--limit", type=float, metavar="SECONDS", help="stop a section after so long (default: never)")
     add("--only", default="", metavar="TEXT", help="check, compile: only kernels with TEXT in their name")
     add("--arch", type=int, default=90, help="compile: compute capability, e.g. 80, 89, 90 (default %(default)s)")
+    add("--clips", type=int, default=6, help="few, long, mask: moving clips (default %(default)s)")
     add("--out", type=Path, default=HOUSE / "bench", help="folder of the results (default: bench/ of this repository)")
     return parser.parse_args(argv)
 
 
 def run(program, args, sections):
     """Print and save each section; sections: name -> function of args that yields rows, dicts of equal keys."""
-    if len(args.what) > 1 or args.limit:
-        sys.exit("; ".join(filter(None, (in_a_process(program, what, args) for what in args.what))) or None)
     from bench.measure import device_name
 
-    (what,), rows, path, started = args.what, [], None, time.time()
-    without = {"compile": f"sm_{args.arch}, compiled only"} | dict.fromkeys(
-        ("memory", "roofline", "weights8"), "computed"
-    )
-    device = without.get(what) or device_name()
-    try:
-        for row in sections[what](args):
-            rows.append(row)
-            path = save(args.out, device, what, rows, program)
-    finally:
-        if rows:
-            print(f"{table(rows)}\n{what}: {len(rows)} rows, {time.time() - started:.0f} s, {path}\n", flush=True)
-    failed = sum(row.get("result", "pass") != "pass" for row in rows)
-    sys.exit(f"{what}: {failed} of {len(rows)} failed" if failed else None)
-
-
-def in_a_process(program, what, args):
-    """Run a section in a process group of its own and kill the group at the end -> what went wrong, or None."""
-    options = ["--repeat", args.repeat, "--only", args.only, "--arch", args.arch, "--out", args.out]
-    process = subprocess.Popen([sys.executable, "-m", program, what, *map(str, options)], start_new_session=True)
-    try:
-        return f"{what}: failed" if process.wait(args.limit) else None
-    except subprocess.TimeoutExpired:
-        return f"{what}: stopped after {args.limit:g} s"
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    computed, failed = dict.fromkeys(("memory", "roofline", "weights8"), "computed"), 0
+    for what in args.what:
+        device = f"sm_{args.arch}, compiled only" if what == "compile" else computed.get(what) or device_name()
+        rows, path, started = [], None, time.time()
+        try:
+            for row in sections[what](args):
+                rows.append(row)
+                path = save(args.out, device, what, rows, program)
+        finally:
+            if rows:
+                print(f"{table(rows)}\n{what}: {len(rows)} rows, {time.time() - started:.0f} s, {path}\n", flush=True)
+        failed += sum(row.get("result", "pass") != "pass" for row in rows)
+    sys.exit(f"{failed} rows failed" if failed else None)
 
 
 def save(folder, device, what, rows, program):
@@ -99,7 +82,7 @@ def clocks():
 def table(rows):
     """Rows, dicts with the same keys, as a Markdown table."""
     cells = [list(rows[0])] + [[shown(value) for value in row.values()] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    widths = [max(map(len, column)) for column in zip(*cells)]
     cells.insert(1, ["-" * width for width in widths])
     return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths)) + " |" for line in cells)
 

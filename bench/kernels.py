@@ -6,24 +6,22 @@ attention   forward and backward beside PyTorch's attention; on a GPU each of it
 norm        a GPU alone: the fused passes beside their plain twins, GB/s
 compile     no device needed: every kernel through ptxas: registers, spilled bytes, shared memory; a spill fails
 
-python -m bench.kernels check attention norm --limit 200    # at most 200 s a section
 python -m bench.kernels compile --arch 80                   # does it spill on an A100?
 """
-
-import sys
 
 from bench import parse_arguments, run
 
 NAMES = ("check", "attention", "norm", "compile")
 args = parse_arguments("bench.kernels", NAMES, __doc__) if __name__ == "__main__" else None
 
-import importlib
 import math
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import time
+from itertools import product
 from multiprocessing import get_context
 
 import torch
@@ -32,32 +30,33 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import kernels
 from bench.measure import ceilings, direction, in_turns, on_gpu, relative_difference
 from dit import rope_3d
-from kernels import ATTENTION
+from kernels import ATTENTION, hopper
+from kernels import norm as fused
 
+triton_attention = sys.modules["kernels.attention"]  # whose name in the package is the function's
 CLOSE = 1e-2  # |ours - float32| / |float32| in bfloat16
 
 
 def cases(args):
-    """(module, kernel, configuration, head_dim) of every attention configuration."""
-    for module, dims in (("attention", (128, 64)), ("hopper", (128,))):
-        for name, configs in importlib.import_module(f"kernels.{module}").CONFIGS.items():
-            yield from ((module, name, c, dim) for c in configs for dim in dims if args.only in name)
+    """(kernel, configuration, head_dim) of every attention configuration; the Hopper kernel has one."""
+    kinds = {name: [*product(configs, (128, 64))] for name, configs in triton_attention.CONFIGS.items()}
+    kinds["attention_forward_hopper"] = [(tuple(hopper.CONSTANTS.values()), 128)]
+    return [(name, *case) for name, some in kinds.items() for case in some if args.only in name]
 
 
 def check(args):
     if not on_gpu():
         os.environ["TRITON_INTERPRET"] = "1"
-    hopper = on_gpu() and kernels.on_hopper(torch.device("cuda"))
-    todo = [case for case in cases(args) if hopper or case[0] == "attention"]
-    context, at_once = get_context("spawn"), 16 if on_gpu() else 2
-    for i in range(0, len(todo), at_once):
-        some = todo[i : i + at_once]
+    fits = on_gpu() and kernels.on_hopper(torch.device("cuda"))
+    todo = [case for case in cases(args) if fits or "hopper" not in case[0]]
+    context, at_once, seconds = get_context("spawn"), *((16, 90) if on_gpu() else (2, 600))
+    for some in [todo[i : i + at_once] for i in range(0, len(todo), at_once)]:
         answers = [context.SimpleQueue() for _ in some]
         running = [context.Process(target=check_one, args=(*case, answer)) for case, answer in zip(some, answers)]
         for process in running:
             process.start()
-        end = time.monotonic() + (90 if on_gpu() else 600)
-        for (_, name, config, dim), process, answer in zip(some, running, answers):
+        end = time.monotonic() + seconds
+        for (name, config, dim), process, answer in zip(some, running, answers):
             process.join(max(0, end - time.monotonic()))
             lost = "hung" if process.is_alive() else f"ended with {process.exitcode}"
             process.kill()
@@ -66,46 +65,44 @@ def check(args):
                    "result": result}  # fmt: skip
 
 
-def check_one(module, name, config, dim, answer):
+def forward_and_backward(function, inputs, grad):
+    out = function(*inputs)
+    return out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))
+
+
+def check_one(name, config, dim, answer):
     """Forward and backward twice with one configuration, the plainest of the other kernels, at lengths with tails."""
-    attention, own = (importlib.import_module(f"kernels.{m}") for m in ("attention", module))
-    for other, configs in attention.CONFIGS.items():
-        attention.CONFIGS[other] = configs[-1:]
-    own.CONFIGS[name] = [config]
-    attention.usable = lambda configs, arguments, **_: configs
+    configs = triton_attention.CONFIGS
+    configs |= {other: [config] if other == name else some[-1:] for other, some in configs.items()}
+    triton_attention.usable = lambda configs, arguments, **_: configs
     place, dtype, lengths = ("cuda", torch.bfloat16, (8190, 1600)) if on_gpu() else ("cpu", torch.float32, (130, 70))
     try:
-        q, k, v = (torch.randn(1, n, 2, dim, device=place, dtype=dtype, requires_grad=True)
-                   for n in (lengths[0], *lengths[1:] * 2))  # fmt: skip
+        q, k, v = (torch.randn(1, lengths[i], 2, dim, device=place, dtype=dtype, requires_grad=True) for i in (0, 1, 1))
         grad, exact = torch.randn_like(q), [x.detach().float().requires_grad_() for x in (q, k, v)]
-        ours, again, theirs = (
-            (out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype)))
-            for function, inputs in ((ATTENTION["hopper" if module == "hopper" else "triton"], (q, k, v)),) * 2
-            + ((ATTENTION["ref"], exact),)
-            for out in [function(*inputs)]
-        )
+        function = ATTENTION["hopper" if "hopper" in name else "triton"]
+        ours, again = (forward_and_backward(function, (q, k, v), grad) for _ in range(2))
+        theirs = forward_and_backward(ATTENTION["ref"], exact, grad)
         difference = relative_difference(lambda: ours, lambda: theirs)
         same = all(torch.equal(a, b) for a, b in zip(ours, again))
-        wrong = "" if difference < CLOSE else "wrong numbers" if same else "other bits each time"
-        answer.put((difference, wrong or ("pass" if same else "other bits each time")))
+        good = "pass" if difference < CLOSE else "wrong numbers"
+        answer.put((difference, good if same else "other bits each time"))
     except Exception as error:
         answer.put((math.nan, f"{type(error).__name__}: {str(error).strip()[:120]}"))
 
 
+def backend(which):
+    def run(q, k, v):
+        with sdpa_kernel(which):
+            return ATTENTION["sdpa"](q, k, v)
+
+    return run
+
+
 def attention(args):
-    def backend(which):
-        def run(q, k, v):
-            with sdpa_kernel(which):
-                return ATTENTION["sdpa"](q, k, v)
-
-        return run
-
     if on_gpu():
-        candidates = {"triton": ATTENTION["triton"], "cudnn": ATTENTION["cudnn"],
-                      "flash": backend(SDPBackend.FLASH_ATTENTION),
-                      "efficient": backend(SDPBackend.EFFICIENT_ATTENTION)}  # fmt: skip
-        if kernels.on_hopper(torch.device("cuda")):
-            candidates["hopper"] = ATTENTION["hopper"]
+        candidates = {name: ATTENTION[name] for name in ("triton", "cudnn", "hopper")}
+        candidates |= {"flash": backend(SDPBackend.FLASH_ATTENTION),
+                       "efficient": backend(SDPBackend.EFFICIENT_ATTENTION)}  # fmt: skip
         peak, device, shapes = ceilings(args.repeat)[0], "cuda", [(1, *shape, torch.bfloat16) for shape in (
             (18480, 18480, 24, 128), (8190, 8190, 24, 128), (18480, 512, 24, 128), (18480, 1600, 24, 128),
             (75600, 75600, 4, 128), (18480, 18480, 24, 64))]  # fmt: skip
@@ -114,17 +111,16 @@ def attention(args):
         peak, device, shapes = None, "cpu", [(1, 1024, n, 12, d, torch.float32)
                                              for n, d in ((1024, 128), (512, 128), (1024, 64))]  # fmt: skip
         shapes += [(32, *n, 8, 32, torch.bfloat16) for n in ((64, 64), (256, 256), (256, 96))]  # a batch of nano's
-    for B, Lq, Lk, heads, dim, dtype in shapes:
+    for (B, Lq, Lk, heads, dim, dtype), (way, factor) in product(shapes, (("forward", 4), ("backward", 10))):
         qkv = tuple(torch.randn(B, n, heads, dim, device=device, dtype=dtype, requires_grad=True) for n in (Lq, Lk, Lk))
-        for way, factor in (("forward", 4), ("backward", 10)):
-            runs = {name: direction(way, function, qkv) for name, function in candidates.items()}
-            rates = {name: factor * B * Lq * Lk * heads * dim / seconds / 1e12
-                     for name, seconds in in_turns(runs, args.repeat).items()}  # fmt: skip
-            row = {"B, Lq x Lk, heads x dim": f"{B}, {Lq} x {Lk}, {heads} x {dim}", "dtype": str(dtype)[6:],
-                   "direction": way} | {f"{name} TFLOP/s": rate for name, rate in rates.items()}  # fmt: skip
-            ours, theirs = next(iter(runs.values())), direction(way, ATTENTION["sdpa"], qkv)
-            row |= {"best of matmul": max(r for r in rates.values() if r == r) / peak} if peak else {}
-            yield row | {"first to sdpa": relative_difference(ours, theirs)}
+        runs = {name: direction(way, function, qkv) for name, function in candidates.items()}
+        rates = {name: factor * B * Lq * Lk * heads * dim / seconds / 1e12
+                 for name, seconds in in_turns(runs, args.repeat).items()}  # fmt: skip
+        row = {"B, Lq x Lk, heads x dim": f"{B}, {Lq} x {Lk}, {heads} x {dim}", "dtype": str(dtype)[6:],
+               "direction": way} | {f"{name} TFLOP/s": rate for name, rate in rates.items()}  # fmt: skip
+        ours, theirs = next(iter(runs.values())), direction(way, ATTENTION["sdpa"], qkv)
+        row |= {"best of matmul": max(r for r in rates.values() if r == r) / peak} if peak else {}
+        yield row | {"first to sdpa": relative_difference(ours, theirs)}
 
 
 def norm(args):
@@ -148,7 +144,7 @@ def norm_rows(repeat, grid, heads, dtype, video, peak=None, ways=("forward", "ba
         ("gate_residual_norm", (x, y, gate, shift, scale), (1e-6,), (4, 6)),
         ("channel_norm_silu", (pixels, torch.rand(video[1], 1, 1, 1, **new)), (), (2,)),  # its backward is the twin's
     ):
-        functions = [getattr(importlib.import_module("kernels.norm"), f"{name}_{kind}") for kind in ("triton", "plain")]
+        functions = [getattr(fused, f"{name}_{kind}") for kind in ("triton", "plain")]
         for way, count in zip(ways, passes):
             ours, plain = (direction(way, lambda *t, f=f: f(*t, *rest), inputs) for f in functions)
             seconds = in_turns({"ours": ours, "plain": plain}, max(repeat, 15) if on_gpu() else repeat)
@@ -160,41 +156,39 @@ def norm_rows(repeat, grid, heads, dtype, video, peak=None, ways=("forward", "ba
                    "relative difference": relative_difference(ours, plain)}  # fmt: skip
 
 
+ABSENT = {  # the norms' kernels are compiled with all of their arguments, and without these
+    "rms_norm_rope_forward": [(), ("cos", "sin")],
+    "rms_norm_rope_backward": [()],
+    "residual_norm_forward": [(), ("y", "gate", "new"), ("shift", "scale", "normed")],
+    "residual_norm_backward": [(), ("y", "gate", "grad_new", "dy", "dgate"),
+                               ("scale", "grad_normed", "dx", "dshift", "dscale")],
+    "channel_norm_silu_forward": [()],
+}  # fmt: skip
+
+
 def compile_all(args):
     """At the widths of the 5B and the 14B model, in bfloat16."""
     os.environ.pop("TRITON_INTERPRET", None)  # set, there would be nothing to compile
-    triton_config = importlib.import_module("kernels.attention").triton_config
-    for module, name, config, dim in cases(args):
-        compiled = importlib.import_module(f"kernels.{module}").compiled(name)
-        if module == "hopper":
-            constants, options = importlib.import_module("kernels.hopper").constants(config), {"num_warps": 4}
+    for name, config, dim in cases(args):
+        if "hopper" not in name:
+            kernel, (m, n, warps, stages) = triton_attention.compiled(name).fn, config
+            constants = {"DIM": dim, "PRECISION": "tf32", "BLOCK_M": m, "BLOCK_N": n}
+            options = {"num_warps": warps, "num_stages": stages}
+        elif args.arch // 10 == 9:
+            kernel, constants, options = hopper.compiled(), hopper.CONSTANTS, {"num_warps": 4}
         else:
-            config, compiled = triton_config(config), compiled.fn
-            constants = {"DIM": dim, "PRECISION": "tf32", **config.kwargs}
-            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        if args.arch // 10 == 9 or module == "attention" and (args.arch > 90 or not constants["TMA"]):
-            label = f"head_dim {dim}, {tuple(constants.values())[2:]} {tuple(options.values())}"
-            yield compile_one(args.arch, compiled, label, constants, options)
-    norm = importlib.import_module("kernels.norm")
-    absent = {
-        "rms_norm_rope_forward": [(), ("cos", "sin")],
-        "rms_norm_rope_backward": [()],
-        "residual_norm_forward": [(), ("y", "gate", "new"), ("shift", "scale", "normed", "mean", "rstd")],
-        "residual_norm_backward": [(), ("y", "gate", "grad_new", "dy", "dgate"),
-                                   ("scale", "grad_normed", "mean", "rstd", "dx", "dshift", "dscale")],
-        "channel_norm_silu_forward": [()],
-    }  # fmt: skip
-    for name, variants in absent.items():
-        for D in (160, 256, 1024) if name.startswith("channel") else (3072, 5120):
-            shape = (norm.pixel_shape if name.startswith("channel") else norm.row_shape)(D)
-            warps = {"num_warps": shape.pop("num_warps")}
-            for without in variants if args.only in name else ():
-                constants = {"D": D, "PAIRS": 64, **shape, **dict.fromkeys(without)}
-                label = f"width {D}" + (f", without {' '.join(without)}" if without else "")
-                yield compile_one(args.arch, norm.compiled(name), label, constants, warps)
+            continue
+        yield compile_one(args.arch, kernel, f"head_dim {dim}, {config}", constants, options)
+    for name, variants in ABSENT.items():
+        pixels = name.startswith("channel")
+        for D, without in product((160, 256, 1024) if pixels else (3072, 5120), variants if args.only in name else ()):
+            constants = {"D": D, "PAIRS": 64, **(fused.pixel_shape if pixels else fused.row_shape)(D)}
+            options = {"num_warps": constants.pop("num_warps")}
+            label = f"width {D}" + (f", without {' '.join(without)}" if without else "")
+            yield compile_one(args.arch, fused.compiled(name), label, constants | dict.fromkeys(without), options)
 
 
-FLOATS = ("lse", "delta", "cos", "sin", "rstd", "mean", "dweight", "dgate", "dshift", "dscale")
+FLOATS = ("lse", "delta", "cos", "sin", "dweight", "dgate", "dshift", "dscale")
 INTEGERS = ("Lq", "Lk", "L", "HEADS", "rows", "clip", "skip", "size_class")
 
 
@@ -228,4 +222,4 @@ def compile_one(arch, kernel, label, constants, options):
 
 SECTIONS = dict(zip(NAMES, (check, attention, norm, compile_all)))
 if __name__ == "__main__":
-    sys.exit(run("bench.kernels", args, SECTIONS))
+    run("bench.kernels", args, SECTIONS)

@@ -25,19 +25,18 @@ def device_name():
 
 def in_turns(functions, repeat):
     """Median seconds of each, {name: function or None}, in turns after one to warm up. nan: None, or it failed."""
-    times = {name: [] for name in functions}
-    alive = {name: function for name, function in functions.items() if function}
+    times = {name: [] for name, function in functions.items() if function}
     flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda") if on_gpu() else None
     for turn in range(repeat + 1):
-        for name, function in list(alive.items())[:: -1 if turn % 2 else 1]:  # nobody always comes first
+        for name in list(times)[:: -1 if turn % 2 else 1]:  # nobody always comes first
             seconds = None
             with left_out(name):
-                seconds = once(function, flush)
+                seconds = once(functions[name], flush)
             if seconds is None:
-                del alive[name]
-            elif turn:
+                del times[name]
+            else:
                 times[name].append(seconds)
-    return {name: statistics.median(ts) if name in alive else math.nan for name, ts in times.items()}
+    return {name: statistics.median(times[name][1:]) if name in times else math.nan for name in functions}
 
 
 def once(function, flush):
@@ -55,6 +54,13 @@ def once(function, flush):
     return start.elapsed_time(stop) / 1000
 
 
+def psnr(a, b):
+    """dB of uint8 frames (T, H, W, 3)."""
+    import metrics  # which needs PyAV
+
+    return metrics.psnr(a.double() / 255, b.double() / 255)
+
+
 def ceilings(repeat):
     """(TFLOP/s of an 8192^3 matrix product in bfloat16, GB/s of a copy of 1 GiB, read and write counted) of a GPU."""
     a, b = torch.randn(2, 8192, 8192, device="cuda", dtype=torch.bfloat16)
@@ -64,13 +70,17 @@ def ceilings(repeat):
     return 2 * 8192**3 / seconds["matmul"] / 1e12, 2 * x.numel() / seconds["copy"] / 1e9
 
 
+def as_tuple(x):
+    return x if isinstance(x, tuple) else (x,)
+
+
 def relative_difference(ours, theirs):
     """|ours - theirs| / |theirs| of all that two functions return; nan without a second, or if one fails."""
+    if theirs is None:
+        return math.nan
     with left_out("a difference"):
-        if theirs is not None:
-            pairs = [x if isinstance(x, tuple) else (x,) for x in (ours(), theirs())]
-            sizes = [(torch.dist(a.float(), b.float()), b.float().norm()) for a, b in zip(*pairs)]
-            return (sum(d**2 for d, _ in sizes) / sum(n**2 for _, n in sizes)).sqrt().item()
+        ours, theirs = (torch.cat([x.float().flatten() for x in as_tuple(function())]) for function in (ours, theirs))
+        return (torch.dist(ours, theirs) / theirs.norm()).item()
     return math.nan
 
 
@@ -82,10 +92,9 @@ def direction(name, function, inputs):
 
     def backward():
         if not kept:
-            out = function(*inputs)
-            out = out if isinstance(out, tuple) else (out,)
-            torch.manual_seed(0)  # both sides get the same gradients, or their results could not be compared
-            kept.extend((out, [torch.randn_like(o) for o in out]))
+            out = as_tuple(function(*inputs))
+            torch.manual_seed(0)  # both sides get the same gradients, whatever the layout of their results
+            kept.extend((out, [torch.randn(o.shape, device=o.device, dtype=o.dtype) for o in out]))
         return torch.autograd.grad(kept[0], inputs, kept[1], retain_graph=True)
 
     return backward

@@ -3,7 +3,6 @@
     dit       a step of the diffusion transformer beside diffusers' WanTransformer3DModel, the same random weights
     vae       encode and decode beside diffusers' AutoencoderKLWan, the same random weights; on a GPU peak memory too
     profile   where the time of a DiT step and of a decoding goes, by class of kernel
-    edit      an edit by phase: encode, 50 steps, decode (random weights and context)
     weights8  the bundled example with 8-bit DiT weights beside float32: bytes and PSNR
     memory    no device needed: peak of an edit at 480p and 720p by part, computed on tensors without storage
     roofline  no device needed: the least time of a 720p step on an H200, by part
@@ -14,11 +13,9 @@ On a GPU the sizes are those of Wan2.2-TI2V-5B at 480p and 720p in bfloat16. On 
 small.
 """
 
-import sys
-
 import bench
 
-NAMES = ("dit", "vae", "profile", "edit", "weights8", "memory", "roofline")
+NAMES = ("dit", "vae", "profile", "weights8", "memory", "roofline")
 args = bench.parse_arguments("bench.speed", NAMES, __doc__) if __name__ == "__main__" else None
 
 import importlib.util
@@ -32,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kernels
-from bench.measure import in_turns, on_gpu, peak_memory, relative_difference
+from bench.measure import in_turns, on_gpu, peak_memory, psnr, relative_difference
 from dit import DiT, DiTConfig
 from vae import VAE, VAEConfig
 
@@ -46,13 +43,6 @@ CLASSES = (
     ("copy", "copy|memcpy|memset|cat|fill|clone"),
     ("rest", ""),
 )
-
-
-def has_diffusers():
-    if importlib.util.find_spec("diffusers"):
-        return True
-    print("note: measured alone, for a comparison pip install diffusers", flush=True)
-    return False
 
 
 def diffusers_dit(config):
@@ -103,6 +93,17 @@ def built(device, dtype, make):
         torch.set_default_dtype(default)
 
 
+def beside_diffusers(dtype, ours, theirs, share):
+    """Our module and diffusers', or None, with the same weights, in place."""
+    ours = built(place()[0], dtype, ours)
+    if not importlib.util.find_spec("diffusers"):
+        print("note: measured alone, for a comparison pip install diffusers", flush=True)
+        return ours, None
+    theirs = built(place()[0], dtype, theirs)
+    share(ours, theirs)
+    return ours, theirs
+
+
 def place():
     return ("cuda", torch.bfloat16) if on_gpu() else ("cpu", torch.float32)
 
@@ -124,11 +125,8 @@ def dit_row(args, name, config, grid, dtype, compiled=False):
     """A forward from latents and 512 text features, ours and diffusers', and ours with the context's keys kept."""
     from load import load_weights
 
-    device = place()[0]
-    ours = built(device, dtype, lambda: DiT(config))
-    theirs = built(device, dtype, lambda: diffusers_dit(config)) if has_diffusers() else None
-    if theirs:
-        load_weights(ours, theirs.state_dict())
+    device, share = place()[0], lambda ours, theirs: load_weights(ours, theirs.state_dict())
+    ours, theirs = beside_diffusers(dtype, lambda: DiT(config), lambda: diffusers_dit(config), share)
     x = torch.randn(1, config.in_dim, *grid, device=device, dtype=dtype)
     text = torch.randn(1, 512, config.text_dim, device=device, dtype=dtype)
     t = torch.tensor([500.0], device=device)
@@ -158,10 +156,7 @@ def vae(args):
 def vae_rows(args, config, size, dtype):
     """Encode and decode of a clip of `size` (frames, height, width)."""
     device, row = place()[0], {"VAE": config.version, "frames": "x".join(map(str, size)), "dtype": str(dtype)[6:]}
-    ours = built(device, dtype, lambda: VAE(config))
-    theirs = built(device, dtype, lambda: diffusers_vae(config)) if has_diffusers() else None
-    if theirs:
-        give_weights(ours, theirs)
+    ours, theirs = beside_diffusers(dtype, lambda: VAE(config), lambda: diffusers_vae(config), give_weights)
     video = torch.rand(1, 3, *size, device=device, dtype=dtype) * 2 - 1
     latents = ours.encode(video)
     z = ours.denormalise(latents)  # diffusers leaves the normalisation to its pipelines
@@ -206,24 +201,6 @@ def profile_rows(part, run):
         yield {"part": part, "class": name, "calls": count, "ms": ms, "share": ms / total}
 
 
-@torch.no_grad()
-def edit(args):
-    """The phases of an edit without the language model, whose weights cannot be random."""
-    from model import PRESETS, KiwiEdit
-
-    name, size, steps = ("wan22_5b", (81, 704, 1280), 50) if on_gpu() else ("nano", (17, 128, 128), 50)
-    device, dtype = place()
-    model = built(device, dtype, lambda: KiwiEdit(replace(PRESETS[name], mllm=None)))
-    video = torch.randint(0, 256, (*size, 3), dtype=torch.uint8, device=device)
-    context = torch.randn(1, 512, model.config.dit.dim, device=device, dtype=dtype)
-    source = model.encode_frames(video)
-    noise, turns = torch.randn(source.shape, device=device), iter((2, steps))  # two steps warm up
-    for phase, run in (("encode", lambda: model.encode_frames(video)),
-                       (f"{steps} steps", lambda: model.denoise(noise, context, source, steps=next(turns))),
-                       ("decode", lambda: model.decode_frames(source))):  # fmt: skip
-        yield {"model": name, "frames": "x".join(map(str, size)), "phase": phase, "s": in_turns({phase: run}, 1)[phase]}
-
-
 def weights8(args):
     """PSNR of the edited example to that of float32 weights, in float32 arithmetic on a CPU; bfloat16: all of it."""
     from connectors import replace_modules
@@ -235,15 +212,14 @@ def weights8(args):
     for kind in ("float32", "bfloat16", "fp8", "int8"):
         model = KiwiEdit.from_pretrained(nano, "cpu", torch.bfloat16 if kind == "bfloat16" else torch.float32)
         if kind in ("fp8", "int8"):
-            linear = lambda child: QuantLinear.from_linear(child, kind) if type(child) is torch.nn.Linear else None
-            replace_modules(model.dit.blocks, lambda _, child: linear(child))
+            quantised = lambda _, x: QuantLinear.from_linear(x, kind) if type(x) is torch.nn.Linear else None
+            replace_modules(model.dit.blocks, quantised)
         size = sum(t.numel() * t.element_size() for t in model.dit.blocks.state_dict().values())
         clip = read_for(model.config, nano / "example" / "source.mp4", None, None).frames
         prompt, ref = (nano / "example" / "prompt.txt").read_text(), read_image(nano / "example" / "reference.png")
-        pixels = model.edit(clip, prompt.strip(), ref).double()
+        pixels = model.edit(clip, prompt.strip(), ref)
         exact = pixels if exact is None else exact
-        psnr = 10 * math.log10(255**2 / (pixels - exact).square().mean()) if kind != "float32" else ""
-        yield {"DiT blocks": kind, "MB": size / 1e6, "PSNR dB": psnr}
+        yield {"DiT blocks": kind, "MB": size / 1e6, "PSNR dB": psnr(pixels, exact) if kind != "float32" else ""}
 
 
 @torch.no_grad()
@@ -319,6 +295,6 @@ def peak_of_live_tensors(run, module):
     return ledger.peak / 2**30
 
 
-SECTIONS = dict(zip(NAMES, (dit, vae, profile, edit, weights8, memory, roofline)))
+SECTIONS = dict(zip(NAMES, (dit, vae, profile, weights8, memory, roofline)))
 if __name__ == "__main__":
-    sys.exit(bench.run("bench.speed", args, SECTIONS))
+    bench.run("bench.speed", args, SECTIONS)

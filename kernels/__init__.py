@@ -9,19 +9,18 @@ environment of any command, chooses what they run:
     "triton"  our kernels
     "hopper"  our Gluon attention for Hopper; the rest as "triton"
     "auto"    on a CPU "sdpa", and "slices" to train in bfloat16 on short sequences; on a GPU our kernels, and of the
-              attentions the fastest, timed once ("hopper" among them once `python -m bench.kernels check` passed there)
+              attentions in CANDIDATES the fastest, timed once
 `linear.py` has 8-bit weights, `conv.py` the VAE's convolutions. transformers probes for a package named `kernels`,
 hence `__version__`; importing it imports neither triton nor CUDA.
 """
 
-import json
 import math
 import os
-from functools import lru_cache
-from pathlib import Path
+from importlib.util import find_spec
 
 import torch
 
+from kernels import norm
 from kernels.attention import (
     SLICE,
     attention_cudnn,
@@ -32,30 +31,8 @@ from kernels.attention import (
     left_out,
 )
 from kernels.hopper import attention_hopper
-from kernels.norm import (
-    channel_norm_silu_plain,
-    channel_norm_silu_triton,
-    gate_residual_norm_plain,
-    gate_residual_norm_triton,
-    gate_residual_plain,
-    gate_residual_triton,
-    layer_norm_modulate_plain,
-    layer_norm_modulate_triton,
-    rms_norm_rope_plain,
-    rms_norm_rope_triton,
-)
 
 __version__ = "0.0"
-__all__ = [
-    "attention",
-    "channel_norm_silu",
-    "gate_residual",
-    "gate_residual_norm",
-    "layer_norm_modulate",
-    "rms_norm_rope",
-    "set_backend",
-]
-
 ATTENTION = {
     "ref": attention_ref,
     "sdpa": attention_sdpa,
@@ -64,6 +41,7 @@ ATTENTION = {
     "triton": attention_triton,
     "hopper": attention_hopper,
 }
+CANDIDATES = ("triton", "sdpa", "cudnn")  # of "auto" on a GPU
 BACKENDS = ("auto", *ATTENTION)
 backend = "auto"
 fastest = {}  # (device, dtype, heads, head_dim, whether it trains) -> name of an attention, measured
@@ -79,19 +57,19 @@ def rms_norm_rope(x, weight, rope, num_heads, eps):
 
     rope: cos and sin, each (L, d/2) float32, or None (the norm alone).
     """
-    run = rms_norm_rope_triton if choose(x) == "triton" else rms_norm_rope_plain
+    run = norm.rms_norm_rope_triton if choose(x) == "triton" else norm.rms_norm_rope_plain
     return run(x, weight, rope, num_heads, eps)
 
 
 def layer_norm_modulate(x, shift, scale, eps):
     """layer_norm(x) * (1 + scale) + shift; x (B, L, D), shift and scale (B, 1, D)."""
-    run = layer_norm_modulate_triton if choose(x) == "triton" else layer_norm_modulate_plain
+    run = norm.layer_norm_modulate_triton if choose(x) == "triton" else norm.layer_norm_modulate_plain
     return run(x, shift, scale, eps)
 
 
 def gate_residual(x, y, gate):
     """x + gate * y; x, y (B, L, D), gate (B, 1, D)."""
-    return (gate_residual_triton if choose(x) == "triton" else gate_residual_plain)(x, y, gate)
+    return (norm.gate_residual_triton if choose(x) == "triton" else norm.gate_residual_plain)(x, y, gate)
 
 
 def gate_residual_norm(x, y, gate, shift, scale, eps):
@@ -99,7 +77,7 @@ def gate_residual_norm(x, y, gate, shift, scale, eps):
 
     gate None: x' = x + y. A LayerNorm with weight and bias has shift = bias, scale = weight.float() - 1.
     """
-    run = gate_residual_norm_triton if choose(x) == "triton" else gate_residual_norm_plain
+    run = norm.gate_residual_norm_triton if choose(x) == "triton" else norm.gate_residual_norm_plain
     return run(x, y, gate, shift, scale, eps)
 
 
@@ -108,7 +86,8 @@ def channel_norm_silu(x, gamma, past=None):
 
     past: frames (B, C, P, H, W) to stand before it, as a causal convolution wants them -> (B, C, P + T, H, W).
     """
-    return (channel_norm_silu_triton if choose(x) == "triton" else channel_norm_silu_plain)(x, gamma, past)
+    run = norm.channel_norm_silu_triton if choose(x) == "triton" else norm.channel_norm_silu_plain
+    return run(x, gamma, past)
 
 
 def set_backend(name):
@@ -116,17 +95,9 @@ def set_backend(name):
     global backend
     if name not in BACKENDS:
         raise ValueError(f"{name!r} is no backend (KIWI_KERNELS, set_backend): expected one of {', '.join(BACKENDS)}")
-    if name in ("triton", "hopper") and not has_triton():
+    if name in ("triton", "hopper") and not find_spec("triton"):
         raise ImportError(f"set_backend({name!r}): triton is not installed; pip install triton, or take 'auto'")
     backend = name
-
-
-def has_triton():
-    try:
-        import triton  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def choose(x, measured=False):
@@ -148,17 +119,9 @@ def choose(x, measured=False):
     if x.is_cpu and x.dtype == torch.bfloat16 and measured and torch.is_grad_enabled():
         return "slices" if x.shape[1] ** 2 * x.shape[2] <= 8 * SLICE else "sdpa"
     ours = x.is_cuda and x.dtype != torch.float64 and torch.cuda.get_device_capability(x.device) >= (8, 0)
-    if not ours or not has_triton():
+    if not ours or not find_spec("triton"):
         return "sdpa"
     return fastest_attention(x.device, x.dtype, *x.shape[-2:]) if measured else "triton"
-
-
-@lru_cache
-def checked(card, folder=Path(__file__).resolve().parent.parent / "bench"):
-    """Kernels all of whose configurations passed `python -m bench.kernels check` on a card of this name."""
-    sections = [json.loads(path.read_text()).get("check", {}) for path in folder.glob("*.json")]
-    rows = [row for section in sections if section.get("device") == card for row in section["rows"]]
-    return {row["kernel"] for row in rows} - {row["kernel"] for row in rows if row["result"] != "pass"}
 
 
 def on_hopper(device):
@@ -173,30 +136,23 @@ def fastest_attention(device, dtype, heads, head_dim):
             return "sdpa"
         if torch.compiler.is_compiling():
             return "triton"
-        card = torch.cuda.get_device_name(device)
-        hopper = on_hopper(device) and "attention_forward_hopper" in checked(card)
-        names = ("triton", "sdpa", "cudnn") + ("hopper",) * hopper
-        times = {name: milliseconds(name, *key) for name in names}
+        times = {name: milliseconds(name, *key) for name in CANDIDATES}
         ran = [name for name, time in times.items() if time < math.inf]
         fastest[key] = min(ran, key=times.get, default="sdpa")  # a card that is full has no room for a stopwatch
         measured = ", ".join(f"{name} {time:.2f} ms" for name, time in times.items())
         way = "forward and backward" if key[-1] else "forward"
-        print(f"kernels: attention of {dtype}, {heads} heads of {head_dim}, {way} on {card}: {measured}; "
-              f"taking {fastest[key]}", flush=True)  # fmt: skip
+        print(f"kernels: attention of {dtype}, {heads} heads of {head_dim}, {way}: {measured}; taking {fastest[key]}",
+              flush=True)  # fmt: skip
     return fastest[key]
 
 
 def milliseconds(name, device, dtype, heads, head_dim, trains):
-    """Median of 10 runs over 8,192 tokens, after 3 to warm up, two inputs in turn. Infinity if it fails; it says so."""
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(13)]
+    """Median over 8,192 tokens. Infinity if it fails; it says so."""
     with left_out(name), torch.cuda.device(device):
-        inputs = [torch.randn(3, 1, 8192, heads, head_dim, device=device, dtype=dtype) for _ in range(2)]
-        for i, (start, stop) in enumerate(events):
-            start.record()
-            run_alone(ATTENTION[name], inputs[i % 2], trains)
-            stop.record()
-        torch.cuda.synchronize()
-        return sorted(start.elapsed_time(stop) for start, stop in events[3:])[5]
+        from triton.testing import do_bench
+
+        qkv = torch.randn(3, 1, 8192, heads, head_dim, device=device, dtype=dtype)
+        return do_bench(lambda: run_alone(ATTENTION[name], qkv, trains), return_mode="median")
     return math.inf
 
 

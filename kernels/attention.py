@@ -8,9 +8,8 @@ FLOPs: 4 Lq Lk d per head forward, 10 backward (and 4 to recompute the scores). 
 After FlashAttention-2 (arXiv 2307.08691): a block of queries meets all keys with a running softmax (arXiv 1805.02867)
 and the scores never leave the chip. Backward recomputes them from the log-sum-exp, once per block of queries for dq and
 once per block of keys for dk and dv: nothing is added atomically, so a configuration gives the same bits each time.
-Loads go through pointers or, from Hopper on, through the tensor memory accelerator (TMA). The first launch of a size
-class times the configurations below; heads are a run-time number, so one compilation serves every model.
-`python -m bench.kernels check` runs each configuration in its own process.
+The first launch of a size class times the configurations below; heads are a run-time number, so one compilation serves
+every model. `python -m bench.kernels check` runs each configuration in its own process.
 """
 
 from __future__ import annotations
@@ -58,28 +57,20 @@ def attention_cudnn(q, k, v):
         return attention_sdpa(q, k, v)
 
 
-def head_matrix(pointer, length, ROW, BLOCK: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr):
-    """One head's (length, DIM) matrix, its rows ROW apart, for `load_tile`: a TMA descriptor or just the pointer."""
-    if TMA:
-        return tl.make_tensor_descriptor(pointer, [length, DIM], [ROW, 1], [BLOCK, DIM])
-    else:  # a jitted function returns one type from each branch
-        return pointer
+def head_of(pointer, length, HEADS, DIM: tl.constexpr):
+    """The first row of this program's sample and head; rows lie HEADS * DIM apart."""
+    batch, head = tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
+    return pointer + batch.to(tl.int64) * length * HEADS * DIM + head * DIM
 
 
-def load_tile(
-    matrix, start, length, ROW, BLOCK: tl.constexpr, DIM: tl.constexpr, TMA: tl.constexpr,
-    WHOLE: tl.constexpr = False,
-):  # fmt: skip
-    """Rows start .. start + BLOCK of a matrix, zeros behind its end; WHOLE promises that the end is not met.
+def load_tile(pointer, start, length, ROW, BLOCK: tl.constexpr, DIM: tl.constexpr, WHOLE: tl.constexpr = False):
+    """Rows start .. start + BLOCK of a head's matrix, zeros behind its end; WHOLE promises that the end is not met.
 
     A tile's own offsets fit 32 bits, its start may not.
     """
-    if TMA:
-        return matrix.load([start, 0])
-    else:
-        rows = tl.arange(0, BLOCK)
-        at = matrix + tl.cast(start, tl.int64) * ROW + rows[:, None] * ROW + tl.arange(0, DIM)
-        return tl.load(at) if WHOLE else tl.load(at, mask=(start + rows < length)[:, None], other=0.0)
+    rows = tl.arange(0, BLOCK)
+    at = pointer + tl.cast(start, tl.int64) * ROW + rows[:, None] * ROW + tl.arange(0, DIM)
+    return tl.load(at) if WHOLE else tl.load(at, mask=(start + rows < length)[:, None], other=0.0)
 
 
 def store_tile(pointer, values, start, length, ROW, BLOCK: tl.constexpr, DIM: tl.constexpr):
@@ -91,22 +82,15 @@ def store_tile(pointer, values, start, length, ROW, BLOCK: tl.constexpr, DIM: tl
 
 def attention_forward(
     q, k, v, out, lse, Lq, Lk, scale, size_class, HEADS, DIM: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head against all keys, BLOCK_N at a time.
 
     scale: log2(e) / sqrt(d), since exp2 is one instruction; lse: log2 of each query's sum of exponentials.
     """
-    ROW = HEADS * DIM
-    first, batch, head = tl.program_id(0) * BLOCK_M, tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
-    q += batch.to(tl.int64) * Lq * ROW + head * DIM
-    k += batch.to(tl.int64) * Lk * ROW + head * DIM
-    v += batch.to(tl.int64) * Lk * ROW + head * DIM
-    out += batch.to(tl.int64) * Lq * ROW + head * DIM
-    q_matrix = head_matrix(q, Lq, ROW, BLOCK_M, DIM, TMA)
-    k_matrix = head_matrix(k, Lk, ROW, BLOCK_N, DIM, TMA)
-    v_matrix = head_matrix(v, Lk, ROW, BLOCK_N, DIM, TMA)
-    queries = load_tile(q_matrix, first, Lq, ROW, BLOCK_M, DIM, TMA)
+    ROW, first = HEADS * DIM, tl.program_id(0) * BLOCK_M
+    k, v = head_of(k, Lk, HEADS, DIM), head_of(v, Lk, HEADS, DIM)
+    queries = load_tile(head_of(q, Lq, HEADS, DIM), first, Lq, ROW, BLOCK_M, DIM)
 
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -114,7 +98,7 @@ def attention_forward(
     whole = Lk // BLOCK_N * BLOCK_N
     for masked in tl.static_range(2):  # the whole blocks of keys, then the one that sticks out, masked
         for start in tl.range(whole * masked, Lk if masked else whole, BLOCK_N):
-            keys = load_tile(k_matrix, start, Lk, ROW, BLOCK_N, DIM, TMA, not masked)
+            keys = load_tile(k, start, Lk, ROW, BLOCK_N, DIM, not masked)
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
             if masked:
                 scores = tl.where(start + tl.arange(0, BLOCK_N) < Lk, scores, float("-inf"))
@@ -122,33 +106,28 @@ def attention_forward(
             p = tl.exp2(scores * scale - new[:, None])
             shrink = tl.exp2(largest - new)
             total = total * shrink + tl.sum(p, 1)
-            values = load_tile(v_matrix, start, Lk, ROW, BLOCK_N, DIM, TMA, not masked)
+            values = load_tile(v, start, Lk, ROW, BLOCK_N, DIM, not masked)
             acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
             largest = new
 
     rows = first + tl.arange(0, BLOCK_M)
     tl.store(lse + tl.program_id(1).to(tl.int64) * Lq + rows, largest + tl.log2(total), mask=rows < Lq)
-    store_tile(out, acc / total[:, None], first, Lq, ROW, BLOCK_M, DIM)
+    store_tile(head_of(out, Lq, HEADS, DIM), acc / total[:, None], first, Lq, ROW, BLOCK_M, DIM)
 
 
 def attention_backward_q(
     q, k, v, out, grad, lse, delta, dq, Lq, Lk, scale, size_class, HEADS, DIM: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_M queries, and on the way delta = sum(out * grad), which `attention_backward_kv` needs too.
 
     With p = exp2(scores - lse): ds = p * (grad v^T - delta), dq = ds k / sqrt(d).
     """
-    ROW = HEADS * DIM
-    first, batch, head = tl.program_id(0) * BLOCK_M, tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
-    queries_at = batch.to(tl.int64) * Lq * ROW + head * DIM
-    k += batch.to(tl.int64) * Lk * ROW + head * DIM
-    v += batch.to(tl.int64) * Lk * ROW + head * DIM
-    k_matrix = head_matrix(k, Lk, ROW, BLOCK_N, DIM, TMA)
-    v_matrix = head_matrix(v, Lk, ROW, BLOCK_N, DIM, TMA)
-    queries = load_tile(q + queries_at, first, Lq, ROW, BLOCK_M, DIM, False)
-    grads = load_tile(grad + queries_at, first, Lq, ROW, BLOCK_M, DIM, False)
-    outputs = load_tile(out + queries_at, first, Lq, ROW, BLOCK_M, DIM, False)
+    ROW, first = HEADS * DIM, tl.program_id(0) * BLOCK_M
+    k, v = head_of(k, Lk, HEADS, DIM), head_of(v, Lk, HEADS, DIM)
+    queries = load_tile(head_of(q, Lq, HEADS, DIM), first, Lq, ROW, BLOCK_M, DIM)
+    grads = load_tile(head_of(grad, Lq, HEADS, DIM), first, Lq, ROW, BLOCK_M, DIM)
+    outputs = load_tile(head_of(out, Lq, HEADS, DIM), first, Lq, ROW, BLOCK_M, DIM)
     rows = first + tl.arange(0, BLOCK_M)
     rows_at = tl.program_id(1).to(tl.int64) * Lq + rows
     row_lse = tl.load(lse + rows_at, mask=rows < Lq, other=float("inf"))
@@ -159,8 +138,8 @@ def attention_backward_q(
     whole = Lk // BLOCK_N * BLOCK_N
     for masked in tl.static_range(2):
         for start in tl.range(whole * masked, Lk if masked else whole, BLOCK_N):
-            keys = load_tile(k_matrix, start, Lk, ROW, BLOCK_N, DIM, TMA, not masked)
-            values = load_tile(v_matrix, start, Lk, ROW, BLOCK_N, DIM, TMA, not masked)
+            keys = load_tile(k, start, Lk, ROW, BLOCK_N, DIM, not masked)
+            values = load_tile(v, start, Lk, ROW, BLOCK_N, DIM, not masked)
             scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
             if masked:
                 scores = tl.where(start + tl.arange(0, BLOCK_N) < Lk, scores, float("-inf"))
@@ -169,35 +148,31 @@ def attention_backward_q(
             ds = p * (dp - row_delta[:, None])
             acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
 
-    store_tile(dq + queries_at, acc * (scale * 0.6931471805599453), first, Lq, ROW, BLOCK_M, DIM)  # ln 2: 1 / sqrt(d)
+    acc *= scale * 0.6931471805599453  # scale ln 2 is 1 / sqrt(d)
+    store_tile(head_of(dq, Lq, HEADS, DIM), acc, first, Lq, ROW, BLOCK_M, DIM)
 
 
 def attention_backward_kv(
     q, k, v, grad, lse, delta, dk, dv, Lq, Lk, scale, size_class, HEADS, DIM: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK_N keys, which meet all queries, BLOCK_M at a time; scores are (keys, queries) here.
 
     dv = p^T grad, dk = ds^T q / sqrt(d). A query behind the end has lse = inf, so p = 0 without a mask.
     """
-    ROW = HEADS * DIM
-    first, batch, head = tl.program_id(0) * BLOCK_N, tl.program_id(1) // HEADS, tl.program_id(1) % HEADS
-    keys_at = batch.to(tl.int64) * Lk * ROW + head * DIM
-    q += batch.to(tl.int64) * Lq * ROW + head * DIM
-    grad += batch.to(tl.int64) * Lq * ROW + head * DIM
+    ROW, first = HEADS * DIM, tl.program_id(0) * BLOCK_N
+    q, grad = head_of(q, Lq, HEADS, DIM), head_of(grad, Lq, HEADS, DIM)
+    keys = load_tile(head_of(k, Lk, HEADS, DIM), first, Lk, ROW, BLOCK_N, DIM)
+    values = load_tile(head_of(v, Lk, HEADS, DIM), first, Lk, ROW, BLOCK_N, DIM)
     lse += tl.program_id(1).to(tl.int64) * Lq
     delta += tl.program_id(1).to(tl.int64) * Lq
-    q_matrix = head_matrix(q, Lq, ROW, BLOCK_M, DIM, TMA)
-    grad_matrix = head_matrix(grad, Lq, ROW, BLOCK_M, DIM, TMA)
-    keys = load_tile(k + keys_at, first, Lk, ROW, BLOCK_N, DIM, False)
-    values = load_tile(v + keys_at, first, Lk, ROW, BLOCK_N, DIM, False)
 
     acc_k = tl.zeros([BLOCK_N, DIM], tl.float32)
     acc_v = tl.zeros([BLOCK_N, DIM], tl.float32)
     for start in tl.range(0, Lq, BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        queries = load_tile(q_matrix, start, Lq, ROW, BLOCK_M, DIM, TMA)
-        grads = load_tile(grad_matrix, start, Lq, ROW, BLOCK_M, DIM, TMA)
+        queries = load_tile(q, start, Lq, ROW, BLOCK_M, DIM)
+        grads = load_tile(grad, start, Lq, ROW, BLOCK_M, DIM)
         scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
         p = tl.exp2(scores * scale - tl.load(lse + rows, mask=rows < Lq, other=float("inf"))[None])
         acc_v = tl.dot(p.to(grads.dtype), grads, acc_v, input_precision=PRECISION)
@@ -205,48 +180,34 @@ def attention_backward_kv(
         ds = p * (dp - tl.load(delta + rows, mask=rows < Lq, other=0.0)[None])
         acc_k = tl.dot(ds.to(queries.dtype), queries, acc_k, input_precision=PRECISION)
 
-    store_tile(dk + keys_at, acc_k * (scale * 0.6931471805599453), first, Lk, ROW, BLOCK_N, DIM)
-    store_tile(dv + keys_at, acc_v, first, Lk, ROW, BLOCK_N, DIM)
+    acc_k *= scale * 0.6931471805599453
+    store_tile(head_of(dk, Lk, HEADS, DIM), acc_k, first, Lk, ROW, BLOCK_N, DIM)
+    store_tile(head_of(dv, Lk, HEADS, DIM), acc_v, first, Lk, ROW, BLOCK_N, DIM)
 
 
-KERNELS = (head_matrix, load_tile, store_tile, attention_forward, attention_backward_q, attention_backward_kv)
+KERNELS = (head_of, load_tile, store_tile, attention_forward, attention_backward_q, attention_backward_kv)
 
-# (BLOCK_M, BLOCK_N, TMA, warps, stages). None of these spills registers on an H100 (`python -m bench.kernels compile`);
-# the last of each fits the shared memory of any card from Ampere on. float32 has tiles of its own (`usable`).
+# (BLOCK_M, BLOCK_N, warps, stages). None of these spills registers on an H100 (`python -m bench.kernels compile`); the
+# last of each fits the shared memory of any card from Ampere on. float32 has tiles of its own (`usable`).
 CONFIGS = {
-    "attention_forward": [
-        (128, 128, True, 8, 2), (128, 128, True, 8, 3), (128, 64, True, 8, 3), (64, 64, True, 4, 2),
-        (128, 128, False, 8, 2), (128, 64, False, 8, 3), (64, 64, False, 4, 3), (64, 32, False, 4, 2),
-    ],
-    "attention_backward_q": [
-        (128, 64, True, 8, 2), (128, 64, True, 8, 3), (64, 64, True, 4, 2),
-        (128, 64, False, 8, 2), (64, 64, False, 4, 2), (64, 32, False, 4, 2),
-    ],
-    "attention_backward_kv": [
-        (64, 128, True, 8, 2), (64, 128, True, 8, 3), (32, 128, True, 8, 2), (64, 64, True, 4, 2),
-        (32, 128, False, 8, 2), (64, 64, False, 4, 2), (32, 64, False, 4, 2),
-    ],
-}  # fmt: skip
+    "attention_forward": [(128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (64, 32, 4, 2)],
+    "attention_backward_q": [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2)],
+    "attention_backward_kv": [(32, 128, 8, 2), (64, 64, 8, 2), (32, 64, 4, 2)],
+}
 
 
 def triton_config(config):
     """An entry of CONFIGS as Triton wants it."""
-    *tiles, warps, stages = config
-    return triton.Config(dict(zip(("BLOCK_M", "BLOCK_N", "TMA"), tiles)), num_warps=warps, num_stages=stages)
+    block_m, block_n, warps, stages = config
+    return triton.Config({"BLOCK_M": block_m, "BLOCK_N": block_n}, num_warps=warps, num_stages=stages)
 
 
 def usable(configs, arguments, **_):
-    """The configurations for this device, the plainest first: it runs where none can be timed.
-
-    TMA came with Hopper. Tensor cores do no exact float32: one configuration of small tiles, which compile fast and fit
-    every card.
-    """
-    if not arguments["q"].is_cuda:
-        return configs
-    if arguments["q"].dtype == torch.float32:
-        return [triton_config((32, 32, False, 8, 1))]
-    hopper = torch.cuda.get_device_capability(arguments["q"].device)[0] >= 9
-    return [config for config in reversed(configs) if hopper or not config.kwargs["TMA"]]
+    """The configurations for this device, the plainest first: it runs where none can be timed. Tensor cores do no exact
+    float32: one configuration of small tiles, which compile fast and fit every card."""
+    if arguments["q"].is_cuda and arguments["q"].dtype == torch.float32:
+        return [triton_config((32, 32, 8, 1))]
+    return configs[::-1]
 
 
 def hand_to_triton(module, **options):
@@ -268,9 +229,8 @@ def compiled(name):
     if triton.knobs.runtime.interpret:  # nothing to time
         configs = configs[:1]
     prune = {"early_config_prune": usable}
-    return triton.autotune(configs, ["size_class", "DIM"], prune_configs_by=prune, do_bench=time_or_skip)(
-        globals()[name]
-    )
+    tuned = triton.autotune(configs, ["size_class", "DIM"], prune_configs_by=prune, do_bench=time_or_skip)
+    return tuned(globals()[name])
 
 
 def time_or_skip(run, quantiles):
@@ -296,8 +256,6 @@ def launch(name, rows, block, tensors, q, k):
     """Run a kernel on a grid of one program per `block` of `rows` and per head."""
     (B, Lq, H, d), Lk = q.shape, k.shape[1]
     kernel = compiled(name)
-    if q.is_cuda:  # descriptors are made in the kernel and want a few bytes of its device
-        triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
     size_class = min(Lq, 1 << 14).bit_length() * 32 + min(Lk, 1 << 14).bit_length()
     precision = "ieee" if q.dtype == torch.float32 else "tf32"  # of float32 products only
     with torch.cuda.device_of(q):
@@ -354,13 +312,12 @@ attention_op.register_autograd(backward, setup_context=save_for_backward)
 
 
 def attention_triton(q, k, v):
-    d = q.shape[-1]
-    if d < 16 or d & (d - 1):
-        raise ValueError(f"attention in Triton: head_dim {d} is not a power of two of at least 16; take 'sdpa'")
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    d, kinds = q.shape[-1], {q.dtype, k.dtype, v.dtype}
+    fits = k.shape == v.shape and q.shape[::2] == k.shape[::2] and d == k.shape[-1] and k.shape[1]
+    if not fits or d < 16 or d & (d - 1) or len(kinds) > 1 or q.dtype.itemsize > 4:
+        shapes = ", ".join(f"{tuple(x.shape)} {x.dtype}" for x in (q, k, v))
         raise ValueError(
-            f"attention in Triton: q, k, v are {q.dtype}, {k.dtype}, {v.dtype}; expected one, of 16 or 32 bits"
+            f"attention in Triton: {shapes} do not fit: one dtype of 16 or 32 bits, as many keys as values, and heads "
+            "of a power of two of at least 16; take 'sdpa'"
         )
-    if k.shape != v.shape or q.shape[::2] != k.shape[::2] or d != k.shape[-1] or not k.shape[1]:
-        raise ValueError(f"attention: shapes {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)} do not fit")
     return attention_op(q, k, v)[0]

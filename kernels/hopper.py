@@ -3,13 +3,13 @@
 After FlashAttention-3 (arXiv 2407.08608): a program has 128 queries of one head and three partitions. A producer warp
 loads blocks of 128 keys and values through the tensor memory accelerator (TMA); two warpgroups of consumers own 64
 queries each. A consumer issues q k^T of the next block and p v of the last one together, so the tensor cores work while
-it computes softmax, and PINGPONG lets the two issue in turns. `attention_blocks` is the plain twin: the same blocks in
+it computes softmax, and the two issue in turns (ping-pong). `attention_blocks` is the plain twin: the same blocks in
 the same order, the short block first because it alone is masked.
 
 Each stage of shared memory has two mbarriers, full (the copy arrived) and empty (both consumers read it). The wait on
 the next keys stands between the two waits on the tensor cores on purpose: ptxas moves softmax over a bare wait.
 It compiles for sm_90a without spills (`python -m bench.kernels compile`) and has never run on a GPU, so `auto` does not
-time it before `python -m bench.kernels check` passed on that card. Backward is `attention.py`'s.
+time it: add it to `kernels.CANDIDATES` once `python -m bench.kernels check` passed. Backward is `attention.py`'s.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from kernels.attention import LOCK, attention_op_shapes, attention_triton, backw
 
 gl = hop = mb = tma = None  # Gluon, imported by `compiled`
 BLOCK = 128  # queries of a program, keys of a block
-# (STAGES, PINGPONG); the first runs
-CONFIGS = {"attention_forward_hopper": [(2, True), (3, True), (2, False), (3, False)]}
+CONSTANTS = {"D": 128, "M": BLOCK, "N": BLOCK, "STAGES": 2}  # 160 KiB of shared memory
 
 
 def attention_blocks(q, k, v):
@@ -70,7 +69,7 @@ def producer(
 
 def consumer(
     out, lse, q_row, ROW, Lq, Lk, scale, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full, v_empty, mine, other,
-    WHO: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr,
+    WHO: gl.constexpr, M: gl.constexpr, N: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     half: gl.constexpr = M // 2
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
@@ -102,14 +101,12 @@ def consumer(
         wrap = stage == STAGES
         phase = gl.where(wrap, phase ^ 1, phase)
         stage = gl.where(wrap, 0, stage)
-        if PINGPONG:
-            mb.wait(mine, turn)
+        mb.wait(mine, turn)
         s_next = hop.warpgroup_mma(q, k_smem.index(stage).permute((1, 0)), zero, use_acc=False, is_async=True)
         mb.wait(v_full.index(last), last_phase)
         acc = hop.warpgroup_mma(p16, v_smem.index(last), acc, is_async=True)
-        if PINGPONG:
-            mb.arrive(other, count=1)
-            turn = turn ^ 1
+        mb.arrive(other, count=1)
+        turn = turn ^ 1
         s, acc = hop.warpgroup_mma_wait(1, deps=[s_next, acc])
         mb.arrive(k_empty.index(stage), count=1)
         new = gl.maximum(largest, gl.max(s, 1) * scale)
@@ -139,14 +136,12 @@ def consumer(
 
 
 def attention_forward_hopper(
-    q, k, v, out, lse, Lq, Lk, HEADS, scale, D: gl.constexpr, M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    PINGPONG: gl.constexpr,
-):  # fmt: skip
+    q, k, v, out, lse, Lq, Lk, HEADS, scale, D: gl.constexpr, M: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr
+):
     half: gl.constexpr = M // 2
     ROW = HEADS * D
     q_row = gl.program_id(0) * M
-    batch = gl.program_id(1) // HEADS
-    head = gl.program_id(1) % HEADS
+    batch, head = gl.program_id(1) // HEADS, gl.program_id(1) % HEADS
     q += batch.to(gl.int64) * Lq * ROW + head * D
     k += batch.to(gl.int64) * Lk * ROW + head * D
     v += batch.to(gl.int64) * Lk * ROW + head * D
@@ -182,9 +177,9 @@ def attention_forward_hopper(
     gl.warp_specialize(
         [
             (consumer, (out, lse, q_row, ROW, Lq, Lk, scale, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full,
-                        v_empty, order.index(0), order.index(1), 0, M, N, D, STAGES, PINGPONG)),
+                        v_empty, order.index(0), order.index(1), 0, M, N, D, STAGES)),
             (consumer, (out, lse, q_row, ROW, Lq, Lk, scale, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full,
-                        v_empty, order.index(1), order.index(0), 1, M, N, D, STAGES, PINGPONG)),
+                        v_empty, order.index(1), order.index(0), 1, M, N, D, STAGES)),
             (producer, (q_desc, k_desc, v_desc, q_row, Lk, q_smem, k_smem, v_smem, q_full, k_full, k_empty, v_full,
                         v_empty, M, N, D, STAGES)),
         ],
@@ -206,10 +201,6 @@ def compiled(name="attention_forward_hopper"):
         return gluon.jit(attention_forward_hopper, do_not_specialize=["HEADS"])
 
 
-def constants(config):
-    return {"D": 128, "M": BLOCK, "N": BLOCK, "STAGES": config[0], "PINGPONG": config[1]}
-
-
 @operator("attention_hopper", "(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
 def attention_hopper_op(q, k, v):
     import triton
@@ -219,9 +210,8 @@ def attention_hopper_op(q, k, v):
     triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
     with torch.cuda.device_of(q):
         compiled()[(triton.cdiv(Lq, BLOCK), B * H)](
-            q, k, v, *out_lse, Lq, k.shape[1], H, d**-0.5 * math.log2(math.e),
-            **constants(CONFIGS["attention_forward_hopper"][0]), num_warps=4,
-        )  # fmt: skip
+            q, k, v, *out_lse, Lq, k.shape[1], H, d**-0.5 * math.log2(math.e), **CONSTANTS, num_warps=4
+        )
     return out_lse
 
 

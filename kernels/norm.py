@@ -87,31 +87,34 @@ def rotate(row, cos, sin, position, D: tl.constexpr, PAIRS: tl.constexpr, BLOCK:
     return tl.reshape(tl.join(a * c - b * s, a * s + b * c), (BLOCK,))
 
 
-def rms_norm_rope_forward(
-    x, weight, cos, sin, out, rstd, L, eps, D: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr
-):
+def normalised(row, at, eps, D: tl.constexpr, CENTRED: tl.constexpr):
+    """row / rms(row), of the row less its mean if CENTRED, and the factor."""
+    if CENTRED:
+        row = tl.where(at < D, row - tl.sum(row, 0) / D, 0.0)
+    factor = tl.rsqrt(tl.sum(row * row, 0) / D + eps)
+    return row * factor, factor
+
+
+def rms_norm_rope_forward(x, weight, cos, sin, out, L, eps, D: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
-    value = load_row(x + row * D, at, D)
-    factor = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
-    value = value * factor * load_row(weight, at, D)
+    u, _ = normalised(load_row(x + row * D, at, D), at, eps, D, False)
+    value = u * load_row(weight, at, D)
     if cos is not None:
         value = rotate(value, cos, sin, row % L, D, PAIRS, BLOCK, 1)
     store_row(out + row * D, at, value, D)
-    tl.store(rstd + row, factor)
 
 
 def rms_norm_rope_backward(
-    x, weight, cos, sin, rstd, grad, dx, dweight, rows, L, D: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr
+    x, weight, cos, sin, grad, dx, dweight, rows, L, eps, D: tl.constexpr, PAIRS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """With u = x rstd and g the gradient turned back: dweight = sum(g u), dx = rstd (g w - u mean(g w u))."""
+    """With u = x / rms(x) and g the gradient turned back: dweight = sum(g u), dx = (g w - u mean(g w u)) / rms(x)."""
     at = tl.arange(0, BLOCK)
     w = load_row(weight, at, D)
     share = tl.zeros([BLOCK], tl.float32)
     for row in tl.range(tl.program_id(0), rows, tl.num_programs(0)):
         start = tl.cast(row, tl.int64) * D  # an int under the interpreter, which has no .to
-        factor = tl.load(rstd + row)
-        u = load_row(x + start, at, D) * factor
+        u, factor = normalised(load_row(x + start, at, D), at, eps, D, False)
         g = load_row(grad + start, at, D)
         if cos is not None:
             g = rotate(g, cos, sin, row % L, D, PAIRS, BLOCK, -1)
@@ -122,7 +125,7 @@ def rms_norm_rope_backward(
 
 
 def residual_norm_forward(
-    x, y, gate, shift, scale, new, normed, mean, rstd, L, gate_stride, shift_stride, scale_stride, eps,
+    x, y, gate, shift, scale, new, normed, L, gate_stride, shift_stride, scale_stride, eps,
     D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """new = x + gate * y, normed = layer_norm(new) * (1 + scale) + shift; what is None is left out."""
@@ -138,20 +141,16 @@ def residual_norm_forward(
         store_row(new + row * D, at, value, D)
         value = value.to(tl.float32)
     if shift is not None:
-        average = tl.sum(value, 0) / D
-        value = tl.where(at < D, value - average, 0.0)
-        factor = tl.rsqrt(tl.sum(value * value, 0) / D + eps)
-        value *= factor * (1 + load_row(scale + batch * scale_stride, at, D))
+        u, _ = normalised(value, at, eps, D, True)
+        value = u * (1 + load_row(scale + batch * scale_stride, at, D))
         store_row(normed + row * D, at, value + load_row(shift + batch * shift_stride, at, D), D)
-        tl.store(mean + row, average)
-        tl.store(rstd + row, factor)
 
 
 def residual_norm_backward(
-    new, y, gate, scale, mean, rstd, grad_new, grad_normed, dx, dy, dgate, dshift, dscale, L, gate_stride, scale_stride,
+    new, y, gate, scale, grad_new, grad_normed, dx, dy, dgate, dshift, dscale, L, gate_stride, scale_stride, eps,
     D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """With u = (new - mean) rstd and g = grad_normed (1 + scale): dx = grad_new + rstd (g - mean(g) - u mean(g u)),
+    """With u the normalised row and g = grad_normed (1 + scale): dx = grad_new + factor (g - mean(g) - u mean(g u)),
     dy = gate dx, dgate = sum(dx y), dshift = sum(grad_normed), dscale = sum(grad_normed u)."""
     program, batch = tl.program_id(0), tl.program_id(1)
     at = tl.arange(0, BLOCK)
@@ -162,8 +161,7 @@ def residual_norm_backward(
         row = batch.to(tl.int64) * L + position
         g = tl.zeros([BLOCK], tl.float32)
         if grad_normed is not None:
-            factor = tl.load(rstd + row)
-            u = tl.where(at < D, (load_row(new + row * D, at, D) - tl.load(mean + row)) * factor, 0.0)
+            u, factor = normalised(load_row(new + row * D, at, D), at, eps, D, True)
             g = load_row(grad_normed + row * D, at, D)
             shift_share += g
             scale_share += g * u
@@ -200,7 +198,7 @@ def channel_norm_silu_forward(
 
 
 KERNELS = (
-    load_row, store_row, rotate, rms_norm_rope_forward, rms_norm_rope_backward, residual_norm_forward,
+    load_row, store_row, rotate, normalised, rms_norm_rope_forward, rms_norm_rope_backward, residual_norm_forward,
     residual_norm_backward, channel_norm_silu_forward,
 )  # fmt: skip
 PROGRAMS = 512  # of a backward kernel: about four for each multiprocessor of an H100
@@ -225,11 +223,10 @@ def pixel_shape(D):
     return {**shape, "ROWS": max(1, 2048 // shape["BLOCK"]), "num_warps": max(shape["num_warps"], 4)}
 
 
-def launch(name, grid, x, *arguments, **constants):
-    kernel = compiled(name)
-    D = x.shape[-1]
-    with torch.cuda.device_of(x):
-        kernel[grid](*arguments, **{"D": D, **row_shape(D), **constants})
+def launch(name, grid, D, tensors, *numbers, **constants):
+    """Run a kernel on its tensors, the first of them in one piece, and numbers."""
+    with torch.cuda.device_of(tensors[0]):
+        compiled(name)[grid](*tensors, *numbers, D=D, **{**row_shape(D), **constants})
 
 
 def nothing(x):
@@ -237,118 +234,107 @@ def nothing(x):
     return x.new_empty(0)
 
 
-@operator("rms_norm_rope", "(Tensor x, Tensor w, Tensor? cos, Tensor? sin, int H, float eps) -> (Tensor, Tensor)")
+@operator("rms_norm_rope", "(Tensor x, Tensor w, Tensor? cos, Tensor? sin, int H, float eps) -> Tensor")
 def rms_norm_rope_op(x, weight, cos, sin, num_heads, eps):
-    """-> out (B, L, H, d), rstd (B, L) float32."""
     B, L, D = x.shape
-    out, rstd = outputs = rms_norm_rope_shapes(x, weight, cos, sin, num_heads, eps)
-    arguments = x.contiguous(), weight, cos, sin, out, rstd, L, eps
-    launch("rms_norm_rope_forward", (B * L,), x, *arguments, PAIRS=D // num_heads // 2)
-    return outputs
+    out = rms_norm_rope_shape(x, weight, cos, sin, num_heads, eps)
+    tensors = x.contiguous(), weight, cos, sin, out
+    launch("rms_norm_rope_forward", (B * L,), D, tensors, L, eps, PAIRS=D // num_heads // 2)
+    return out
 
 
 @rms_norm_rope_op.register_fake
-def rms_norm_rope_shapes(x, weight, cos, sin, num_heads, eps):
-    B, L, D = x.shape
-    return x.new_empty((B, L, num_heads, D // num_heads)), x.new_empty((B, L), dtype=torch.float32)
+def rms_norm_rope_shape(x, weight, cos, sin, num_heads, eps):
+    return x.new_empty((*x.shape[:2], num_heads, x.shape[2] // num_heads))
 
 
-@operator("rms_norm_rope_backward", "(Tensor grad, Tensor x, Tensor w, Tensor? cos, Tensor? sin, Tensor rstd) -> "
+@operator("rms_norm_rope_backward", "(Tensor grad, Tensor x, Tensor w, Tensor? cos, Tensor? sin, float eps) -> "
           "(Tensor, Tensor)")  # fmt: skip
-def rms_norm_rope_backward_op(grad, x, weight, cos, sin, rstd):
+def rms_norm_rope_backward_op(grad, x, weight, cos, sin, eps):
     B, L, D = x.shape
     programs = min(B * L, PROGRAMS)
     dx, shares = x.new_empty(x.shape), x.new_empty((programs, D), dtype=torch.float32)
-    arguments = x.contiguous(), weight, cos, sin, rstd, grad.contiguous(), dx, shares, B * L, L
-    launch("rms_norm_rope_backward", (programs,), x, *arguments, PAIRS=grad.shape[-1] // 2)
+    tensors = x.contiguous(), weight, cos, sin, grad.contiguous(), dx, shares
+    launch("rms_norm_rope_backward", (programs,), D, tensors, B * L, L, eps, PAIRS=grad.shape[-1] // 2)
     return dx, shares.sum(0).to(weight.dtype)
 
 
 @rms_norm_rope_backward_op.register_fake
-def _(grad, x, weight, cos, sin, rstd):
+def _(grad, x, weight, cos, sin, eps):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def rms_norm_rope_save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:4], output[1])
+    *tensors, _, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def rms_norm_rope_gradients(ctx, grad, grad_rstd):
-    return *rms_norm_rope_backward_op(grad, *ctx.saved_tensors), None, None, None, None
+def rms_norm_rope_gradients(ctx, grad):
+    return *rms_norm_rope_backward_op(grad, *ctx.saved_tensors, ctx.eps), None, None, None, None
 
 
 rms_norm_rope_op.register_autograd(rms_norm_rope_gradients, setup_context=rms_norm_rope_save)
 
 
+def strides(*factors):
+    """From one sample's row to the next."""
+    return [0 if t is None else t.stride(0) for t in factors]
+
+
 @operator("residual_norm", "(Tensor x, Tensor? y, Tensor? gate, Tensor? shift, Tensor? scale, float eps) -> "
-          "(Tensor, Tensor, Tensor, Tensor)")  # fmt: skip
+          "(Tensor, Tensor)")  # fmt: skip
 def residual_norm_op(x, y, gate, shift, scale, eps):
-    """x + gate y and its modulated norm, either of them empty if not asked for, and the norm's mean and rstd (B, L)."""
-    B, L, _ = x.shape
+    """x + gate y and its modulated norm, either of them empty if not asked for."""
+    B, L, D = x.shape
     outputs = residual_norm_shapes(x, y, gate, shift, scale, eps)
-    strides = [0 if t is None else t.stride(0) for t in (gate, shift, scale)]
-    y = None if y is None else y.contiguous()
-    launch("residual_norm_forward", (B * L,), x, x.contiguous(), y, gate, shift, scale, *outputs, L, *strides, eps)
+    tensors = x.contiguous(), None if y is None else y.contiguous(), gate, shift, scale, *outputs
+    launch("residual_norm_forward", (B * L,), D, tensors, L, *strides(gate, shift, scale), eps)
     return outputs
 
 
 @residual_norm_op.register_fake
 def residual_norm_shapes(x, y, gate, shift, scale, eps):
-    new = nothing(x) if y is None else x.new_empty(x.shape)
-    if shift is None:
-        return new, nothing(x), nothing(x), nothing(x)
-    mean, rstd = (x.new_empty(x.shape[:2], dtype=torch.float32) for _ in range(2))
-    return new, x.new_empty(x.shape), mean, rstd
+    return tuple(nothing(x) if t is None else x.new_empty(x.shape) for t in (y, shift))
 
 
 @operator("residual_norm_backward", "(Tensor? grad_new, Tensor? grad_normed, Tensor new, Tensor? y, Tensor? gate, "
-          "Tensor? scale, Tensor mean, Tensor rstd) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")  # fmt: skip
-def residual_norm_backward_op(grad_new, grad_normed, new, y, gate, scale, mean, rstd):
+          "Tensor? scale, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")  # fmt: skip
+def residual_norm_backward_op(grad_new, grad_normed, new, y, gate, scale, eps):
     """-> dx, dy, dgate, dshift, dscale; empty where it is that of None, or equal to another."""
     B, L, D = new.shape
     programs = min(L, max(1, PROGRAMS // B))
-    dx, dy, *_ = residual_norm_backward_shapes(grad_new, grad_normed, new, y, gate, scale, mean, rstd)
+    dx, dy, *_ = residual_norm_backward_shapes(grad_new, grad_normed, new, y, gate, scale, eps)
     shares = new.new_empty((3, B, programs, D), dtype=torch.float32)
     grad_new, grad_normed, y = (t if t is None else t.contiguous() for t in (grad_new, grad_normed, y))
-    strides = [0 if t is None else t.stride(0) for t in (gate, scale)]
-    arguments = new.contiguous(), y, gate, scale, mean, rstd, grad_new, grad_normed, dx, dy, *shares, L, *strides
-    launch("residual_norm_backward", (programs, B), new, *arguments)
-    dgate = nothing(new) if gate is None else shares[0].sum(1, keepdim=True).to(gate.dtype)
-    if scale is None:
-        return dx, dy, dgate, nothing(new), nothing(new)
-    return dx, dy, dgate, *(share.sum(1, keepdim=True).to(scale.dtype) for share in shares[1:])
+    tensors = new.contiguous(), y, gate, scale, grad_new, grad_normed, dx, dy, *shares
+    launch("residual_norm_backward", (programs, B), D, tensors, L, *strides(gate, scale), eps)
+    summed = [nothing(new) if t is None else share.sum(1, keepdim=True).to(t.dtype)
+              for t, share in zip((gate, scale, scale), shares)]  # fmt: skip
+    return dx, dy, *summed
 
 
 @residual_norm_backward_op.register_fake
-def residual_norm_backward_shapes(grad_new, grad_normed, new, y, gate, scale, mean, rstd):
-    def like(present):
-        return nothing(new) if present is None else new.new_empty(new.shape)
-
-    def factor(t):
-        return nothing(new) if t is None else t.new_empty(t.shape)
-
-    return like(scale), like(gate), factor(gate), factor(scale), factor(scale)
+def residual_norm_backward_shapes(grad_new, grad_normed, new, y, gate, scale, eps):
+    tokens = (nothing(new) if t is None else new.new_empty(new.shape) for t in (scale, gate))
+    return *tokens, *(nothing(new) if t is None else t.new_empty(t.shape) for t in (gate, scale, scale))
 
 
 def residual_norm_save(ctx, inputs, output):
-    x, y, gate, shift, scale, _ = inputs
-    new, _, mean, rstd = output
+    x, y, gate, shift, scale, ctx.eps = inputs
     ctx.adds = y is not None  # of y itself only dgate wants to know
-    ctx.save_for_backward(new if ctx.adds else x, None if gate is None else y, gate, shift, scale, mean, rstd)
+    ctx.save_for_backward(output[0] if ctx.adds else x, None if gate is None else y, gate, shift, scale)
 
 
-def residual_norm_gradients(ctx, grad_new, grad_normed, grad_mean, grad_rstd):
-    new, y, gate, shift, scale, mean, rstd = ctx.saved_tensors
+def residual_norm_gradients(ctx, grad_new, grad_normed):
+    new, y, gate, shift, scale = ctx.saved_tensors
     grad_new = grad_new if ctx.adds else None
     grad_normed = None if scale is None else grad_normed
-    dx, dy, dgate, dshift, dscale = grad_new, grad_new, None, None, None
-    if gate is not None or scale is not None:
-        parts = residual_norm_backward_op(grad_new, grad_normed, new, y, gate, scale, mean, rstd)
-        dx = grad_new if scale is None else parts[0]
-        dy = (dx if ctx.adds else None) if gate is None else parts[1]
-        dgate = None if gate is None else parts[2]
-        dshift, dscale = (None, None) if scale is None else (parts[3].to(shift.dtype), parts[4])
-    return dx, dy, dgate, dshift, dscale, None
+    dx, dy, dgate, dshift, dscale = residual_norm_backward_op(grad_new, grad_normed, new, y, gate, scale, ctx.eps)
+    if scale is None:
+        dx, dshift, dscale = grad_new, None, None
+    if gate is None:
+        dy, dgate = dx if ctx.adds else None, None
+    return dx, dy, dgate, None if dshift is None else dshift.to(shift.dtype), dscale, None
 
 
 residual_norm_op.register_autograd(residual_norm_gradients, setup_context=residual_norm_save)
@@ -360,10 +346,9 @@ def channel_norm_silu_op(x, gamma, past):
     D, frames, frame = x.shape[1], x.shape[2], x.shape[3] * x.shape[4]
     if past is not None:
         out[:, :, : past.shape[2]] = past
-    rows, shape = x.numel() // D, pixel_shape(D)
-    skip = (out.shape[2] - frames) * frame
-    launch("channel_norm_silu_forward", (-(-rows // shape["ROWS"]),), x, x, gamma, out, rows, frames * frame, skip,
-           **{"D": D, **shape})  # fmt: skip
+    rows, skip, shape = x.numel() // D, (out.shape[2] - frames) * frame, pixel_shape(D)
+    grid = (-(-rows // shape["ROWS"]),)
+    launch("channel_norm_silu_forward", grid, D, (x, gamma, out), rows, frames * frame, skip, **shape)
     return out
 
 
@@ -393,9 +378,9 @@ def rms_norm_rope_triton(x, weight, rope, num_heads, eps):
     _, L, D = x.shape
     cos, sin = (None, None) if rope is None else (t.contiguous() for t in rope)
     if weight.shape != (D,) or rope is not None and not cos.shape == sin.shape == (L, D // num_heads // 2):
-        table = "" if rope is None else f", rope {tuple(cos.shape)} and {tuple(sin.shape)}"
-        raise ValueError(f"rms_norm_rope: x {tuple(x.shape)}, weight {tuple(weight.shape)}{table} do not fit")
-    return rms_norm_rope_op(x, weight, cos, sin, num_heads, eps)[0]
+        table = rope and [tuple(t.shape) for t in rope]
+        raise ValueError(f"rms_norm_rope: x {tuple(x.shape)}, weight {tuple(weight.shape)}, rope {table} do not fit")
+    return rms_norm_rope_op(x, weight, cos, sin, num_heads, eps)
 
 
 def per_clip(t, x):
@@ -414,7 +399,7 @@ def gate_residual_triton(x, y, gate):
 
 def gate_residual_norm_triton(x, y, gate, shift, scale, eps):
     gate = None if gate is None else per_clip(gate, x)
-    return residual_norm_op(x, y.expand_as(x), gate, per_clip(shift, x), per_clip(scale, x), eps)[:2]
+    return residual_norm_op(x, y.expand_as(x), gate, per_clip(shift, x), per_clip(scale, x), eps)
 
 
 def channel_norm_silu_triton(x, gamma, past=None):

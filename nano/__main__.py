@@ -5,7 +5,6 @@ assets, data -> clips and their truth    pretrain -> the VAE, MLLM and DiT that 
 """
 
 import argparse
-import json
 import os
 import sys
 from importlib import import_module
@@ -27,66 +26,67 @@ COMMANDS = {  # the module and the function of each
 }  # fmt: skip
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Examples as they stand, and the default of every option that has one."""
+
+    def _get_help_string(self, action):
+        return super()._get_help_string(action) if action.default else action.help
+
+
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(
-        "python -m nano", description="A small world to learn editing in.", epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    about = "A small world to learn editing in."
+    parser = argparse.ArgumentParser("python -m nano", description=about, epilog=EXAMPLES, formatter_class=Help)
     commands = parser.add_subparsers(dest="command", required=True)
-    add = commands.add_parser("assets", help="fetch emoji and panoramas with npm (100 MB)").add_argument
+
+    def command(name, says):
+        return commands.add_parser(name, help=says, formatter_class=Help).add_argument
+
+    add = command("assets", "fetch emoji and panoramas with npm (100 MB)")
     add("out", metavar="DIR", help="a folder, outside the repository or ignored by it")
 
-    add = commands.add_parser("data", help="draw clips and write the three CSVs").add_argument
+    add = command("data", "draw clips and write the three CSVs")
     add("out", metavar="OUT", help="a folder")
-    add("--clips", type=positive, default=1000, help="images, videos and reference videos 2:1:1 (default %(default)s)")
-    add("--split", choices=("train", "test"), default="train", help="default %(default)s")
-    add("--tasks", nargs="+", type=task_share, metavar="TASK=N", help="only these, and how often (default: local edits "
-        "twice as often as a style or a background): " + " ".join(tasks()))  # fmt: skip
-    add("--workers", type=positive, default=2, help="processes; the files are the same (default %(default)s)")
+    add("--clips", type=positive, default=1000, help="images, videos and reference videos 2:1:1")
+    add("--split", choices=("train", "test"), default="train", help="test: held-out things, places and wordings")
+    add("--workers", type=positive, default=2, help="processes; the files are the same")
     add_world(add)
 
-    add = commands.add_parser("bench", help="draw held-out reference cases in RefVIE-Bench's layout").add_argument
+    add = command("bench", "draw held-out reference cases in RefVIE-Bench's layout")
     add("out", metavar="OUT", help="a folder")
-    add("--items", type=positive, default=24, help="default %(default)s")
+    add("--items", type=positive, default=24, help="cases")
     add_world(add)
 
-    add = commands.add_parser("pretrain", help="train the parts that Kiwi-Edit starts from").add_argument
+    add = command("pretrain", "train the parts that Kiwi-Edit starts from")
     add("part", choices=("vae", "mllm", "dit", "decoder"), help="in this order; decoder: sharper, over --weights")
     add("--data", required=True, metavar="DIR", help="what `data` wrote")
     add("--out", required=True, metavar="DIR", help="states to resume from, and weights/ for `train.py --weights`")
-    add(
-        "--weights",
-        metavar="DIR",
-        help="whose decoder to train (decoder alone; default: weights/nano)",
-        default=str(NANO),
-    )
-    add("--minutes", type=float, default=9, help="stop after so long with exit code 75; the next call goes on "
-        "(default %(default)s)")  # fmt: skip
-    add("--steps", type=positive, help="of the whole training (default: 4000, 1000, 800, 1500)")
-    add("--batch", type=positive, help="default: 16 stills or 8 clips, 16, 64, 16 stills or 4 clips")
-    add("--seed", type=int, default=0, help="default %(default)s")
+    add("--weights", metavar="DIR", default=str(NANO), help="whose decoder to train")
+    add("--minutes", type=float, default=9, help="stop after so long with exit code 75; the next call goes on")
+    add("--steps", type=positive, help="of the whole training; without it 4000, 1000, 800, 1500")
+    add("--batch", type=positive, help="without it 16 stills or 8 clips, 16, 64, 16 stills or 4 clips")
+    add("--seed", type=int, default=0, help="of weights and batches")
 
-    add = commands.add_parser("ship", help="make a training checkpoint a folder of weights of its own").add_argument
+    add = command("ship", "make a training checkpoint a folder of weights of its own")
     add("checkpoint", metavar="CHECKPOINT", help="a run of train.py (its last checkpoint), or a weights.safetensors")
     add("--weights", required=True, metavar="DIR", help="what `pretrain` wrote, from which training started")
     add("--data", required=True, metavar="DIR", help="held-out clips, of the size that training saw")
     add("--example", required=True, type=int, metavar="INDEX", help="the clip that bare `python sample.py` edits")
-    add("--steps", type=positive, default=2, help="denoising steps of an edit (default %(default)s)")
-    add("--ref-guidance", type=float, default=1.0, metavar="G", help="of an edit (default %(default)s: as trained)")
+    add("--steps", type=positive, default=2, help="denoising steps of an edit")
+    add("--ref-guidance", type=float, default=1.0, metavar="G", help="of an edit; 1: as trained")
     add("--made-by", required=True, metavar="TEXT", help='the machine, for the model card, e.g. "one H100"')
-    add("--eval", metavar="DIR", help="what `eval` wrote, for the model card")
     add("--out", required=True, metavar="DIR", help="e.g. weights/nano")
 
-    add = commands.add_parser("eval", help="measure weights on held-out cases whose truth is known").add_argument
+    add = command("eval", "measure weights on held-out cases whose truth is known")
     add("--weights", required=True, metavar="PATH", help="a folder with trained weights")
     add("--data", required=True, metavar="DIR", help="what `data --split test` wrote")
     add("--out", required=True, metavar="DIR", help="for eval.md, eval.json and sheet.png")
-    add("--assets", metavar="DIR", help="default: where the data had them")
-    add("--cases", type=positive, default=400, help="at most so many (default %(default)s)")
-    add("--steps", type=positive, help="denoising steps (default: what the weights ask for)")
-    add("--ref-guidance", type=float, metavar="G", help="how far references are followed (default: likewise)")
+    add("--assets", metavar="DIR", help="without it where the data had them")
+    add("--cases", type=positive, default=400, help="at most so many")
+    add("--steps", type=positive, help="denoising steps; without it what the weights ask for")
+    add("--ref-guidance", type=float, metavar="G", help="how far references are followed; likewise")
+    add("--card", action="store_true", help="put the table into the model card that `ship` wrote")
 
-    add = commands.add_parser("compare", help="how much better some reports are than others").add_argument
+    add = command("compare", "how much better some reports are than others")
     add("reports", nargs="+", metavar="DIR", help="what `eval` wrote: one way, a folder for each seed")
     add("--to", nargs="+", required=True, metavar="DIR", help="another way, on the same cases")
     args = parser.parse_args(argv)
@@ -96,22 +96,11 @@ def parse_arguments(argv=None):
 
 
 def add_world(add):
-    add("--assets", metavar="DIR", help="what `assets` filled (default: shapes and textures alone)")
-    add("--seed", type=int, default=0, help="default %(default)s")
-    add("--size", type=positive, default=64, help="pixels a side, a multiple of 32 (default %(default)s)")
-    add("--frames", type=positive, default=9, help="4k + 1 (default %(default)s)")
-    add("--fps", type=positive, default=8, help="default %(default)s")
-
-
-def tasks():
-    return json.loads(Path(__file__).with_name("wordings.json").read_text())["train"]
-
-
-def task_share(text):
-    task, _, share = text.partition("=")
-    if task not in tasks() or not share.isdigit() or int(share) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: TASK=N, N at least 1 and TASK one of {' '.join(tasks())}")
-    return task, int(share)
+    add("--assets", metavar="DIR", help="what `assets` filled; without it shapes and textures alone")
+    add("--seed", type=int, default=0, help="of every clip")
+    add("--size", type=positive, default=64, help="pixels a side, a multiple of 32")
+    add("--frames", type=positive, default=9, help="4k + 1")
+    add("--fps", type=positive, default=8, help="frames a second")
 
 
 def positive(text):

@@ -27,12 +27,7 @@ PACKAGES = {  # version, what the package says of its licence, checksum of the a
     "@pmndrs/assets": ("1.7.0", "CC0-1.0; panoramas from Poly Haven, CC0",
         "152bd218a3390703f184f0c6ce16e73c8f0a87f32d38530d418a09d33d8208dc"),
 }  # fmt: skip
-CATEGORIES = ("Animals & Nature", "Food & Drink", "Travel & Places", "Activities", "Objects")
-NOT_THINGS = (
-    "clock face|symbol|sign$|globe|medal|calendar|envelope|chart|suit$|clinking|sunset over|sunrise|cityscape|"
-    "bridge at|night with|milky way|foggy|fog$|silhouette|ceremony|fork and knife|tickets?$|playing card|arrow|"
-    "battery$|pouring|speaker|placard|control knobs|level slider"
-)
+NO_THINGS = "|".join(WORDINGS["no things"])  # a pattern for the Unicode names of what cannot stand in a scene
 
 
 def fetch_package(name, folder):
@@ -79,7 +74,7 @@ def panorama_image(data):
 def plain_name(entry):
     """What a person calls an emoji, from its Unicode name; None for what is no thing."""
     name = entry["name"].lower().replace("\u2019", "'")
-    if entry["category"] not in CATEGORIES or re.search(NOT_THINGS, name):
+    if entry["category"] not in WORDINGS["categories"] or re.search(NO_THINGS, name):
         return None
     name = WORDINGS["emoji"].get(name, name.removesuffix(" face"))
     return name if len(name.split()) <= 3 else None

@@ -52,10 +52,7 @@ def write_share(out, settings, indices):
 
 
 def write_table(path, rows):
-    """The clips of one kind as train.py reads them; no table where there are none."""
-    if not rows:
-        path.unlink(missing_ok=True)
-        return
+    """The clips of one kind as train.py reads them."""
     columns = ["src_video", "tgt_video", "prompt"] + ["ref_image"] * ("ref_image" in rows[0])
     with whole_file(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
@@ -67,19 +64,17 @@ def make_data(args):
     out = Path(args.out)
     tables = {kind: out / f"{kind}.csv" for kind in world.TASKS}
     written = (*tables.values(), out / "truth.jsonl")
-    others = [path.name for path in written if path.exists()]
-    if others and not (out / "world.json").exists():
-        raise ValueError(f"{out}: refusing to replace {', '.join(others)}: not nano's; give another folder")
-    if args.assets is not None:
-        world.read_index(args.assets)  # before workers start
+    if any(path.exists() for path in written) and not (out / "world.json").exists():
+        raise ValueError(f"{out}: refusing to replace its tables: they are not nano's; give another folder")
+    world.load_library(args.assets)  # fails before anything is deleted
+    for path in written:  # delete stale tables first: their pictures will be replaced
+        path.unlink(missing_ok=True)
     for kind in world.TASKS:
         (out / kind).mkdir(parents=True, exist_ok=True)
     settings = {  # what an example's index needs to be drawn again
         "assets": args.assets, "split": args.split, "seed": args.seed, "clips": args.clips, "frames": args.frames,
-        "size": args.size, "fps": args.fps, "tasks": args.tasks and dict(args.tasks),
+        "size": args.size, "fps": args.fps,
     }  # fmt: skip
-    for path in written:  # delete stale tables first: their pictures will be replaced
-        path.unlink(missing_ok=True)
     shares, rows = [range(i, min(i + 32, args.clips)) for i in range(0, args.clips, 32)], []
     with tqdm(total=args.clips, desc="draw", unit="clip", mininterval=5) as bar:
         with ProcessPoolExecutor(args.workers, get_context("spawn")) if args.workers > 1 else nullcontext() as pool:
@@ -88,10 +83,10 @@ def make_data(args):
                 bar.update(len(share))
     write_text(out / "world.json", json.dumps(settings))  # first: it says whose the tables are
     for kind, path in tables.items():
-        write_table(path, [row for row in rows if row["kind"] == kind])
+        if of_kind := [row for row in rows if row["kind"] == kind]:
+            write_table(path, of_kind)
     write_text(out / "truth.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    names = ", ".join(path.name for path in written if path.exists())
-    print(f"write       {len(rows)} clips, {out}/{names}")
+    print(f"write       {len(rows)} clips, {out}/{', '.join(path.name for path in written if path.exists())}")
 
 
 def make_bench(args):
@@ -105,10 +100,9 @@ def make_bench(args):
         source = world.draw_frames(edit, args.size)[0]
         write_video(out / "videos" / f"{i:03d}_src.mp4", source, args.fps, None, EXACT_VIDEO_CODEC)
         write_image(out / "refs" / f"{i:03d}.png", world.to_uint8(edit.ref[None])[0])
-        kind = "background" if edit.task == "background_ref" else "subject"
         lines.append(
             f"- src_video: videos/{i:03d}_src.mp4\n  instruction: {json.dumps(edit.prompt)}\n"
-            f"  ref_img: refs/{i:03d}.png\n  edit_type: {kind}\n"
+            f"  ref_img: refs/{i:03d}.png\n  edit_type: {edit.task.partition('_')[0]}\n"
         )
     write_text(out / "refvie_bench.yaml", "".join(lines))
     print(f"write       {len(lines)} items, {out}/refvie_bench.yaml")
@@ -132,6 +126,12 @@ def read_world(folder):
 def read_frames(path):
     """uint8 (T, H, W, 3) of a clip or picture of the world, at its own size."""
     return read_clip(path, max_frames=10_000).frames if path.suffix == ".mp4" else read_image(path)[None]
+
+
+def read_case(folder, row):
+    """Source, truth and reference, or None, of a line of truth.jsonl."""
+    ref = read_frames(folder / row["ref_image"])[0] if "ref_image" in row else None
+    return read_frames(folder / row["src_video"]), read_frames(folder / row["tgt_video"]), ref
 
 
 def read_mask(path, size):

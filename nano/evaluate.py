@@ -2,7 +2,6 @@
 as sharp. Beside the edit stand a copy of the source, the edit without its reference, and the ceiling: the truth through
 the model's own VAE, which no edit can exceed."""
 
-import hashlib
 import json
 import math
 from dataclasses import replace
@@ -16,12 +15,13 @@ from tqdm import tqdm
 from media import pad_reference, write_image, write_text
 from metrics import as_float, luma, psnr, ssim
 from model import KiwiEdit
-from nano.data import read_frames, read_mask, read_truth, read_world
+from nano.data import read_case, read_mask, read_truth, read_world
 from nano.world import draw_frames, load_library, nameable, pick, redraw_edit, render, to_uint8
 from parallel import pick_device
 from report import table
 
 CANDIDATES = 20  # the right sprite among so many: chance is 5 %
+NOT_EVALUATED = "Not evaluated yet: `python -m nano eval --card`."  # in the card of weights that were just shipped
 
 
 def detail(frames, region):
@@ -77,10 +77,9 @@ def recognise(edit, library, split, result, region, index):
 
 def evaluate_case(model, library, edit, split, folder, row):
     """One case -> its measures by method, and its middle frame as a row: source, reference, edit, truth."""
-    source, target = (read_frames(folder / row[key]) for key in ("src_video", "tgt_video"))
+    source, target, ref = read_case(folder, row)
     size, middle = source.shape[1], len(source) // 2
     region = read_mask(folder / row["mask"], size)
-    ref = read_frames(folder / row["ref_image"])[0] if "ref_image" in row else None
     results = {"edit": model.edit(source, row["prompt"], ref, seed=row["index"]), "copy": source}
     if ref is not None:
         results["edit, no reference"] = model.edit(source, row["prompt"], seed=row["index"])
@@ -123,21 +122,13 @@ def summary(cases):
     return table([["task", "method", "cases", *names, "right object", "shown look"], *rows])
 
 
-def digest_of(model):
-    """A fingerprint of a model's weights as they are shipped, in bfloat16."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().bfloat16().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def evaluate(args):
     """Edit held-out cases and compare with the known truth: eval.json, eval.md, sheet.png under --out."""
-    folder, out = Path(args.data), Path(args.out)
+    folder, out, card = Path(args.data), Path(args.out), Path(args.weights, "MODEL_CARD.md")
     rows, world = read_truth(folder)[: args.cases], read_world(folder)
     library = load_library(world["assets"] if args.assets is None else args.assets)
     model = KiwiEdit.from_pretrained(args.weights, pick_device(), torch.float32)
-    asked = {"steps": args.steps, "ref_guidance": args.ref_guidance}
+    asked = {name: getattr(args, name) for name in ("steps", "ref_guidance")}
     model.config = replace(model.config, **{name: value for name, value in asked.items() if value is not None})
     out.mkdir(parents=True, exist_ok=True)
     cases, pictures = [], {}
@@ -147,7 +138,7 @@ def evaluate(args):
         task = "subject" if row["task"] == "subject_add" else row["task"]
         cases.append({"index": row["index"], "task": task, "prompt": row["prompt"], "measures": measures})
         pictures.setdefault(task, []).append(picture)
-    settings = {"digest": digest_of(model)} | {name: getattr(model.config, name) for name in ("steps", "ref_guidance")}
+    settings = {name: getattr(model.config, name) for name in asked}
     told = {"weights": args.weights, "world": world, **settings, "cases": cases}
     write_text(out / "eval.json", json.dumps(told, indent=0))
     write_text(out / "eval.md", text := summary(cases) + "\n")
@@ -155,10 +146,12 @@ def evaluate(args):
     sheet = torch.cat([torch.cat((shown + 4 * [empty])[:4], dim=1) for shown in pictures.values()])
     write_image(out / "sheet.png", sheet.repeat_interleave(2, 0).repeat_interleave(2, 1))
     print(f"{text}write       {out}/eval.md, eval.json, sheet.png (source | reference | edit | truth, four a task)")
+    if args.card:
+        write_text(card, card.read_text().replace(NOT_EVALUATED, text.rstrip()))
 
 
 def mean_over_seeds(folders):
-    """{case's index: (task, dB inside, right or None)} of the edits, averaged over the reports of several seeds."""
+    """{case's index and task: (dB inside, right or None)} of the edits, averaged over the reports of several seeds."""
     found = {}
     for folder in folders:
         for case in json.loads((Path(folder) / "eval.json").read_text())["cases"]:
@@ -167,24 +160,24 @@ def mean_over_seeds(folders):
     return {key: [mean(column) for column in zip(*seeds)] for key, seeds in found.items()}
 
 
+def gain(pairs, unit):
+    """Mean difference of pairs and its 95 % interval, from a bootstrap over them; "" without pairs."""
+    differences = torch.tensor([a - b for a, b in pairs if None not in (a, b)])
+    if not len(differences):
+        return ""
+    drawn = torch.randint(len(differences), (2000, len(differences)), generator=torch.Generator().manual_seed(0))
+    low, high = differences[drawn].mean(1).quantile(torch.tensor([0.025, 0.975]))
+    return " ".join((unit.format(differences.mean()), f"[{unit.format(low)}, {unit.format(high)}]"))
+
+
 def compare(args):
-    """Reports against others, paired by case: mean difference and 95 % interval of a bootstrap over the cases."""
+    """Reports against others, paired by case: mean difference and 95 % interval."""
     a, b = mean_over_seeds(args.reports), mean_over_seeds(args.to)
     if a.keys() != b.keys():
         raise ValueError(f"{args.reports[0]}, {args.to[0]}: not of the same cases")
     rows = [["task", "cases", "inside, dB", "right object"]]
     for task in [*dict.fromkeys(task for _, task in a), "all"]:
-        cells, of_task = [], [key for key in a if task in (key[1], "all")]
-        for column, unit in (0, "{:+.2f} [{:+.2f}, {:+.2f}]"), (1, "{:+.1%} [{:+.1%}, {:+.1%}]"):
-            pairs = [
-                (a[key][column], b[key][column]) for key in of_task if None not in (a[key][column], b[key][column])
-            ]
-            gain = torch.tensor([x - y for x, y in pairs])
-            drawn = (
-                torch.randint(len(gain), (2000, len(gain)), generator=torch.Generator().manual_seed(0)) if pairs else []
-            )
-            cells.append(
-                unit.format(gain.mean(), *gain[drawn].mean(1).quantile(torch.tensor([0.025, 0.975]))) if pairs else ""
-            )
-        rows.append([task, len(of_task), *cells])
+        pairs = [list(zip(a[key], b[key])) for key in a if task in (key[1], "all")]
+        decibels, right = zip(*pairs)
+        rows.append([task, len(pairs), gain(decibels, "{:+.2f}"), gain(right, "{:+.1%}")])
     print(table(rows))

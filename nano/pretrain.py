@@ -11,12 +11,14 @@ import math
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from connectors import MLLMEncoder, num_tokens
@@ -36,19 +38,19 @@ class Trainer:
     draws its batch from (seed, n): pieces and one long run are the same training.
     """
 
-    def __init__(self, name, module, folder, steps, rate, seed, device):
-        self.name, self.steps, self.rate, self.seed = name, steps, rate, seed
-        self.path, self.step, self.seconds = Path(folder) / f"{name}.pt", 0, 0.0
-        module.to(device)
-        self.names, self.parameters = zip(*((n, p) for n, p in module.named_parameters() if p.requires_grad))
+    def __init__(self, name, module, args, steps, rate, device):
+        self.name, self.rate, self.minutes, self.path = name, rate, args.minutes, Path(args.out) / f"{name}.pt"
+        self.step, self.steps, self.seconds = 0, args.steps or steps, 0.0
+        named = {n: p for n, p in module.to(device).named_parameters() if p.requires_grad}
+        self.parameters = list(named.values())
         self.masters = [p.detach().float().flatten(1 if p.ndim > 1 else 0).clone() for p in self.parameters]
-        matrices, rest = [], []
-        for n, p, master in zip(self.names, self.parameters, self.masters):
-            (matrices if is_matrix(n, p) else rest).append(master)
+        matrix = [is_matrix(*item) for item in named.items()]
+        matrices, rest = ([m for m, is_ in zip(self.masters, matrix) if is_ == which] for which in (True, False))
         self.optimisers = [
             torch.optim.Muon(matrices, rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, rate, (0.9, 0.98), weight_decay=0.01),
         ]
+        self.begun = {"names": list(named), "seed": args.seed, "steps": self.steps}
         if self.path.is_file():
             self.resume()
         for p, master in zip(self.parameters, self.masters):
@@ -57,44 +59,28 @@ class Trainer:
     def resume(self):
         """Go on from the state in the file. ValueError if it belongs to another training."""
         state = torch.load(self.path, weights_only=True, map_location="cpu")  # where AdamW wants its step counts
-        if list(state["masters"]) != list(self.names):
-            raise ValueError(f"{self.path}: another model's state; give another --out or delete it")
-        if state["seed"] != self.seed:
-            raise ValueError(f"{self.path}: begun with --seed {state['seed']}; go on with that, or give another --out")
-        if state["steps"] != self.steps:
-            print(f"note        {self.path}: {state['steps']} steps are now {self.steps}: another learning rate")
+        for key, value in self.begun.items():
+            if state["begun"][key] != value:
+                raise ValueError(f"{self.path}: begun with other {key}; go on with those, or give another --out")
         self.step, self.seconds = state["step"], state["seconds"]
         for optimiser, saved in zip(self.optimisers, state["optimisers"]):
             optimiser.load_state_dict(saved)
         for master, saved in zip(self.masters, state["masters"].values()):
             master.copy_(saved.view_as(master))
 
-    def run(self, loss_of, minutes):
-        """At least one step, until `minutes` are over or all are done. Saves every minute; float32 masters end up in
+    def run(self, loss_of):
+        """At least one step, until the minutes are over or all are done. Saves every minute; float32 masters end up in
         the module. loss_of(generator) -> a scalar, and figures to show. -> whether all steps are done."""
         begin = saved = time.time()
-        first, shown, skipped = self.step, {}, 0
+        first, shown = self.step, {}
         with tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=5) as bar:
-            while self.step < self.steps and (self.step == first or time.time() - begin < 60 * minutes):
-                rising, done = (self.step + 1) / (0.02 * self.steps), self.step / self.steps
-                for optimiser in self.optimisers:
-                    optimiser.param_groups[0]["lr"] = self.rate * min(1, rising) * (1 + math.cos(math.pi * done)) / 2
-                loss, figures = loss_of(torch.Generator().manual_seed(1_000_003 * self.seed + self.step))
-                loss.backward()
-                for p, master in zip(self.parameters, self.masters):
-                    master.grad, p.grad = p.grad if p.grad is None else p.grad.float().reshape(master.shape), None
-                norm = float(torch.nn.utils.clip_grad_norm_(self.masters, 1.0))
-                self.step += 1
+            while self.step < self.steps and (self.step == first or time.time() - begin < 60 * self.minutes):
+                loss, figures = loss_of(torch.Generator().manual_seed(1_000_003 * self.begun["seed"] + self.step))
+                figures["norm"] = self.update(loss)
                 bar.update()
-                if not math.isfinite(norm):
-                    skipped += 1
-                    continue
-                for optimiser in self.optimisers:
-                    optimiser.step()
-                for p, master in zip(self.parameters, self.masters):
-                    p.data.copy_(master.view_as(p))
-                for key, value in {"loss": loss.detach(), "norm": norm, **figures}.items():
-                    shown[key] = 0.98 * shown.get(key, float(value)) + 0.02 * float(value)
+                for key, value in {"loss": loss.detach(), **figures}.items():
+                    if math.isfinite(value):
+                        shown[key] = 0.98 * shown.get(key, float(value)) + 0.02 * float(value)
                 bar.set_postfix({key: f"{value:.4g}" for key, value in shown.items()}, refresh=False)
                 if time.time() - saved > 60:
                     saved = time.time()
@@ -103,16 +89,30 @@ class Trainer:
         for p, master in zip(self.parameters, self.masters):
             p.data = master.view_as(p).clone()
         figures = ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
-        done = f"step {self.step} of {self.steps}, {time.time() - begin:.0f} s, {skipped} skipped"
-        print(f"{self.name:<11} {done}, {figures}")
+        print(f"{self.name:<11} step {self.step} of {self.steps}, {time.time() - begin:.0f} s, {figures}")
         return self.step == self.steps
 
+    def update(self, loss):
+        """One step on the masters; skipped if the gradient's norm, which it returns, is not finite."""
+        rising, done = (self.step + 1) / (0.02 * self.steps), self.step / self.steps
+        loss.backward()
+        for p, master in zip(self.parameters, self.masters):
+            master.grad, p.grad = p.grad if p.grad is None else p.grad.float().reshape(master.shape), None
+        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, 1.0))
+        self.step += 1
+        if math.isfinite(norm):
+            for optimiser in self.optimisers:
+                optimiser.param_groups[0]["lr"] = self.rate * min(1, rising) * (1 + math.cos(math.pi * done)) / 2
+                optimiser.step()
+            for p, master in zip(self.parameters, self.masters):
+                p.data.copy_(master.view_as(p))
+        return norm
+
     def save(self, seconds):
-        masters = {n: m.view_as(p) for n, p, m in zip(self.names, self.parameters, self.masters)}
+        masters = {n: m.view_as(p) for n, p, m in zip(self.begun["names"], self.parameters, self.masters)}
         state = {"step": self.step, "masters": masters, "optimisers": [o.state_dict() for o in self.optimisers]}
-        state |= {"seed": self.seed, "steps": self.steps, "seconds": self.seconds + seconds}
         with whole_file(self.path) as path:
-            torch.save(state, path)
+            torch.save(state | {"begun": self.begun, "seconds": self.seconds + seconds}, path)
 
 
 def is_matrix(name, parameter):
@@ -126,10 +126,12 @@ def load_trained(name, module, folder):
     path = Path(folder) / f"{name}.pt"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run `python -m nano pretrain {name}` first")
-    masters = torch.load(path, weights_only=True, map_location="cpu")["masters"]
-    if unexpected := module.load_state_dict(masters, strict=False).unexpected_keys:
-        raise ValueError(f"{path}: another model's weights ({unexpected[0]}, ...)")
+    module.load_state_dict(torch.load(path, weights_only=True, map_location="cpu")["masters"], strict=False)
     return module.eval().requires_grad_(False)
+
+
+def stills_and_videos(rows):
+    return [[row for row in rows if (row["kind"] == "image") == still] for still in (True, False)]
 
 
 def rows_of(frames, wanted):
@@ -179,11 +181,11 @@ def pretrain_vae(args, rows, device):
     folder = Path(args.data)
     vae = VAE(nano_config(args).vae)
     start_vae(vae)
-    trainer = Trainer("vae", vae, args.out, args.steps or 4000, 2e-3, args.seed, device)
-    files = {True: [], False: []}
-    for row in rows if trainer.step < trainer.steps else []:
-        files[row["kind"] == "image"] += [folder / row["src_video"], folder / row["tgt_video"]]
-    stills, videos = read_many(files[True]), read_many(files[False])
+    trainer = Trainer("vae", vae, args, 4000, 2e-3, device)
+    stills, videos = (
+        read_many([folder / row[column] for row in some for column in ("src_video", "tgt_video")])
+        for some in stills_and_videos(rows)
+    )
     stills += [ref[:, ::2, ::2] for ref in read_many([folder / r["ref_image"] for r in rows if "ref_image" in r])]
 
     def loss_of(generator):
@@ -194,7 +196,7 @@ def pretrain_vae(args, rows, device):
             video = video.flip(4)
         return vae_loss(video, *reconstruct(vae, video.bfloat16(), generator))
 
-    return trainer.run(loss_of, args.minutes)
+    return trainer.run(loss_of)
 
 
 MLLM = Path(__file__).parents[1] / "weights/nano/mllm"  # sizes; a tokenizer of 2,048 pieces of the world's sentences
@@ -228,7 +230,7 @@ def answer_loss(encoder, conversations):
     """Next-token cross-entropy of the answers to (frames, question, reference or None, answer), and the share of right
     tokens. One forward, padded at the end, where causal attention never looks."""
     start, end = ([encoder.token(f"<|im_{which}|>")] for which in ("start", "end"))
-    embed = encoder.model.language_model.embed_tokens
+    embed, pad = encoder.model.language_model.embed_tokens, partial(pad_sequence, batch_first=True)
     requests = []
     for frames, question, ref, answer in conversations:
         inputs = encoder.prepare(question, frames, ref)
@@ -243,11 +245,9 @@ def answer_loss(encoder, conversations):
         return next(seen) if isinstance(piece, str) else embed(torch.tensor(piece, device=pixels.device))
 
     rows = [torch.cat([embedded(piece) for piece in request.pieces]) for request in requests]
-    positions = [encoder.position_ids(request)[:, 0].T for request in requests]  # (S, 3) each
-    pad = torch.nn.utils.rnn.pad_sequence
-    positions = pad(positions, batch_first=True).permute(2, 0, 1).to(pixels.device)
-    embedded_rows = pad(rows, batch_first=True)
-    hidden = encoder.model.language_model(embedded_rows, positions)
+    positions = pad([encoder.position_ids(request)[:, 0].T for request in requests])  # (B, S, 3)
+    positions = positions.permute(2, 0, 1).to(pixels.device)
+    hidden = encoder.model.language_model(pad(rows), positions)
     answers = [request.pieces[-1] for request in requests]
     before = [h[len(row) - len(answer) - 1 : len(row) - 1] for h, row, answer in zip(hidden, rows, answers)]
     logits = (torch.cat(before) @ embed.weight.T).float()
@@ -260,7 +260,7 @@ def pretrain_mllm(args, rows, device):
     encoder, folder = MLLMEncoder(nano_config(args).mllm), Path(args.data)
     for name, parameter in encoder.named_parameters():
         parameter.requires_grad_(name.startswith("model."))
-    trainer = Trainer("mllm", encoder, args.out, args.steps or 1000, 1e-3, args.seed, device)
+    trainer = Trainer("mllm", encoder, args, 1000, 1e-3, device)
 
     def loss_of(generator):
         rng = np.random.default_rng([args.seed, trainer.step])
@@ -270,7 +270,7 @@ def pretrain_mllm(args, rows, device):
         clips, refs = [next(seen) for _ in clips], [ref and next(seen)[0] for ref in refs]
         return answer_loss(encoder, list(zip(clips, questions, refs, answers)))
 
-    return trainer.run(loss_of, args.minutes)
+    return trainer.run(loss_of)
 
 
 def caption_features(encoder, captions):
@@ -304,14 +304,14 @@ def encode_world(args, rows, device):
 
 def pretrain_dit(args, rows, device):
     """Captions to clips of the world, by flow matching. Then the three parts become weights/."""
-    rows = {"still": [r for r in rows if r["kind"] == "image"], "video": [r for r in rows if r["kind"] != "image"]}
+    rows = dict(zip(("still", "video"), stills_and_videos(rows)))
     latents = encode_world(args, rows, device)
     flat = torch.cat([z.transpose(0, 1).flatten(1) for z in latents.values()], dim=1)
     mean, std = flat.mean(dim=1), flat.std(dim=1)
     model = KiwiEdit(nano_config(args, mean=tuple(mean.tolist()), std=tuple(std.tolist())))
     load_trained("vae", model.vae, args.out)
     load_trained("mllm", model.mllm, args.out).to(device)
-    trainer = Trainer("dit", model.dit, args.out, args.steps or 800, 1e-3, args.seed, device)
+    trainer = Trainer("dit", model.dit, args, 800, 1e-3, device)
     timesteps = FlowMatch().timesteps(1000)
 
     def loss_of(generator):
@@ -325,21 +325,17 @@ def pretrain_dit(args, rows, device):
             features = caption_features(model.mllm, [rows[kind][i]["target_caption"] for i in wanted])
         return model.training_loss(clean, model.dit.text_embedding(features.to(clean)), t, noise=noise), {}
 
-    done = trainer.run(loss_of, args.minutes)
+    done = trainer.run(loss_of)
     model.save(Path(args.out) / "weights")
     print(f"write       {args.out}/weights: what train.py --weights starts from")
     return done
 
 
 def pretrain(args):
+    from nano.sharpen import pretrain_decoder  # which builds on this file
+
     Path(args.out).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    device = pick_device()
-    rows = read_truth(args.data)
-    parts = {"vae": pretrain_vae, "mllm": pretrain_mllm, "dit": pretrain_dit}
-    if args.part == "decoder":
-        from nano.sharpen import pretrain_decoder as part
-    else:
-        part = parts[args.part]
-    if not part(args, rows, device):
+    parts = {"vae": pretrain_vae, "mllm": pretrain_mllm, "dit": pretrain_dit, "decoder": pretrain_decoder}
+    if not parts[args.part](args, read_truth(args.data), pick_device()):
         sys.exit(75)  # "call me again": sysexits' EX_TEMPFAIL

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from media import whole_file
 from model import KiwiEdit
-from nano.data import read_frames
-from nano.pretrain import Trainer, decoded, rows_of
+from nano.data import read_case
+from nano.pretrain import Trainer, decoded, rows_of, stills_and_videos
 
 
 class Patches(nn.Module):
@@ -57,16 +57,19 @@ def frames_of(video):
 def distance(output, target, certain):
     """certain (B,): how much each clip's pixels count."""
     certain, error = certain.view(-1, 1, 1, 1, 1), output - target
-    loss = (certain * error.abs()).mean() + 0.5 * F.avg_pool2d(frames_of(error), 4).abs().mean()
-    for axis in (2, 3, 4):
-        if target.shape[axis] > 1:
-            loss = loss + 0.2 * (certain * error.diff(dim=axis).abs()).mean()
-    a, b = frames_of(output), frames_of(target)
-    loss = loss + 0.75 * (amplitudes(a) - amplitudes(b)).abs().mean() + (laplacians(a) - laplacians(b)).abs().mean()
-    for x, y in ((a, b), (F.avg_pool2d(a, 2), F.avg_pool2d(b, 2))):  # a blur lacks detail over the whole frame
-        loss = loss + 1.5 * (laplacians(x).mean(dim=(2, 3)) - laplacians(y).mean(dim=(2, 3))).abs().mean()
-    grid = F.avg_pool3d(F.pixel_unshuffle(frames_of(error), 4).unflatten(1, (3, 16)), (1, 4, 4))  # (N, 3, 16, ...)
-    return loss + 8 * (grid - grid.mean(dim=2, keepdim=True)).abs().mean()  # of the cheapest detail, a raster
+    a, b, grid = frames_of(output), frames_of(target), F.pixel_unshuffle(frames_of(error), 4).unflatten(1, (3, 16))
+    grid = F.avg_pool3d(grid, (1, 4, 4))  # (N, 3, 16, ...): the mean error at each place of a 4x4 raster
+    halves = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+    terms = [
+        (1, certain * error),
+        (0.5, F.avg_pool2d(frames_of(error), 4)),
+        *((0.2, certain * error.diff(dim=axis)) for axis in (2, 3, 4) if target.shape[axis] > 1),
+        (0.75, amplitudes(a) - amplitudes(b)),
+        (1, laplacians(a) - laplacians(b)),
+        *((1.5, (laplacians(x) - laplacians(y)).mean(dim=(2, 3))) for x, y in ((a, b), halves)),  # a blur lacks detail
+        (8, grid - grid.mean(dim=2, keepdim=True)),  # a raster is the cheapest detail
+    ]
+    return sum(weight * term.abs().mean() for weight, term in terms)
 
 
 @torch.no_grad()
@@ -75,8 +78,7 @@ def edits_of(model, folder, rows):
     caught, items = [], []
     model.decode_fitting = lambda latents, *_: caught.append(latents) or torch.zeros(9999, 1)
     for row in tqdm(rows, desc="edit", mininterval=5):
-        source, target = (read_frames(folder / row[key]) for key in ("src_video", "tgt_video"))
-        ref = read_frames(folder / row["ref_image"])[0] if "ref_image" in row else None
+        source, target, ref = read_case(folder, row)
         model.edit(source, row["prompt"], ref, seed=row["index"])
         items.append([model.encode_frames(target)[0, :, :2], caught.pop()[0, :, :2], target[:5]])
     return items
@@ -86,16 +88,13 @@ def pretrain_decoder(args, rows, device):
     """-> decoder.safetensors, which `ship` lays over the weights. Stills on two steps of three, clips on the third."""
     folder, out = Path(args.data), Path(args.out)
     model = KiwiEdit.from_pretrained(args.weights, device, torch.float32)
-    rows = rows[:1300]  # a second each
-    stills, clips = (
-        edits_of(model, folder, [r for r in rows if (r["kind"] == "image") == still]) for still in (True, False)
-    )
-    vae, patches = model.vae, Patches().to(device)
+    stills, clips = (edits_of(model, folder, some) for some in stills_and_videos(rows[:1300]))  # a second each
+    vae, patches, state = model.vae, Patches().to(device), out / "patches.pt"
     trained = nn.ModuleDict({"conv2": vae.conv2, "decoder": vae.decoder})
-    trainer = Trainer("decoder", trained, out, args.steps or 1500, 8e-4, args.seed, device)
+    trainer = Trainer("decoder", trained, args, 1500, 8e-4, device)
     optimiser = torch.optim.AdamW(patches.parameters(), 1e-3, (0.5, 0.95), weight_decay=0)
-    if (out / "patches.pt").is_file():
-        patches.load_state_dict(torch.load(out / "patches.pt", weights_only=True, map_location=device))
+    if state.is_file():
+        patches.load_state_dict(torch.load(state, weights_only=True, map_location=device))
 
     def loss_of(generator):
         group = clips if clips and trainer.step % 3 == 2 else stills
@@ -112,16 +111,14 @@ def pretrain_decoder(args, rows, device):
         optimiser.zero_grad()
         judged.backward()
         optimiser.step()
-        gradient, sharper = (
-            torch.autograd.grad(loss, free)[0],
-            torch.autograd.grad(-patches(frames_of(free)).mean(), free)[0],
-        )
+        (gradient,) = torch.autograd.grad(loss, free)
+        (sharper,) = torch.autograd.grad(-patches(frames_of(free)).mean(), free)
         if trainer.step >= 40:  # the discriminator first; then half as strong as the distance
             gradient = gradient + 0.5 * sharper * gradient.norm() / sharper.norm().clamp_min(1e-12)
         return (output.float() * gradient).sum(), {"distance": loss.detach(), "judged": judged.detach()}
 
-    done = trainer.run(loss_of, args.minutes)
-    torch.save(patches.state_dict(), out / "patches.pt")
+    done = trainer.run(loss_of)
+    torch.save(patches.state_dict(), state)
     tensors = {f"vae.{name}": value.bfloat16().contiguous() for name, value in trained.state_dict().items()}
     with whole_file(out / "decoder.safetensors") as path:
         save_file(tensors, path)

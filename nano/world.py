@@ -147,37 +147,32 @@ def draw_textures(count=48, size=256):
     return photos
 
 
-def draw_pattern(kind, first, second, size=128):
-    """A seamless pattern of two named colours: a background that words alone describe to the pixel."""
-    y, x = pixel_grid(size)
-    soft = size / 8  # edges as wide as an eighth of a cell's pixel: anti-aliased when drawn small
-
-    def wave(phase):
-        return ((2 * math.pi * phase).sin() * soft / 4).clamp(-0.5, 0.5) + 0.5
-
-    from_dot = ((4 * x % 1 - 0.5) ** 2 + (4 * y % 1 - 0.5) ** 2).sqrt()
-    mix = {
-        "plain": torch.zeros_like(x), "stripes": wave(4 * x), "checkerboard": (wave(2 * x) - wave(2 * y)).abs(),
-        "dots": from_dot.sub(0.3).mul(-soft / 2).clamp(-0.5, 0.5) + 0.5, "gradient": (1 - (2 * math.pi * y).cos()) / 2,
-    }[kind]  # fmt: skip
-    a, b = (torch.tensor(COLOURS[c]).view(3, 1, 1) for c in (first, second))
-    return a * (1 - mix) + b * mix
+def wave(phase, soft):
+    return ((2 * math.pi * phase).sin() * soft / 4).clamp(-0.5, 0.5) + 0.5
 
 
-PATTERN_WORDS = {
-    "plain": "a plain {a} wall", "stripes": "{a} and {b} stripes", "checkerboard": "a checkerboard of {a} and {b}",
-    "dots": "{b} dots on {a}", "gradient": "a smooth gradient from {a} to {b}",
+PATTERNS = {  # words of two named colours, and the share of the second on a grid; soft: how wide an edge is
+    "plain": ("a plain {a} wall", lambda x, y, soft: torch.zeros_like(x)),
+    "stripes": ("{a} and {b} stripes", lambda x, y, soft: wave(4 * x, soft)),
+    "checkerboard": ("a checkerboard of {a} and {b}", lambda x, y, soft: (wave(2 * x, soft) - wave(2 * y, soft)).abs()),
+    "dots": ("{b} dots on {a}", lambda x, y, soft: ((4 * x % 1 - 0.5) ** 2 + (4 * y % 1 - 0.5) ** 2).sqrt().sub(0.3)
+             .mul(-soft / 2).clamp(-0.5, 0.5) + 0.5),
+    "gradient": ("a smooth gradient from {a} to {b}", lambda x, y, soft: (1 - (2 * math.pi * y).cos()) / 2),
 }  # fmt: skip
 
 
-def pattern_photo(rng, split):
-    """A pattern whose words belong to the split."""
+def pattern_photo(rng, split, size=128):
+    """A seamless pattern whose words belong to the split: a background that words alone describe to the pixel."""
     while True:
-        kind = pick(rng, list(PATTERN_WORDS))
-        a, b = (list(COLOURS)[i] for i in rng.choice(len(COLOURS), 2, replace=False))
-        name = PATTERN_WORDS[kind].format(a=a, b=b)
+        kind = pick(rng, list(PATTERNS))
+        first, second = (list(COLOURS)[i] for i in rng.choice(len(COLOURS), 2, replace=False))
+        words, mix = PATTERNS[kind]
+        name = words.format(a=first, b=second)
         if kind == "plain" or (hashlib.sha256(name.encode()).digest()[0] % TEST_SHARE == 0) == (split == "test"):
-            return Photo(name, draw_pattern(kind, a, b))
+            break
+    y, x = pixel_grid(size)
+    a, b, mix = *(torch.tensor(COLOURS[c]).view(3, 1, 1) for c in (first, second)), mix(x, y, size / 8)
+    return Photo(name, a * (1 - mix) + b * mix)
 
 
 def draw_leaves(rng, skins, size=128):
@@ -230,22 +225,16 @@ def recoloured(rng, thing):
     return replace(thing, look=f"{thing.look}, recoloured", levels=[turned(level) for level in thing.levels])
 
 
-def read_index(folder):
-    """What a folder of assets holds. FileNotFoundError before `python -m nano assets`."""
-    path = Path(folder) / "index.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: fill the folder with `python -m nano assets {folder}`")
-    return json.loads(path.read_text())
-
-
 @lru_cache(maxsize=1)  # a worker draws many clips
 def load_library(folder=None):
-    """Shapes and textures and, if `folder` has them, emoji and photographs."""
+    """Shapes and textures and, if `folder` has them, emoji and photographs. FileNotFoundError before `nano assets`."""
     library = Library(draw_shapes(), draw_textures())
     if folder is None:
         return library
-    index, folder = read_index(folder), Path(folder)
-    images = load_file(folder / "assets.safetensors")
+    path = Path(folder) / "index.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: fill the folder with `python -m nano assets {folder}`")
+    index, images = json.loads(path.read_text()), load_file(path.with_name("assets.safetensors"))
     for entry, image in zip(index["sprites"], images["sprites"]):
         name = entry["name"]
         library.sprites.setdefault(name, []).append(Sprite(name, entry["look"], pyramid(image.float() / 255)))
@@ -433,9 +422,8 @@ PLACES = {
 
 
 def article(name):
-    if name.endswith("s") and not name.endswith(("ss", "us")):
-        return f"some {name}"
-    return f"an {name}" if name[0] in "aeio" else f"a {name}"
+    plural = name.endswith("s") and not name.endswith(("ss", "us"))
+    return f"{'some' if plural else 'an' if name[0] in 'aeio' else 'a'} {name}"
 
 
 @dataclass
@@ -444,8 +432,7 @@ class Edit:
 
     kind: str  # the CSV it goes to
     task: str
-    wording: str  # an entry of wordings.json
-    prompt: str  # the wording, its blanks filled
+    prompt: str  # an entry of wordings.json, its blanks filled
     source: Scene
     target: Scene
     style: str | None = None  # a key of STYLES: the target is the source, restyled
@@ -460,18 +447,10 @@ def in_colour(name):
 
 
 def nameable(library, split):
-    """Sprites that a text may call for: of common things the first look, and the split's coloured shapes."""
+    """What a text may call for: the split's coloured shapes, and common things."""
     shapes = [n for n in library.names(split) if in_colour(n) and len(library.sprites[n]) == 2]
     known = library.names("train")
     return shapes, [name for name in WORDINGS["common"] if name in known]
-
-
-def tasks_of(shares):
-    """{kind: its tasks, each as often as it is to be drawn}."""
-    if shares is None:
-        return TASKS
-    often = lambda tasks: [task for task in dict.fromkeys(tasks) for _ in range(shares.get(task, 0))]
-    return {kind: often(tasks) for kind, tasks in TASKS.items()}
 
 
 def draw_photo(rng, library, split, but=""):
@@ -489,10 +468,10 @@ def draw_sprite(rng, library, split, name):
     return recoloured(rng, sprite) if split == "train" and not in_colour(name) and rng.random() < 0.4 else sprite
 
 
-def draw_scene(rng, library, split, frames, least=1):
+def draw_scene(rng, library, split, frames):
     names = library.names(split)
     emoji = [n for n in names if not in_colour(n)] or names
-    count = max(least, int(rng.choice([1, 2, 3], p=[0.45, 0.4, 0.15])))
+    count = int(rng.choice([1, 2, 3], p=[0.45, 0.4, 0.15]))
     chosen = []
     while len(chosen) < count:
         name = pick(rng, emoji if rng.random() < 0.75 else names)
@@ -522,16 +501,13 @@ def show_reference(rng, thing, size):
     return torch.tensor(paper, dtype=torch.float32).view(3, 1, 1) * (1 - layer[3:]) + layer[:3]
 
 
-def draw_edit(library, split, seed, index, frames, size, shares=None):
-    """Clip `index` of a data set: everything about it is drawn from (seed, split, index). shares: {task: how often}, of
-    these tasks alone; None: as TASKS has them."""
+def draw_edit(library, split, seed, index, frames, size):
+    """Clip `index` of a data set: everything about it is drawn from (seed, split, index)."""
     rng = np.random.default_rng([seed, split == "test", index])
-    tasks = tasks_of(shares)
-    kinds = [kind for kind in MIXTURE if tasks[kind]]
-    kind = kinds[index % len(kinds)]
-    task = pick(rng, tasks[kind])
+    kind = MIXTURE[index % len(MIXTURE)]
+    task = pick(rng, TASKS[kind])
     scene = draw_scene(rng, library, split, 1 if kind == "image" else frames)
-    edit = Edit(kind, task, "", "", scene, scene)
+    edit = Edit(kind, task, "", scene, scene)
     words = {"clip": "picture" if kind == "image" else "video"}
     if task == "style":
         edit.style = words["s"] = pick(rng, list(STYLES))
@@ -543,14 +519,13 @@ def draw_edit(library, split, seed, index, frames, size, shares=None):
         words |= change_thing(rng, edit, library, split)
     if task.startswith("subject"):
         edit.ref = show_reference(rng, edit.target.things[edit.changed[1]], 2 * size)
-    edit.wording = pick(rng, WORDINGS[split][task])
-    edit.prompt = edit.wording.format(**words)
+    edit.prompt = pick(rng, WORDINGS[split][task]).format(**words)
     return edit
 
 
 def redraw_edit(library, world, index):
     """Clip `index` of a data set as its world.json says that it is drawn: the same each time."""
-    return draw_edit(library, world["split"], world["seed"], index, world["frames"], world["size"], world.get("tasks"))
+    return draw_edit(library, world["split"], world["seed"], index, world["frames"], world["size"])
 
 
 def change_background(rng, edit, library, split, size):
@@ -653,11 +628,9 @@ def describe(scene):
 
 def boxes(scene):
     """Per thing its box on the first frame, (x0, y0, x1, y1) in frame widths; things may leave the frame."""
-    out = {}
+    out, (camera_x, camera_y, zoom) = {}, scene.camera[0].tolist()
     for thing in scene.things:
-        x, y, size = (float(v) for v in thing.path[0, :3])
-        zoom = float(scene.camera[0, 2])
-        x, y = (x - float(scene.camera[0, 0])) * zoom + 0.5, (y - float(scene.camera[0, 1])) * zoom + 0.5
-        half = size * zoom / 2
+        x, y, size, _ = thing.path[0].tolist()
+        x, y, half = (x - camera_x) * zoom + 0.5, (y - camera_y) * zoom + 0.5, size * zoom / 2
         out[thing.sprite.name] = [round(min(max(v, 0), 1), 3) for v in (x - half, y - half, x + half, y + half)]
     return out

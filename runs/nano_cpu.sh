@@ -29,8 +29,6 @@ stage --stage 1 --weights "$out/pre/weights" --out "$out/runs/1" --set steps="$s
 stage --stage 2 --weights "$out/runs/1" --out "$out/runs/2" --set steps="$stage2" $few
 stage --stage 3 --weights "$out/runs/2" --out "$out/runs/3" --set steps="$stage3" $few image=2 video=1 ref=2
 
-ship() { python -m nano ship "$out/runs/3" --weights "$out/pre/weights" --data "$out/test" --example 2 --made-by "$machine" --out "$out/nano" "$@"; }
-ship
-python -m nano eval --weights "$out/nano" --data "$out/test" --out "$out/report"
-ship --eval "$out/report"
+python -m nano ship "$out/runs/3" --weights "$out/pre/weights" --data "$out/test" --example 2 --made-by "$machine" --out "$out/nano"
+python -m nano eval --weights "$out/nano" --data "$out/test" --out "$out/report" --card
 echo "$((SECONDS / 60)) minutes"

@@ -13,12 +13,6 @@ import kernels
 from conftest import close
 
 
-class Scalar(int):
-    to = lambda self, dtype: self
-    __floordiv__ = lambda self, other: Scalar(int(self) // other)
-    __mod__ = lambda self, other: Scalar(int(self) % other)
-
-
 class Pointer:
     def __init__(self, data, at=0):
         self.data, self.at, self.dtype = data.view(-1), at, SimpleNamespace(element_ty=data.dtype)
@@ -56,14 +50,14 @@ class Machine:
     def __init__(self, seed):
         self.chance, self.turn, self.errors = random.Random(seed), threading.Condition(), []
         self.waits, self.copies, self.products, self.who = {}, [], {}, None
-        self.landing, self.working = (self.chance.choice((0.03, 0.5)) for _ in range(2))
+        self.landing = self.chance.choice((0.03, 0.5))
 
     def pick(self):
         while True:
             while self.copies and self.chance.random() < self.landing:
                 self.copies.pop(self.chance.randrange(len(self.copies)))()
             for queue in self.products.values():
-                if queue and self.chance.random() < self.working:
+                if queue and self.chance.random() < self.landing:
                     queue.pop(0)()
             able = [thread for thread, ready in self.waits.items() if ready()]
             if able or not self.copies:
@@ -143,7 +137,8 @@ class Machine:
         layout = dict.fromkeys(("SliceLayout", "NVMMADistributedLayout", "DotOperandLayout", "NVMMASharedLayout"),
                                lambda *args, **kwargs: None)  # fmt: skip
         gl = SimpleNamespace(
-            float32=torch.float32, int64=torch.int64, static_range=range, program_id=lambda axis: Scalar(program[axis]),
+            float32=torch.float32, int64=torch.int64, static_range=range,
+            program_id=lambda axis: torch.tensor(program[axis]),
             zeros=lambda shape, dtype, _: torch.zeros(shape, dtype=dtype), arange=lambda a, b, _: torch.arange(a, b),
             where=lambda c, a, b: torch.where(c, a, b) if isinstance(c, torch.Tensor) else a if c else b,
             expand_dims=torch.unsqueeze, max=torch.amax, sum=torch.sum, exp2=torch.exp2, log2=torch.log2, store=store,
@@ -161,8 +156,8 @@ class Machine:
         return {"gl": gl, "mb": mb, "hop": hop, "tma": tma}
 
 
-@pytest.mark.parametrize("stages, pingpong", sys.modules["kernels.hopper"].CONFIGS["attention_forward_hopper"])
-def test_the_hopper_kernel_computes_attention_however_its_partitions_interleave(stages, pingpong, monkeypatch):
+@pytest.mark.parametrize("stages", [2, 3])
+def test_the_hopper_kernel_computes_attention_however_its_partitions_interleave(stages, monkeypatch):
     module, (M, N, D, H) = sys.modules["kernels.hopper"], (4, 4, 8, 2)
     for seed, (Lq, Lk) in enumerate([(5, 3), (4, 4), (6, 9), (3, 22), (7, 40)] * 12):
         q, k, v = (torch.randn(2, n, H, D) for n in (Lq, Lk, Lk))
@@ -171,9 +166,7 @@ def test_the_hopper_kernel_computes_attention_however_its_partitions_interleave(
             for name, value in Machine(seed).gluon(program).items():
                 monkeypatch.setattr(module, name, value)
             pointers = map(Pointer, (q, k, v, out, lse))
-            module.attention_forward_hopper(
-                *pointers, Lq, Lk, H, D**-0.5 / 0.6931471805599453, D, M, N, stages, pingpong
-            )
+            module.attention_forward_hopper(*pointers, Lq, Lk, H, D**-0.5 / 0.6931471805599453, D, M, N, stages)
         assert close(out, kernels.attention_ref(q, k, v), 1e-5)
         scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * D**-0.5
         assert close(lse, scores.logsumexp(-1) / 0.6931471805599453, 1e-5)

@@ -18,18 +18,14 @@ DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_avail
 randn = lambda *shape, dtype=torch.float32: torch.randn(*shape, device=DEVICE).to(dtype)
 
 
-@pytest.fixture(params=["pointers", "tma"])
-def one_kind_of_load(request, monkeypatch):
-    """Attention with one of its ways to load: on a GPU in its own configurations, else in small blocks."""
-    tma = request.param == "tma"
-    if DEVICE == "cuda" and tma and torch.cuda.get_device_capability()[0] < 9:
-        pytest.skip("TMA is for Hopper and later")
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Attention in small blocks, but on a GPU in its own configurations."""
     module = sys.modules["kernels.attention"]
-    for name, configs in module.CONFIGS.items():
-        real = [config for config in configs if config[2] == tma]
-        monkeypatch.setitem(module.CONFIGS, name, real if DEVICE == "cuda" else [(16, 32, tma, 4, 1)])
+    if DEVICE == "cpu":
+        monkeypatch.setattr(module, "CONFIGS", {name: [(16, 32, 4, 1)] for name in module.CONFIGS})
     module.compiled.cache_clear()
-    yield request.param
+    yield
     module.compiled.cache_clear()
 
 
@@ -71,9 +67,7 @@ def test_attention_is_measured_inside_a_checkpoint_without_a_trace(capsys):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_matches_float64_at_lengths_with_tails(triton_backend, one_kind_of_load, dtype):
-    if DEVICE == "cuda" and dtype == torch.float32 and one_kind_of_load != "pointers":
-        pytest.skip("on a GPU float32 is loaded by pointers alone")
+def test_attention_matches_float64_at_lengths_with_tails(triton_backend, small_blocks, dtype):
     lengths = [(37, 53, 2, 64), (33, 64, 1, 128), (5, 7, 3, 16)] + [(300, 515, 2, 128)] * (DEVICE == "cuda")
     for queries, keys, heads, dim in lengths:
         assert agrees_with_float64(
@@ -81,7 +75,7 @@ def test_attention_matches_float64_at_lengths_with_tails(triton_backend, one_kin
         )
 
 
-def test_keys_behind_the_last_weigh_nothing_however_low_the_others_score(triton_backend, one_kind_of_load):
+def test_keys_behind_the_last_weigh_nothing_however_low_the_others_score(triton_backend, small_blocks):
     axis = F.normalize(torch.ones(64, device=DEVICE), dim=0)
     q, k = 8 * axis + 0.1 * randn(1, 37, 1, 64), -8 * axis + 0.1 * randn(1, 53, 1, 64)  # each score about -8
     assert agrees_with_float64(kernels.attention, 2 * q, 2 * k, randn(1, 53, 1, 64))
