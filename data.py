@@ -51,7 +51,7 @@ from tqdm import tqdm
 from media import (
     GRID,
     MediaError,
-    decoded_shape,
+    pictures,
     read_frames,
     read_image,
     usable_frames,
@@ -439,12 +439,12 @@ def check_table(path, base):
 def check_row(row):
     """(shape (frames, height, width) of the target or None, what is wrong with the row)."""
     try:
-        source, target = (decoded_shape(path) for path in (row.source, row.target))
+        sizes = [[tuple(rgb.shape[:2]) for rgb in pictures(path)] for path in (row.source, row.target)]
         if row.ref:
             read_reference(row.ref)
     except MediaError as error:
         return None, [str(error)]
-    found = []
+    found, (source, target) = [], ((len(frames), *frames[-1]) for frames in sizes)
     if source[0] != target[0]:
         found.append(f"has {target[0]} frames, its source {source[0]}: only the shorter length is trained")
     if abs(math.log(source[1] / source[2] * target[2] / target[1])) > 0.05:

@@ -25,7 +25,7 @@ from torch import nn
 from connectors import Encoder, MLLMConfig, merge_lora, meta_parameters
 from dit import DiT, DiTConfig
 from load import QWEN_BASE, WAN_BASE, from_dict, listed, load_weights, move_buffers, only_weights, read_fields
-from media import MAX_PIXELS, FrameFile, long_clip, nearest_size, pad_reference, whole_folder
+from media import MAX_PIXELS, FrameFile, nearest_size, pad_reference, read_clip, whole_folder
 from parallel import pick_device
 from sampler import (
     FlowMatch,
@@ -576,7 +576,7 @@ def read_for(config, path, frames=None, max_pixels=None, every_frame=False):
     """A clip file as weights of this config edit it: `media.read_clip`, at their size if they know one kind of clip
     only. every_frame: at the file's own frame rate, so that frame i of the edit is frame i of the file."""
     if config.trained is None:
-        return long_clip(path, config.window, frames or 81, max_pixels or MAX_PIXELS)
+        return read_clip(path, frames or 81, max_pixels or MAX_PIXELS, held=config.window)
     count, height, width, fps = config.trained
     size_of, rate = partial(nearest_size, grid=config.pixel_grid), None if every_frame else fps
-    return long_clip(path, config.window, frames or count, max_pixels or height * width, rate, size_of)
+    return read_clip(path, frames or count, max_pixels or height * width, rate, size_of, config.window)
