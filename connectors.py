@@ -185,14 +185,18 @@ class MLLMEncoder(Encoder, name="qwen2.5-vl"):
 
         super().__init__()
         self.config = config
-        values, path = read_qwen_config(config.folder), existing(Path(config.folder) / "tokenizer.json")
+        folder = Path(config.folder)
+        name = (
+            "qwen_config.json" if (folder / "qwen_config.json").is_file() else "config.json"
+        )  # of the diffusers layout
+        values, tokenizer = read_json(folder / name), existing(folder / "tokenizer.json")
         try:
             qwen_config = Qwen2_5_VLConfig.from_dict(values)
-            self.tokenizer = Tokenizer.from_file(str(path))
+            self.tokenizer = Tokenizer.from_file(str(tokenizer))
         except Exception as error:  # tokenizers raises nothing more particular, transformers many kinds
             reason = " ".join(str(error).split())
             raise ValueError(
-                f"{config.folder}: its config or tokenizer.json cannot be read ({reason}); fetch them again"
+                f"{folder}: its config or tokenizer.json cannot be read ({reason}); fetch them again"
             ) from None
         self.tokenizer.encode_special_tokens = True  # what a user types is text, never a control token
         with meta_parameters() if empty else nullcontext():
@@ -382,20 +386,18 @@ def as_frames(frames, name):
     return frames
 
 
-def existing(path):
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: give the folder of Qwen2.5-VL with its config and tokenizer")
-    return path
+def existing(path) -> Path:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing: the folder is not complete")
+    return Path(path)
 
 
-def read_qwen_config(folder):
-    """Qwen's config: qwen_config.json in the `processor/` of the released diffusers layout, else config.json."""
-    path = Path(folder) / "qwen_config.json"
-    path = path if path.is_file() else existing(Path(folder) / "config.json")
+def read_json(path) -> dict:
+    """The fields of a JSON object. ValueError where a file holds something else."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(existing(path).read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise ValueError(f"{path}: is not JSON ({error})") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object")
     return values

@@ -48,15 +48,7 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from media import (
-    GRID,
-    MediaError,
-    pictures,
-    read_frames,
-    read_image,
-    usable_frames,
-    working_size,
-)
+from media import GRID, MediaError, pictures, read_frames, read_image, usable_frames, working_size
 
 FILES = {"image": "image.csv", "video": "video.csv", "ref": "ref_video.csv"}
 PAIR = ("src_video", "tgt_video", "prompt")

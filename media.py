@@ -155,13 +155,14 @@ def read_clip(path, max_frames=81, max_pixels=MAX_PIXELS, max_fps=None, size_of=
         still = is_picture(container) and count == 1
         if not still and count < max_frames:
             check_length(path, container, stream, index + 1, max_frames * stride)
-    count = usable_frames(count) if usable_frames(count) > 1 else count  # of 2 to 4 one alone would be a picture
+    if count > 4:  # of 2 to 4 one alone would be a picture
+        count = usable_frames(count, max_frames)
     frames = torch.stack(frames[:count]) if count <= len(frames) else FrameFile(str(path), count, size, stride)
     return Clip(frames, fps / stride, still, source_size, str(path))
 
 
 def check_length(path, container, stream, seen, wanted):
-    """Compare the frames of a file with those that its header promises: a note, or MediaError below half of `wanted`."""
+    """Compare a file's frames with those that its header promises: a note, or MediaError below half of `wanted`."""
     promised = shown_frames(container, stream)
     if stream.frames and seen < min(promised, wanted) // 2:
         raise MediaError(f"{path}: ends after {seen} of {promised} frames; fetch the file again")
@@ -215,15 +216,16 @@ def read_frames(path, count: int, size: tuple[int, int]) -> torch.Tensor:
     return torch.stack(frames + frames[-1:] * (count - len(frames)))
 
 
-def measure(path) -> tuple[int, int, int]:
-    """(frames, height, width) of a picture or clip, upright, from its header and first frame; a clip whose header has
-    no length is decoded to be counted. MediaError."""
+def measure(path, count=True) -> tuple[int, int, int, float]:
+    """(frames, height, width, frames a second) of a file, upright, from its header and first frame; a picture has 1
+    frame and a rate of 0. A clip whose header has no length is decoded to be counted, or has 0 frames. MediaError."""
     with open_media(path) as (container, stream):
         frames = decode(path, container, stream)
-        _, rgb = next(frames)
+        height, width = next(frames)[1].shape[:2]
         if is_picture(container):
-            return 1, *rgb.shape[:2]
-        return shown_frames(container, stream) or 1 + sum(1 for _ in frames), *rgb.shape[:2]
+            return 1, height, width, 0
+        promised = shown_frames(container, stream) or (1 + sum(1 for _ in frames) if count else 0)
+        return promised, height, width, float(frame_rate(stream))
 
 
 @contextmanager

@@ -14,10 +14,7 @@ import media
 from cache import Cache, Shapes
 from conftest import moving_picture, write_clip, write_table
 from data import Curriculum, Mixture, Pairs, Row, bucket, read_table
-from media import (
-    MediaError,
-    write_image,
-)
+from media import MediaError, write_image
 
 ALONE = SimpleNamespace(rank=0, world=1, first=False, gathered=list)
 
@@ -175,7 +172,7 @@ def test_files_are_measured_once_and_again_when_they_change(tmp_path, monkeypatc
     shapes.measure([row], ALONE)
     shapes.save(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "open_media", None)  # nothing is opened
+        patch.setattr(cache, "measure", None)  # nothing is opened
         assert shapes_of([row], known=[tmp_path]) == [(9, 64, 64)]
     write_clip(tmp_path / "a.mp4", moving_picture(13, 64, 96))
     assert shapes_of([row], known=[tmp_path]) == [(13, 64, 96)]
