@@ -209,11 +209,6 @@ class MLLMEncoder(Encoder, name="qwen2.5-vl"):
         if config.num_ref_queries:
             self.ref_connector = connector(hidden, config.dit_dim)
 
-    @classmethod
-    def from_config(cls, folder, **sizes):
-        """An encoder with random weights from a folder with config.json and tokenizer.json; sizes as MLLMConfig."""
-        return cls(MLLMConfig(folder=str(folder), **sizes))
-
     @property
     def num_queries(self):
         c = self.config
@@ -465,15 +460,12 @@ def replace_modules(module, replace):
 def inject_lora(module, rank, targets=LLM_LORA_TARGETS):
     """Give every Linear of `module` whose name ends in one of `targets` ("q_proj", "ffn.0", ...) a LoRA. ValueError for
     a target that matches none."""
-    found = {
-        name: [t for t in targets if f".{name}".endswith(f".{t}")]
-        for name, child in module.named_modules()
-        if type(child) is nn.Linear
-    }
-    for target in targets:
-        if not any(target in wanted for wanted in found.values()):
-            raise ValueError(f"LoRA: {type(module).__name__} has no linear layer {target!r}")
-    replace_modules(module, lambda name, child: LoRALinear(child, rank) if found.get(name) else None)
+    linears = [name for name, child in module.named_modules() if type(child) is nn.Linear]
+    found = {target: [name for name in linears if f".{name}".endswith(f".{target}")] for target in targets}
+    if lost := [target for target, names in found.items() if not names]:
+        raise ValueError(f"LoRA: {type(module).__name__} has no linear layer {lost[0]!r}")
+    chosen = {name for names in found.values() for name in names}
+    replace_modules(module, lambda name, child: LoRALinear(child, rank) if name in chosen else None)
 
 
 def merge_lora(module):

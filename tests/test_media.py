@@ -169,18 +169,6 @@ def places(path):
         return [place(rgb) for _, rgb in decode(path, container, stream)]
 
 
-def encode(path, frames, codec="libx264", pix="yuv420p", rate=20, options=None, container=None, times=None):
-    with av.open(str(path), "w", container_options=container or {}) as out:
-        video = out.add_stream(codec, rate=rate, options=options or {})
-        video.height, video.width, video.pix_fmt = *frames.shape[1:3], pix
-        for i, image in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(image.numpy(), format="rgb24").reformat(format=pix)
-            frame.pts, frame.time_base = (times[i] if times else i), Fraction(1, rate)
-            out.mux(video.encode(frame))
-        out.mux(video.encode())
-    return path
-
-
 def add_beeps(path, parts, codec="pcm_s16le", seconds=2):
     """A clip with sound in parts: (start in s, channels, rate, beeps at s)."""
     with av.open(str(path), "w") as out:
@@ -295,26 +283,26 @@ def test_a_tiff_with_the_tags_of_cameras_and_scanners_is_read(tmp_path):
 
 def test_an_avi_with_b_frames_has_every_frame_once_and_in_order(tmp_path):
     for codec, options in (("libx264", {"x264-params": "bframes=2:b-adapt=0"}), ("mpeg4", {"bf": "2"})):
-        path = encode(tmp_path / f"{codec}.avi", bars(40), codec, options=options)
+        path = write_clip(tmp_path / f"{codec}.avi", bars(40), codec, options=options)
         assert places(path) == list(range(40)) and measure(path)[0] == 40
 
 
 def test_every_picture_of_a_variable_frame_rate_stands_at_its_time(tmp_path):
-    gif = encode(tmp_path / "held.gif", bars(21), "gif", "rgb8", container={"final_delay": "300"})
+    gif = write_clip(tmp_path / "held.gif", bars(21), "gif", "rgb8", 20, container={"final_delay": "300"})
     assert places(gif) == [*range(21), *[20] * 59] and measure(gif)[0] == 80  # 50 ms each, the last for 3 s
     clip = read_clip(gif)
     assert clip.fps == 20 and len(clip.frames) == 77
     times = [i for i in range(25) if i not in (5, 6, 13, 20)]  # a phone dropped four
-    phone = encode(tmp_path / "phone.mp4", bars(21), rate=30, times=times, options={"x264-params": "bframes=0"})
+    phone = write_clip(tmp_path / "phone.mp4", bars(21), rate=30, times=times, options={"x264-params": "bframes=0"})
     seen = places(phone)
     assert [seen[t] for t in times] == list(range(21)) and seen[5:7] == [4, 4] and read_clip(phone).fps == 30
 
 
 def test_a_gif_of_one_frame_is_a_still_and_an_animated_avif_a_clip(tmp_path):
-    assert read_clip(encode(tmp_path / "one.gif", bars(1, 64), "gif", "rgb8")).still
+    assert read_clip(write_clip(tmp_path / "one.gif", bars(1, 64), "gif", "rgb8")).still
     if "libsvtav1" not in av.codecs_available:
         pytest.skip("PyAV has no AV1 encoder here")
-    clip = read_clip(encode(tmp_path / "in.avif", bars(10), "libsvtav1", rate=10, options={"preset": "10"}))
+    clip = read_clip(write_clip(tmp_path / "in.avif", bars(10), "libsvtav1", rate=10, options={"preset": "10"}))
     assert not clip.still and clip.fps == 10 and len(clip.frames) == 9
 
 

@@ -390,7 +390,7 @@ def test_an_archive_that_is_not_the_checked_one_is_refused(tmp_path):
 
 
 def test_an_answer_s_word_is_read_off_before_the_model_sees_it(monkeypatch, qwen_folder):
-    encoder, seen = randomise(MLLMEncoder.from_config(qwen_folder, dit_dim=16, num_image_queries=3)), []
+    encoder, seen = randomise(MLLMEncoder(MLLMConfig(str(qwen_folder), dit_dim=16, num_image_queries=3))), []
     monkeypatch.setattr(F, "cross_entropy", lambda logits, wanted: seen.append((logits, wanted)) or logits.sum())
     still = torch.zeros(1, 56, 56, 3, dtype=torch.uint8)
     for answer in ("ab", "xb"):
