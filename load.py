@@ -235,10 +235,10 @@ def tensor_files(folder, *patterns):
 
     FileNotFoundError where one is missing, or all are.
     """
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    named = {str(name) for index in indices for name in read_json(index)["weight_map"].values()}
-    named = {name for name in named if any(fnmatch(name, pattern) for pattern in patterns) and Path(name).name == name}
-    found = {p.name for pattern in patterns for p in folder.glob(pattern) if not p.name.startswith(".")}  # half written
+    wanted = lambda name: any(fnmatch(name, pattern) for pattern in patterns) and name[0] != "."
+    indices = folder.glob("*.safetensors.index.json")
+    named = {name for index in indices for name in read_json(index)["weight_map"].values() if wanted(name)}
+    found = {path.name for path in folder.iterdir() if wanted(path.name)}  # .step.tmp: half written
     if not named and not found:
         raise FileNotFoundError(f"{folder}: has no {' or '.join(patterns)}; the weights folder is not complete")
     if absent := sorted(named - found):

@@ -31,10 +31,7 @@ def test_one_frame_or_two_references_work_where_the_release_crashes(qwen_folder)
 
 
 def test_requests_read_together_give_what_each_gives_alone(qwen_folder):
-    encoder = MLLMEncoder(
-        MLLMConfig(str(qwen_folder), dit_dim=16, num_image_queries=3, num_video_queries=4, num_ref_queries=5)
-    )
-    encoder = randomise(encoder)
+    encoder = randomise(MLLMEncoder(MLLMConfig(str(qwen_folder), 16, 3, 4, 5)))
     still, clip = (torch.randint(255, (frames, 60, 80, 3), dtype=torch.uint8) for frames in (1, 5))
     asked = [("Remove it.", still), ("Use this in place of the old car.", still, clip[0]), ("Make it snow.", clip)]
     together = encoder.encode([encoder.prepare(*request) for request in asked])
