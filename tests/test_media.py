@@ -169,35 +169,33 @@ def places(path):
         return [place(rgb) for _, rgb in decode(path, container, stream)]
 
 
-def add_beeps(path, parts, codec="pcm_s16le", seconds=2):
-    """A clip with sound in parts: (start in s, channels, rate, beeps at s)."""
+def add_beeps(path, parts, codec="pcm_s16le"):
+    """A clip of 2 s with sound in parts of 0.9 s: (start in s, channels, rate, beeps at s)."""
     with av.open(str(path), "w") as out:
-        video, tracks = out.add_stream("libx264", rate=20), {}
+        video, track, kind = out.add_stream("libx264", rate=20), None, None
         video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
-        track = out.add_stream(codec, rate=parts[0][2])
-        track.codec_context.layout = "stereo" if parts[0][1] == 2 else "mono"
-        for image in moving_picture(20 * seconds, 64, 64):
-            out.mux(video.encode(av.VideoFrame.from_ndarray(image.numpy(), format="rgb24")))
-        out.mux(video.encode())
         for start, channels, rate, beeps in parts:
-            encoder = track.codec_context
-            if tracks and (channels, rate) not in tracks:  # its packets go on in the same stream
+            layout = "stereo" if channels == 2 else "mono"
+            if track is None:
+                track = out.add_stream(codec, rate=rate, layout=layout)
+                encoder = track.codec_context
+            elif kind != (channels, rate):  # its packets go on in the same stream
                 encoder = av.CodecContext.create(codec, "w")
-                encoder.sample_rate, encoder.layout, encoder.format = rate, "stereo" if channels == 2 else "mono", "s16"
+                encoder.sample_rate, encoder.layout, encoder.format = rate, layout, "s16"
                 encoder.time_base = Fraction(1, rate)
-            tracks[channels, rate] = encoder
-            t = np.arange(rate * 9 // 10) / rate + start
+            kind, t = (channels, rate), np.arange(rate * 9 // 10) / rate + start
             wave = sum(((t >= b) & (t < b + 0.1)) * np.sin(6283 * t) for b in beeps) * 20000
-            for at in range(0, len(t), 1152):
-                piece = np.repeat(wave[at : at + 1152].astype(np.int16), channels)[None]
-                frame = av.AudioFrame.from_ndarray(piece, format="s16", layout="stereo" if channels == 2 else "mono")
-                frame.sample_rate, frame.pts, frame.time_base = rate, round(start * rate) + at, Fraction(1, rate)
-                for packet in encoder.encode(frame):
-                    packet.stream = track
-                    out.mux(packet)
+            frame = av.AudioFrame.from_ndarray(np.repeat(wave.astype(np.int16), channels)[None], "s16", layout)
+            frame.sample_rate, frame.pts, frame.time_base = rate, round(start * rate), Fraction(1, rate)
+            for packet in encoder.encode(frame):
+                packet.stream = track
+                out.mux(packet)
         for packet in encoder.encode(None):
             packet.stream = track
             out.mux(packet)
+        for image in moving_picture(40, 64, 64):
+            out.mux(video.encode(av.VideoFrame.from_ndarray(image.numpy(), format="rgb24")))
+        out.mux(video.encode())
     return path
 
 
