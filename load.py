@@ -206,6 +206,11 @@ class TensorFiles(Mapping):
             tensor = (tensor.float() * scale.reshape(-1, *[1] * (tensor.ndim - 1))).bfloat16()
         return tensor
 
+    def shape(self, name):
+        path, inner = self.places[name]
+        file = self.open(path, "cpu")
+        return tuple(file[inner].shape if isinstance(file, dict) else file.get_slice(inner).get_shape())
+
     def __iter__(self):
         return iter(self.places)
 
@@ -446,17 +451,17 @@ def read_training_checkpoint(path, base, qwen):
 def mllm_sizes(files):
     """The query counts that the weights have; 0 for a mode that was not trained yet."""
     names = {mode: f"mllm.{mode}_queries" for mode in ("image", "video", "ref")}
-    return {f"num_{mode}_queries": len(files[name]) if name in files.places else 0 for mode, name in names.items()}
+    return {f"num_{mode}_queries": files.shape(name)[0] if name in files.places else 0 for mode, name in names.items()}
 
 
 def vae_config(files, mean=(), std=()):
     """The sizes of a Wan VAE, read off its tensors: Wan's VAE files come without a config."""
-    width = lambda name: len(files[f"vae.{name}"])
+    width = lambda name: files.shape(f"vae.{name}")[0]
     try:
-        dim, pixels = files["vae.encoder.conv1.weight"].shape[:2]
+        dim, pixels = files.shape("vae.encoder.conv1.weight")[:2]
         resampled = [n for n in files if re.fullmatch(r"vae\.encoder\.downsamples\..*resample\.1\.weight", n)]
         resampled.sort(key=lambda n: [int(part) for part in n.split(".") if part.isdigit()])
-        widths = [*(len(files[n]) for n in resampled), width("encoder.head.0.gamma")]
+        widths = [*(files.shape(n)[0] for n in resampled), width("encoder.head.0.gamma")]
         return VAEConfig(
             version={12: "2.2", 3: "2.1"}[pixels], dim=dim, dec_dim=width("decoder.head.0.gamma"),
             z_dim=width("conv2.weight"), dim_mult=tuple(w // dim for w in widths),

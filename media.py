@@ -501,21 +501,22 @@ def copy_packets(sound, out, start, duration):
 
 
 def encode_sound(source, sound, out, start, duration):
-    """Decode a sound stream and encode it as AAC, in stereo."""
-    samples = read_sound(source, sound, start, duration)
+    """Decode a sound stream and encode it as AAC, of one or two channels."""
+    layout = "mono" if sound.layout.nb_channels == 1 else "stereo"
+    samples = read_sound(source, sound, start, duration, layout)
     if samples.shape[1]:
-        track = out.add_stream("aac", rate=SOUND_RATE, layout="stereo")
-        frame = av.AudioFrame.from_ndarray(samples, "fltp", "stereo")
+        track = out.add_stream("aac", rate=SOUND_RATE, layout=layout)
+        frame = av.AudioFrame.from_ndarray(samples, "fltp", layout)
         frame.sample_rate, frame.pts, frame.time_base = SOUND_RATE, 0, Fraction(1, SOUND_RATE)
         out.mux([*track.encode(frame), *track.encode(None)])
 
 
-def read_sound(source, sound, start, duration) -> np.ndarray:
-    """The sound of `duration` seconds from `start` as float32 (2, samples), silence where it has gaps.
+def read_sound(source, sound, start, duration, layout) -> np.ndarray:
+    """The sound of `duration` seconds from `start` as float32 (channels, samples), silence where it has gaps.
 
     Samples follow one another while they are within 12 ms of their times, which some containers round to 1 ms.
     """
-    out = np.zeros((2, round(duration * SOUND_RATE)), np.float32)
+    out = np.zeros((av.AudioLayout(layout).nb_channels, round(duration * SOUND_RATE)), np.float32)
     resampler, kind, place, end = None, None, 0, 0  # place: of the next sample; end: of all samples so far
 
     def put(pieces):
@@ -536,7 +537,7 @@ def read_sound(source, sound, start, duration) -> np.ndarray:
             if jumps or now != kind:  # at first, after a gap, and where its kind changes within the file
                 put(resampler.resample(None) if resampler else [])
                 place = at if jumps else place
-                kind, resampler = now, av.AudioResampler(format="fltp", layout="stereo", rate=SOUND_RATE)
+                kind, resampler = now, av.AudioResampler(format="fltp", layout=layout, rate=SOUND_RATE)
             put(resampler.resample(frame))
         put(resampler.resample(None) if resampler else [])
     except av.error.FFmpegError as error:
