@@ -235,6 +235,10 @@ class KiwiEdit(nn.Module):
     def dtype(self):
         return self.dit.patch_embedding.weight.dtype
 
+    def cast(self, *tensors):
+        """Tensors in the model's dtype; None stays None."""
+        return [z if z is None else z.to(self.dtype) for z in tensors]
+
     def additions(self):
         """{name: parameter} of all that Kiwi-Edit adds to Wan and to the language model."""
         backbones = ["dit.", "vae.", *[f"mllm.{name}." for name in (self.mllm.backbones if self.mllm else ())]]
@@ -282,12 +286,8 @@ class KiwiEdit(nn.Module):
         noise = torch.randn_like(latents) if noise is None else noise
         sigma, weight = flow.training_sigmas(t)
         s = sigma.to(latents.dtype).view(-1, 1, 1, 1, 1)
-        if balance and source is None:
-            raise ValueError("balance: which places are kept is told by the source; there is none")
         places = balance_weights(latents, source) if balance else 1
-        noisy, source, ref = (
-            z if z is None else z.to(self.dtype) for z in ((1 - s) * latents + s * noise, source, ref)
-        )
+        noisy, source, ref = self.cast((1 - s) * latents + s * noise, source, ref)
         prediction = self.velocity(noisy, t, context, source, ref)
         error = places * (prediction.float() - (noise - latents).float()).square()
         return (weight * error.flatten(1).mean(dim=1)).mean()
@@ -328,10 +328,9 @@ class KiwiEdit(nn.Module):
         each, in a list, go through the model one by one, and agree where they overlap.
         """
         rows = len(spans) if spans else 1
-        cast = lambda z: z if z is None else z.to(self.dtype)
-        source, ref = cast(source), cast(ref)
+        source, ref = self.cast(source, ref)
         sources = [None] * rows if source is None else source.chunk(rows)
-        contexts, shy = ([cast(z) for z in (zs if isinstance(zs, list) else [zs] * rows)] for zs in (context, unshown))
+        contexts, shy = (self.cast(*(z if isinstance(z, list) else [z] * rows)) for z in (context, unshown))
         if rows == 1 and not hasattr(self.dit.blocks[0], "unshard"):  # a sharded block has weights while it is called
             contexts, shy = ([z if z is None else self.dit.context_keys_values(z)] for (z,) in (contexts, shy))
 
