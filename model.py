@@ -409,6 +409,7 @@ class KiwiEdit(nn.Module):
                 noise, contexts, source, ref_latents, steps, flow, partial(tell, "denoise"), unshown, guidance,
                 sampler, stay, draw, spans,
             )  # fmt: skip
+
         with working_on(self.vae, offload_to):
             clips = (self.decode_fitting(z[None], tile, part_of("decode", i)) for i, z in enumerate(latents))
             frames = crossfaded(clips, spans, vae.time_stride)
