@@ -140,7 +140,8 @@ def test_every_bad_file_is_one_media_error_that_names_it(tmp_path):
 
 
 def test_a_name_is_a_name_and_no_pattern(tmp_path):
-    for name in ("100%done.png", "my%20dog.png", "a%d.png", "clip12:30.png"):
+    write_image(tmp_path / "i001.png", 255 - moving_picture(1)[0])
+    for name in ("100%done.png", "my%20dog.png", "i%03d.png", "clip12:30.png"):
         write_image(tmp_path / name, moving_picture(1)[0])
         assert torch.equal(read_image(tmp_path / name), moving_picture(1)[0])
 
