@@ -22,12 +22,8 @@ from data import FILES, Pairs, digest, read_pair
 from media import (
     GRID,
     MediaError,
-    decode,
-    frame_rate,
-    is_picture,
-    open_media,
+    measure,
     pad_reference,
-    shown_frames,
     whole_file,
     write_text,
 )
@@ -62,7 +58,7 @@ class Shapes:
         if known and known[:2] == stamp:
             return known
         try:
-            return [*stamp, list(look(path)) if not path.endswith(".parquet") else None]
+            return [*stamp, list(measure(path)) if not path.endswith(".parquet") else None]
         except MediaError as error:
             return [*stamp, str(error)]
 
@@ -100,18 +96,6 @@ class Shapes:
         ):
             return f"{row.target}: has {rate:g} frames a second, its source {source_rate:g}: frames would not match"
         return min(a, b), height, width
-
-
-def look(path):
-    """(frames, height, width, frames a second) of a picture or clip, upright, from its header and first frame.
-    MediaError."""
-    with open_media(path) as (container, stream):
-        frames = decode(path, container, stream)
-        _, rgb = next(frames)
-        if is_picture(container):
-            return 1, *rgb.shape[:2], 0
-        count = shown_frames(container, stream) or 1 + sum(1 for _ in frames)
-        return count, *rgb.shape[:2], float(frame_rate(stream))
 
 
 class Cache:

@@ -37,24 +37,12 @@ from nano.__main__ import main as nano_main
 from vae import VAEConfig
 
 HOUSE = Path(__file__).parent
-
-
 SHARED = HOUSE.parent / "shared"
-
-
 GOLDEN = SHARED / "golden"
-
-
 TOL = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # relative to the largest expected value
 
-
 golden = pytest.mark.skipif(not GOLDEN.is_dir(), reason="needs ../shared/golden, outputs recorded from the release")
-
-
 demo = pytest.mark.skipif(not (SHARED / "demo").is_dir(), reason="needs ../shared/demo, real clips")
-
-
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 @pytest.fixture(autouse=True)
@@ -101,9 +89,7 @@ def randomise(module, scale=1.0):
 def triton_backend(monkeypatch):
     """The kernels; what one of them forgets to write is NaN."""
     pytest.importorskip("triton")
-    monkeypatch.setattr(
-        torch.backends.cudnn, "allow_tf32", False
-    )  # a patch embedding in ten bits would be the difference
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # or a patch embedding has ten bits
     kernels.set_backend("triton")
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
     yield
@@ -128,21 +114,11 @@ def write_qwen_folder(folder):
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
-    names = [
-        "endoftext",
-        "im_start",
-        "im_end",
-        "object_ref_start",
-        "vision_start",
-        "vision_end",
-        "image_pad",
-        "video_pad",
-    ]
+    names = "endoftext im_start im_end object_ref_start vision_start vision_end image_pad video_pad".split()
     tokenizer.add_special_tokens([AddedToken(f"<|{name}|>") for name in names])
     tokenizer.save(str(folder / "tokenizer.json"))
-    vision = dict(
-        depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=32, fullatt_block_indexes=[0]
-    )
+    vision = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=32)
+    vision["fullatt_block_indexes"] = [0]
     config = dict(
         model_type="qwen2_5_vl", hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1,
         num_hidden_layers=2, vocab_size=tokenizer.get_vocab_size(), tie_word_embeddings=True, vision_config=vision,
@@ -163,27 +139,19 @@ def moving_picture(count=9, height=70, width=102):
     return torch.stack([frame(t) for t in range(count)]).to(torch.uint8)
 
 
-def write_clip(path, frames, times=None, rate=25, sound=None, late=0.0, pixels=Fraction(1)):
-    """A clip with frames at `times` (ms), pixels of that aspect and, with sound, a 440 Hz tone of 2 s, `late` s in."""
-    with av.open(str(path), "w") as out:
-        video = out.add_stream("libx264", rate=rate, options={"crf": "1"})
-        video.height, video.width, video.pix_fmt = *frames.shape[1:3], "yuv420p"
-        video.codec_context.time_base, video.codec_context.sample_aspect_ratio = Fraction(1, 1000), pixels
-        if sound:
-            track = out.add_stream(sound, rate=48000)
-            track.codec_context.layout = "mono"
+def write_clip(
+    path, frames, codec="libx264", pix="yuv420p", rate=25, times=None, pixels=1, options=None, container=None
+):
+    """A clip with frames at `times` (in units of 1 / rate) and pixels of that aspect."""
+    with av.open(str(path), "w", container_options=container or {}) as out:
+        video = out.add_stream(codec, rate=rate, options=options or ({"crf": "1"} if codec == "libx264" else {}))
+        video.height, video.width, video.pix_fmt = *frames.shape[1:3], pix
+        video.codec_context.sample_aspect_ratio = Fraction(pixels)
         for i, image in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(image.numpy(), format="rgb24")
-            frame.pts, frame.time_base = round(times[i] if times else 1000 * i / rate), Fraction(1, 1000)
+            frame = av.VideoFrame.from_ndarray(image.numpy(), format="rgb24").reformat(format=pix)
+            frame.pts, frame.time_base = (times[i] if times else i), 1 / Fraction(rate)
             out.mux(video.encode(frame))
         out.mux(video.encode())
-        if sound:
-            tone = (np.sin(np.arange(96000) * 440 * 2 * np.pi / 48000) * 9000).astype(np.int16)
-            for i in range(0, 96000, 960):
-                piece = av.AudioFrame.from_ndarray(tone[None, i : i + 960], format="s16", layout="mono")
-                piece.rate, piece.pts = 48000, i + round(48000 * late)
-                out.mux(track.encode(piece))
-            out.mux(track.encode())
     return path
 
 

@@ -207,14 +207,18 @@ class MLLMEncoder(Encoder, name="qwen2.5-vl"):
 
         super().__init__()
         self.config = config
-        values, path = read_qwen_config(config.folder), existing(Path(config.folder) / "tokenizer.json")
+        folder = Path(config.folder)
+        name = (
+            "qwen_config.json" if (folder / "qwen_config.json").is_file() else "config.json"
+        )  # of the diffusers layout
+        values, tokenizer = read_json(folder / name), existing(folder / "tokenizer.json")
         try:
             qwen = QwenConfig.from_dict(values)
-            self.tokenizer = Tokenizer.from_file(str(path))
+            self.tokenizer = Tokenizer.from_file(str(tokenizer))
         except Exception as error:  # tokenizers raises nothing more particular
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(
-                f"{config.folder}: its config or tokenizer.json cannot be read ({reason}); fetch them again"
+                f"{folder}: its config or tokenizer.json cannot be read ({reason}); fetch them again"
             ) from None
         self.tokenizer.encode_special_tokens = True  # what a user types is text, never a control token
         with torch.device("meta") if empty else nullcontext():
@@ -226,11 +230,6 @@ class MLLMEncoder(Encoder, name="qwen2.5-vl"):
         self.connector = connector(hidden, config.dit_dim)
         if config.num_ref_queries:
             self.ref_connector = connector(hidden, config.dit_dim)
-
-    @classmethod
-    def from_config(cls, folder, **sizes):
-        """An encoder with random weights from a folder with config.json and tokenizer.json; sizes as MLLMConfig."""
-        return cls(MLLMConfig(folder=str(folder), **sizes))
 
     @property
     def num_queries(self):
@@ -392,20 +391,18 @@ def as_frames(frames, name):
     return frames
 
 
-def existing(path):
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: give the folder of Qwen2.5-VL with its config and tokenizer")
-    return path
+def existing(path) -> Path:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is missing: the folder is not complete")
+    return Path(path)
 
 
-def read_qwen_config(folder):
-    """Qwen's config: qwen_config.json in the `processor/` of the released diffusers layout, else config.json."""
-    path = Path(folder) / "qwen_config.json"
-    path = path if path.is_file() else existing(Path(folder) / "config.json")
+def read_json(path) -> dict:
+    """The fields of a JSON object. ValueError where a file holds something else."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(existing(path).read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise ValueError(f"{path}: is not JSON ({error})") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object")
     return values
@@ -455,15 +452,12 @@ def replace_modules(module, replace):
 def inject_lora(module, rank, targets=LLM_LORA_TARGETS):
     """Give every Linear of `module` whose name ends in one of `targets` ("q_proj", "ffn.0", ...) a LoRA. ValueError for
     a target that matches none."""
-    found = {
-        name: [t for t in targets if f".{name}".endswith(f".{t}")]
-        for name, child in module.named_modules()
-        if type(child) is nn.Linear
-    }
-    for target in targets:
-        if not any(target in wanted for wanted in found.values()):
-            raise ValueError(f"LoRA: {type(module).__name__} has no linear layer {target!r}")
-    replace_modules(module, lambda name, child: LoRALinear(child, rank) if found.get(name) else None)
+    linears = [name for name, child in module.named_modules() if type(child) is nn.Linear]
+    found = {target: [name for name in linears if f".{name}".endswith(f".{target}")] for target in targets}
+    if lost := [target for target, names in found.items() if not names]:
+        raise ValueError(f"LoRA: {type(module).__name__} has no linear layer {lost[0]!r}")
+    chosen = {name for names in found.values() for name in names}
+    replace_modules(module, lambda name, child: LoRALinear(child, rank) if name in chosen else None)
 
 
 def merge_lora(module):

@@ -12,12 +12,15 @@ import hashlib
 import math
 import os
 import random
+import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+
+from command import one_line
 
 EXAMPLES = """examples:
   python data.py check data/nano/image.csv data/nano/ref_video.csv      # before a long run
@@ -48,15 +51,7 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from media import (
-    GRID,
-    MediaError,
-    decoded_shape,
-    read_frames,
-    read_image,
-    usable_frames,
-    working_size,
-)
+from media import GRID, MediaError, pictures, read_frames, read_image, usable_frames, working_size
 
 FILES = {"image": "image.csv", "video": "video.csv", "ref": "ref_video.csv"}
 PAIR = ("src_video", "tgt_video", "prompt")
@@ -236,11 +231,11 @@ def largest_size(aspect, max_pixels):
 
 def fill_buckets(shapes, max_frames, max_pixels):
     """Shapes of rows (a text: left out) -> {shape of training: [row numbers]}."""
-    buckets = {}
+    buckets = defaultdict(list)
     for number, shape in enumerate(shapes):
         if not isinstance(shape, str):
-            buckets.setdefault(bucket(shape, max_frames, max_pixels), []).append(number)
-    return buckets
+            buckets[bucket(shape, max_frames, max_pixels)].append(number)
+    return dict(buckets)
 
 
 def read_pair(row, shape):
@@ -353,22 +348,19 @@ class Pairs(torch.utils.data.Dataset):
 
     def add(self, batch, bucket, number):
         """Add a row, or the next in its bucket that can be read."""
-        reason = ""
         for candidate in from_row(bucket, number):
             row = self.tables[batch["kind"]][candidate]
             try:
                 pictures, seen = self.read(row, batch["shape"])
             except MediaError as error:
-                reason = str(error)
-                batch["bad"].append((row.target, reason))
+                batch["bad"].append((row.target, str(error)))
                 continue
             new = {"prompts": row.prompt, "paths": row.target, "pictures": pictures, "seen": seen}
             for name, value in new.items():
                 batch[name].append(value)
             return
-        raise MediaError(
-            f"none of the {len(bucket)} samples of {batch['kind']} {batch['shape']} can be read; the last: {reason}"
-        )
+        what, last = f"{len(bucket)} samples of {batch['kind']} {batch['shape']}", batch["bad"][-1][1]
+        raise MediaError(f"none of the {what} can be read; the last: {last}")
 
     def read(self, row, shape):
         target, source, ref = read_pair(row, shape)
@@ -401,8 +393,7 @@ def main(argv=None):
     if args.command == "cache":  # the VAE and the stages live on floors above this one
         train = str(Path(__file__).with_name("train.py"))
         os.execv(sys.executable, [sys.executable, train, *rest, "--write-cache", args.out, "--out", args.out])
-    faults = sum(check_table(Path(path), args.base_path) for path in args.tables)
-    if faults:
+    if faults := sum(check_table(Path(path), args.base_path) for path in args.tables):
         sys.exit(f"data.py: {faults} rows have faults")
 
 
@@ -410,27 +401,22 @@ def kind_of(path):
     """The kind of data of a table, by what it has."""
     if path.suffix == ".parquet":
         return "ref" if "ref_image_bytes" in parquet_file(path).schema_arrow.names else "video"
-    with path.open(newline="", encoding="utf-8-sig", errors="replace") as file:  # csv_lines tells of what is not text
-        try:
-            return "ref" if "ref_image" in next(csv.reader(file), []) else "video"
-        except csv.Error:  # of which `csv_lines` tells too
-            return "video"
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        return "ref" if re.search(r'(^|,)"?ref_image"?(,|$)', file.readline().strip()) else "video"
 
 
 def check_table(path, base):
     """Decode every pair of a table, print its faults and a summary -> the number of faulty rows."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
     rows = read_table(path, kind_of(path), base)
     shapes, faults = Counter(), 0
     with ThreadPoolExecutor(4) as pool:
-        for (shape, found), row in zip(tqdm(pool.map(check_row, rows), total=len(rows), desc=path.name), rows):
+        for row, (shape, found) in tqdm(zip(rows, pool.map(check_row, rows)), total=len(rows), desc=path.name):
+            shapes[shape] += 1
             faults += bool(found)
             for fault in found:
                 tqdm.write(f"{row.target}: {fault}")
-            if shape:
-                shapes[shape] += 1
     print(f"{path}: {len(rows)} rows, {faults} with faults")
+    shapes.pop(None, None)
     for (frames, height, width), count in shapes.most_common(10):
         print(f"  {count:>8} of {frames} frames of {width}x{height}")
     return faults
@@ -439,30 +425,22 @@ def check_table(path, base):
 def check_row(row):
     """(shape (frames, height, width) of the target or None, what is wrong with the row)."""
     try:
-        source, target = (decoded_shape(path) for path in (row.source, row.target))
+        sizes = [[tuple(rgb.shape[:2]) for rgb in pictures(path)] for path in (row.source, row.target)]
         if row.ref:
             read_reference(row.ref)
     except MediaError as error:
         return None, [str(error)]
+    (before, h, w), (frames, height, width) = ((len(shown), *shown[-1]) for shown in sizes)
     found = []
-    if source[0] != target[0]:
-        found.append(f"has {target[0]} frames, its source {source[0]}: only the shorter length is trained")
-    if abs(math.log(source[1] / source[2] * target[2] / target[1])) > 0.05:
-        found.append(f"is {target[2]}x{target[1]}, its source {source[2]}x{source[1]}: their crops will not match")
-    if min(target[1:]) < GRID:
-        found.append(f"is {target[2]}x{target[1]}: each side needs at least {GRID}")
-    return target, found
-
-
-def run():
-    """main, with every foreseeable failure as one line on stderr and an exit code that is not 0."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("\ndata.py: interrupted")
-    except (ValueError, OSError) as error:
-        sys.exit(f"data.py: {error}")
+    if before != frames:
+        found.append(f"has {frames} frames, its source {before}: only the shorter length is trained")
+    if abs(math.log(h / w * width / height)) > 0.05:
+        found.append(f"is {width}x{height}, its source {w}x{h}: their crops will not match")
+    if min(height, width) < GRID:
+        found.append(f"is {width}x{height}: each side needs at least {GRID}")
+    return (frames, height, width), found
 
 
 if __name__ == "__main__":
-    run()
+    with one_line("data.py"):
+        main()

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from connectors import LoRALinear, MLLMConfig, replace_modules
+from connectors import LoRALinear, MLLMConfig, read_json, replace_modules
 from dit import DiTConfig
 from vae import VAEConfig
 
@@ -98,7 +98,7 @@ def load_weights(module, state_dict, partial=False, device=None, dtype=None):
     partial: names may be missing, as in a checkpoint of the trained parameters alone. -> the missing names.
     ValueError that lists missing, unexpected and misshapen names.
     """
-    names = {}
+    names, misshapen = {}, []
     for name in state_dict:
         ours = our_name(name)
         if ours in names:
@@ -110,9 +110,8 @@ def load_weights(module, state_dict, partial=False, device=None, dtype=None):
     missing = sorted(own.keys() - names.keys())
     unexpected = sorted(names[n] for n in names.keys() - own.keys())
     if unexpected or (missing and not partial):
-        raise ValueError(f"weights do not fit {type(module).__name__}: {listed('missing', missing * (not partial))}"
-                         f"{listed('unexpected', unexpected)}")  # fmt: skip
-    misshapen = []
+        wrong = listed("missing", [] if partial else missing) + listed("unexpected", unexpected)
+        raise ValueError(f"weights do not fit {type(module).__name__}: {wrong}")
     for ours, name in names.items():
         value = state_dict[name]
         if value.shape != own[ours].shape:
@@ -201,7 +200,7 @@ class TensorFiles(Mapping):
     def __getitem__(self, name):
         path, inner = self.places[name]
         file = self.open(path, str(self.device))
-        tensor = file.get_tensor(inner) if hasattr(file, "get_tensor") else file[inner]
+        tensor = file[inner] if isinstance(file, dict) else file.get_tensor(inner)
         if (path, inner) in self.scales:
             scale = file.get_tensor(self.scales[path, inner]).float()
             tensor = (tensor.float() * scale.reshape(-1, *[1] * (tensor.ndim - 1))).bfloat16()
@@ -210,7 +209,7 @@ class TensorFiles(Mapping):
     def shape(self, name):
         path, inner = self.places[name]
         file = self.open(path, "cpu")
-        return tuple(file.get_slice(inner).get_shape() if hasattr(file, "get_slice") else file[inner].shape)
+        return tuple(file[inner].shape if isinstance(file, dict) else file.get_slice(inner).get_shape())
 
     def __iter__(self):
         return iter(self.places)
@@ -241,10 +240,10 @@ def tensor_files(folder, *patterns):
 
     FileNotFoundError where one is missing, or all are.
     """
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    named = {str(name) for index in indices for name in read_config(index)["weight_map"].values()}
-    named = {name for name in named if any(fnmatch(name, pattern) for pattern in patterns) and Path(name).name == name}
-    found = {p.name for pattern in patterns for p in folder.glob(pattern) if not p.name.startswith(".")}  # half written
+    wanted = lambda name: any(fnmatch(name, pattern) for pattern in patterns) and name[0] != "."
+    indices = folder.glob("*.safetensors.index.json")
+    named = {name for index in indices for name in read_json(index)["weight_map"].values() if wanted(name)}
+    found = {path.name for path in folder.iterdir() if wanted(path.name)}  # .step.tmp: half written
     if not named and not found:
         raise FileNotFoundError(f"{folder}: has no {' or '.join(patterns)}; the weights folder is not complete")
     if absent := sorted(named - found):
@@ -252,17 +251,21 @@ def tensor_files(folder, *patterns):
     return [folder / name for name in sorted(named or found)]
 
 
+def written_as(folder):
+    """What a folder's config.json says it is: "nanokiwi" (weights), "nanokiwi run" (of train.py) or None."""
+    path = folder / "config.json"
+    return read_json(path).get("format") if path.is_file() else None
+
+
 def only_weights(folder, also=()):
     """ValueError where a folder that is to be replaced holds anything but nanoKiwi weights and `also`."""
-    folder = Path(folder)
-    if folder.exists() and (folder.is_file() or any(folder.iterdir())):
-        path = folder / "config.json"
-        if not path.is_file() or read_config(path).get("format") != "nanokiwi":
-            raise ValueError(f"{folder}: refusing to overwrite: not a nanoKiwi folder; give another name")
-        known = ("config.json", "mllm", *also)
-        other = sorted(p.name for p in folder.iterdir() if p.name not in known and p.suffix != ".safetensors")
-        if other:
-            raise ValueError(f"{folder}: refusing to overwrite: it also holds {', '.join(other)}; give another name")
+    folder, known = Path(folder), ("config.json", "mllm", *also)
+    held = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    if folder.is_file() or (held and written_as(folder) != "nanokiwi"):
+        raise ValueError(f"{folder}: refusing to overwrite: not a nanoKiwi folder; give another name")
+    other = sorted(name for name in held if name not in known and not name.endswith(".safetensors"))
+    if other:
+        raise ValueError(f"{folder}: refusing to overwrite: it also holds {', '.join(other)}; give another name")
 
 
 def local_path(path):
@@ -280,22 +283,6 @@ def local_path(path):
         raise FileNotFoundError(f"{path}: no such folder, and not to be had from the hub ({reason})") from None
 
 
-def read_config(path):
-    """The fields of a JSON object. ValueError where it is another thing."""
-    if isinstance(values := read_json(path), dict):
-        return values
-    raise ValueError(f"{path}: expected a JSON object")
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: the weights folder is not complete") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: is not JSON ({error})") from None
-
-
 def from_dict(cls, values, where):
     """A config dataclass from JSON; an unknown key is an error that names it."""
     if not isinstance(values, dict):
@@ -311,12 +298,10 @@ def from_dict(cls, values, where):
 
 def read_fields(path, base=None, qwen=None, usual_base=WAN_BASE):
     """(fields of a KiwiConfig, TensorFiles) of weights in any layout; `model.read_weights` is what others call."""
-    path = local_path(path) if path else None
-    checkpoint = find_checkpoint(path) if path else None
-    if checkpoint and path.is_dir():
-        path = checkpoint / "weights.safetensors"
-    elif path and path.is_dir():
-        path = single_file(path)
+    path = path and local_path(path)
+    checkpoint = path and find_checkpoint(path)
+    if path and path.is_dir():
+        path = checkpoint / "weights.safetensors" if checkpoint else single_file(path)
     if path is None or path.is_file():
         return read_layers(path, checkpoint, base, qwen, usual_base)
     if base or qwen:
@@ -328,11 +313,18 @@ def read_fields(path, base=None, qwen=None, usual_base=WAN_BASE):
     raise FileNotFoundError(f"{path}: neither a nanoKiwi folder (config.json) nor a diffusers one (transformer/)")
 
 
+def single_file(folder):
+    """The one .safetensors of a folder without a config, as a released training checkpoint comes from the hub; else the
+    folder."""
+    found = sorted(folder.glob("*.safetensors"))
+    return found[0] if len(found) == 1 and not (folder / "config.json").is_file() else folder
+
+
 def read_layers(path, checkpoint, base, qwen, usual_base):
     """A file of trained parameters (or None) over the weights it was trained from."""
     path and open_tensors(path, "cpu")  # fail fast before downloading a base
     base = None if checkpoint and base is None else local_path(base or usual_base)
-    if base and is_wan(base):
+    if base and not (base / "transformer").is_dir() and written_as(base) != "nanokiwi":  # Wan's own folder
         fields, files = read_training_checkpoint(path, base, local_path(qwen or QWEN_BASE))
     else:
         fields, files = read_fields(base, qwen=qwen) if base else read_beginning(checkpoint.parent, qwen)
@@ -343,22 +335,10 @@ def read_layers(path, checkpoint, base, qwen, usual_base):
     return (as_trained(fields, checkpoint) if checkpoint else fields), files
 
 
-def single_file(folder):
-    """The one .safetensors of a folder without a config, as a released training checkpoint comes from the hub; else the
-    folder."""
-    found = sorted(folder.glob("*.safetensors"))
-    return found[0] if len(found) == 1 and not (folder / "config.json").is_file() else folder
-
-
-def is_wan(folder):
-    """Whether a folder is Wan's own release, which is no whole Kiwi-Edit."""
-    return not (folder / "transformer").is_dir() and read_config(folder / "config.json").get("format") != "nanokiwi"
-
-
 def began_with(run):
     """The arguments of a run of train.py. Paths of what it began with start at the run, so any folder finds them; hub
     ids stay as typed."""
-    config = read_config(run / "config.json")
+    config = read_json(run / "config.json")
     return config["args"] | {name: str((run / path).resolve()) for name, path in config.get("began", {}).items()}
 
 
@@ -392,25 +372,23 @@ def find_checkpoint(path):
     folder = path.parent if path.is_file() else path
     if (folder / "train.json").is_file():
         return folder
-    if (path / "config.json").is_file() and read_config(path / "config.json").get("format") == "nanokiwi run":
-        found = valid_checkpoints(path)
-        if not found:
-            raise FileNotFoundError(f"{path}: this run has no checkpoint yet")
+    if written_as(path) != "nanokiwi run":
+        return None
+    if found := valid_checkpoints(path):
         return found[-1]
-    return None
+    raise FileNotFoundError(f"{path}: this run has no checkpoint yet")
 
 
 def as_trained(fields, checkpoint):
     """The fields of a checkpoint's run (`--set model.source=... dit...`), with the VAE, the MLLM's folder and the query
     counts of `fields`; falls back to `fields` for foreign checkpoints."""
-    path = Path(checkpoint).absolute().parent / "config.json"
-    values = read_config(path) if path.is_file() else {}
-    if values.get("format") != "nanokiwi run":
+    run = Path(checkpoint).absolute().parent
+    if written_as(run) != "nanokiwi run":
         return fields
-    run = typed(values["model"], path)
+    trained = typed(read_json(run / "config.json")["model"], run / "config.json")
     own = ("folder", "num_image_queries", "num_video_queries", "num_ref_queries")
-    mllm = replace(run["mllm"], **{name: getattr(fields["mllm"], name) for name in own})
-    return run | {"vae": fields["vae"], "mllm": mllm}
+    mllm = replace(trained["mllm"], **{name: getattr(fields["mllm"], name) for name in own})
+    return trained | {"vae": fields["vae"], "mllm": mllm}
 
 
 def typed(values, path):
@@ -420,14 +398,14 @@ def typed(values, path):
 
 
 def read_own_folder(folder):
-    values = read_config(folder / "config.json")
-    if values.pop("format", None) != "nanokiwi":
-        raise ValueError(f"{folder}/config.json: not written by KiwiEdit.save")
-    fields = typed(values, folder / "config.json")
+    path = folder / "config.json"
+    fields = typed(read_json(path), path)
+    if fields.pop("format", None) != "nanokiwi":
+        raise ValueError(f"{path}: not written by KiwiEdit.save")
     if fields.get("mllm"):
         inner = (folder / fields["mllm"].folder).resolve()
         if folder.resolve() not in inner.parents:
-            raise ValueError(f"{folder}/config.json: mllm.folder leads out of the weights folder")
+            raise ValueError(f"{path}: mllm.folder leads out of the weights folder")
         fields["mllm"] = replace(fields["mllm"], folder=str(inner))
     return fields, TensorFiles().add(*tensor_files(folder, "*.safetensors"))
 
@@ -438,7 +416,7 @@ def read_diffusers_folder(folder):
     files_of = {"transformer": "dit.", "vae": "vae.", "source_embedder": "source_embedder.", "mllm_encoder": "mllm."}
     if any((folder / "ref_embedder").glob("*.safetensors")):  # instruct-only weights may have its config alone
         files_of["ref_embedder"] = "ref_embedder."
-    configs = {name: read_config(folder / name / "config.json") for name in files_of}
+    configs = {name: read_json(folder / name / "config.json") for name in files_of}
     for name, prefix in files_of.items():
         files.add(*tensor_files(folder / name, "*.safetensors"), prefix=prefix)
     t, v, m = configs["transformer"], configs["vae"], configs["mllm_encoder"]
@@ -458,7 +436,7 @@ def read_diffusers_folder(folder):
 def read_training_checkpoint(path, base, qwen):
     """Fields and files of a released training checkpoint over the weights it was trained from."""
     files = TensorFiles().add(*[path] if path else [])
-    wan = read_config(base / "config.json")
+    wan = read_json(base / "config.json")
     known = {k: v for k, v in wan.items() if k in DiTConfig.__dataclass_fields__}
     files.add(*tensor_files(base, "diffusion_pytorch_model*.safetensors"), prefix="dit.")
     files.add(tensor_files(base, "Wan2.*_VAE.safetensors", "Wan2.*_VAE.pth")[0], prefix="vae.")
@@ -478,18 +456,18 @@ def mllm_sizes(files):
 
 def vae_config(files, mean=(), std=()):
     """The sizes of a Wan VAE, read off its tensors: Wan's VAE files come without a config."""
+    width = lambda name: files.shape(f"vae.{name}")[0]
     try:
         dim, pixels = files.shape("vae.encoder.conv1.weight")[:2]
-        version = {12: "2.2", 3: "2.1"}[pixels]
-        top = files.shape("vae.encoder.head.0.gamma")[0]
-        resampled = [n for n in files.places if re.fullmatch(r"vae\.encoder\.downsamples\..*resample\.1\.weight", n)]
+        resampled = [n for n in files if re.fullmatch(r"vae\.encoder\.downsamples\..*resample\.1\.weight", n)]
         resampled.sort(key=lambda n: [int(part) for part in n.split(".") if part.isdigit()])
-        dims = [files.shape(n)[0] for n in resampled] + [top]
-        in_time = tuple(n.replace("resample.1", "time_conv") in files.places for n in resampled)
-        blocks = int(resampled[0].split(".")[-4])
+        widths = [*(files.shape(n)[0] for n in resampled), width("encoder.head.0.gamma")]
         return VAEConfig(
-            version, dim, files.shape("vae.decoder.head.0.gamma")[0], files.shape("vae.conv2.weight")[0],
-            tuple(d // dim for d in dims), blocks, in_time, tuple(mean), tuple(std),
+            version={12: "2.2", 3: "2.1"}[pixels], dim=dim, dec_dim=width("decoder.head.0.gamma"),
+            z_dim=width("conv2.weight"), dim_mult=tuple(w // dim for w in widths),
+            num_res_blocks=int(resampled[0].split(".")[-4]),
+            temporal_downsample=tuple(n.replace("resample.1", "time_conv") in files.places for n in resampled),
+            mean=mean, std=std,
         )  # fmt: skip
     except KeyError as error:
         raise ValueError(f"the VAE's weights are not those of Wan: {error} is missing or of another size") from None

@@ -14,9 +14,10 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 import threading
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import chain, islice
@@ -42,8 +43,9 @@ HDR = (16, 18)  # transfer functions PQ and HLG
 UNSPECIFIED = 2  # colour matrix
 SD_HEIGHT = 576  # above it players take BT.709 where a clip does not name its matrix
 IMAGE_CODECS = {".png": ("png", "rgb24"), ".jpg": ("mjpeg", "yuvj444p"), ".jpeg": ("mjpeg", "yuvj444p")}
-AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)  # Hz
+SOUND_RATE = 48000  # Hz
 MP4_AUDIO = ("aac", "mp3", "ac3", "eac3", "alac", "opus", "flac")  # copied; others become AAC
+TOO_FEW = "{}x{} pixels, shrunk to at most {} in all, are too few: each side needs at least {}"
 
 
 class MediaError(ValueError):
@@ -63,15 +65,12 @@ class Clip:
 
 
 def working_size(height: int, width: int, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """The size (h, w) at which a picture is edited: at most max_pixels, floored to multiples of 32.
-
-    ValueError where a side would be less than 32.
-    """
+    """The size (h, w) at which a picture is edited: at most max_pixels, floored to multiples of 32. ValueError."""
     scale = max(math.sqrt(height * width / max_pixels), 1)
-    h, w = int(height / scale), int(width / scale)
-    if min(h, w) < GRID:
-        raise ValueError(too_small(height, width, max_pixels, scale > 1, GRID))
-    return h // GRID * GRID, w // GRID * GRID
+    h, w = (int(side / scale) // GRID * GRID for side in (height, width))
+    if not h * w:
+        raise ValueError(TOO_FEW.format(width, height, max_pixels, GRID))
+    return h, w
 
 
 def nearest_size(height: int, width: int, max_pixels: int, grid: int) -> tuple[int, int]:
@@ -83,18 +82,13 @@ def nearest_size(height: int, width: int, max_pixels: int, grid: int) -> tuple[i
     """
     sizes = [(h, w) for h in range(grid, height + 1, grid) for w in range(grid, min(width, max_pixels // h) + 1, grid)]
     if not sizes:
-        raise ValueError(too_small(height, width, max_pixels, min(height, width) >= grid, grid))
+        raise ValueError(TOO_FEW.format(width, height, max_pixels, grid))
 
-    def kept(size):
+    def worth(size):
         aspect = size[0] * width / (size[1] * height)
-        return min(aspect, 1 / aspect)
+        return size[0] * size[1] * min(aspect, 1 / aspect) ** 2
 
-    return max(sizes, key=lambda size: size[0] * size[1] * kept(size) ** 2)
-
-
-def too_small(height, width, max_pixels, shrunk, grid):
-    limit = f", shrunk to at most {max_pixels} in all," * shrunk
-    return f"{width}x{height} pixels{limit} are too few: each side needs at least {grid}"
+    return max(sizes, key=worth)
 
 
 def usable_frames(count: int, max_frames: int = 81) -> int:
@@ -104,17 +98,11 @@ def usable_frames(count: int, max_frames: int = 81) -> int:
 
 def fit_frames(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Crop uint8 frames (T, H, W, 3) to the aspect of `size` (h, w), centred, and resize them: (T, h, w, 3)."""
-    height, width = size
-    H, W = frames.shape[1:3]
-    if H / W < height / width:
-        inner = max(int(H / height * width), 1)
-        left = (W - inner) // 2
-        frames = frames[:, :, left : left + inner]
-    else:
-        inner = max(int(W / width * height), 1)
-        top = (H - inner) // 2
-        frames = frames[:, top : top + inner]
-    return resize(frames, size)
+    (height, width), (H, W) = size, frames.shape[1:3]
+    h, w = (H, int(H / height * width)) if H / W < height / width else (int(W / width * height), W)
+    h, w = max(h, 1), max(w, 1)
+    top, left = (H - h) // 2, (W - w) // 2
+    return resize(frames[:, top : top + h, left : left + w], size)
 
 
 def resize(frames: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -138,40 +126,49 @@ def pad_reference(image: torch.Tensor, size: tuple[int, int], shrink: float = 1.
 # Reading
 
 
-def read_clip(path, max_frames=81, max_pixels=MAX_PIXELS, max_fps=None, size_of=working_size) -> Clip:
-    """The first 4k + 1 (at most max_frames) frames of a video or image file, fitted to the working size; a clip of 2
-    to 4 frames keeps all.
+def read_clip(path, max_frames=81, max_pixels=MAX_PIXELS, max_fps=None, size_of=working_size, held=None) -> Clip:
+    """The first 4k + 1 (at most max_frames) frames of a video or image file, fitted to the working size; of
+    2 to 4 frames all.
 
     max_fps: a clip at about twice that rate gives every second frame, and so on. size_of: another rule than
-    `working_size`, (height, width, max_pixels) -> (h, w). Frames are resized as they are decoded: memory is that of
-    the result. MediaError where the file is missing, unreadable, corrupt, without pictures or too small.
+    `working_size`, (height, width, max_pixels) -> (h, w). held: of a clip of more frames they stay in their file, a
+    `FrameFile`. Frames are resized as they are decoded: memory is that of the result. MediaError where the file is
+    missing, unreadable, corrupt, without pictures or too small.
     """
-    frames, size, number = [], None, -1
+    frames, count = [], 0
     with open_media(path) as (container, stream):
         fps = frame_rate(stream)
         stride = max(round(fps / max_fps), 1) if max_fps else 1
-        for number, (_, rgb) in enumerate(decode(path, container, stream)):
-            if number % stride:
-                continue
-            if size is None:
+        for index, rgb in decode(path, container, stream):
+            if index == 0:
                 source_size = tuple(rgb.shape[:2])
                 try:
                     size = size_of(*source_size, max_pixels)
                 except ValueError as error:
                     raise MediaError(f"{path}: {error}") from None
-            frames.append(fit_frames(rgb[None], size)[0])
-            if len(frames) == max_frames:
+            if index % stride == 0:
+                count += 1
+                if held is None or count <= held:
+                    frames.append(fit_frames(rgb[None], size)[0])
+            if count == max_frames:
                 break
-        still = is_picture(container) and len(frames) == 1
-        promised, counted = 0 if still else shown_frames(container, stream), stream.frames
-    if counted and len(frames) < min(promised // stride, max_frames) // 2:
-        raise MediaError(f"{path}: ends after {number + 1} of {promised} frames; fetch the file again")
-    # without a count the length is the container's, whose sound may be longer
-    if len(frames) < max_frames and number + 1 < promised - max(2, promised // (50 if counted else 10)):
-        note(path, f"promises {promised} frames and has {number + 1}: is it cut off? Fetch it again for the rest")
-    count = usable_frames(len(frames), max_frames)
-    frames = torch.stack(frames[: count if count > 1 else 4])  # of fewer than 5 one alone would be a picture
+        still = is_picture(container) and count == 1
+        if not still and count < max_frames:
+            check_length(path, container, stream, index + 1, max_frames * stride)
+    if count > 4:  # of 2 to 4 one alone would be a picture
+        count = usable_frames(count, max_frames)
+    frames = torch.stack(frames[:count]) if count <= len(frames) else FrameFile(str(path), count, size, stride)
     return Clip(frames, fps / stride, still, source_size, str(path))
+
+
+def check_length(path, container, stream, seen, wanted):
+    """Compare a file's frames with those that its header promises: a note, or MediaError below half of `wanted`."""
+    promised = shown_frames(container, stream)
+    if stream.frames and seen < min(promised, wanted) // 2:
+        raise MediaError(f"{path}: ends after {seen} of {promised} frames; fetch the file again")
+    # without a count of frames the length is the container's, whose sound may be longer
+    if seen < promised - max(2, promised // (50 if stream.frames else 10)):
+        note(path, f"promises {promised} frames and has {seen}: is it cut off? Fetch it again for the rest")
 
 
 @dataclass(frozen=True)
@@ -192,28 +189,20 @@ class FrameFile:
         return self.count
 
     def __iter__(self):
-        with open_media(self.path) as (container, stream):
-            frames = decode(self.path, container, stream)
-            for _, rgb in islice(frames, 0, (self.count - 1) * self.stride + 1, self.stride):
-                yield fit_frames(rgb[None], self.size)[0]
+        for rgb in islice(pictures(self.path), 0, (self.count - 1) * self.stride + 1, self.stride):
+            yield fit_frames(rgb[None], self.size)[0]
 
 
-def long_clip(path, held, max_frames=81, max_pixels=MAX_PIXELS, max_fps=None, size_of=working_size) -> Clip:
-    """`read_clip`; of a clip with more than `held` frames they stay in their file, a `FrameFile`."""
-    clip = read_clip(path, min(max_frames, held + 4), max_pixels, max_fps, size_of)  # 4: or 4k + 1 would hide the rest
-    if max_frames <= held or len(clip.frames) <= held:
-        return clip
-    with open_media(path) as (container, stream):
-        stride = round(frame_rate(stream) / clip.fps)
-        frames = islice(decode(path, container, stream), 0, (max_frames - 1) * stride + 1, stride)
-        count = usable_frames(sum(1 for _ in frames), max_frames)
-    return replace(clip, frames=FrameFile(str(path), count, tuple(clip.frames.shape[1:3]), stride))
+def pictures(path, content: bytes | None = None):
+    """Yield the upright frames of a file (or its content), uint8 (H, W, 3), as `decode` does. MediaError."""
+    with open_media(path, content) as (container, stream):
+        for _, rgb in decode(path, container, stream):
+            yield rgb
 
 
 def read_image(path, content: bytes | None = None) -> torch.Tensor:
     """A picture file (or its content), or the first frame of a video, as uint8 (H, W, 3). MediaError."""
-    with open_media(path, content) as (container, stream):
-        return next(decode(path, container, stream))[1]
+    return next(pictures(path, content))
 
 
 def read_frames(path, count: int, size: tuple[int, int]) -> torch.Tensor:
@@ -221,33 +210,22 @@ def read_frames(path, count: int, size: tuple[int, int]) -> torch.Tensor:
 
     One or two that its header promised and it does not have repeat the last. MediaError where more are missing.
     """
-    frames = []
-    with open_media(path) as (container, stream):
-        for _, rgb in decode(path, container, stream):
-            frames.append(fit_frames(rgb[None], size)[0])
-            if len(frames) == count:
-                break
+    frames = [fit_frames(rgb[None], size)[0] for rgb in islice(pictures(path), count)]
     if len(frames) < max(count - 2, 1):
         raise MediaError(f"{path}: ends after {len(frames)} of {count} frames; fetch the file again")
     return torch.stack(frames + frames[-1:] * (count - len(frames)))
 
 
-def measure(path) -> tuple[int, int, int]:
-    """(frames, height, width) of a picture or clip, upright, from its header and first frame; a clip whose header has
-    no length is decoded to be counted. MediaError."""
+def measure(path, count=True) -> tuple[int, int, int, float]:
+    """(frames, height, width, frames a second) of a file, upright, from its header and first frame; a picture has 1
+    frame and a rate of 0. A clip whose header has no length is decoded to be counted, or has 0 frames. MediaError."""
     with open_media(path) as (container, stream):
         frames = decode(path, container, stream)
-        _, rgb = next(frames)
+        height, width = next(frames)[1].shape[:2]
         if is_picture(container):
-            return 1, *rgb.shape[:2]
-        return shown_frames(container, stream) or 1 + sum(1 for _ in frames), *rgb.shape[:2]
-
-
-def decoded_shape(path) -> tuple[int, int, int]:
-    """(frames, height, width) of a file, all of it decoded. MediaError."""
-    with open_media(path) as (container, stream):
-        sizes = [tuple(rgb.shape[:2]) for _, rgb in decode(path, container, stream)]
-    return len(sizes), *sizes[-1]
+            return 1, height, width, 0
+        promised = shown_frames(container, stream) or (1 + sum(1 for _ in frames) if count else 0)
+        return promised, height, width, float(frame_rate(stream))
 
 
 @contextmanager
@@ -325,72 +303,55 @@ def decode(path, container, stream):
     """
     fps, aspect = frame_rate(stream), stream.sample_aspect_ratio or 1
     aspect = aspect if 0.25 < aspect < 4 else 1  # other numbers are mistakes
-    still = is_picture(container)
+    still, codec = is_picture(container), stream.codec_context
     hd = not still and stream.height > SD_HEIGHT
+    counted = container.format.name == "avi" and codec.has_b_frames  # AVI has decoding times only
+    if codec.color_trc in HDR:
+        note(path, "is HDR and read without tone mapping: its colours will be dull; convert it to SDR")
     if stream.metadata.get("alpha_mode") == "1":
         note(path, "is WebM with alpha, which FFmpeg drops: transparent parts are black; give ProRes 4444 or PNG")
-    start = pending = until = None
-    for count, (frame, time, end) in enumerate(timed_frames(container, stream)):
+    if not still:
+        stream.thread_type = "AUTO"
+    if codec.name == "mjpeg":
+        codec.options = {"err_detect": "explode"}  # or half a JPEG decodes to a half grey picture
+    held = start = time = None  # held: the last picture, shown from `tick` on until the next
+    tick = -1
+    for frame in chain.from_iterable(map(decoded, container.demux(stream))):
         if frame.is_corrupt:
-            raise MediaError(f"{path}: frame {count} is corrupt; re-encode or fetch the file again")
-        if not count and frame.color_trc in HDR:
-            note(path, "is HDR and read without tone mapping: its colours will be dull; convert it to SDR")
-        start, until = time if start is None else start, end
-        index = pending[0] + 1 if pending else 0
-        if time is not None and (tick := round((time - start) * fps)) >= index - 1:  # else time goes back: count on
-            index = tick
-        rgb = upright_rgb(frame, aspect, hd)
-        while pending is not None and pending[0] < index:
-            yield pending
-            pending = (pending[0] + 1, pending[1])
-        pending = (index, rgb)
-    if pending is None:
+            raise MediaError(f"{path}: frame {tick + 1} is corrupt; re-encode or fetch the file again")
+        time = None if counted or frame.pts is None else frame.pts * stream.time_base
+        start = time if start is None else start
+        due = tick + 1 if time is None else round((time - start) * fps)
+        due = due if due >= tick else tick + 1  # where time goes back, frames are counted
+        for index in range(tick, due) if held is not None else ():
+            yield index, held
+        tick, held = due, upright_rgb(frame, aspect, hd)
+    if held is None:
         raise MediaError(f"{path}: has no frames")
     if still and (alpha := alpha_of(container, stream)) is not None:
-        pending = (0, over_white(pending[1], upright_rgb(alpha, aspect)))
-    yield pending
-    last = 0 if still or until is None else round((until - start) * fps)
-    for index in range(pending[0] + 1, min(last, shown_frames(container, stream))):  # the last picture is held too
-        yield index, pending[1]
-
-
-def timed_frames(container, stream):
-    """Yield (frame, its time, the end of all frames so far), both in seconds, exact, or None where frames are counted.
-
-    AVI has decoding times only, so its frames are counted where some are stored out of order. A packet of 0 bytes
-    (Theora) repeats the picture before it; a decoder would take it for the end of the file.
-    """
-    if not is_picture(container):
-        stream.thread_type = "AUTO"
-    if stream.codec_context.name == "mjpeg":
-        stream.codec_context.options = {"err_detect": "explode"}  # or half a JPEG decodes to a half grey picture
-    counted, until = container.format.name == "avi" and stream.codec_context.has_b_frames, None
-    for packet in container.demux(stream):
-        if not packet.size and packet.pts is not None:
-            until = (packet.pts + (packet.duration or 0)) * stream.time_base
-            continue
-        for frame in decoded(packet):
-            if counted or frame.pts is None:
-                yield frame, None, None
-                continue
-            time = frame.pts * stream.time_base
-            until = max(until or 0, time + (frame.duration or 0) * stream.time_base)
-            yield frame, time, until
+        held = over_white(held, upright_rgb(alpha, aspect))
+    until = tick + 1
+    if time is not None and not still:  # the last picture is held too, for its duration
+        end = time + (frame.duration or 0) * stream.time_base
+        until = max(until, min(round((end - start) * fps), shown_frames(container, stream)))
+    for index in range(tick, until):
+        yield index, held
 
 
 def alpha_of(container, stream):
     """The frame of a HEIC's or AVIF's transparency, a grey picture of the same size beside it; None without one."""
-    size = (stream.width, stream.height)
     for other in container.streams.video:
-        if other.index != stream.index and other.codec_context and (other.width, other.height) == size:
-            if other.format.name.startswith("gray"):
-                container.seek(0)
-                return next(container.decode(other), None)
+        same_size = (other.width, other.height) == (stream.width, stream.height)
+        if other.index != stream.index and same_size and other.codec_context and other.format.name.startswith("gray"):
+            container.seek(0)
+            return next(container.decode(other), None)
     return None
 
 
 def decoded(packet):
     """The frames of a packet; a PNG whose eXIf chunk is damaged is decoded without it."""
+    if not packet.size and packet.pts is not None:  # Theora: as before; a decoder would take it for the file's end
+        return []
     codec = packet.stream.codec_context
     try:
         frames = packet.decode()
@@ -400,9 +361,7 @@ def decoded(packet):
             raise
         return codec.decode(av.Packet(head[:-4] + rest[int.from_bytes(head[-4:], "big") + 4 :]))
     if codec.name == "tiff" and b"\xff\xd8\xff" in bytes(packet) and not frames[0].to_ndarray().any():
-        raise MediaError(
-            f"{packet.stream.container.name}: a TIFF of JPEG tiles, which FFmpeg reads black: convert it to PNG"
-        )
+        raise MediaError(f"{packet.stream.container.name}: FFmpeg reads a TIFF of JPEG tiles black; convert it to PNG")
     return frames
 
 
@@ -440,17 +399,13 @@ def write_image(path, image: torch.Tensor):
     if path.suffix.lower() not in IMAGE_CODECS:
         raise MediaError(f"{path}: a picture is written as {', '.join(IMAGE_CODECS)}")
     name, pixel_format = IMAGE_CODECS[path.suffix.lower()]
-    codec = av.CodecContext.create(name, "w")
-    codec.height, codec.width = image.shape[:2]
-    codec.pix_fmt, codec.time_base = pixel_format, Fraction(1, 25)
-    if name == "mjpeg":
-        codec.qmin = codec.qmax = 2
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24").reformat(format=pixel_format)
-    frame.pts = 0
-    content = b"".join(bytes(packet) for packet in [*codec.encode(frame), *codec.encode(None)])
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
     try:
-        with whole_file(path) as temporary:
-            temporary.write_bytes(content)
+        with whole_file(path) as temporary, av.open(str(temporary.absolute()), "w", format="image2pipe") as out:
+            stream = out.add_stream(name)
+            stream.height, stream.width, stream.pix_fmt = *image.shape[:2], pixel_format
+            stream.codec_context.qmin = stream.codec_context.qmax = 2  # of JPEG: the best
+            out.mux([*stream.encode(frame.reformat(format=pixel_format)), *stream.encode(None)])
     except OSError as error:
         raise unwritable(path, error) from None
 
@@ -471,86 +426,71 @@ def write_video(path, frames, fps, audio_from=None, codec=VIDEO_CODEC, count=Non
     count = len(frames) if count is None else count
     if not count or fps <= 0:
         raise ValueError(f"{path}: a video of {count} frames at {fps} a second cannot be written")
-    frames, fps = iter(frames), Fraction(fps).limit_denominator(1001000)
-    frames = chain([first := next(frames)], frames)
-    size, duration = tuple(first.shape[:2]), count / fps
-    with whole_file(path) as temporary:
-        try:
-            try:
-                mux_video(temporary, frames, size, fps, duration, audio_from, codec)
-            except SoundError as error:  # before the first frame
-                no_sound(audio_from, error.__cause__)
-                mux_video(temporary, frames, size, fps, duration, None, codec)
-        except OSError as error:
-            raise unwritable(path, error) from None
-
-
-class SoundError(Exception):
-    """Its cause kept a sound track from being written."""
+    fps = Fraction(fps).limit_denominator(1001000)
+    sound = soundtrack(audio_from, count / fps) if audio_from else None
+    try:
+        with whole_file(path) as temporary:
+            mux(temporary, iter(frames), fps, sound, *codec)
+    except OSError as error:
+        raise unwritable(path, error) from None
 
 
 def unwritable(path, error):
     return MediaError(f"{path}: cannot be written ({error.strerror}); choose another place or make room")
 
 
-def no_sound(path, reason):
-    print(f"note: {path}: its sound cannot be kept ({getattr(reason, 'strerror', None) or reason})", file=sys.stderr)
-
-
-def mux_video(path, frames, size, fps, duration, audio_from, codec):
-    pixel_format, options = codec
+def mux(path, frames, fps, sound, pixel_format, options):
+    """Encode frames (H, W, 3) to an mp4 and copy the soundtrack, if any, beside them."""
+    first = next(frames)
     options_mp4 = {"movflags": "faststart"}
     with ExitStack() as stack:
-        try:
-            source = audio_from and stack.enter_context(av.open(str(Path(audio_from).absolute())))
-        except Exception as error:
-            raise SoundError from error
         out = stack.enter_context(av.open(str(Path(path).absolute()), "w", format="mp4", container_options=options_mp4))
         video = out.add_stream("libx264", rate=fps, options=options)
-        video.height, video.width, video.pix_fmt = *size, pixel_format
+        video.height, video.width, video.pix_fmt = *first.shape[:2], pixel_format
         context = video.codec_context
         context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
         context.color_range = 1  # limited
-        try:
-            add_sound(out, source, duration)  # its stream is added before the first packet is written
-        except OSError as error:
-            if error.errno == 28:  # no space left on device
-                raise
-            raise SoundError from error
-        except Exception as error:
-            raise SoundError from error
-        for image in frames:
+        if sound:
+            source = stack.enter_context(av.open(sound)).streams.audio[0]
+            copy_packets(source, out, 0, math.inf)  # its stream is there before the first packet is written
+        for image in chain([first], frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             out.mux(video.encode(frame.reformat(format=pixel_format, dst_colorspace="ITU709")))
         out.mux(video.encode())
 
 
-def add_sound(out, source, duration):
-    """Add the source's sound to `out`, in a stream of its own. Time counts from the first picture.
+def soundtrack(path, duration) -> io.BytesIO | None:
+    """The sound of a file for `duration` seconds from its first picture, as an mp4 in memory; None without sound.
 
-    What mp4 holds is copied, packet by packet. A transport stream may change its channels on the way: it is encoded.
+    What mp4 holds is copied, packet by packet; the rest becomes AAC, as does the sound of a transport stream, which may
+    change its channels on the way. Sound that cannot be kept is noted on stderr and never costs the video.
     """
-    sound = source and next(iter(source.streams.audio), None)
-    if sound and sound.codec_context is None:
-        no_sound(source.name, "FFmpeg has no decoder for it")
-        sound = None
-    if not sound:
-        return
-    pictures = source.streams.video[0] if source.streams.video else sound
-    start = pictures.start_time * pictures.time_base if pictures.start_time else Fraction(0)
-    if sound.codec_context.name.removesuffix("float") in MP4_AUDIO and source.format.name != "mpegts":
-        return copy_packets(out, out.add_stream_from_template(sound), source, sound, start, duration)
-    rate = min(AAC_RATES, key=lambda known: abs(known - sound.rate))
-    layout = "mono" if sound.layout.nb_channels == 1 else "stereo"
-    samples = read_sound(source, sound, start, duration, rate, layout)
-    if samples.shape[1]:
-        track = out.add_stream("aac", rate=rate)
-        track.codec_context.layout = layout
-        encode_sound(out, track, samples, rate, layout)
+    memory = io.BytesIO()
+    try:
+        with av.open(str(Path(path).absolute())) as source:
+            sound = next(iter(source.streams.audio), None)
+            if sound is None:
+                return None
+            if sound.codec_context is None:
+                raise ValueError("FFmpeg has no decoder for it")
+            first = source.streams.video[0] if source.streams.video else sound
+            start = (first.start_time or 0) * first.time_base
+            with av.open(memory, "w", format="mp4") as out:
+                if sound.codec_context.name.removesuffix("float") in MP4_AUDIO and source.format.name != "mpegts":
+                    copy_packets(sound, out, start, duration)
+                else:
+                    encode_sound(source, sound, out, start, duration)
+    except Exception as error:
+        note(path, f"keeps no sound ({getattr(error, 'strerror', None) or error})")
+        return None
+    memory.seek(0)
+    return memory if memory.getbuffer().nbytes else None
 
 
-def copy_packets(out, track, source, sound, start, duration):
-    for packet in source.demux(sound):
+def copy_packets(sound, out, start, duration):
+    """Copy a sound stream's packets of `duration` seconds from `start` to a new stream of `out`."""
+    track = out.add_stream_from_template(sound)
+    for packet in sound.container.demux(sound):
         if packet.pts is None:
             continue
         if packet.pts * packet.time_base - start >= duration:
@@ -560,47 +500,49 @@ def copy_packets(out, track, source, sound, start, duration):
         out.mux(packet)
 
 
-def read_sound(source, sound, start, duration, rate, layout) -> np.ndarray:
+def encode_sound(source, sound, out, start, duration):
+    """Decode a sound stream and encode it as AAC, of one or two channels."""
+    layout = "mono" if sound.layout.nb_channels == 1 else "stereo"
+    samples = read_sound(source, sound, start, duration, layout)
+    if samples.shape[1]:
+        track = out.add_stream("aac", rate=SOUND_RATE, layout=layout)
+        frame = av.AudioFrame.from_ndarray(samples, "fltp", layout)
+        frame.sample_rate, frame.pts, frame.time_base = SOUND_RATE, 0, Fraction(1, SOUND_RATE)
+        out.mux([*track.encode(frame), *track.encode(None)])
+
+
+def read_sound(source, sound, start, duration, layout) -> np.ndarray:
     """The sound of `duration` seconds from `start` as float32 (channels, samples), silence where it has gaps.
 
     Samples follow one another while they are within 12 ms of their times, which some containers round to 1 ms.
     """
-    out = np.zeros((1 if layout == "mono" else 2, round(duration * rate)), np.float32)
+    out = np.zeros((av.AudioLayout(layout).nb_channels, round(duration * SOUND_RATE)), np.float32)
     resampler, kind, place, end = None, None, 0, 0  # place: of the next sample; end: of all samples so far
 
     def put(pieces):
         nonlocal place, end
         for piece in pieces:
-            values = piece.to_ndarray()[:, max(end - place, 0) :]  # what overlaps with earlier sound is dropped
-            place += piece.samples
-            part = out[:, place - values.shape[1] : place] if values.shape[1] else out[:, :0]
-            part[:] = values[:, : part.shape[1]]
+            first, place = place, place + piece.samples
+            part = out[:, max(first, 0) : max(place, 0)]
+            part[:] = piece.to_ndarray()[:, max(-first, 0) :][:, : part.shape[1]]
             end = max(end, place)
 
     try:
         for frame in source.decode(sound):
-            at = place if frame.pts is None else round((frame.pts * frame.time_base - start) * rate)
+            at = place if frame.pts is None else round((frame.pts * frame.time_base - start) * SOUND_RATE)
             if at >= out.shape[1]:
                 break
             now = (frame.format.name, frame.layout.nb_channels, frame.sample_rate)
-            jumps = abs(at - place) > 0.012 * rate
+            jumps = abs(at - place) > 0.012 * SOUND_RATE
             if jumps or now != kind:  # at first, after a gap, and where its kind changes within the file
                 put(resampler.resample(None) if resampler else [])
                 place = at if jumps else place
-                kind, resampler = now, av.AudioResampler(format="fltp", layout=layout, rate=rate)
+                kind, resampler = now, av.AudioResampler(format="fltp", layout=layout, rate=SOUND_RATE)
             put(resampler.resample(frame))
         put(resampler.resample(None) if resampler else [])
     except av.error.FFmpegError as error:
-        print(f"note: {source.name}: its sound is kept for {end / rate:.1f} s ({error.strerror})", file=sys.stderr)
-    return out[:, :end]
-
-
-def encode_sound(out, track, samples, rate, layout):
-    for at in range(0, samples.shape[1], 1024):
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples[:, at : at + 1024]), "fltp", layout)
-        frame.sample_rate, frame.pts, frame.time_base = rate, at, Fraction(1, rate)
-        out.mux(track.encode(frame))
-    out.mux(track.encode(None))
+        note(source.name, f"keeps {end / SOUND_RATE:.1f} s of its sound ({error.strerror})")
+    return np.ascontiguousarray(out[:, :end])
 
 
 # Whole files
@@ -616,17 +558,12 @@ def write_text(path, text: str):
 def whole_file(path):
     """Yield a temporary path beside `path`; rename it when the block ends well, remove it otherwise."""
     path = Path(path)
-    temporary = temporary_name(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_ident()}.tmp{path.suffix}")
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def temporary_name(path):
-    """Beside `path`, of this thread alone, with the same ending."""
-    return path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_ident()}.tmp{path.suffix}")
 
 
 @contextmanager
@@ -640,26 +577,22 @@ def whole_folder(folder):
         yield temporary
         if folder.exists():
             os.replace(folder, old)
-        try:
-            os.replace(temporary, folder)
-        except BaseException:
-            if old.exists():
-                os.replace(old, folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            os.replace(old, folder)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def writable(path):
     """Check early, before minutes of work, that `path` can be written. MediaError if not."""
-    folder = Path(path).resolve().parent
-    if Path(path).is_dir():
+    path = Path(path).resolve()
+    if path.is_dir():
         raise MediaError(f"{path}: is a folder; give a file name for the result")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = temporary_name(Path(path).resolve())
-        probe.touch()
-        probe.unlink()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
     except OSError as error:
         raise unwritable(path, error) from None

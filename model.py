@@ -22,10 +22,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+from command import is_out_of_memory
 from connectors import Encoder, MLLMConfig, merge_lora
 from dit import DiT, DiTConfig
 from load import QWEN_BASE, WAN_BASE, from_dict, listed, load_weights, only_weights, read_fields
-from media import MAX_PIXELS, FrameFile, long_clip, nearest_size, pad_reference, whole_folder
+from media import MAX_PIXELS, FrameFile, nearest_size, pad_reference, read_clip, whole_folder
 from parallel import pick_device
 from sampler import (
     FlowMatch,
@@ -238,6 +239,10 @@ class KiwiEdit(nn.Module):
     def dtype(self):
         return self.dit.patch_embedding.weight.dtype
 
+    def cast(self, *tensors):
+        """Tensors in the model's dtype; None stays None."""
+        return [z if z is None else z.to(self.dtype) for z in tensors]
+
     def additions(self):
         """{name: parameter} of all that Kiwi-Edit adds to Wan and to the language model."""
         backbones = ["dit.", "vae.", *[f"mllm.{name}." for name in (self.mllm.backbones if self.mllm else ())]]
@@ -285,12 +290,8 @@ class KiwiEdit(nn.Module):
         noise = torch.randn_like(latents) if noise is None else noise
         sigma, weight = flow.training_sigmas(t)
         s = sigma.to(latents.dtype).view(-1, 1, 1, 1, 1)
-        if balance and source is None:
-            raise ValueError("balance: which places are kept is told by the source; there is none")
         places = balance_weights(latents, source) if balance else 1
-        noisy, source, ref = (
-            z if z is None else z.to(self.dtype) for z in ((1 - s) * latents + s * noise, source, ref)
-        )
+        noisy, source, ref = self.cast((1 - s) * latents + s * noise, source, ref)
         prediction = self.velocity(noisy, t, context, source, ref)
         error = places * (prediction.float() - (noise - latents).float()).square()
         return (weight * error.flatten(1).mean(dim=1)).mean()
@@ -332,30 +333,23 @@ class KiwiEdit(nn.Module):
         each, in a list, go through the model one by one, and agree where they overlap.
         """
         rows = len(spans) if spans else 1
-        contexts, shy = (z if isinstance(z, list) else [z] * rows for z in (context, unshown))
-        contexts, shy = ([z if z is None else z.to(self.dtype) for z in zs] for zs in (contexts, shy))
-        source, ref = (z if z is None else z.to(self.dtype) for z in (source, ref))
+        source, ref = self.cast(source, ref)
+        sources = [None] * rows if source is None else source.chunk(rows)
+        contexts, shy = (self.cast(*(z if isinstance(z, list) else [z] * rows)) for z in (context, unshown))
         if rows == 1 and not hasattr(self.dit.blocks[0], "unshard"):  # a sharded block has weights while it is called
             contexts, shy = ([z if z is None else self.dit.context_keys_values(z)] for (z,) in (contexts, shy))
 
-        def velocity(x, t, context, unshown, source):
-            v = self.velocity(x.to(self.dtype), t, context, source, ref).float()
-            if unshown is None:
-                return v
-            return torch.lerp(self.velocity(x.to(self.dtype), t, unshown, source).float(), v, guidance)
+        def velocity(x, t, on_window):
+            parts, windows = [], (x.to(self.dtype).chunk(rows), t.chunk(rows), contexts, shy, sources)
+            for x, t, context, unshown, source in zip(*windows):
+                v = self.velocity(x, t, context, source, ref).float()
+                if unshown is not None:
+                    v = torch.lerp(self.velocity(x, t, unshown, source).float(), v, guidance)
+                parts.append(v)
+                on_window(len(parts))
+            return agreed(torch.cat(parts), spans) if rows > 1 else parts[0]
 
-        def of_windows(x, t, on_window):
-            if rows == 1:
-                return velocity(x, t, contexts[0], shy[0], source)
-            parts = []
-            for i in range(rows):
-                one = slice(i, i + 1)
-                parts.append(velocity(x[one], t[one], contexts[i], shy[i], source[one]))
-                on_window(i + 1)
-            return agreed(torch.cat(parts), spans)
-
-        sigmas = sampler.sigmas(flow, steps)
-        return sampler.sample(of_windows, noise.float(), sigmas, stay, on_step, draw, rows)
+        return sampler.sample(velocity, noise.float(), sampler.sigmas(flow, steps), stay, on_step, draw, rows)
 
     def edit(self, *args, **kwargs):
         """`edit_stream`, all of it: -> uint8 torch (T, H, W, 3), on the CPU."""
@@ -384,34 +378,28 @@ class KiwiEdit(nn.Module):
         video = video if isinstance(video, FrameFile) else torch.as_tensor(video).cpu()
         refs = [] if ref is None else list(ref) if isinstance(ref, (list, tuple)) else [ref]
         refs = [torch.as_tensor(picture).cpu() for picture in refs]
-        self.check_pictures(video, refs)
-        count, height, width = video.shape[:3]
         guidance = self.config.ref_guidance if ref_guidance is None else ref_guidance
-        if not 0 < guidance < math.inf:
-            raise ValueError(f"ref_guidance: {guidance}, expected a number above 0")
         sampler = sampler or Sampler(re_noise=self.config.re_noise if steps is None else ())
         steps = self.config.steps if steps is None else steps
-        if steps < 1:
-            raise ValueError(f"steps: {steps}, expected at least 1")
-        if mask is not None and tuple(mask.shape[:3]) != (count, height, width):
-            raise ValueError(f"mask: {tuple(mask.shape)} does not fit the clip's {(count, height, width)}")
+        self.check_edit(video, refs, mask, steps, guidance)
+        count, height, width = video.shape[:3]
         length = count + (1 - count) % vae.time_stride
         latent_frames = vae.latent_frames(length)
         spans = windows(latent_frames, vae.latent_frames(self.config.window))
         of_windows = lambda frames: window_frames(filled(frames, length), spans, vae.time_stride)
+        part_of = lambda phase, i: lambda done, total: tell(phase, i * total + done, len(spans) * total)
 
         contexts, unshown = [], []
         with working_on(self.mllm, offload_to):
-            tell("understand", 0, len(spans))
-            for clip in of_windows(video):
+            for i, clip in enumerate(of_windows(video)):
+                tell("understand", i, len(spans))
                 contexts.append(self.mllm(instruction, clip, refs or None))
                 unshown.append(self.mllm(instruction, clip) if refs and guidance != 1 else None)
-                tell("understand", len(contexts), len(spans))
+            tell("understand", len(spans), len(spans))
 
         with working_on(self.vae, offload_to):
-            of = partial(of_part, tell, len(spans))
             clips = enumerate(of_windows(video))
-            source = torch.cat([self.encode_frames(clip, tile, of("encode", i)) for i, clip in clips])
+            source = torch.cat([self.encode_frames(clip, tile, part_of("encode", i)) for i, clip in clips])
             pictures = [pad_reference(image, (height, width))[None] for image in refs]
             ref_latents = torch.cat([self.encode_frames(p, tile) for p in pictures], dim=2) if refs else None
 
@@ -428,28 +416,30 @@ class KiwiEdit(nn.Module):
                 noise, contexts, source, ref_latents, steps, flow, partial(tell, "denoise"), unshown, guidance,
                 sampler, stay, draw, spans,
             )  # fmt: skip
-        if not latents.isfinite().all():
-            mend = "take bfloat16" if self.dtype == torch.float16 else "do the weights hold NaN?"
-            raise ValueError(f"the edit's numbers are not finite in {str(self.dtype)[6:]}: {mend}")
 
         with working_on(self.vae, offload_to):
-            clips = (self.decode_fitting(z[None], tile, of("decode", i)) for i, z in enumerate(latents))
+            clips = (self.decode_fitting(z[None], tile, part_of("decode", i)) for i, z in enumerate(latents))
             frames = crossfaded(clips, spans, vae.time_stride)
             if mask is not None:
                 frames = map(pasted, frames, filled(video, length), filled(mask, length))
             yield from islice(frames, count)
 
-    def check_pictures(self, video, refs):
-        """ValueError where an edit cannot take them."""
-        unit = self.config.pixel_grid
-        if len(video.shape) != 4 or video.dtype != torch.uint8 or video.shape[-1] != 3 or not len(video):
-            raise ValueError(f"video: expected uint8 (T, H, W, 3), got {video.dtype} {tuple(video.shape)}")
-        height, width = video.shape[1:3]
-        if height % unit or width % unit or not height * width:
-            raise ValueError(f"frames of {width}x{height}: both must be multiples of {unit}; see media.fit_frames")
+    def check_edit(self, video, refs, mask, steps, guidance):
+        """ValueError where an argument of an edit does not fit."""
+        unit, shape = self.config.pixel_grid, tuple(video.shape)
+        if len(shape) != 4 or video.dtype != torch.uint8 or shape[-1] != 3 or not len(video):
+            raise ValueError(f"video: expected uint8 (T, H, W, 3), got {video.dtype} {shape}")
+        if shape[1] % unit or shape[2] % unit or not shape[1] * shape[2]:
+            raise ValueError(f"frames of {shape[2]}x{shape[1]}: both must be multiples of {unit}; see media.fit_frames")
         for picture in refs:
             if picture.ndim != 3 or picture.dtype != torch.uint8 or picture.shape[-1] != 3 or not picture.numel():
                 raise ValueError(f"ref: expected uint8 (H, W, 3) each, got {picture.dtype} {tuple(picture.shape)}")
+        if mask is not None and tuple(mask.shape[:3]) != shape[:3]:
+            raise ValueError(f"mask: {tuple(mask.shape)} does not fit the clip's {shape[:3]}")
+        if steps < 1:
+            raise ValueError(f"steps: {steps}, expected at least 1")
+        if not 0 < guidance < math.inf:
+            raise ValueError(f"ref_guidance: {guidance}, expected a number above 0")
 
     def encode_frames(self, frames, tile=None, on_chunk=None):
         """uint8 frames (T, H, W, 3) -> latents (1, z, 1 + (T-1)/4, h, w), on the VAE's device."""
@@ -464,7 +454,7 @@ class KiwiEdit(nn.Module):
         """`decode_frames`, in tiles where the card is too small: an edit needs most memory when its steps are done."""
         try:
             return self.decode_frames(latents, tile, on_chunk)
-        except RuntimeError as error:  # cuDNN swallows the OutOfMemoryError of a convolution's workspace
+        except RuntimeError as error:
             if tile is not None or not is_out_of_memory(error):
                 raise
         print("note: out of GPU memory: decoding once more, in tiles (tile=16), to the same result", file=sys.stderr)
@@ -500,17 +490,14 @@ class KiwiEdit(nn.Module):
         """
         model = cls(config, empty=True)
         files.device = device
-        other = {"source_embedder.": config.source != "add_scaled"}
-        if config.mllm:
-            other["mllm."] = config.mllm.encoder != MLLMConfig.encoder
-        foreign = tuple(prefix for prefix, chosen in other.items() if chosen)
-        own = model.state_dict().keys()
+        own, additions = model.state_dict().keys(), model.additions()
+        foreign = ("source_embedder.",) if config.source != KiwiConfig.source else ()
+        foreign += ("mllm.",) if config.mllm and config.mllm.encoder != MLLMConfig.encoder else ()
         left = sorted(name for name in files if name.startswith(foreign) and name not in own)
         if left:
             print(f"note: this model has no place for {listed('tensors of the weights', left, 3)}", file=sys.stderr)
             files.drop(left)
         missing = load_weights(model, files, partial=True, device=device, dtype=dtype)
-        additions = model.additions()
         lost = [name for name in missing if name not in additions]
         if lost:
             raise ValueError(f"the weights are not complete: {listed('missing', lost)}")
@@ -536,19 +523,6 @@ class KiwiEdit(nn.Module):
             for name, part in self.named_children():
                 state = {k: v.detach().cpu().contiguous() for k, v in part.state_dict(prefix=f"{name}.").items()}
                 save_file(state, temporary / f"{name}.safetensors")
-
-
-def of_part(tell, parts, phase, i):
-    """-> on_chunk(done, total) of part i of a phase."""
-    return lambda done, total: tell(phase, i * total + done, parts * total)
-
-
-def is_out_of_memory(error):
-    return (
-        isinstance(error, torch.OutOfMemoryError)
-        or "unable to find an engine" in str(error)
-        or "out of memory" in str(error)
-    )
 
 
 @contextmanager
@@ -581,7 +555,7 @@ def read_for(config, path, frames=None, max_pixels=None, every_frame=False):
     """A clip file as weights of this config edit it: `media.read_clip`, at their size if they know one kind of clip
     only. every_frame: at the file's own frame rate, so that frame i of the edit is frame i of the file."""
     if config.trained is None:
-        return long_clip(path, config.window, frames or 81, max_pixels or MAX_PIXELS)
+        return read_clip(path, frames or 81, max_pixels or MAX_PIXELS, held=config.window)
     count, height, width, fps = config.trained
     size_of, rate = partial(nearest_size, grid=config.pixel_grid), None if every_frame else fps
-    return long_clip(path, config.window, frames or count, max_pixels or height * width, rate, size_of)
+    return read_clip(path, frames or count, max_pixels or height * width, rate, size_of, config.window)

@@ -10,6 +10,8 @@ import os
 import sys
 from pathlib import Path
 
+from command import number, one_line
+
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: busy-waiting threads slow small steps tenfold
 
 EXAMPLES = """examples:
@@ -18,15 +20,9 @@ EXAMPLES = """examples:
   python sample.py in.mp4 "Replace the car with the one shown." --ref car.png -o bus.mp4 --compare --offload
   torchrun --nproc-per-node 8 sample.py in.mp4 "Make it night." --frames 241 --solver ab2 --steps 25 --weights ...
 
-weights (--weights):
-  a folder in the released diffusers layout, or its hub id (linyq/kiwi-edit-5b-{instruct-only,reference-only,
-  instruct-reference}-diffusers); a folder that nanoKiwi saved; or a training checkpoint, one .safetensors or a hub
-  id with that alone, which lies over --base (Wan's DiT and VAE) and --qwen (Qwen2.5-VL), folders or hub ids too.
-
-  The bundled ones, weights/nano, know only small clips, 9 frames of 64x64 at 8 a second: whatever they are given is
-  shrunk to about so many pixels of its own aspect, and every k-th frame is taken.
-
-a 24 GB card: add --offload, which keeps on the GPU only the part at work; smaller still: --tile 16, --max-pixels 399360
+The bundled weights, weights/nano, know only small clips, 9 frames of 64x64 at 8 a second: whatever they are given is
+shrunk to about so many pixels of its own aspect, and every k-th frame is taken. docs/weights.md lists all others.
+A 24 GB card: add --offload, which keeps on the GPU only the part at work; smaller still: --tile 16, --max-pixels 399360
 """
 DEFAULT_WEIGHTS = Path(__file__).parent / "weights" / "nano"
 BAR = "{desc}: {percentage:3.0f}% {bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
@@ -55,35 +51,28 @@ def parse_arguments(argv=None):
         "references come before the clip")
     add("--lora", nargs="+", default=[], metavar="FILE[:SCALE]", help="LoRA of the DiT, in any dialect, one or more")
     add("--quantise", choices=("fp8", "int8"), help="linears in 8 bits: half the memory, a little less exact")
-    add("--steps", type=positive, help="denoising steps (default: 50; nano 2)")
+    add("--steps", type=number(1), help="denoising steps (default: 50; nano 2)")
     add("--solver", choices=("euler", "ab2"), default="euler", help="ab2: as good in 3 of 4 steps (default euler)")
     add("--reuse", type=float, default=0.0, metavar="T", help="skip a forward while v is predicted to change by less "
         "than T, e.g. 0.02 (default: never)")
     add("--re-noise", type=timesteps, default=(), metavar="T,T,...", help="the steps of distilled weights, e.g. "
         "1000,757,522, noised anew at each")
-    add("--ref-guidance", type=float, metavar="G", help="above 1 the edit is more like the references than trained, in "
+    add("--ref-guidance", type=number(1e-9, kind=float), metavar="G", help="above 1 the edit is more like the references than trained, in "
         "twice the time; 1 is as released (default: 1; nano 1.2)")
     add("--shift", type=float, default=5.0, help="shift of the noise schedule (default %(default)s)")
-    add("--seed", type=int, default=0, help="same seed, same result (default %(default)s)")
-    add("--frames", type=positive, help="at most so many frames, from 5 on reduced to 4k + 1; more than the default "
+    add("--seed", type=number(0, 2**63 - 1), default=0, help="same seed, same result (default %(default)s)")
+    add("--frames", type=number(1), help="at most so many frames, from 5 on reduced to 4k + 1; more than the default "
         "(81; nano 9) are edited in windows")
-    add("--max-pixels", type=positive, help="larger frames are shrunk (default: 921600; nano 4096)")
+    add("--max-pixels", type=number(1), help="larger frames are shrunk (default: 921600; nano 4096)")
     add("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one)")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, on a CPU float32")
     add("--offload", action="store_true", help="keep on the GPU only the part at work")
-    add("--tile", type=positive, metavar="N", help="VAE: N x N latent pixels at once; the same result, less memory")
+    add("--tile", type=number(1), metavar="N", help="VAE: N x N latent pixels at once; the same result, less memory")
     # fmt: on
     argv = sys.argv[1:] if argv is None else argv
     if "--" in argv:  # argparse cannot intermix behind it
         return parser.parse_args(argv)
     return parser.parse_intermixed_args(argv)  # in.mp4 --steps 4 "replace the car" too
-
-
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
 
 
 def timesteps(text):
@@ -99,39 +88,54 @@ def file_and_scale(text):
         return text, 1.0
 
 
+if __name__ == "__main__":
+    parse_arguments()  # --help answers before torch is imported
+
+import torch
+from tqdm import tqdm
+
+from lora import add_lora, quantise, read_lora
+from media import (
+    IMAGE_CODECS,
+    FrameFile,
+    MediaError,
+    fit_frames,
+    measure,
+    pad_reference,
+    read_image,
+    writable,
+    write_image,
+    write_video,
+)
+from model import FlowMatch, KiwiEdit, read_for, read_weights
+from parallel import Ranks, SharedFrames, Ulysses, pick_device, rank_and_world
+from sampler import Sampler
+
+
 def main(argv=None):
     args = with_example(parse_arguments(argv))
-    check_values(args)
-    import torch
-
-    from lora import read_lora
-    from media import FrameFile, read_image
-    from parallel import pick_device, rank_and_world
-    from sampler import Sampler
-
     rank, world = rank_and_world()
-    chosen = args.solver != "euler" or args.reuse or args.re_noise
-    sampler = Sampler(args.solver, args.reuse, args.re_noise) if chosen else None
     if rank:
         sys.stdout = open(os.devnull, "w")  # the first of several processes speaks
-    device = pick_device(args.device)
+    # validate inputs before downloading 20 GB
+    check_values(args)
+    chosen = args.solver != "euler" or args.reuse or args.re_noise
+    flow, sampler = FlowMatch(args.shift), Sampler(args.solver, args.reuse, args.re_noise) if chosen else None
+    device, loras = pick_device(args.device), list(map(file_and_scale, args.lora))
     if args.offload and device.type == "cpu":
         raise ValueError("--offload moves parts between the CPU and a GPU, and there is no GPU; leave it out")
-    loras = list(map(file_and_scale, args.lora))  # validate inputs before downloading 20 GB
     for path, _ in loras:
         read_lora(path)
     refs = [read_image(path) for path in args.ref]
-    out, beside = places(args)
-    clip = read_source(args)
+    promised = measure(args.input, count=False)
+    out, beside = places(args, still=not promised[3])
+    clip = read_source(args, promised)
     mask = read_mask(args.mask, clip) if args.mask else None
-
-    from model import FlowMatch
-
-    model = load(args, device, loras, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    model = load(args, device, loras)
     ranks = share_edit(model, world) if world > 1 else None
     with Progress() as progress, torch.no_grad():
         edited = model.edit_stream(
-            clip.frames, args.instruction, refs or None, args.steps, args.seed, FlowMatch(args.shift), args.tile,
+            clip.frames, args.instruction, refs or None, args.steps, args.seed, flow, args.tile,
             device if args.offload else None, None if rank else progress, args.ref_guidance, sampler, mask,
         )  # fmt: skip
         long = isinstance(clip.frames, FrameFile)
@@ -144,52 +148,14 @@ def main(argv=None):
         ranks.leave()
 
 
-def load(args, device, loras, dtype):
-    import torch
-
-    from lora import add_lora, quantise
-    from model import KiwiEdit
-
-    print(f"load        {args.weights} on {device}, {dtype}{', linears in ' + args.quantise if args.quantise else ''}")
-    home, dtype = "cpu" if args.offload else device, getattr(torch, dtype)
-    at_first = "cpu" if args.quantise else home
-    model = KiwiEdit.from_pretrained(args.weights, at_first, dtype, args.base, args.qwen, args.ref_pad_first)
-    for path, scale in loras:
-        print(f"lora        {add_lora(model.dit, path, scale)}")
-    if args.quantise:
-        quantise(model, args.quantise, home)
-        model.to(home)
-    embedder = list(model.source_embedder.parameters())  # a source may come in without parameters of its own
-    if embedder and not any(parameter.any() for parameter in embedder):
-        print("note        these weights never saw the clip itself (stage 1?): little of it will stay")
-    return model
-
-
-def share_edit(model, world):
-    """All processes of torchrun share the sequence of one edit and the frames of its VAE."""
-    from parallel import Ranks, SharedFrames, Ulysses
-
-    heads = model.config.dit.num_heads
-    if heads % world:
-        raise ValueError(f"{world} processes cannot share {heads} attention heads: take a number that divides them")
-    ranks = Ranks(sp=world)
-    Ulysses(model.dit, ranks.sequence)
-    model.vae.shared = SharedFrames(ranks.sequence)
-    return ranks
-
-
 def with_example(args):
     """The arguments as they are or, where there is neither clip nor instruction, those of the weights' example."""
-    if Path(args.weights) == DEFAULT_WEIGHTS and not DEFAULT_WEIGHTS.exists():
-        raise FileNotFoundError("weights/nano is not in this checkout: say which weights with --weights (see --help)")
-    if args.input is not None and args.instruction is not None:
+    if args.instruction is not None:
         return args
-    lost = next((path for path in args.ref if not Path(path).is_file()), None)  # it may be the instruction
-    if args.input is not None or lost:
-        told = f'no such file: "{lost}"' if lost else f'only "{args.input}" is given'
+    if args.input is not None or not all(Path(path).is_file() for path in args.ref):
         raise ValueError(
-            f"{told}; a clip and an instruction are needed, and --ref, which takes all that follows it, behind them, "
-            'e.g. in.mp4 "replace the car" --ref car.png; without any the bundled example is edited'
+            "a clip and an instruction are needed, and behind them --ref, which takes all that follows it, e.g. "
+            'in.mp4 "replace the car" --ref car.png; without any the bundled example is edited'
         )
     folder = Path(args.weights) / "example"
     if not (folder / "prompt.txt").is_file():
@@ -208,24 +174,16 @@ def check_values(args):
         args.instruction.encode()
     except UnicodeEncodeError:
         raise ValueError("the instruction is not UTF-8 text: set the terminal to UTF-8") from None
-    for name, value, released in (("shift", args.shift, 5), ("ref-guidance", args.ref_guidance, 1)):
-        if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"--{name} {value}: a number above 0, the release's is {released}")
     if args.ref_guidance is not None and not args.ref:
         raise ValueError("--ref-guidance is how far references are followed: give --ref, or leave it out")
-    if not 0 <= args.seed < 2**63:
-        raise ValueError(f"--seed {args.seed}: from 0 to 2**63 - 1")
 
 
-def places(args):
+def places(args, still):
     """Where the edit and its comparison are written. MediaError where they cannot be, or would replace what is read."""
-    from media import IMAGE_CODECS, MediaError, is_picture, open_media, writable
-
-    with open_media(args.input) as (container, _):
-        endings = tuple(IMAGE_CODECS) if is_picture(container) else (".mp4",)
+    endings = tuple(IMAGE_CODECS) if still else (".mp4",)
     out = Path(args.out or f"{Path(args.input).stem}_edited{endings[0]}")
     if out.suffix.lower() not in endings:
-        raise MediaError(f"{out}: a {'picture' if len(endings) > 1 else 'video'} is written as {', '.join(endings)}")
+        raise MediaError(f"{out}: a {'picture' if still else 'video'} is written as {', '.join(endings)}")
     beside = out.with_stem(out.stem + "_compare")
     written = [path.resolve() for path in (out, *((beside, beside.with_suffix(".png")) if args.compare else ()))]
     for path in filter(None, (args.input, args.mask, *args.ref)):
@@ -235,21 +193,15 @@ def places(args):
     return out, beside
 
 
-def read_source(args):
-    """The clip at the size for which the weights are made, and a line about it."""
-    from media import decode, open_media, shown_frames
-
-    with open_media(args.input) as (container, stream):  # fail fast before downloading weights
-        size, total = tuple(next(decode(args.input, container, stream))[1].shape[:2]), shown_frames(container, stream)
-    from model import read_for, read_weights
-
+def read_source(args, promised):
+    """The clip at the size for which the weights are made, and a line about it. promised: of `measure`."""
     config = read_weights(args.weights, args.base, args.qwen)[0]
     clip = read_for(config, args.input, args.frames, args.max_pixels)
     count, height, width, _ = clip.frames.shape
-    if config.trained is not None and (count, height, width) != (total or count, *size):
-        frames, *trained, fps = config.trained
-        print(f"note        these weights know {frames} frames of {trained[1]}x{trained[0]} at {fps} fps only: "
-              f"{args.input}, {size[1]}x{size[0]}, is edited at the size that follows")  # fmt: skip
+    if config.trained and (count, height, width) != (promised[0] or count, *promised[1:3]):
+        frames, h, w, fps = config.trained
+        print(f"note        these weights know {frames} frames of {w}x{h} at {fps} fps only: "
+              f"{args.input}, {promised[2]}x{promised[1]}, is edited at the size that follows")  # fmt: skip
     rate = "" if clip.still else f", {float(clip.fps):g} fps"
     print(f"read        {args.input}: {count} frame{'s' * (count > 1)} of {width}x{height}{rate}")
     return clip
@@ -257,20 +209,46 @@ def read_source(args):
 
 def read_mask(path, clip):
     """What may change, at the clip's size: a picture for all frames, or a clip."""
-    from media import FrameFile, MediaError, fit_frames, frame_rate, is_picture, measure, open_media, read_image
-
     count, *size = clip.frames.shape[:3]
-    total, *mask_size = measure(path)
+    total, *mask_size, fps = measure(path)
     if tuple(mask_size) != tuple(clip.source_size):
         mask_size, input_size = (f"{width}x{height}" for height, width in (mask_size, clip.source_size))
         raise MediaError(f"{path}: {mask_size} pixels, and the input has {input_size}; give a mask of the input's size")
-    with open_media(path) as (container, stream):
-        stride = max(round(frame_rate(stream) / clip.fps), 1)
-        if is_picture(container):
-            return fit_frames(read_image(path)[None], size).expand(count, -1, -1, -1)
+    if not fps:
+        return fit_frames(read_image(path)[None], size).expand(count, -1, -1, -1)
+    stride = max(round(fps / clip.fps), 1)
     if total < (count - 1) * stride + 1:
         raise MediaError(f"{path}: {total} frames are too few for the {count} that are edited")
     return FrameFile(path, count, tuple(size), stride)
+
+
+def load(args, device, loras):
+    dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    print(f"load        {args.weights} on {device}, {dtype}{', linears in ' + args.quantise if args.quantise else ''}")
+    home = "cpu" if args.offload else device
+    model = KiwiEdit.from_pretrained(
+        args.weights, "cpu" if args.quantise else home, getattr(torch, dtype), args.base, args.qwen, args.ref_pad_first
+    )
+    for path, scale in loras:
+        print(f"lora        {add_lora(model.dit, path, scale)}")
+    if args.quantise:
+        quantise(model, args.quantise, home)
+        model.to(home)
+    embedder = list(model.source_embedder.parameters())  # a source may come in without parameters of its own
+    if embedder and not any(parameter.any() for parameter in embedder):
+        print("note        these weights never saw the clip itself (stage 1?): little of it will stay")
+    return model
+
+
+def share_edit(model, world):
+    """All processes of torchrun share the sequence of one edit and the frames of its VAE."""
+    heads = model.config.dit.num_heads
+    if heads % world:
+        raise ValueError(f"{world} processes cannot share {heads} attention heads: take a number that divides them")
+    ranks = Ranks(sp=world)
+    Ulysses(model.dit, ranks.sequence)
+    model.vae.shared = SharedFrames(ranks.sequence)
+    return ranks
 
 
 class Progress:
@@ -281,8 +259,6 @@ class Progress:
         return self
 
     def __call__(self, phase, done, total):
-        from tqdm import tqdm
-
         if phase != self.phase:
             self.__exit__()
             self.phase, self.bar = phase, tqdm(total=total, desc=f"{phase:<10}", bar_format=BAR)
@@ -295,10 +271,6 @@ class Progress:
 
 def compare(out, clip, refs, edited):
     """Source, references and edit side by side, small ones in larger pixels; of a clip also its middle frame, .png."""
-    import torch
-
-    from media import pad_reference, write_image
-
     count, *size = clip.frames.shape[:3]
     shown, scale = [pad_reference(ref, size) for ref in refs], max(COMPARED_HEIGHT // size[0], 1)
 
@@ -315,8 +287,6 @@ def compare(out, clip, refs, edited):
 
 
 def write(out, frames, clip):
-    from media import write_image, write_video
-
     if clip.still:
         write_image(out, *frames)
     else:
@@ -324,21 +294,6 @@ def write(out, frames, clip):
     print(f"write       {out}")
 
 
-def run():
-    """main, with every foreseeable failure as one line on stderr and an exit code that is not 0."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("\nsample.py: interrupted")
-    except (ValueError, OSError) as error:
-        sys.exit(f"sample.py: {error}")
-    except RuntimeError as error:
-        from model import is_out_of_memory
-
-        if not is_out_of_memory(error):
-            raise
-        sys.exit("sample.py: out of GPU memory; try --offload, --tile 16, fewer --frames or --max-pixels 399360")
-
-
 if __name__ == "__main__":
-    run()
+    with one_line("sample.py", memory="try --offload, --tile 16, fewer --frames or --max-pixels 399360"):
+        main()

@@ -81,9 +81,7 @@ class Sampler:
             raise ValueError(f"Sampler.reuse: {self.reuse}, expected 0 or more, e.g. 0.02")
         t = (1001, *self.re_noise, 0)
         if not all(a > b for a, b in zip(t, t[1:])) or max(self.re_noise, default=0) > 1000:
-            raise ValueError(
-                f"Sampler.re_noise: {self.re_noise}, expected falling timesteps in (0, 1000], e.g. 1000,757"
-            )
+            raise ValueError(f"Sampler.re_noise: {self.re_noise}, expected falling timesteps, e.g. 1000,757")
         if self.re_noise and (self.reuse or self.solver != "euler"):
             raise ValueError("Sampler.re_noise: it takes neither another solver nor reuse")
 
@@ -94,16 +92,15 @@ class Sampler:
     def sample(self, velocity, noise, sigmas, stay=None, on_step=None, draw=None, parts=1):
         """velocity(x, t (B,), on_part) -> v like x, float32; noise float32 (B, C, T, H, W) -> latents.
 
-        stay(x, sigma): puts back what must not change after each step (`Mask`). on_step(done, total) counts the parts
-        (windows) of all steps. draw(): fresh noise for `re_noise`.
+        stay(x, sigma): puts back what must not change after each step (`outside`). on_step(done, total) counts the
+        parts (windows) of all steps. draw(): fresh noise for `re_noise`.
         """
         x, timesteps, steps = noise, (1000 * sigmas).to(noise.device), sigmas.diff().tolist()
         before, cache, tell = None, Reuse(self.reuse), on_step or (lambda done, total: None)
         for i, step in enumerate(steps):
             v = cache.guess(x) if i + 1 < len(steps) else None
             if v is None:
-                part = lambda done: tell(parts * i + done, parts * len(steps))
-                v = velocity(x, timesteps[i].expand(len(x)), part)
+                v = velocity(x, timesteps[i].expand(len(x)), lambda n: tell(parts * i + n, parts * len(steps)))
                 cache.learn(x, v)
             if self.re_noise:
                 x = x - sigmas[i].item() * v

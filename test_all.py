@@ -40,7 +40,7 @@ from conftest import (
     trainer_of,
     write_qwen_folder,
 )
-from connectors import MLLMEncoder, fit_pixels, merge_lora, sample_frames, video_frame_sizes
+from connectors import MLLMConfig, MLLMEncoder, fit_pixels, merge_lora, sample_frames, video_frame_sizes
 from dit import DiT
 from load import load_weights, our_name
 from model import PRESETS, FlowMatch, KiwiEdit
@@ -50,12 +50,9 @@ from vae import VAE
 
 
 def golden_mllm():
-    e = recorded("mllm.json")["encoder"]
-    encoder = MLLMEncoder.from_config(
-        GOLDEN / "mllm", dit_dim=e["dit_dim"], num_image_queries=e["num_image_queries"],
-        num_video_queries=e["num_video_queries"], num_ref_queries=e["num_ref_queries"],
-        max_ref_tokens=e["max_object_token"], max_pixels=e["max_pixels_per_frame"],
-    )  # fmt: skip
+    names = ("dit_dim", "num_image_queries", "num_video_queries", "num_ref_queries", "max_object_token")
+    sizes = [recorded("mllm.json")["encoder"][name] for name in (*names, "max_pixels_per_frame")]
+    encoder = MLLMEncoder(MLLMConfig(str(GOLDEN / "mllm"), *sizes[:5], max_pixels=sizes[5]))
     load_weights(encoder, recorded("mllm_weights.safetensors"))
     return encoder
 

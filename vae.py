@@ -495,7 +495,7 @@ class VAE(nn.Module):
             tiles.append((core, torch.cat(frames, dim=2)))
         if not torch.stack(finite).all():
             mend = "take bfloat16" if z.dtype == torch.float16 else "do the weights hold NaN?"
-            raise ValueError(f"the decoder's numbers are not finite in {str(z.dtype)[6:]}: {mend}")
+            raise ValueError(f"the edit's numbers are not finite in {str(z.dtype)[6:]}: {mend}")
         return join(tiles, height, width)
 
 

@@ -6,9 +6,10 @@ assets, data -> clips and their truth    pretrain -> the VAE, MLLM and DiT that 
 
 import argparse
 import os
-import sys
 from importlib import import_module
 from pathlib import Path
+
+from command import number, one_line
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: busy-waiting threads slow small steps tenfold
 
@@ -46,14 +47,14 @@ def parse_arguments(argv=None):
 
     add = command("data", "draw clips and write the three CSVs")
     add("out", metavar="OUT", help="a folder")
-    add("--clips", type=positive, default=1000, help="images, videos and reference videos 2:1:1")
+    add("--clips", type=number(1), default=1000, help="images, videos and reference videos 2:1:1")
     add("--split", choices=("train", "test"), default="train", help="test: held-out things, places and wordings")
-    add("--workers", type=positive, default=2, help="processes; the files are the same")
+    add("--workers", type=number(1), default=2, help="processes; the files are the same")
     add_world(add)
 
     add = command("bench", "draw held-out reference cases in RefVIE-Bench's layout")
     add("out", metavar="OUT", help="a folder")
-    add("--items", type=positive, default=24, help="cases")
+    add("--items", type=number(1), default=24, help="cases")
     add_world(add)
 
     add = command("pretrain", "train the parts that Kiwi-Edit starts from")
@@ -62,8 +63,8 @@ def parse_arguments(argv=None):
     add("--out", required=True, metavar="DIR", help="states to resume from, and weights/ for `train.py --weights`")
     add("--weights", metavar="DIR", default=str(NANO), help="whose decoder to train")
     add("--minutes", type=float, default=9, help="stop after so long with exit code 75; the next call goes on")
-    add("--steps", type=positive, help="of the whole training; without it 4000, 1000, 800, 1500")
-    add("--batch", type=positive, help="without it 16 stills or 8 clips, 16, 64, 16 stills or 4 clips")
+    add("--steps", type=number(1), help="of the whole training; without it 4000, 1000, 800, 1500")
+    add("--batch", type=number(1), help="without it 16 stills or 8 clips, 16, 64, 16 stills or 4 clips")
     add("--seed", type=int, default=0, help="of weights and batches")
 
     add = command("ship", "make a training checkpoint a folder of weights of its own")
@@ -71,7 +72,7 @@ def parse_arguments(argv=None):
     add("--weights", required=True, metavar="DIR", help="what `pretrain` wrote, from which training started")
     add("--data", required=True, metavar="DIR", help="held-out clips, of the size that training saw")
     add("--example", required=True, type=int, metavar="INDEX", help="the clip that bare `python sample.py` edits")
-    add("--steps", type=positive, default=2, help="denoising steps of an edit")
+    add("--steps", type=number(1), default=2, help="denoising steps of an edit")
     add("--ref-guidance", type=float, default=1.0, metavar="G", help="of an edit; 1: as trained")
     add("--made-by", required=True, metavar="TEXT", help='the machine, for the model card, e.g. "one H100"')
     add("--out", required=True, metavar="DIR", help="e.g. weights/nano")
@@ -81,8 +82,8 @@ def parse_arguments(argv=None):
     add("--data", required=True, metavar="DIR", help="what `data --split test` wrote")
     add("--out", required=True, metavar="DIR", help="for eval.md, eval.json and sheet.png")
     add("--assets", metavar="DIR", help="without it where the data had them")
-    add("--cases", type=positive, default=400, help="at most so many")
-    add("--steps", type=positive, help="denoising steps; without it what the weights ask for")
+    add("--cases", type=number(1), default=400, help="at most so many")
+    add("--steps", type=number(1), help="denoising steps; without it what the weights ask for")
     add("--ref-guidance", type=float, metavar="G", help="how far references are followed; likewise")
     add("--card", action="store_true", help="put the table into the model card that `ship` wrote")
 
@@ -98,16 +99,9 @@ def parse_arguments(argv=None):
 def add_world(add):
     add("--assets", metavar="DIR", help="what `assets` filled; without it shapes and textures alone")
     add("--seed", type=int, default=0, help="of every clip")
-    add("--size", type=positive, default=64, help="pixels a side, a multiple of 32")
-    add("--frames", type=positive, default=9, help="4k + 1")
-    add("--fps", type=positive, default=8, help="frames a second")
-
-
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
+    add("--size", type=number(1), default=64, help="pixels a side, a multiple of 32")
+    add("--frames", type=number(1), default=9, help="4k + 1")
+    add("--fps", type=number(1), default=8, help="frames a second")
 
 
 def main(argv=None):
@@ -116,15 +110,6 @@ def main(argv=None):
     getattr(import_module(f"nano.{module}"), function)(args)  # torch arrives here
 
 
-def run():
-    """main, with every foreseeable failure as one line on stderr and an exit code other than 0."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("\nnano: interrupted; pretraining goes on from its last minute, everything else begins anew")
-    except (ValueError, OSError) as error:
-        sys.exit(f"nano: {error}")
-
-
 if __name__ == "__main__":
-    run()
+    with one_line("nano", "interrupted; pretraining goes on from its last minute, everything else begins anew"):
+        main()

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from conftest import close, randomise
-from connectors import MLLMEncoder, inject_lora, merge_lora, read_qwen_config
+from connectors import MLLMConfig, MLLMEncoder, inject_lora, merge_lora
+from load import read_json
 from qwen import Qwen, QwenConfig
 
 
 def test_control_tokens_in_an_instruction_are_text(qwen_folder):
-    encoder = MLLMEncoder.from_config(qwen_folder, dit_dim=16, num_image_queries=3, max_ref_tokens=4)
+    encoder = MLLMEncoder(MLLMConfig(str(qwen_folder), dit_dim=16, num_image_queries=3, max_ref_tokens=4))
     frames = torch.zeros(1, 56, 56, 3, dtype=torch.uint8)
     plain, typed = (encoder.prepare(text, frames) for text in ("Remove it.", "Remove <|object_ref_start|><|im_end|>."))
     query, end = encoder.token("<|object_ref_start|>"), encoder.token("<|im_end|>")
@@ -23,7 +24,7 @@ def test_control_tokens_in_an_instruction_are_text(qwen_folder):
 
 
 def test_one_frame_or_two_references_work_where_the_release_crashes(qwen_folder):
-    encoder = randomise(MLLMEncoder.from_config(qwen_folder, dit_dim=16, num_ref_queries=5, max_ref_tokens=4))
+    encoder = randomise(MLLMEncoder(MLLMConfig(str(qwen_folder), dit_dim=16, num_ref_queries=5, max_ref_tokens=4)))
     still, a, b = (torch.randint(255, (1, 60, 80, 3), dtype=torch.uint8) for _ in range(3))
     one, two = encoder("Use it.", still, ref=a[0]), encoder("Use it.", still, ref=[a[0], b[0]])
     assert one.shape[1] == 5 + 2 and two.shape[1] == 5 + 2 + 2  # each picture is 28 x 56 pixels: 2 tokens
@@ -33,10 +34,7 @@ def test_one_frame_or_two_references_work_where_the_release_crashes(qwen_folder)
 
 
 def test_requests_read_together_give_what_each_gives_alone(qwen_folder):
-    encoder = MLLMEncoder.from_config(
-        qwen_folder, dit_dim=16, num_image_queries=3, num_video_queries=4, num_ref_queries=5
-    )
-    encoder = randomise(encoder)
+    encoder = randomise(MLLMEncoder(MLLMConfig(str(qwen_folder), 16, 3, 4, 5)))
     still, clip = (torch.randint(255, (frames, 60, 80, 3), dtype=torch.uint8) for frames in (1, 5))
     asked = [("Remove it.", still), ("Use this in place of the old car.", still, clip[0]), ("Make it snow.", clip)]
     together = encoder.encode([encoder.prepare(*request) for request in asked])
@@ -51,12 +49,12 @@ def test_a_damaged_folder_of_the_language_model_is_told_of_in_a_line(tmp_path, q
     folder = shutil.copytree(qwen_folder, tmp_path / "qwen")
     (folder / name).write_text(text)
     with pytest.raises(ValueError, match=says) as error:
-        MLLMEncoder.from_config(folder)
+        MLLMEncoder(MLLMConfig(str(folder)))
     assert "\n" not in str(error.value)
 
 
 def test_a_fresh_lora_changes_nothing_and_a_trained_one_survives_merging(qwen_folder):
-    encoder = randomise(MLLMEncoder.from_config(qwen_folder, dit_dim=16, num_image_queries=3))
+    encoder = randomise(MLLMEncoder(MLLMConfig(str(qwen_folder), dit_dim=16, num_image_queries=3)))
     frames = torch.zeros(1, 56, 56, 3, dtype=torch.uint8)
     before = encoder("Remove it.", frames)
     inject_lora(encoder.model.language_model, rank=4)
@@ -73,7 +71,7 @@ def test_a_fresh_lora_changes_nothing_and_a_trained_one_survives_merging(qwen_fo
 def test_both_towers_of_qwen_are_those_of_transformers(qwen_folder, dtype):
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLModel
 
-    values = read_qwen_config(qwen_folder)
+    values = read_json(qwen_folder / "config.json")
     theirs = Qwen2_5_VLModel._from_config(Qwen2_5_VLConfig.from_dict(values), attn_implementation="sdpa").eval()
     ours = Qwen(QwenConfig.from_dict(values)).to(dtype)
     ours.load_state_dict(theirs.state_dict())

@@ -13,13 +13,14 @@ from safetensors.torch import save_file
 
 import judge
 import train
+from command import one_line
 from conftest import HOUSE, close, randomise, small_edit
 from connectors import MLLMEncoder, inject_lora
 from dit import DiTConfig
 from media import read_clip, read_image
 from model import FlowMatch, KiwiConfig, KiwiEdit
 from nano import assets, data, evaluate, pretrain, ship, world
-from nano.__main__ import main, parse_arguments, run
+from nano.__main__ import main, parse_arguments
 
 AHEAD = {"on the left": (-1, 0), "on the right": (1, 0), "at the top": (0, -1), "at the bottom": (0, 1)}
 
@@ -222,7 +223,7 @@ def test_pretraining_in_pieces_is_one_training(tmp_path, nano_data, pretrained):
 
 
 def test_an_answer_s_word_is_read_off_before_the_model_sees_it(monkeypatch, qwen_folder):
-    encoder, seen = randomise(MLLMEncoder.from_config(qwen_folder, dit_dim=16, num_image_queries=3)), []
+    encoder, seen = randomise(MLLMEncoder(MLLMConfig(str(qwen_folder), dit_dim=16, num_image_queries=3))), []
     monkeypatch.setattr(F, "cross_entropy", lambda logits, wanted: seen.append((logits, wanted)) or logits.sum())
     still = torch.zeros(1, 56, 56, 3, dtype=torch.uint8)
     for answer in ("ab", "xb"):
@@ -362,8 +363,8 @@ def test_the_walkthrough_prints_what_it_says(monkeypatch, capsys):
 def test_what_nano_cannot_do_is_said_in_one_line(tmp_path, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["nano", *arguments.split()])
-    with pytest.raises(SystemExit) as exit_:
-        run()
+    with pytest.raises(SystemExit) as exit_, one_line("nano"):
+        main()
     assert says in exit_.value.code and "\n" not in exit_.value.code
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import command
 import sample
 from conftest import (
     HOUSE,
@@ -34,36 +35,33 @@ def run_sample(*arguments, cwd=None):
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=600)
 
 
-def test_help_answers_without_the_heavy_imports():
-    probe = "import sys, sample; sys.argv = ['sample.py', '--help']; heavy = {'torch', 'av', 'transformers', 'numpy'}\n"
-    probe += "try: sample.main()\nexcept SystemExit: assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()"
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=HOUSE)
-    assert done.returncode == 0 and "examples:" in done.stdout, done.stderr
+def test_help_answers_before_the_heavy_imports():
+    done = subprocess.run([sys.executable, "-X", "importtime", "sample.py", "--help"], capture_output=True, text=True,
+                          cwd=HOUSE)  # fmt: skip
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert done.returncode == 0 and "examples:" in done.stdout
+    assert "argparse" in imported and not imported & {"torch", "av", "transformers", "numpy"}
 
 
 @demo
 @pytest.mark.parametrize("layout", ["own", "diffusers", "training"])
 def test_the_main_job_on_real_clips_gives_a_playable_edit(tmp_path, qwen_folder, layout):
     model, shared = small_model(qwen_folder), SHARED / "demo"
+    request = [shared / "bathtub.mp4", "Replace the towel with stones.", "--ref", shared / "stones.jpg", "--compare"]
     if layout == "training":
-        checkpoint = save_training_layout(model, tmp_path)
-        weights = [checkpoint, "--base", tmp_path / "wan", "--qwen", tmp_path / "qwen"]
+        weights = [save_training_layout(model, tmp_path), "--base", tmp_path / "wan", "--qwen", tmp_path / "qwen"]
+    elif layout == "diffusers":
+        weights = [save_diffusers_layout(model, tmp_path / "diffusers")]
     else:
-        weights = [tmp_path / layout]
-        model.save(weights[0]) if layout == "own" else save_diffusers_layout(model, weights[0])
-    if layout == "own":
-        request = [shared / "monkey.mp4", "Remove the monkey.", "--max-pixels", 360000]
-        frames, height, width, fps = 81, 448, 800, 20
-    else:
-        towel = "Replace the light blue and white striped towel hanging on the left side of the bathtub with stones."
-        request = [shared / "bathtub.mp4", towel, "--ref", shared / "stones.jpg", "--max-pixels", 100000, "--compare"]
-        frames, height, width, fps = 81, 224, 416, 16
-    done = run_sample(*request, "--weights", *weights, "--steps", 2, "-o", tmp_path / "out.mp4")
+        model.save(tmp_path / "own")
+        weights, request = [tmp_path / "own"], [shared / "monkey.mp4", "Remove the monkey."]
+    few = ["--max-pixels", 100000, "--frames", 41, "--steps", 2]
+    done = run_sample(*request, *few, "--weights", *weights, "-o", tmp_path / "out.mp4")
     assert done.returncode == 0, done.stderr
     clip = read_clip(tmp_path / "out.mp4")
-    assert clip.frames.shape == (frames, height, width, 3) and clip.fps == fps
+    assert clip.frames.shape == (41, 224, 416, 3) and clip.fps == (20 if layout == "own" else 16)
     if layout != "own":  # source, reference and edit
-        assert read_clip(tmp_path / "out_compare.mp4").frames.shape == (frames, height, 3 * width, 3)
+        assert read_clip(tmp_path / "out_compare.mp4").frames.shape == (41, 224, 3 * 416, 3)
 
 
 def test_a_still_picture_gives_a_picture(tmp_path, small_weights):
@@ -86,18 +84,14 @@ def knowing_weights(tmp_path, small_weights):
     return str(folder)
 
 
-def enlarged(frame):
-    return frame.repeat_interleave(4, 0).repeat_interleave(4, 1)
-
-
 def test_alone_it_edits_the_example_of_its_weights(tmp_path, knowing_weights, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     sample.main(["--weights", knowing_weights, "--device", "cpu"])
     source, ref = read_clip("knowing/example/source.mp4").frames, read_image("knowing/example/reference.png")
     edited = KiwiEdit.from_pretrained(knowing_weights, dtype=torch.float32).edit(source, "Make it night.", ref, steps=1)
     assert read_clip("out.mp4").frames.shape == edited.shape == read_clip("out_compare.mp4").frames[:, ::4, ::12].shape
-    expected = torch.cat([source[2], pad_reference(ref, (64, 64)), edited[2]], dim=1)
-    assert torch.equal(read_image("out_compare.png"), enlarged(expected))
+    beside = torch.cat([source[2], pad_reference(ref, (64, 64)), edited[2]], dim=1)
+    assert torch.equal(read_image("out_compare.png")[::4, ::4], beside)
     assert "Make it night." in capsys.readouterr().out
 
 
@@ -115,21 +109,19 @@ def test_weights_that_know_one_kind_of_clip_edit_others_at_about_that_size_and_s
 
 
 @pytest.mark.skipif(not sample.DEFAULT_WEIGHTS.is_dir(), reason="needs weights/nano, which are not in this checkout")
-def test_the_bundled_weights_edit_their_example_in_a_minute(tmp_path):
-    start = time.time()
+def test_the_bundled_weights_edit_their_example(tmp_path):
     done = run_sample(cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert time.time() - start < 60
     source, edited = (
-        read_clip(sample.DEFAULT_WEIGHTS / "example/source.mp4").frames,
-        read_clip(tmp_path / "out.mp4").frames,
+        read_clip(path).frames for path in (sample.DEFAULT_WEIGHTS / "example/source.mp4", tmp_path / "out.mp4")
     )
     assert source.shape == edited.shape and (source.int() - edited.int()).abs().float().mean() > 3
     assert sum(path.stat().st_size for path in sample.DEFAULT_WEIGHTS.rglob("*") if path.is_file()) <= 32e6
 
 
 @pytest.mark.parametrize("case, says", [
-    ([], "has no example"), (["whole.mp4"], '"whole.mp4" is given'), (["--ref", "whole.jpg"], "has no example"),
+    ([], "has no example"), (["whole.mp4"], "a clip and an instruction are needed"),
+    (["--ref", "whole.jpg"], "has no example"),
     (["whole.mp4", ""], "the instruction is empty"), (["", ""], "the instruction is empty"),
     (["absent.mp4", "x"], "no such file"), (["half.mp4", "x"], "cannot be decoded"),
     (["sound.mp3", "x"], "no pictures"), (["dot.png", "x"], "too few"), (["whole.jpg", " "], "instruction is empty"),
@@ -139,10 +131,9 @@ def test_the_bundled_weights_edit_their_example_in_a_minute(tmp_path):
     (["whole.mp4", "x", "-o", "out.avi"], ".mp4"), (["whole.jpg", "x", "-o", "out.webp"], ".png"),
     (["whole.jpg", "x", "-o", "../" + "{}" + "/whole.jpg"], "would be replaced"),
     (["whole.jpg", "x", "--ref", "its_compare.png", "-o", "its.png", "--compare"], "its_compare.png: would be"),
-    (["drawing.svg", "x"], "no decoder"), (["whole.jpg", "x", "--shift", "0"], "above 0"),
-    (["--ref", "whole.jpg", "whole.mp4", "make it red"], '"make it red"; a clip and an instruction are needed'),
-    (["whole.jpg", "x", "--ref", "whole.jpg", "--ref-guidance", "-1"], "above 0"),
-    (["whole.jpg", "x", "--seed", str(2**64)], "--seed"), (["..", "x"], "..: a folder; give a clip"),
+    (["drawing.svg", "x"], "no decoder"), (["whole.jpg", "x", "--shift", "0"], "shift: 0.0"),
+    (["--ref", "whole.jpg", "whole.mp4", "make it red"], "a clip and an instruction are needed"),
+    (["..", "x"], "..: a folder; give a clip"),
     (["whole.jpg", "x", "--ref-guidance", "2"], "give --ref, or leave it out"),
     (["whole.jpg", "x", "--weights", "words.png"], "words.png: cannot be read"),
     (["whole.jpg", "x", "--mask", "dot.png"], "give a mask of the input's size"),
@@ -156,27 +147,25 @@ def test_bad_input_is_one_clear_line_and_a_failure(tmp_path, small_weights, case
     monkeypatch.chdir(tmp_path)
     case = [word.format(tmp_path.name) for word in case]
     weights = [] if "--weights" in case else ["--weights", str(small_weights)]
-    monkeypatch.setattr(
-        sys, "argv", ["sample.py", *case, *weights, *([] if "--device" in case else ["--device", "cpu"])]
-    )
-    with pytest.raises(SystemExit) as exit_:
-        sample.run()
+    device = [] if "--device" in case else ["--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["sample.py", *case, *weights, *device])
+    with pytest.raises(SystemExit) as exit_, command.one_line("sample.py"):
+        sample.main()
     assert says in exit_.value.code and "\n" not in exit_.value.code
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("flag, value", [("--seed", 2**64), ("--ref-guidance", -1), ("--steps", 0)])
+def test_a_number_out_of_range_is_refused_while_parsing(capsys, flag, value):
+    with pytest.raises(SystemExit):
+        sample.parse_arguments(["in.mp4", "x", flag, str(value)])
+    assert f"argument {flag}: expected a number from" in capsys.readouterr().err
+
+
 def test_an_interrupted_run_leaves_no_file(tmp_path, small_weights):
     write_clip(tmp_path / "in.mp4", moving_picture(9, 64, 64))
-    command = [
-        sys.executable,
-        str(HOUSE / "sample.py"),
-        "in.mp4",
-        "x",
-        "--weights",
-        str(small_weights),
-        "--steps",
-        "100000",
-    ]
+    words = ["in.mp4", "x", "--weights", str(small_weights), "--steps", "100000"]
+    command = [sys.executable, str(HOUSE / "sample.py"), *words]
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs are born deaf to it
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     text = ""

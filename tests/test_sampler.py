@@ -12,7 +12,7 @@ import torch
 import sample
 from bench.solvers import by_themselves, psnr
 from conftest import HOUSE, close, moving_picture, small_model
-from media import FrameFile, long_clip, read_clip, read_image, write_image, write_video
+from media import FrameFile, read_clip, read_image, write_image, write_video
 from model import FlowMatch, KiwiEdit
 from nano.__main__ import main as nano_main
 from nano.data import read_frames, read_truth
@@ -133,10 +133,10 @@ def test_a_long_edit_stays_as_good_to_its_end_and_as_windows_by_themselves(nano_
 @nano
 def test_a_long_clip_streams_from_file_to_file_as_the_same_pixels(nano_model, long_case, tmp_path):
     source, prompt, _ = long_case
-    clip = long_clip(source, 9, 33)
+    clip = read_clip(source, 33, held=9)
     assert isinstance(clip.frames, FrameFile) and clip.frames.shape == (33, 64, 64, 3)
     whole = read_clip(source, 33).frames
-    assert torch.equal(torch.stack(list(clip.frames)), whole) and torch.is_tensor(long_clip(source, 33, 33).frames)
+    assert torch.equal(torch.stack(list(clip.frames)), whole) and torch.is_tensor(read_clip(source, 33, held=33).frames)
     assert torch.equal(torch.stack(list(nano_model.edit_stream(clip.frames, prompt))), nano_model.edit(whole, prompt))
     words = [str(source), prompt, "--frames", "33", "--device", "cpu", "--compare", "-o", str(tmp_path / "out.mp4")]
     sample.main(words)

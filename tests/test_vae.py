@@ -85,9 +85,8 @@ def test_the_memory_of_streaming_does_not_grow_with_the_frames():
             for start in (0, *range(1, frames, 4)):
                 vae.encoder.down(torch.rand(1, 3, 4 if start else 1, 32, 32), state)
         sizes[frames] = sum(t.untyped_storage().nbytes() for t in state.values() if isinstance(t, torch.Tensor))
-        assert sizes[frames] == sum(t.nbytes for t in state.values() if isinstance(t, torch.Tensor)), (
-            "a view keeps its chunk alive"
-        )
+        held = sum(t.nbytes for t in state.values() if isinstance(t, torch.Tensor))
+        assert sizes[frames] == held, "a view keeps its chunk alive"
     assert sizes[41] == sizes[9] == sizes[5]
 
 
