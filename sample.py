@@ -57,8 +57,8 @@ def parse_arguments(argv=None):
         "than T, e.g. 0.02 (default: never)")
     add("--re-noise", type=timesteps, default=(), metavar="T,T,...", help="the steps of distilled weights, e.g. "
         "1000,757,522, noised anew at each")
-    add("--ref-guidance", type=number(1e-9, kind=float), metavar="G", help="above 1 the edit is more like the references than trained, in "
-        "twice the time; 1 is as released (default: 1; nano 1.2)")
+    add("--ref-guidance", type=number(1e-9, kind=float), metavar="G", help="above 1 the edit is more like the "
+        "references than trained, in twice the time; 1 is as released (default: 1; nano 1.2)")
     add("--shift", type=float, default=5.0, help="shift of the noise schedule (default %(default)s)")
     add("--seed", type=number(0, 2**63 - 1), default=0, help="same seed, same result (default %(default)s)")
     add("--frames", type=number(1), help="at most so many frames, from 5 on reduced to 4k + 1; more than the default "

@@ -279,7 +279,8 @@ def caption_features(encoder, captions):
     ids = [encoder.ids(caption)[:CAPTION_TOKENS] for caption in captions]
     length = torch.tensor([len(row) for row in ids], device=device)
     padded = torch.tensor([row + [0] * (CAPTION_TOKENS - len(row)) for row in ids], device=device)
-    hidden = encoder.model.language_model(input_ids=padded, use_cache=False).last_hidden_state
+    places = torch.arange(padded.shape[1], device=padded.device).expand(3, *padded.shape)
+    hidden = encoder.model.language_model(encoder.model.language_model.embed_tokens(padded), places)
     return hidden * (torch.arange(CAPTION_TOKENS, device=device) < length[:, None])[..., None]
 
 

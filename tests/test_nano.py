@@ -15,7 +15,7 @@ import judge
 import train
 from command import one_line
 from conftest import HOUSE, close, randomise, small_edit
-from connectors import MLLMEncoder, inject_lora
+from connectors import MLLMConfig, MLLMEncoder, inject_lora
 from dit import DiTConfig
 from media import read_clip, read_image
 from model import FlowMatch, KiwiConfig, KiwiEdit
