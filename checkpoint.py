@@ -21,9 +21,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
-from connectors import merge_lora
 from load import began_with, find_checkpoint, only_weights, read_json, released_name, step_of, valid_checkpoints
-from lora import write_lora
+from lora import merge_lora, write_lora
 from media import write_text
 from model import KiwiEdit, read_weights
 from report import plot

@@ -33,7 +33,6 @@ REFERENCE_HINT = " Use the reference input from last frame."
 QUERY_TOKEN = "<|object_ref_start|>"
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
-LLM_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @dataclass(frozen=True)
@@ -406,60 +405,3 @@ def read_json(path) -> dict:
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a JSON object")
     return values
-
-
-class LoRALinear(nn.Linear):
-    """y = x W^T + b + (x A^T) B^T. alpha equals the rank, so the update's factor is 1.
-
-    The names are those that peft gives in a checkpoint: `lora_A.default.weight` (rank, in), `lora_B.default.weight`
-    (out, rank), beside the frozen layer's own `weight` and `bias`. adapter: whose update is added, None: no one's.
-    """
-
-    adapter = "default"
-
-    def __init__(self, linear, rank):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        place = {"device": linear.weight.device, "dtype": linear.weight.dtype}
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(self.in_features, rank, bias=False, **place)})
-        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, self.out_features, bias=False, **place)})
-        nn.init.zeros_(self.lora_B["default"].weight)
-
-    def forward(self, x):
-        y, own = super().forward(x), self.adapter
-        return y if own is None else y + self.lora_B[own](self.lora_A[own](x))
-
-    def merged(self):
-        """The plain Linear with the update added to its weight, in float32."""
-        linear = nn.Linear(self.in_features, self.out_features, device="meta")
-        update = self.lora_B["default"].weight.float() @ self.lora_A["default"].weight.float()
-        weight = (self.weight.float() + update).to(self.weight.dtype)
-        linear.weight = nn.Parameter(weight.detach(), requires_grad=self.weight.requires_grad)
-        linear.bias = self.bias
-        return linear
-
-
-def replace_modules(module, replace):
-    """Put `replace(name, child)` in the place of every descendant for which it is not None."""
-    for name, child in list(module.named_modules()):
-        new = replace(name, child) if name else None
-        if new is not None:
-            parent, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(parent), leaf, new)
-
-
-def inject_lora(module, rank, targets=LLM_LORA_TARGETS):
-    """Give every Linear of `module` whose name ends in one of `targets` ("q_proj", "ffn.0", ...) a LoRA. ValueError for
-    a target that matches none."""
-    linears = [name for name, child in module.named_modules() if type(child) is nn.Linear]
-    found = {target: [name for name in linears if f".{name}".endswith(f".{target}")] for target in targets}
-    if lost := [target for target, names in found.items() if not names]:
-        raise ValueError(f"LoRA: {type(module).__name__} has no linear layer {lost[0]!r}")
-    chosen = {name for names in found.values() for name in names}
-    replace_modules(module, lambda name, child: LoRALinear(child, rank) if name in chosen else None)
-
-
-def merge_lora(module):
-    """Add every LoRA of `module` to its weight and drop it: the same outputs, faster."""
-    replace_modules(module, lambda name, child: child.merged() if isinstance(child, LoRALinear) else None)

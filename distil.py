@@ -38,7 +38,7 @@ class Distillation:
     def loss(self, latents, context, t, source, ref, noise, flow, balance):
         """As `KiwiEdit.training_loss`, but noise is (B, noises, C, T, H, W). In eval mode the mean squared distance of
         the student's edit to the target."""
-        known = (context, *(z if z is None else z.to(self.model.dtype) for z in (source, ref)))
+        known = (context, *self.model.cast(source, ref))
         if not self.model.training:
             return (self.edit(noise, known, len(self.timesteps), False) - latents).square().mean()
         t, last = t.clamp(CLEANEST, NOISIEST), noise[:, -1]
@@ -67,4 +67,4 @@ class Distillation:
 
     def velocity(self, who, x, t, known):
         use_adapter(self.model.dit, who)
-        return self.model.velocity(x.to(self.model.dtype), t, *known).float()
+        return self.model.velocity(*self.model.cast(x), t, *known).float()

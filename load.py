@@ -19,8 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from connectors import LoRALinear, MLLMConfig, read_json, replace_modules
+from connectors import MLLMConfig, read_json
 from dit import DiTConfig
+from lora import LoRALinear, replace_modules
 from vae import VAEConfig
 
 WAN_BASE = "Wan-AI/Wan2.2-TI2V-5B"

@@ -15,13 +15,44 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from connectors import LoRALinear, replace_modules
 from kernels.linear import QuantLinear
 from media import whole_file
 
 BLOCK_LINEAR = re.compile(
     r"(^|\.)(blocks\.\d+\.((self|cross)_attn\.[qkvo]|ffn\.[02])|language_model\.layers\.\d+\..*_proj)$"
 )
+
+
+class LoRALinear(nn.Linear):
+    """y = x W^T + b + (x A^T) B^T. alpha equals the rank, so the update's factor is 1.
+
+    The names are those that peft gives in a checkpoint: `lora_A.default.weight` (rank, in), `lora_B.default.weight`
+    (out, rank), beside the frozen layer's own `weight` and `bias`. adapter: whose update is added, None: no one's.
+    """
+
+    adapter = "default"
+
+    def __init__(self, linear, rank):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        place = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(self.in_features, rank, bias=False, **place)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, self.out_features, bias=False, **place)})
+        nn.init.zeros_(self.lora_B["default"].weight)
+
+    def forward(self, x):
+        y, own = super().forward(x), self.adapter
+        return y if own is None else y + self.lora_B[own](self.lora_A[own](x))
+
+    def merged(self):
+        """The plain Linear with the update added to its weight, in float32."""
+        linear = nn.Linear(self.in_features, self.out_features, device="meta")
+        update = self.lora_B["default"].weight.float() @ self.lora_A["default"].weight.float()
+        weight = (self.weight.float() + update).to(self.weight.dtype)
+        linear.weight = nn.Parameter(weight.detach(), requires_grad=self.weight.requires_grad)
+        linear.bias = self.bias
+        return linear
 
 
 class QuantLoRALinear(QuantLinear):
@@ -39,6 +70,15 @@ class QuantLoRALinear(QuantLinear):
     def forward(self, x):
         y, own = super().forward(x), self.adapter
         return y if own is None else y + self.lora_B[own](self.lora_A[own](x))
+
+
+def replace_modules(module, replace):
+    """Put `replace(name, child)` in the place of every descendant for which it is not None."""
+    for name, child in list(module.named_modules()):
+        new = replace(name, child) if name else None
+        if new is not None:
+            parent, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(parent), leaf, new)
 
 
 def inject_lora(module, rank, targets):
@@ -80,6 +120,11 @@ def quantise(model, kind, device="cpu", parts=("dit", "mllm")):
             return QuantLinear.from_linear(child.to(device), kind)
 
     replace_modules(model, quantised)
+
+
+def merge_lora(module):
+    """Add every LoRA of `module` to its weight and drop it: the same outputs, faster."""
+    replace_modules(module, lambda name, child: child.merged() if isinstance(child, LoRALinear) else None)
 
 
 # Files

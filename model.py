@@ -23,9 +23,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from command import is_out_of_memory
-from connectors import Encoder, MLLMConfig, merge_lora
+from connectors import Encoder, MLLMConfig
 from dit import DiT, DiTConfig
 from load import QWEN_BASE, WAN_BASE, from_dict, listed, load_weights, only_weights, read_fields
+from lora import merge_lora
 from media import MAX_PIXELS, FrameFile, nearest_size, pad_reference, read_clip, whole_folder
 from parallel import pick_device
 from sampler import (

@@ -40,9 +40,10 @@ from conftest import (
     trainer_of,
     write_qwen_folder,
 )
-from connectors import MLLMConfig, MLLMEncoder, fit_pixels, merge_lora, sample_frames, video_frame_sizes
+from connectors import MLLMConfig, MLLMEncoder, fit_pixels, sample_frames, video_frame_sizes
 from dit import DiT
 from load import load_weights, our_name
+from lora import merge_lora
 from model import PRESETS, FlowMatch, KiwiEdit
 from vae import VAE
 

@@ -203,8 +203,8 @@ def profile_rows(part, run):
 
 def weights8(args):
     """PSNR of the edited example to that of float32 weights, in float32 arithmetic on a CPU; bfloat16: all of it."""
-    from connectors import replace_modules
     from kernels.linear import QuantLinear
+    from lora import replace_modules
     from media import read_image
     from model import KiwiEdit, read_for
 

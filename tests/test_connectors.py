@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from conftest import close, randomise
-from connectors import MLLMConfig, MLLMEncoder, inject_lora, merge_lora
+from connectors import MLLMConfig, MLLMEncoder
 from load import read_json
+from lora import inject_lora, merge_lora
 from qwen import Qwen, QwenConfig
 
 
@@ -57,7 +58,7 @@ def test_a_fresh_lora_changes_nothing_and_a_trained_one_survives_merging(qwen_fo
     encoder = randomise(MLLMEncoder(MLLMConfig(str(qwen_folder), dit_dim=16, num_image_queries=3)))
     frames = torch.zeros(1, 56, 56, 3, dtype=torch.uint8)
     before = encoder("Remove it.", frames)
-    inject_lora(encoder.model.language_model, rank=4)
+    inject_lora(encoder.model.language_model, 4, ("q_proj", "o_proj"))
     assert torch.equal(encoder("Remove it.", frames), before)
     for name, parameter in encoder.named_parameters():
         if ".lora_B." in name:

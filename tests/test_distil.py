@@ -21,7 +21,7 @@ NUMBERS = 16
 class Coin(nn.Module):
     """A KiwiEdit in small whose clips are 16 numbers, all 1 or all -1: the best guess from noise is their mean, 0."""
 
-    dtype, training_loss = torch.float32, KiwiEdit.training_loss
+    dtype, training_loss, cast = torch.float32, KiwiEdit.training_loss, KiwiEdit.cast
 
     def __init__(self):
         super().__init__()

@@ -22,8 +22,9 @@ from conftest import HOUSE
 HOUSE_FLOORS = (
     "kernels report stats qwen command",
     "parallel dit vae connectors media",
-    "data load lora sizing metrics vlm ledger sampler",
-    "model curators benchmarks distil",
+    "data lora sizing metrics ledger sampler",
+    "load distil vlm",
+    "model curators benchmarks",
     "checkpoint cache stages",
     "start",
     "sample train judge curate nano app",

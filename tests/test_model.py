@@ -145,7 +145,11 @@ def test_an_edit_refuses_what_does_not_fit(qwen_folder, wrong, says):
 
 
 @pytest.mark.parametrize(
-    "full", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), RuntimeError("GET was unable to find an engine to execute")]
+    "full",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
+        RuntimeError("GET was unable to find an engine to execute"),
+    ],
 )
 def test_an_edit_whose_decoding_does_not_fit_the_card_is_decoded_in_tiles(qwen_folder, capsys, full):
     model, source = small_model(qwen_folder).eval(), moving_picture(1, 32, 704)  # 44 latent pixels wide

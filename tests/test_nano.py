@@ -15,8 +15,9 @@ import judge
 import train
 from command import one_line
 from conftest import HOUSE, close, randomise, small_edit
-from connectors import MLLMConfig, MLLMEncoder, inject_lora
+from connectors import MLLMConfig, MLLMEncoder
 from dit import DiTConfig
+from lora import inject_lora
 from media import read_clip, read_image
 from model import FlowMatch, KiwiConfig, KiwiEdit
 from nano import assets, data, evaluate, pretrain, ship, world
@@ -256,7 +257,7 @@ def test_a_small_denoiser_learns_two_edits_by_heart(library):
 
 def test_a_checkpoint_ships_as_small_weights_that_edit(tmp_path, pretrained, test_clips):
     model = KiwiEdit.from_pretrained(pretrained / "weights", dtype=torch.float32)
-    inject_lora(model.mllm.model.language_model, 4)
+    inject_lora(model.mllm.model.language_model, 4, ("q_proj",))
     lora = {k: v + 0.1 for k, v in model.mllm.model.language_model.state_dict().items() if ".lora_" in k}
     trained = {f"mllm.model.language_model.{k}": v for k, v in lora.items()}
     save_file({**trained, "dit.head.head.bias": model.dit.head.head.bias + 1}, tmp_path / "step.safetensors")
