@@ -19,14 +19,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from data import FILES, Pairs, digest, read_pair
-from media import (
-    GRID,
-    MediaError,
-    measure,
-    pad_reference,
-    whole_file,
-    write_text,
-)
+from media import GRID, MediaError, measure, pad_reference, whole_file, write_text
 
 
 class Shapes:

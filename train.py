@@ -50,11 +50,9 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Train Kiwi-Edit: the paper's three stages, a LoRA on your own clips, or a student of few steps.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    doc = "Train Kiwi-Edit: the paper's three stages, a LoRA on your own clips, or a student of few forwards."
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, epilog=EXAMPLES, formatter_class=raw)
     add = parser.add_argument
 
     def flag(name, default, metavar, words, least=1):
@@ -62,27 +60,15 @@ def parse_arguments(argv=None):
 
     add("--config", default="wan22_5b", choices=("wan22_5b", "wan21_14b", "wan21_1_3b", "nano"), help="model sizes")
     add("--preset", choices=list(STAGES), default="paper", help="whose numbers (default %(default)s)")
-    add(
-        "--stage",
-        type=int,
-        choices=(1, 2, 3),
-        help="1 align, 2 edit, 3 edit with references (--preset lora, distil: not needed)",
-    )
-    add(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="KEY=VALUE",
-        help="steps=100 lr=1e-4 model.source=add_unscaled",
-    )
+    add("--stage", type=int, choices=(1, 2, 3), help="1 align, 2 edit, 3 edit with references (paper, released)")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="e.g. steps=100 lr=1e-4 dit.dim=64")
     add("--mllm", action="store_true", help="also train the language model's LoRA, queries and connectors")
     add(
         "--data",
         nargs="+",
         default=["data"],
         metavar="DIR",
-        help="have image.csv, video.csv, ref_video.csv (or .parquet)",
+        help="with image.csv, video.csv, ref_video.csv or .parquet",
     )
     add("--image-csv", metavar="FILE", help="this instead of DIR/image.csv")
     add("--video-csv", metavar="FILE", help="likewise")
@@ -104,11 +90,7 @@ def parse_arguments(argv=None):
         choices=("float32", "bfloat16"),
         help="of computing; trained weights are float32 (default: by device)",
     )
-    add(
-        "--parallel",
-        choices=("ddp", "fsdp"),
-        help="how ranks share weights (default: fsdp on GPUs; ddp on CPUs, and for a LoRA on one GPU)",
-    )
+    add("--parallel", choices=("ddp", "fsdp"), help="default: fsdp on GPUs; ddp on CPUs, and for a LoRA on one GPU")
     flag("--sp", 1, "N", "ranks that share a sequence (Ulysses; default %(default)s)")
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute blocks in the backward")
     add("--cache", metavar="DIR", help="encoded rows, written by `python data.py cache`")
@@ -175,10 +157,7 @@ from cache import CachedPairs, encode, read_cached, report_bad, write_cache
 from checkpoint import Checkpoints, Log, cut_log, export, export_lora, locked, open_run, plot_losses, write_config
 from data import Pairs, fingerprint, read_pair
 from distil import Distillation
-from load import (
-    HUB_BASES,
-    read_json,
-)
+from load import HUB_BASES, read_json
 from media import MediaError, write_image, write_video
 from model import PRESETS, Contexts, FlowMatch
 from parallel import Ranks, parallelise
