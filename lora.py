@@ -23,20 +23,16 @@ BLOCK_LINEAR = re.compile(
 )
 
 
-class LoRALinear(nn.Linear):
-    """y = x W^T + b + (x A^T) B^T. alpha equals the rank, so the update's factor is 1.
+class LoRA:
+    """y = x W^T + b + (x A^T) B^T for a linear. alpha equals the rank, so the update's factor is 1.
 
     The names are those that peft gives in a checkpoint: `lora_A.default.weight` (rank, in), `lora_B.default.weight`
-    (out, rank), beside the frozen layer's own `weight` and `bias`. adapter: whose update is added, None: no one's.
+    (out, rank), beside the frozen layer's own. adapter: whose update is added, None: no one's.
     """
 
     adapter = "default"
 
-    def __init__(self, linear, rank):
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight, self.bias = linear.weight, linear.bias
-        place = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+    def give_lora(self, rank, **place):
         self.lora_A = nn.ModuleDict({"default": nn.Linear(self.in_features, rank, bias=False, **place)})
         self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, self.out_features, bias=False, **place)})
         nn.init.zeros_(self.lora_B["default"].weight)
@@ -44,6 +40,14 @@ class LoRALinear(nn.Linear):
     def forward(self, x):
         y, own = super().forward(x), self.adapter
         return y if own is None else y + self.lora_B[own](self.lora_A[own](x))
+
+
+class LoRALinear(LoRA, nn.Linear):
+    def __init__(self, linear, rank):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.give_lora(rank, device=linear.weight.device, dtype=linear.weight.dtype)
 
     def merged(self):
         """The plain Linear with the update added to its weight, in float32."""
@@ -55,21 +59,12 @@ class LoRALinear(nn.Linear):
         return linear
 
 
-class QuantLoRALinear(QuantLinear):
-    """A LoRA, named as `LoRALinear`'s, on an 8-bit weight."""
-
-    adapter = "default"
+class QuantLoRALinear(LoRA, QuantLinear):
+    """A LoRA on an 8-bit weight."""
 
     def __init__(self, base, rank):
         super().__init__(base.stored, base.scale, base.bias)
-        place = {"device": base.stored.device, "dtype": torch.float32}
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(self.in_features, rank, bias=False, **place)})
-        self.lora_B = nn.ModuleDict({"default": nn.Linear(rank, self.out_features, bias=False, **place)})
-        nn.init.zeros_(self.lora_B["default"].weight)
-
-    def forward(self, x):
-        y, own = super().forward(x), self.adapter
-        return y if own is None else y + self.lora_B[own](self.lora_A[own](x))
+        self.give_lora(rank, device=base.stored.device, dtype=torch.float32)
 
 
 def replace_modules(module, replace):
@@ -108,7 +103,7 @@ def use_adapter(module, name):
 
 
 def loras(module):
-    return [m for m in module.modules() if isinstance(m, (LoRALinear, QuantLoRALinear))]
+    return [m for m in module.modules() if isinstance(m, LoRA)]
 
 
 def quantise(model, kind, device="cpu", parts=("dit", "mllm")):
