@@ -9,10 +9,11 @@ lives in the page only.
 import argparse
 import base64
 import os
-import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+
+from command import one_line
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: busy-waiting threads slow small steps tenfold
 
@@ -65,7 +66,8 @@ def build(model, folder, example):
             clip = read_for(model.config, video)
             refs = [read_image(picture) for picture in pictures or []]
             tell = lambda phase, done, total: progress((done, total), desc=phase)
-            edited = model.edit(clip.frames, instruction, refs or None, int(steps), int(seed), progress=tell)
+            asked = None if steps == model.config.steps else int(steps)  # a distilled student has steps of its own
+            edited = model.edit(clip.frames, instruction, refs or None, asked, int(seed), progress=tell)
             source, edited = (embedded(clip, shown, folder) for shown in (clip.frames, edited))
         except (ValueError, OSError) as error:
             raise gr.Error(str(error)) from error
@@ -110,7 +112,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
+    with one_line("app.py"):
         main()
-    except (ValueError, OSError) as error:
-        sys.exit(f"app.py: {error}")

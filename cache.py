@@ -179,7 +179,7 @@ def encode(model, stage, target, source, ref, chance):
 
 
 def cache_parts(config, files, stage, ranks):
-    """What a cache of this stage holds, and what makes it: settings and weights (`data.Cache`)."""
+    """What a cache of this stage holds, and what makes it: settings and weights (`Cache`)."""
     m, eyes = config.mllm, [config.mllm.max_pixels, config.mllm.max_frames, config.mllm.max_ref_tokens]
     parts = {"latents": [asdict(config.vae), weights_print(files, "vae.")]}
     if stage.trains_mllm:

@@ -181,7 +181,7 @@ def export_lora(run, path, style):
     """The DiT's LoRA of a run's last checkpoint, or of the file given, in a spelling that others read."""
     checkpoint = checkpoint_of(run, "--export-lora")
     write_lora(run if run.is_file() else checkpoint / "weights.safetensors", path, style)
-    student = read_json(checkpoint.parent / "config.json")["stage"]["student"]
+    student = read_json(checkpoint / "train.json")["stage"].get("student")
     steps = f" --re-noise {','.join(f'{t:g}' for t in student)}" if student else ""
     print(f'{path}: {style}; python sample.py in.mp4 "..." --lora {path}{steps}')
 

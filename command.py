@@ -4,7 +4,7 @@ import argparse
 import math
 import os
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 def number(low, high=math.inf, kind=int):
@@ -31,6 +31,8 @@ def one_line(program, interrupted="interrupted", memory="take a larger card, or 
         yield
     except KeyboardInterrupt:
         print(f"\n{program}: {interrupted}", file=sys.stderr, flush=True)
+        with suppress(OSError):  # a closed pipe
+            sys.stdout.flush()
         os._exit(130)  # a plain exit would wait for threads, and these for a slow server
     except (ValueError, OSError) as error:
         sys.exit(f"{program}: {' '.join(str(error).split())}")

@@ -1,7 +1,7 @@
-"""Tables of editing pairs, their mixture, the batches that training asks for, and their cache.
+"""Tables of editing pairs, their mixture, and the batches that training asks for.
 
-    image.csv, video.csv, ref_video.csv -> Row -> Shapes (frames, height, width of every file, measured once)
-      -> buckets of one shape -> Mixture: batches in an order that is a function of the seed -> Pairs | CachedPairs
+    image.csv, video.csv, ref_video.csv -> Row -> shapes (cache.py) -> buckets of one shape
+      -> Mixture: batches in an order that is a function of the seed -> Pairs, or cache.CachedPairs
 
 `python data.py check`: read every file before a long run; `python data.py cache`: encode rows once for all training.
 """

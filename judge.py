@@ -160,7 +160,7 @@ class Answers:
 
 @contextmanager
 def open_answers(out):
-    """The answers of earlier runs too. What a crash cut short is put aside, never guessed at."""
+    """The answers of earlier runs too. What a crash cut short is dropped, never guessed at."""
     with appended(out / "answers.jsonl", sync=True) as (lines, add):
         yield Answers(lines, add)
 
@@ -182,7 +182,7 @@ def make_judge(args):
     kind, _, rest = args.judge.partition(":")
     if args.judge == "metrics" or args.dry_run:
         return None
-    if vlm.has_secret(args.endpoint):
+    if vlm.has_secret(args.settings.endpoint):
         raise ValueError("--endpoint: no user, password or query in the address; put the key into the environment")
     if args.judge.startswith("gemini-"):
         return vlm.Gemini(args.judge, args.settings)
@@ -259,8 +259,12 @@ def ask_all(judge, args, answers, questions):
             pass  # the ledger knows; what stops all is in asker.stop
 
     workers = args.settings.concurrency if judge.again else 1
-    for _ in tqdm(vlm.in_threads(ask, due, workers), total=len(due), desc="judge", disable=not due):
-        pass
+    try:
+        for _ in tqdm(vlm.in_threads(ask, due, workers), total=len(due), desc="judge", disable=not due):
+            pass
+    except KeyboardInterrupt as error:
+        asker.stop = error  # what waits is not sent, and not paid
+        raise
     print(f"paid        {account(answers, questions, args.price)}")
     return asker.stop
 
@@ -897,6 +901,9 @@ def people(args):
 def leaderboard(args):
     """`judge.py leaderboard`: one table over several runs. Those asked in other ways are marked."""
     told = [read_json(path / "summary.json") for path in args.runs]
+    for path, run in zip(args.runs, told):
+        if not {"tasks", "name", "trusted", "uncapped"} <= run.keys():
+            raise ValueError(f"{path}/summary.json: was not written by `judge.py score`")
     tasks = list(dict.fromkeys(task for run in told for task in run["tasks"]))
     table = [["", "judge", "items", *tasks, "overall", "uncapped", "verdict"]]
     for run in told:

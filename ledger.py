@@ -111,6 +111,8 @@ class Ledger:
         """{id: line} that a stage has of a shard, done or under work."""
         if self.done(stage, shard):
             return {row["id"]: row for row in read_json_lines(self.path(stage, shard))}
+        if not self.part(stage, shard).is_file():
+            return {}
         with journal(self.part(stage, shard)) as (found, _):
             return found
 

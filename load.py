@@ -243,7 +243,7 @@ def tensor_files(folder, *patterns):
     """
     wanted = lambda name: any(fnmatch(name, pattern) for pattern in patterns) and name[0] != "."
     indices = folder.glob("*.safetensors.index.json")
-    named = {name for index in indices for name in read_json(index)["weight_map"].values() if wanted(name)}
+    named = {name for index in indices for name in read_json(index).get("weight_map", {}).values() if wanted(name)}
     found = {path.name for path in folder.iterdir() if wanted(path.name)}  # .step.tmp: half written
     if not named and not found:
         raise FileNotFoundError(f"{folder}: has no {' or '.join(patterns)}; the weights folder is not complete")

@@ -144,7 +144,10 @@ def with_settings(config, settings):
             changes[key] = cast(value, getattr(config, key), known[key])
         except ValueError:
             raise ValueError(f"--set {setting}: {value!r} is not of the kind of {getattr(config, key)!r}") from None
-    return replace(config, **changes)
+    try:
+        return replace(config, **changes)
+    except TypeError as error:
+        raise ValueError(f"--set {' '.join(settings)}: {error}") from None
 
 
 def cast(value, old, kind=None):
@@ -153,6 +156,8 @@ def cast(value, old, kind=None):
         return None if value.lower() == "none" else int(value)
     if isinstance(old, bool):
         return bool(("false", "true").index(value.lower()))
+    if kind == tuple[float, ...]:
+        return tuple(float(part) for part in value.split(",") if part)
     if old is None or old == ():
         try:
             return literal_eval(value)

@@ -156,8 +156,9 @@ import sizing
 from cache import CachedPairs, encode, read_cached, report_bad, write_cache
 from checkpoint import Checkpoints, Log, cut_log, export, export_lora, locked, open_run, plot_losses, write_config
 from data import Pairs, fingerprint, read_pair
-from distil import Distillation
+from distil import STUDENT, Distillation
 from load import HUB_BASES, read_json
+from lora import use_adapter
 from media import MediaError, write_image, write_video
 from model import PRESETS, Contexts, FlowMatch
 from parallel import Ranks, parallelise
@@ -459,14 +460,10 @@ class Trainer:
             batch = {"prompts": [row.prompt], "pictures": [pictures], "seen": [seen]}
             for quarter in range(4):
                 drawn = draw("held out", 4 * place + quarter, flow, self.rounded, quarter)
-                loss = (
-                    self.loss(batch, [drawn], flow)[0].item()
-                    if place < len(rows)
-                    else 0 * self.loss(batch, [drawn], flow)[0].item()
-                )
-                for name in (f"val_{kind}", f"val_q{quarter + 1}"):
+                loss = self.loss(batch, [drawn], flow)[0].item()
+                for name in (f"val_{kind}", f"val_q{quarter + 1}") if place < len(rows) else ():
                     sums[name] += loss
-                    counts[name] += place < len(rows)
+                    counts[name] += 1
         self.model.train()
         totals = ranks.total([*sums.values(), *counts.values()])
         means = {name: total / count for name, total, count in zip(sums, totals, totals[len(sums) :]) if count}
@@ -490,6 +487,8 @@ class Trainer:
             target, source, ref = pair
             sharded = hasattr(self.model, "unshard")  # called part by part, it needs what lies outside of the blocks
             sharded and self.model.unshard()
+            if self.distillation:
+                use_adapter(self.model.dit, STUDENT)
             flow, home = FlowMatch(self.stage.shift), self.ranks.device if self.args.cache and not sharded else None
             as_student = Sampler(re_noise=self.stage.student)
             edited = self.model.edit(

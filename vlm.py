@@ -191,7 +191,7 @@ def refusal(error, text, trusted):
 
 def seconds_to_wait(header, text):
     """Google's RetryInfo, or Retry-After as seconds or a date -> seconds; None if neither says."""
-    if asked := re.search(r'"retryDelay"\s*:\s*"([\d.]+)s"', text):
+    if asked := re.search(r'"retryDelay"\s*:\s*"(\d+(?:\.\d+)?)s"', text):
         return float(asked[1])
     if re.fullmatch(r"\s*\d+(\.\d*)?\s*", header):
         return float(header)
@@ -461,15 +461,24 @@ class Local:
         with self.turn:
             if not own.done():
                 jobs = [self.waiting.get() for _ in range(self.waiting.qsize())]
-                try:
-                    for (_, future), said in zip(jobs, self.answers([asked for asked, _ in jobs])):
-                        future.set_result(said)
-                except Exception as error:  # each tells its own thread
-                    for _, future in jobs:
-                        future.set_exception(error)
+                self.settle(jobs)
         if isinstance(said := own.result(), Malformed):
             raise said
         return said
+
+    def settle(self, jobs):
+        """Answer the (prepared question, Future) together; where that fails one by one, each to its own thread."""
+        try:
+            said = self.answers([asked for asked, _ in jobs])
+        except Exception as error:
+            if len(jobs) == 1:
+                return jobs[0][1].set_exception(error)
+            torch.cuda.empty_cache()
+            for job in jobs:
+                self.settle([job])
+        else:
+            for (_, future), answer in zip(jobs, said):
+                future.set_result(answer)
 
     @torch.no_grad()
     def answers(self, asked):
@@ -613,12 +622,13 @@ class Asker:
             if wait is None:
                 wait = self.settings.wait * 2 ** min(max(tries - 1, 0), 6) * (1 + random.random() / 4)
             then = time.monotonic() + wait
-            if problem.busy:
-                self.not_before = max(self.not_before, then)  # everybody waits
-                if then > until:
+            if then > until:
+                if problem.busy:
                     self.stop = Barred(f"the quota is used up for {wait:.0f} s more, beyond --set patience="
                                        f"{self.settings.patience:g} ({problem}); run it again later")  # fmt: skip
-                    raise self.stop
+                raise self.stop or problem
+            if problem.busy:
+                self.not_before = max(self.not_before, then)  # everybody waits
             elif tries < self.settings.tries:
                 self.pause(then)
             elif not self.heard and not self.unread:

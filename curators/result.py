@@ -225,6 +225,6 @@ def marked(clip, out, row, longest=640):
     frame[rim] = torch.tensor([255, 40, 40], dtype=torch.uint8)
     x1, y1, x2, y2 = (round(v * side) for v, side in zip(row["box"], (width, height) * 2))
     inner, box = torch.zeros(2, height, width, dtype=torch.bool)
-    box[y1:y2, x1:x2], inner[y1 + 2 : y2 - 2, x1 + 2 : x2 - 2] = True, True
+    box[y1:y2, x1:x2], inner[y1 + 2 : max(y2 - 2, 0), x1 + 2 : max(x2 - 2, 0)] = True, True
     frame[box & ~inner] = torch.tensor([255, 210, 0], dtype=torch.uint8)
     return frame

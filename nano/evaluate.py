@@ -128,7 +128,7 @@ def evaluate(args):
     rows, world = read_truth(folder)[: args.cases], read_world(folder)
     library = load_library(world["assets"] if args.assets is None else args.assets)
     model = KiwiEdit.from_pretrained(args.weights, pick_device(), torch.float32)
-    asked = {name: getattr(args, name) for name in ("steps", "ref_guidance")}
+    asked = {"steps": args.steps, "ref_guidance": args.ref_guidance, "re_noise": () if args.steps else None}
     model.config = replace(model.config, **{name: value for name, value in asked.items() if value is not None})
     out.mkdir(parents=True, exist_ok=True)
     cases, pictures = [], {}

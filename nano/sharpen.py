@@ -118,7 +118,8 @@ def pretrain_decoder(args, rows, device):
         return (output.float() * gradient).sum(), {"distance": loss.detach(), "judged": judged.detach()}
 
     done = trainer.run(loss_of)
-    torch.save(patches.state_dict(), state)
+    with whole_file(state) as path:
+        torch.save(patches.state_dict(), path)
     tensors = {f"vae.{name}": value.bfloat16().contiguous() for name, value in trained.state_dict().items()}
     with whole_file(out / "decoder.safetensors") as path:
         save_file(tensors, path)

@@ -9,7 +9,7 @@ from torch import nn
 
 import train
 from conftest import lessons, losses, moving_picture
-from distil import FAKE, TURNS, Distillation
+from distil import FAKE, STUDENT, TURNS, Distillation
 from lora import add_adapter, inject_lora
 from model import KiwiEdit
 from sampler import FlowMatch, Sampler
@@ -111,3 +111,11 @@ def test_a_student_edits_in_its_own_steps_as_a_run_as_a_whole_model_and_as_a_lor
 def test_a_teacher_with_a_lora_of_its_own_is_refused(tmp_path, lesson, distilled):
     with pytest.raises(ValueError, match="merge it by --export"):
         train.main([*distil(lesson, tmp_path / "run"), "--weights", str(distilled)])
+
+
+def test_previews_are_the_student_s_whoever_learned_last(tmp_path, lesson, monkeypatch):
+    acting, edit = [], KiwiEdit.edit
+    adapter = lambda model: next(m.adapter for m in model.dit.modules() if hasattr(m, "adapter"))
+    monkeypatch.setattr(KiwiEdit, "edit", lambda model, *a, **k: acting.append(adapter(model)) or edit(model, *a, **k))
+    train.main(distil(lesson, tmp_path / "run", "--sample-every", "1", steps=1))
+    assert set(acting) == {STUDENT}

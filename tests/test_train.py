@@ -374,7 +374,9 @@ def test_a_setting_that_had_no_value_takes_none_a_number_or_several():
         for config in (MLLMConfig("x"), MLLMConfig("x", max_pixels=None)):
             assert stages.with_settings(config, [f"max_pixels={value}"]).max_pixels == pixels
     assert stages.with_settings(KiwiConfig(), ["trained=9,64,64,8"]).trained == (9, 64, 64, 8)
-    assert stages.cast("0.5,1", ()) == (0.5, 1)
+    assert stages.with_settings(stages.DISTIL, ["student=1000"]).student == (1000.0,)
+    with pytest.raises(ValueError, match="trained=5: .*not iterable"):
+        stages.with_settings(KiwiConfig(), ["trained=5"])
     with pytest.raises(ValueError, match="max_pixels=many: 'many' is not of the kind of None"):
         stages.with_settings(MLLMConfig("x", max_pixels=None), ["max_pixels=many"])
 
