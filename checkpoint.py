@@ -144,9 +144,8 @@ def open_run(args, ranks):
         raise ValueError(f"{out} has checkpoints already; give --resume auto to continue, or another --out")
     own = find_checkpoint(Path(args.weights)) if args.weights and Path(args.weights).exists() else None
     if own and own.parent.resolve() == out.resolve():  # noted as what the run began with, it would lead in a circle
-        raise ValueError(
-            f"--weights {args.weights}: is --out itself; give what this run began with (--weights in {out}/config.json)"
-        )
+        raise ValueError(f"--weights {args.weights}: is --out itself; give what this run began with "
+                         f"(--weights in {out}/config.json)")  # fmt: skip
     if args.resume in (None, "auto"):
         return found
     checkpoint = find_checkpoint(Path(args.resume))
@@ -167,9 +166,7 @@ def export(run, folder, base=None, qwen=None):
     begun = began_with(checkpoint.parent)
     starts = [start for start in (base, begun["weights"], begun["base"], begun["qwen"]) if start]
     if Path(folder).resolve() in [Path(start).resolve() for start in starts]:
-        raise ValueError(
-            f"--out {folder}: {run} lies over these weights and needs them as they are; give another folder"
-        )
+        raise ValueError(f"--out {folder}: {run} lies over these weights and needs them as they are; give another")
     config, files = read_weights(run if run.is_file() else checkpoint, base, qwen)
     model = KiwiEdit.with_weights(config, files, "cpu", torch.float32)[0]
     merge_lora(model)

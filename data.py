@@ -31,11 +31,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: busy-waitin
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Check tables of editing pairs, or encode them once for all training.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    doc, raw = (
+        "Check tables of editing pairs, or encode them once for all training.",
+        argparse.RawDescriptionHelpFormatter,
     )
+    parser = argparse.ArgumentParser(description=doc, epilog=EXAMPLES, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="read every file of the tables and report what is wrong")
     check.add_argument("tables", nargs="+", metavar="TABLE", help="image.csv, video.csv, ref_video.csv or parquet")

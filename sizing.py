@@ -59,12 +59,11 @@ def memory(config, stage, shape, gpus=1, cache=False, quantise=None, checkpointi
     linears = sum(part[1] for part in parts.values())  # FSDP2 shards parameters, which 8-bit weights are not
     frozen = 2 * sum(part[0] for part in parts.values()) / share + (linears if quantise else 2 * linears / share)
     rest = sum(sum(part) for part in parts.values()) - parts["dit"][1] - parts.get("language model", (0, 0, 0))[1]
-    gathered = (
-        2 * (2 * max(block, layer) + (rest - parts["dit"][2] if "dit" in stage.trains else rest)) if sharded else 0
-    )
+    rest -= parts["dit"][2] if "dit" in stage.trains else 0
+    gathered = 2 * (2 * max(block, layer) + rest) if sharded else 0
     copied = (
-        (10 if quantise else 2) * config.dit.dim * config.dit.ffn_dim
-    )  # one weight: 8 -> 32 -> 16 bits, or laid out anew
+        config.dit.dim * config.dit.ffn_dim * (10 if quantise else 2)
+    )  # a weight: 8 -> 32 -> 16 bits, or laid out anew
     return {
         "frozen weights": frozen, "trained weights": 4 * trained / share, "gathered": gathered,
         "gradients": 4 * trained / share / (2 if stage.student else 1), "moments": 8 * trained / share,
@@ -102,20 +101,13 @@ def report(config, stage, gpus, cache, quantise, checkpointing, shape=None):
     lines = ["stage: " + ", ".join(f"{key} {value}" for key, value in asdict(stage).items())]
     for name, (other, linears, trained) in parts.items():
         lines.append(f"  {name:<16} {trained / 1e6:10.1f} M trained {(other + linears) / 1e6:10.1f} M frozen")
-    how = (
-        f"{gpus} card{'s' * (gpus > 1)}, {'x'.join(map(str, shape))}, "
-        + ("encoded rows from a cache" if cache else "rows encoded in training")
-        + (f", frozen linears in {quantise}" if quantise else "")
-    )
-    lines.append(f"GiB of a card ({how}):")
-    lines += [
-        f"  {name:<16} {size / 2**30:10.2f}" for name, size in {**need, "CUDA and libraries": RESERVE}.items() if size
-    ]
-    total = (sum(need.values()) + RESERVE) / 2**30
-    fits = [card for card in CARDS if total <= 0.97 * card]
-    lines.append(
-        f"  {'together':<16} {total:10.2f}: fits cards of {', '.join(map(str, fits))} GB"
-        if fits
-        else f"  {'together':<16} {total:10.2f}: fits no card; take more --gpus, --cache, --quantise, or fewer pixels"
-    )
+    rows = "encoded rows from a cache" if cache else "rows encoded in training"
+    bits = f", frozen linears in {quantise}" if quantise else ""
+    lines.append(f"GiB of a card ({gpus} card{'s' * (gpus > 1)}, {'x'.join(map(str, shape))}, {rows}{bits}):")
+    need["CUDA and libraries"] = RESERVE
+    lines += [f"  {name:<16} {size / 2**30:10.2f}" for name, size in need.items() if size]
+    total = sum(need.values()) / 2**30
+    cards = ", ".join(str(card) for card in CARDS if total <= 0.97 * card)
+    fits = f"fits cards of {cards} GB" if cards else "fits no card; more --gpus, --cache, --quantise, or fewer pixels"
+    lines.append(f"  {'together':<16} {total:10.2f}: {fits}")
     return "\n".join(lines)

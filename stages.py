@@ -49,11 +49,12 @@ class Stage:
     student: tuple[float, ...] = ()  # timesteps of a distilled student (distil.py), e.g. 1000,757,522
 
     def __post_init__(self):
-        for name, allowed in (
-            ("schedule", ("constant", "cosine", "linear")),
-            ("optimizer", ("adamw", "muon")),
-            ("weighting", ("bell", "none")),
-        ):
+        words = {
+            "schedule": ("constant", "cosine", "linear"),
+            "optimizer": ("adamw", "muon"),
+            "weighting": ("bell", "none"),
+        }
+        for name, allowed in words.items():
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"Stage.{name}: {value!r}, expected one of {', '.join(allowed)}")
         for name in ("steps", "global_batch", "batch", "frames", "lora_rank"):
@@ -64,13 +65,13 @@ class Stage:
             f"clip: {self.clip}, expected the largest norm of a gradient, or 0 for none": not self.clip >= 0,
             f"ref_shrink: {self.ref_shrink}, expected a factor above 0, at most 1": not 0 < self.ref_shrink <= 1,
             f"ema: {self.ema}, expected 0, or the decay of an average, below 1": not 0 <= self.ema < 1,
-            f"global_batch: {self.global_batch} is not a multiple of batch {self.batch}": self.global_batch
-            % self.batch,
+            f"global_batch: {self.global_batch} is not a multiple of batch {self.batch}": self.batches * self.batch
+            != self.global_batch,
             "balance: needs the source, which this stage hides from the DiT": self.balance and not self.source,
             f"student: {self.student}, expected falling timesteps in (0, 1000]": not falling(self.student),
             "student: is trained as a LoRA of the DiT alone": self.student and self.trains != ("dit.lora",),
-            "trains: dit.lora needs a rank; --set dit_lora_rank=32": "dit.lora" in self.trains
-            and self.dit_lora_rank < 1,
+            "trains: dit.lora needs a rank; --set dit_lora_rank=32": self.dit_lora_rank < 1
+            and "dit.lora" in self.trains,
             f"image, video, ref: {self.ratio}, expected shares of at least 0": min(self.ratio.values()) < 0,
             "image, video, ref: all 0, so there is nothing to train on": not any(self.ratio.values()),
         }

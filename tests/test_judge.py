@@ -366,8 +366,8 @@ def test_two_runs_never_share_a_folder_and_a_broken_line_is_put_aside(tmp_path):
 
 
 def start(refvie, fake, *more):
-    words = f"{HOUSE}/judge.py score --bench refvie bench.yaml --edits edits --judge openai:m --out out --endpoint"
-    command = [sys.executable, "-X", "faulthandler", *words.split(), fake.url, *more]
+    words = "score --bench refvie bench.yaml --edits edits --judge openai:m --out out --endpoint".split()
+    command = [sys.executable, "-X", "faulthandler", HOUSE / "judge.py", *words, fake.url, *more]
     return subprocess.Popen(command, cwd=refvie, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
 
 
