@@ -31,9 +31,11 @@ class Distillation:
         self.begin(0)
 
     def begin(self, step):
-        """Whose turn it is, and after how many of its steps the student's result is taken."""
+        """Choose whose turn it is, and after how many of its steps the student's result is taken -> how many forwards
+        the loss takes beside the one that learns."""
         self.turn = "student" if step % TURNS == TURNS - 1 else "fake"
         self.taken = 1 + random.Random(f"{self.seed} {step}").randrange(len(self.timesteps))
+        return self.taken + (self.turn == "student")
 
     def loss(self, latents, context, t, source, ref, noise, flow, balance):
         """As `KiwiEdit.training_loss`, but noise is (B, noises, C, T, H, W). In eval mode the mean squared distance of

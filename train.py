@@ -277,8 +277,7 @@ class Trainer:
         started, stage, ranks = time.perf_counter(), self.stage, self.ranks
         here = stage.batches // ranks.dp
         losses, seen, tokens, flops = [], [], 0, 0.0
-        if self.distillation:
-            self.distillation.begin(self.counts["step"])
+        more = self.distillation.begin(self.counts["step"]) if self.distillation else 0
         for i in range(here):
             batch = self.next_batch()
             if ranks.any(batch is None):
@@ -293,7 +292,7 @@ class Trainer:
             (loss / here).backward()
             losses.append(loss.detach())
             seen.append({name: batch[name] for name in ("kind", "paths", "bad")})
-            tokens, flops = tokens + size, flops + batch_flops(self.model.config, stage, batch, size)
+            tokens, flops = tokens + size, flops + batch_flops(self.model.config, stage, batch, size, more)
         rate = learning_rate(stage, self.counts["step"])
         norm, losses = self.update(rate, losses)
         broken = [bad for batch in seen for bad in batch["bad"]]
@@ -695,8 +694,9 @@ def is_matrix(name, parameter):
     return parameter.ndim == 2 and min(parameter.shape) > 1 and not name.endswith("_queries")
 
 
-def batch_flops(config, stage, batch, tokens):
-    """Floating-point operations of a batch's forward and backward in the DiT, the recomputing not counted.
+def batch_flops(config, stage, batch, tokens, more=0):
+    """Floating-point operations of a batch's forward and backward in the DiT, the recomputing not counted, and of
+    `more` forwards without a backward.
 
     Linear layers: 2 a weight and token, twice that in the backward (once where the weights are frozen). Attention:
     4 N^2 D a layer, twice that in the backward.
@@ -706,7 +706,7 @@ def batch_flops(config, stage, batch, tokens):
     linear = n * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim) + context * 2 * c.dim**2
     attention = 2 * n * (n + context) * c.dim
     passes = 3 if "dit" in stage.trains else 2
-    return samples * c.num_layers * 2 * (passes * linear + 3 * attention)
+    return samples * c.num_layers * 2 * ((passes + more) * linear + (3 + more) * attention)
 
 
 def machine_use(ranks, flops_s):
