@@ -201,6 +201,10 @@ def main(argv=None):
 # The loop
 
 
+class Stopped(BaseException):
+    """A signal came while a batch was waited for. No Exception, or a reader of files would take it for a bad sample."""
+
+
 class Trainer:
     """The loop and what it keeps: model, optimizers, averaged weights, and the counters that a checkpoint holds."""
 
@@ -330,7 +334,7 @@ class Trainer:
             batch = None if self.stop else next(self.batches)
             self.waiting = False  # here and not in a `finally`, where the signal would still raise
             return batch
-        except InterruptedError:
+        except Stopped:
             return None
         except RuntimeError as error:
             if not str(error).startswith("DataLoader worker"):
@@ -345,7 +349,7 @@ class Trainer:
         self.stop = signal.Signals(number).name
         if self.waiting:
             self.waiting = False
-            raise InterruptedError
+            raise Stopped
 
     def reduce_gradients(self, last):
         """Ranks add their gradients once an update; at each backward where FSDP2 trains whole blocks, since no rank has
