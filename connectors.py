@@ -207,9 +207,8 @@ class MLLMEncoder(Encoder, name="qwen2.5-vl"):
         super().__init__()
         self.config = config
         folder = Path(config.folder)
-        name = (
-            "qwen_config.json" if (folder / "qwen_config.json").is_file() else "config.json"
-        )  # of the diffusers layout
+        released = (folder / "qwen_config.json").is_file()  # the diffusers layout
+        name = "qwen_config.json" if released else "config.json"
         values, tokenizer = read_json(folder / name), existing(folder / "tokenizer.json")
         try:
             qwen = QwenConfig.from_dict(values)

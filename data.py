@@ -31,10 +31,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: busy-waitin
 
 
 def parse_arguments(argv=None):
-    doc, raw = (
-        "Check tables of editing pairs, or encode them once for all training.",
-        argparse.RawDescriptionHelpFormatter,
-    )
+    doc, raw = "Check tables of editing pairs, or encode them once.", argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, epilog=EXAMPLES, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="read every file of the tables and report what is wrong")

@@ -109,9 +109,10 @@ def parallelise(model, ranks, checkpointing=True):
         for block in (*model.dit.blocks, *layers):
             block.forward = partial(checkpointed, block.forward)
     if ranks.parallel == "ddp":
+        if ranks.world == 1:
+            return model
         by_turns = any(".fake." in name for name, _ in model.named_parameters())  # distil.py: one LoRA a step
-        whole = partial(DistributedDataParallel, gradient_as_bucket_view=True, find_unused_parameters=by_turns)
-        return whole(model) if ranks.world > 1 else model
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, find_unused_parameters=by_turns)
     policy = MixedPrecisionPolicy(param_dtype=ranks.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in (*model.dit.blocks, *layers):
         fully_shard(block, mesh=ranks.mesh, mp_policy=policy)

@@ -61,9 +61,7 @@ def memory(config, stage, shape, gpus=1, cache=False, quantise=None, checkpointi
     rest = sum(sum(part) for part in parts.values()) - parts["dit"][1] - parts.get("language model", (0, 0, 0))[1]
     rest -= parts["dit"][2] if "dit" in stage.trains else 0
     gathered = 2 * (2 * max(block, layer) + rest) if sharded else 0
-    copied = (
-        config.dit.dim * config.dit.ffn_dim * (10 if quantise else 2)
-    )  # a weight: 8 -> 32 -> 16 bits, or laid out anew
+    copied = config.dit.dim * config.dit.ffn_dim * (10 if quantise else 2)  # a weight: 8 -> 32 -> 16 bits, or anew
     return {
         "frozen weights": frozen, "trained weights": 4 * trained / share, "gathered": gathered,
         "gradients": 4 * trained / share / (2 if stage.student else 1), "moments": 8 * trained / share,

@@ -60,18 +60,17 @@ class Stage:
         for name in ("steps", "global_batch", "batch", "frames", "lora_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"Stage.{name}: {getattr(self, name)}, expected at least 1")
+        rest, lora = self.global_batch % self.batch, "dit.lora" in self.trains
         wrong = {
             f"pixels: {min(self.pixels)}, expected at least 1": min(self.pixels) < 1,
             f"clip: {self.clip}, expected the largest norm of a gradient, or 0 for none": not self.clip >= 0,
             f"ref_shrink: {self.ref_shrink}, expected a factor above 0, at most 1": not 0 < self.ref_shrink <= 1,
             f"ema: {self.ema}, expected 0, or the decay of an average, below 1": not 0 <= self.ema < 1,
-            f"global_batch: {self.global_batch} is not a multiple of batch {self.batch}": self.batches * self.batch
-            != self.global_batch,
+            f"global_batch: {self.global_batch} is not a multiple of batch {self.batch}": rest,
             "balance: needs the source, which this stage hides from the DiT": self.balance and not self.source,
             f"student: {self.student}, expected falling timesteps in (0, 1000]": not falling(self.student),
             "student: is trained as a LoRA of the DiT alone": self.student and self.trains != ("dit.lora",),
-            "trains: dit.lora needs a rank; --set dit_lora_rank=32": self.dit_lora_rank < 1
-            and "dit.lora" in self.trains,
+            "trains: dit.lora needs a rank; --set dit_lora_rank=32": lora and self.dit_lora_rank < 1,
             f"image, video, ref: {self.ratio}, expected shares of at least 0": min(self.ratio.values()) < 0,
             "image, video, ref: all 0, so there is nothing to train on": not any(self.ratio.values()),
         }

@@ -73,11 +73,11 @@ def consumer(
 ):  # fmt: skip
     half: gl.constexpr = M // 2
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, N, 16])
-    O: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])  # noqa: E741
-    P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=O, k_width=2)
+    PV: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    P: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=PV, k_width=2)
     q = q_smem.index(WHO)
     zero = gl.zeros([half, N], gl.float32, S)
-    acc = gl.zeros([half, D], gl.float32, O)
+    acc = gl.zeros([half, D], gl.float32, PV)
 
     mb.wait(q_full, 0)
     mb.wait(k_full.index(0), 0)
@@ -120,7 +120,7 @@ def consumer(
         mb.wait(k_full.index(gl.where(roll, 0, after)), gl.where(roll, phase ^ 1, phase), pred=start + N < Lk)
         acc, p16, total = hop.warpgroup_mma_wait(0, deps=[acc, p_next, total])
         mb.arrive(v_empty.index(last), count=1)
-        acc = acc * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, O)), 1)
+        acc = acc * gl.expand_dims(gl.convert_layout(shrink, gl.SliceLayout(1, PV)), 1)
 
     mb.wait(v_full.index(stage), phase)
     acc = hop.warpgroup_mma(p16, v_smem.index(stage), acc, is_async=True)
@@ -128,9 +128,9 @@ def consumer(
     first = q_row + WHO * half
     rows = first + gl.arange(0, half, gl.SliceLayout(1, S))
     gl.store(lse + rows, largest + gl.log2(total), mask=rows < Lq)
-    rows_o = first + gl.arange(0, half, gl.SliceLayout(1, O))
-    d = gl.arange(0, D, gl.SliceLayout(0, O))
-    acc = acc / gl.expand_dims(gl.convert_layout(total, gl.SliceLayout(1, O)), 1)
+    rows_o = first + gl.arange(0, half, gl.SliceLayout(1, PV))
+    d = gl.arange(0, D, gl.SliceLayout(0, PV))
+    acc = acc / gl.expand_dims(gl.convert_layout(total, gl.SliceLayout(1, PV)), 1)
     at = out + gl.expand_dims(rows_o.to(gl.int64) * ROW, 1) + gl.expand_dims(d, 0)
     gl.store(at, acc.to(out.dtype.element_ty), mask=gl.expand_dims(rows_o < Lq, 1))
 
