@@ -8,6 +8,7 @@ streams. Processes that torchrun starts share one edit (parallel.py).
 import argparse
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from command import number, one_line
@@ -103,7 +104,6 @@ from media import (
     measure,
     pad_reference,
     read_image,
-    writable,
     write_image,
     write_video,
 )
@@ -189,7 +189,8 @@ def places(args, still):
     for path in filter(None, (args.input, args.mask, *args.ref)):
         if Path(path).resolve() in written:
             raise MediaError(f"{path}: would be replaced by what is written; give another -o")
-    writable(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out.parent).close()
     return out, beside
 
 
