@@ -21,7 +21,7 @@ from torch import nn
 
 from connectors import MLLMConfig, read_json
 from dit import DiTConfig
-from lora import LoRALinear, replace_modules
+from lora import LoRALinear, replace_modules, to_wan
 from vae import VAEConfig
 
 WAN_BASE = "Wan-AI/Wan2.2-TI2V-5B"
@@ -33,7 +33,8 @@ HUB_BASES = {
 }
 QWEN_BASE = "Qwen/Qwen2.5-VL-3B-Instruct"
 
-# Released spellings and ours. The first that matches is applied, then the next, on whole dotted names; ours match none.
+# Released spellings and ours, but of diffusers' DiT (`lora.to_wan`). Each in its turn is applied to whole dotted names;
+# ours match none.
 DIALECTS = [(re.compile(pattern), ours) for pattern, ours in (
     # training checkpoints
     (r"^pipe\.", ""),
@@ -48,20 +49,6 @@ DIALECTS = [(re.compile(pattern), ours) for pattern, ours in (
     # Qwen2.5-VL as published
     (r"^(mllm\.)?visual\.", r"\1model.visual."),
     (r"^(mllm\.)?model\.(layers|embed_tokens|norm)\.", r"\1model.language_model.\2."),
-    # the diffusers layout's transformer
-    (r"^(dit\.)?condition_embedder\.(text|time)_embedder\.linear_1\.", r"\1\2_embedding.0."),
-    (r"^(dit\.)?condition_embedder\.(text|time)_embedder\.linear_2\.", r"\1\2_embedding.2."),
-    (r"^(dit\.)?condition_embedder\.time_proj\.", r"\1time_projection.1."),
-    (r"^(dit\.)?proj_out\.", r"\1head.head."),
-    (r"^(dit\.)?scale_shift_table$", r"\1head.modulation"),
-    (r"^((?:dit\.)?blocks\.\d+)\.scale_shift_table$", r"\1.modulation"),
-    (r"^((?:dit\.)?blocks\.\d+)\.norm2\.", r"\1.norm3."),
-    (r"^((?:dit\.)?blocks\.\d+)\.attn1\.", r"\1.self_attn."),
-    (r"^((?:dit\.)?blocks\.\d+)\.attn2\.", r"\1.cross_attn."),
-    (r"_attn\.to_([qkv])\.", r"_attn.\1."),
-    (r"_attn\.to_out\.0\.", "_attn.o."),
-    (r"^((?:dit\.)?blocks\.\d+)\.ffn\.net\.0\.proj\.", r"\1.ffn.0."),
-    (r"^((?:dit\.)?blocks\.\d+)\.ffn\.net\.2\.", r"\1.ffn.2."),
 )]  # fmt: skip
 
 
@@ -71,7 +58,8 @@ def our_name(name):
         return None
     for pattern, ours in DIALECTS:
         name = pattern.sub(ours, name)
-    return name
+    part = "dit." if name.startswith("dit.") else ""
+    return part + to_wan(name.removeprefix(part))
 
 
 RELEASED = [(re.compile(pattern), theirs) for pattern, theirs in (
