@@ -12,6 +12,7 @@ import kernels
 from conftest import close, randomise, tiny_dit
 from dit import DiT, rope_3d
 from kernels.conv import upsample_conv, upsample_conv_plain, warn_of_slow_conv3d
+from kernels.graph import replayed
 from kernels.hopper import attention_blocks
 from kernels.linear import QuantLinear, Rows8, dequantise, product8, product8_plain, quantise_rows
 
@@ -258,6 +259,16 @@ def test_a_linear_with_gelu_as_its_epilogue_is_the_linear_and_its_gelu(triton_ba
     plain = F.gelu(linear(x), approximate="tanh")
     with torch.no_grad():
         assert close(kernels.linear_gelu(x, linear), plain, 1e-2 if DEVICE == "cuda" else 0)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU (KIWI_TEST_GPU=1)")
+def test_a_replayed_graph_gives_the_bits_of_its_function_for_every_input(monkeypatch):
+    monkeypatch.setenv("KIWI_GRAPH", "1")
+    model, x, t = randomise(DiT(tiny_dit())).to(DEVICE), randn(1, 16, 1, 4, 6), randn(1)
+    step, context = torch.no_grad()(lambda x, t: model(x, t, context)), randn(1, 5, 64)
+    again = replayed(step, x, t)
+    for given in ((x, t), (randn(*x.shape), t * 500)):
+        assert torch.equal(again(*given), step(*given))
 
 
 @pytest.mark.parametrize("kind, error", [("fp8", 2**-4), ("int8", 2**-7)])
