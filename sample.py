@@ -55,7 +55,7 @@ def parse_arguments(argv=None):
         "with, else Wan-AI/Wan2.2-TI2V-5B)")
     add("--qwen", metavar="PATH|HUB_ID", help="likewise (default: the run's, else Qwen/Qwen2.5-VL-3B-Instruct)")
     add("--ref-pad-first", action="store_true", help="a released training checkpoint whose name says pad_first")
-    add("--quantise", choices=("fp8", "int8"), help="linears in 8 bits: half the memory, a little less exact")
+    add("--quantise", choices=("fp8", "int8", "w8a8"), help="linears in 8 bits: half the memory; w8a8: products too")
     add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, on a CPU float32")
     add("--tile", type=number(1), metavar="N", help="VAE: N x N latent pixels at once; the same result, less memory")
     add("--solver", choices=("euler", "ab2"), default="euler", help="ab2: as good in 3 of 4 steps (default euler)")
