@@ -4,7 +4,7 @@
     -> `load_weights` -> parameters; every name is accounted for
 
 Layouts: what `KiwiEdit.save` wrote; the released diffusers folders; a released training checkpoint over Wan's and
-Qwen's own folders; a run of train.py over what it began with. Dialects: the spellings of all of them, in one table.
+Qwen's own folders; a run of train.py over what it began with. Dialects: the spellings of all of them, in DIALECTS.
 """
 
 import json
@@ -62,20 +62,16 @@ def our_name(name):
     return part + to_wan(name.removeprefix(part))
 
 
-RELEASED = [(re.compile(pattern), theirs) for pattern, theirs in (
-    (r"^source_embedder\.", "vae_condition."),
-    (r"^ref_embedder\.", "ref_vae_condition."),
-    (r"^mllm\.connector\.", "mllm.connetor."),
-    (r"^(mllm\.\w+_queries)$", r"\1.q"),
-    (r"^mllm\.model\.", "mllm.model.model."),
-)]  # fmt: skip
+RELEASED = {"source_embedder.": "vae_condition.", "ref_embedder.": "ref_vae_condition.",
+            "mllm.connector.": "mllm.connetor.", "mllm.model.": "mllm.model.model."}  # fmt: skip
 
 
 def released_name(name):
     """The way back: our name of a parameter -> its name in a released training checkpoint."""
-    for pattern, theirs in RELEASED:
-        name = pattern.sub(theirs, name)
-    return name
+    for ours, theirs in RELEASED.items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return f"{name}.q" if name.endswith("_queries") else name
 
 
 def load_weights(module, state_dict, partial=False, device=None, dtype=None):
@@ -87,13 +83,7 @@ def load_weights(module, state_dict, partial=False, device=None, dtype=None):
     partial: names may be missing, as in a checkpoint of the trained parameters alone. -> the missing names.
     ValueError that lists missing and unexpected names, or names a tensor of another size.
     """
-    names = {}
-    for name in state_dict:
-        ours = our_name(name)
-        if ours in names:
-            raise ValueError(f"two names for {ours}: {names[ours]} and {name}")
-        if ours is not None:
-            names[ours] = name
+    names = {ours: name for name in state_dict if (ours := our_name(name))}
     ranks = {n.split(".lora_A.")[0]: state_dict[name].shape[0] for n, name in names.items() if ".lora_A." in n}
     lora = lambda n, child: LoRALinear(child, ranks[n]) if n in ranks and type(child) is nn.Linear else None
     replace_modules(module, lora)  # of the rank that the weights have, where they have it

@@ -378,11 +378,8 @@ def note(path, text):
 
 
 def write_image(path, image: torch.Tensor):
-    """uint8 (H, W, 3) to a .png or .jpg file. MediaError for another ending."""
-    path = Path(path)
-    if path.suffix.lower() not in IMAGE_CODECS:
-        raise MediaError(f"{path}: a picture is written as {', '.join(IMAGE_CODECS)}")
-    name, pixel_format = IMAGE_CODECS[path.suffix.lower()]
+    """uint8 (H, W, 3) to a .png or .jpg file."""
+    name, pixel_format = IMAGE_CODECS[Path(path).suffix.lower()]
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24").reformat(format=pixel_format)
     with whole_file(path) as temporary, av.open(str(temporary.absolute()), "w", format="image2pipe") as out:
         stream = out.add_stream(name)
