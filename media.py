@@ -84,7 +84,7 @@ def nearest_size(height: int, width: int, max_pixels: int, grid: int, power: int
     return max(sizes, key=worth, default=(0, 0))
 
 
-def usable_frames(count: int, max_frames: int = 81) -> int:
+def usable_frames(count: int, max_frames: int) -> int:
     """The largest 4k + 1 that is at most count and max_frames: the lengths the VAE takes."""
     return (min(count, max_frames) - 1) // 4 * 4 + 1
 
@@ -150,7 +150,7 @@ def read_clip(path, max_frames=81, max_pixels=MAX_PIXELS, max_fps=None, size_of=
         forgiven = max(2, promised // (50 if stream.frames else 10))
         if not still and count < max_frames and index + 1 < promised - forgiven:
             note(path, f"promises {promised} frames and has {index + 1}: is it cut off? Fetch it again for the rest")
-    count = usable_frames(count) if count > 4 else count
+    count = usable_frames(count, max_frames) if count > 4 else count
     frames = torch.stack(frames[:count]) if count <= len(frames) else FrameFile(str(path), count, size, stride)
     return Clip(frames, fps / stride, still, (height, width), str(path))
 
