@@ -321,7 +321,8 @@ class Pairs(torch.utils.data.Dataset):
 
     def __getitem__(self, n):
         mixture, kind, shape, numbers = self.curriculum[n]
-        batch = {"kind": kind, "shape": shape, "bad": [], "numbers": range(n * len(numbers), (n + 1) * len(numbers))}
+        counted = list(range(n * len(numbers), (n + 1) * len(numbers)))
+        batch = {"kind": kind, "shape": shape, "numbers": counted, "bad": []}
         try:
             samples = [self.sample(batch, mixture.buckets[kind][shape], number) for number in numbers]
         except (ValueError, OSError) as error:  # a worker's exception would come with its traceback
