@@ -171,7 +171,7 @@ def places(args, still):
         if Path(path).resolve() in written:
             raise MediaError(f"{path}: would be replaced by what is written; give another -o")
     out.parent.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=out.parent).close()
+    tempfile.TemporaryFile(dir=out.parent).close()  # fail before the minutes of an edit
     return out, beside
 
 
