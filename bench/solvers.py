@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from bench.measure import psnr
 from model import KiwiEdit
 from nano.__main__ import main as nano
-from nano.data import read_case, read_mask, read_truth
+from nano.data import read_case, read_truth
 from sampler import Sampler, crossfaded, windows
 
 FEW = [
@@ -45,8 +45,8 @@ def model_and_cases(args, frames=9):
         nano(["data", folder, *map(str, asked)])
         cases = []
         for row in [row for row in read_truth(folder) if row["kind"] != "image"][: args.clips]:
-            source, truth, ref = read_case(Path(folder), row)
-            cases.append((source, row["prompt"], ref, truth, read_mask(Path(folder, row["mask"]), source.shape[1])))
+            source, truth, ref, region = read_case(Path(folder), row)
+            cases.append((source, row["prompt"], ref, truth, region))
         yield model, cases
 
 

@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import re
-import shutil
 import subprocess
 import tarfile
 from pathlib import Path
@@ -35,12 +34,9 @@ def fetch_package(name, folder):
     version, _, checksum = PACKAGES[name]
     archive = folder / f"{name.strip('@').replace('/', '-')}-{version}.tgz"
     if not archive.is_file():
-        if not shutil.which("npm"):
-            raise FileNotFoundError(f"npm is not installed: install it, or put {archive.name} into {folder} yourself")
-        command = ["npm", "pack", "--silent", f"{name}@{version}"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise OSError(f"npm pack {name}@{version}: {(done.stderr.strip().splitlines() or ['failed'])[-1]}")
+        fetch = ["npm", "pack", "--silent", f"{name}@{version}"]
+        if subprocess.run(fetch, cwd=folder, stdout=subprocess.DEVNULL).returncode:
+            raise OSError(f"{' '.join(fetch)} failed; or put {archive.name} into {folder} yourself")
     if hashlib.sha256(archive.read_bytes()).hexdigest() != checksum:
         raise ValueError(f"{archive}: not the archive whose licence was checked; delete it and try again")
     return tarfile.open(archive)
@@ -84,19 +80,17 @@ def fetch_assets(args):
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     fluent, noto, panoramas = (fetch_package(name, folder) for name in PACKAGES)
-    entries = json.load(noto.extractfile("package/emoji.json"))
-    drawn = {Path(m.name).stem: m for m in fluent.getmembers() if m.isreg() and m.name.endswith(".webp")}
-    in_fluent = lambda e: drawn.get(e["unified"].lower())
-    in_noto = lambda e: e["has_img_google"] and noto.getmember(f"package/img/google/64/{e['image']}")
+    entries = sorted(json.load(noto.extractfile("package/emoji.json")), key=lambda e: e["sort_order"])
+    pictures = {Path(name).stem: name for name in fluent.getnames() if name.endswith(".webp")}
+    found = [("fluent", fluent, "webp_pipe", e, pictures.get(e["unified"].lower())) for e in entries]
+    found += [("noto", noto, "png_pipe", e, e["has_img_google"] and f"package/img/google/64/{e['image']}")
+              for e in entries]  # fmt: skip
     sprites, index = [], []
-    for look, archive, find, form in (
-        ("fluent", fluent, in_fluent, "webp_pipe"), ("noto", noto, in_noto, "png_pipe"),
-    ):  # fmt: skip
-        for entry in tqdm(sorted(entries, key=lambda e: e["sort_order"]), desc=look):
-            name, member = plain_name(entry), find(entry)
-            if name and member:
-                sprites.append(sprite_image(archive.extractfile(member).read(), form))
-                index.append({"name": name, "look": f"{look} {entry['name'].lower()}"})
+    for look, archive, form, entry, picture in tqdm(found, desc="emoji"):
+        name = plain_name(entry)
+        if name and picture:
+            sprites.append(sprite_image(archive.extractfile(picture).read(), form))
+            index.append({"name": name, "look": f"{look} {entry['name'].lower()}"})
     photos = []
     for place in WORDINGS["panoramas"]:
         text = panoramas.extractfile(f"package/hdri/{place}.exr.js").read().decode()
@@ -107,5 +101,4 @@ def fetch_assets(args):
     write_text(folder / "LICENSES.txt", "".join(licences))
     told = {"sprites": index, "photos": [{"name": name} for name in WORDINGS["panoramas"].values()]}
     write_text(folder / "index.json", json.dumps(told, indent=0))  # last: its presence says that the folder is whole
-    names = {entry["name"] for entry in index}
-    print(f"write       {folder}: {len(sprites)} sprites of {len(names)} names, {len(photos)} panoramas")
+    print(f"write       {folder}: {len(sprites)} sprites, {len(photos)} panoramas")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from media import whole_file
 from model import KiwiEdit
 from nano.data import read_case
-from nano.pretrain import Trainer, decoded, rows_of, stills_and_videos
+from nano.pretrain import Trainer, batch_of, decoded, stills_and_videos
 
 
 class Patches(nn.Module):
@@ -74,51 +74,48 @@ def distance(output, target, certain):
 
 @torch.no_grad()
 def edits_of(model, folder, rows):
-    """[latents of the truth, latents of the model's own edit, the truth's frames] of each row; of clips the start."""
+    """((latents of the truth, of the model's own edit), the truth's frames) of each row; of clips the start."""
     caught, items = [], []
     model.decode_fitting = lambda latents, *_: caught.append(latents) or torch.zeros(9999, 1)
     for row in tqdm(rows, desc="edit", mininterval=5):
-        source, target, ref = read_case(folder, row)
+        source, target, ref, _ = read_case(folder, row)
         model.edit(source, row["prompt"], ref, seed=row["index"])
-        items.append([model.encode_frames(target)[0, :, :2], caught.pop()[0, :, :2], target[:5]])
+        items.append(((model.encode_frames(target)[0, :, :2], caught.pop()[0, :, :2]), target[:5]))
     return items
 
 
 def pretrain_decoder(args, rows, device):
     """-> decoder.safetensors, which `ship` lays over the weights. Stills on two steps of three, clips on the third."""
-    folder, out = Path(args.data), Path(args.out)
+    out, judge = Path(args.out), Path(args.out) / "patches.pt"
     model = KiwiEdit.from_pretrained(args.weights, device, torch.float32)
-    stills, clips = (edits_of(model, folder, some) for some in stills_and_videos(rows[:1300]))  # a second each
-    vae, patches, state = model.vae, Patches().to(device), out / "patches.pt"
+    stills, clips = (edits_of(model, Path(args.data), some) for some in stills_and_videos(rows[:1300]))  # a second each
+    vae, patches = model.vae, Patches().to(device)
     trained = nn.ModuleDict({"conv2": vae.conv2, "decoder": vae.decoder})
-    trainer = Trainer("decoder", trained, args, 1500, 8e-4, device)
+    trainer = Trainer("decoder", trained, args, device, 1500, 8e-4)
     optimiser = torch.optim.AdamW(patches.parameters(), 1e-3, (0.5, 0.95), weight_decay=0)
-    if state.is_file():
-        patches.load_state_dict(torch.load(state, weights_only=True, map_location=device))
+    if judge.is_file():
+        patches.load_state_dict(torch.load(judge, weights_only=True, map_location=device))
 
     def loss_of(generator):
         group = clips if clips and trainer.step % 3 == 2 else stills
         count = args.batch or (4 if group is clips else 16)
         wanted = torch.randint(len(group), (count,), generator=generator)
         edit = torch.randint(2, (count,), generator=generator)
-        z = torch.stack([group[i][e] for i, e in zip(wanted, edit)]).to(device)
-        target = rows_of([item[2] for item in group], wanted).to(device)
-        output = decoded(vae, vae.denormalise(z).bfloat16())
-        free = output.detach().float().requires_grad_()
-        loss = distance(free, target, 1 - 0.7 * edit.to(device))
-        real, fake = patches(frames_of(target)), patches(frames_of(free.detach()))
-        judged = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+        z = torch.stack([group[i][0][e] for i, e in zip(wanted, edit)]).to(device)
+        target = batch_of([frames for _, frames in group], wanted).to(device)
+        output = decoded(vae, vae.denormalise(z).bfloat16()).float()
+        real, fake = patches(frames_of(target)), patches(frames_of(output.detach()))
         optimiser.zero_grad()
-        judged.backward()
+        (F.relu(1 - real).mean() + F.relu(1 + fake).mean()).backward()
         optimiser.step()
-        (gradient,) = torch.autograd.grad(loss, free)
-        (sharper,) = torch.autograd.grad(-patches(frames_of(free)).mean(), free)
-        if trainer.step >= 40:  # the discriminator first; then half as strong as the distance
-            gradient = gradient + 0.5 * sharper * gradient.norm() / sharper.norm().clamp_min(1e-12)
-        return (output.float() * gradient).sum(), {"distance": loss.detach(), "judged": judged.detach()}
+        loss, doubt = distance(output, target, 1 - 0.7 * edit.to(device)), -patches(frames_of(output)).mean()
+        if trainer.step < 40:  # the discriminator first; then half as strong as the distance
+            return loss
+        pull, push = (torch.autograd.grad(x, output, retain_graph=True)[0].norm() for x in (loss, doubt))
+        return loss + 0.5 * pull / push.clamp_min(1e-12) * doubt
 
     done = trainer.run(loss_of)
-    with whole_file(state) as path:
+    with whole_file(judge) as path:
         torch.save(patches.state_dict(), path)
     tensors = {f"vae.{name}": value.bfloat16().contiguous() for name, value in trained.state_dict().items()}
     with whole_file(out / "decoder.safetensors") as path:
