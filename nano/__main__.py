@@ -76,6 +76,7 @@ def parse_arguments(argv=None):
     add("--out", required=True, metavar="DIR", help="for eval.md, eval.json and sheet.png")
     add("--cases", type=number(1), default=400, help="at most so many (default 400)")
     add("--steps", type=number(1), help="denoising steps (default: what the weights ask for)")
+    add("--ref-guidance", type=float, metavar="G", help="how far references are followed (default: likewise)")
     add("--card", action="store_true", help="put the table into the model card that `ship` wrote")
 
     add = command("compare", "evaluate.compare", "how much better some reports are than others")

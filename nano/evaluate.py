@@ -127,8 +127,8 @@ def evaluate(args):
     rows, world = read_truth(folder)[: args.cases], read_world(folder, "test")
     library = load_library(world["assets"])
     model = KiwiEdit.from_pretrained(args.weights, pick_device(), torch.float32)
-    if args.steps:
-        model.config = replace(model.config, steps=args.steps, re_noise=())
+    asked = {"steps": args.steps, "ref_guidance": args.ref_guidance, "re_noise": () if args.steps else None}
+    model.config = replace(model.config, **{name: value for name, value in asked.items() if value is not None})
     out.mkdir(parents=True, exist_ok=True)
     cases, pictures = [], {}
     for row in tqdm(rows, desc="eval", mininterval=5):
@@ -137,7 +137,7 @@ def evaluate(args):
         task = "subject" if row["task"] == "subject_add" else row["task"]
         cases.append({"index": row["index"], "task": task, "prompt": row["prompt"], "measures": measures})
         pictures.setdefault(task, []).append(picture)
-    told = {"weights": args.weights, "world": world, "steps": model.config.steps, "cases": cases}
+    told = {"weights": args.weights, "world": world, "asked": asked, "cases": cases}
     write_text(out / "eval.json", json.dumps(told, indent=0))
     write_text(out / "eval.md", text := summary(cases) + "\n")
     empty = torch.zeros_like(picture)

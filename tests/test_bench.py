@@ -85,10 +85,6 @@ def test_kernel_and_plain_twin_of_the_norm_section_agree():
     assert all(row["relative difference"] < 1e-5 for row in rows)
 
 
-def test_the_profile_accounts_for_all_time_and_the_roofline_adds_up():
-    layer, x = torch.nn.Linear(64, 64), torch.randn(64, 64)
-    rows = list(bench.speed.profile_rows("part", lambda: torch.nn.functional.gelu(layer(x))))
-    assert sum(row["share"] for row in rows) == pytest.approx(1)
-    assert all(row["calls"] for row in rows if row["class"] in ("matrix product", "GELU, SiLU"))
+def test_the_roofline_adds_up():
     *parts, total = (row["ms"] for row in bench.speed.roofline(None))
     assert sum(parts) == pytest.approx(total) and 380 < total < 400
