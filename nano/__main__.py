@@ -33,7 +33,7 @@ def parse_arguments(argv=None):
         add("--size", type=number(1), default=64, help="pixels a side, a multiple of 32 (default 64)")
         add("--frames", type=number(1), default=9, help="4k + 1 (default 9)")
 
-    add = command("assets", "assets.fetch_assets", "fetch emoji and panoramas with npm (100 MB)")
+    add = command("assets", "data.fetch_assets", "fetch emoji and panoramas with npm (100 MB)")
     add("out", metavar="DIR", help="a folder, outside the repository or ignored by it")
 
     add = command("data", "data.make_data", "draw clips and write the three CSVs")

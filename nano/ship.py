@@ -11,8 +11,7 @@ import torch
 from load import began_with, find_checkpoint, only_weights
 from media import whole_folder
 from model import KiwiEdit
-from nano.assets import PACKAGES
-from nano.data import read_truth, read_world
+from nano.data import PACKAGES, read_truth, read_world
 from nano.evaluate import NOT_EVALUATED
 from report import table
 

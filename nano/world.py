@@ -15,7 +15,7 @@ places: nano learned fifteen plain photographs by heart.
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -31,12 +31,8 @@ TASKS = {
     "ref_video": ("subject", "background_ref", "subject", "subject_add"),
 }
 MIXTURE = ("image", "video", "ref_video", "image")  # as the paper's third stage: 2:1:1
-COLOURS = {
-    "red": (0.85, 0.12, 0.12), "green": (0.15, 0.65, 0.2), "blue": (0.15, 0.3, 0.85), "yellow": (0.98, 0.85, 0.1),
-    "orange": (0.98, 0.5, 0.05), "purple": (0.5, 0.15, 0.7), "pink": (0.98, 0.5, 0.7), "white": (0.96, 0.96, 0.96),
-    "black": (0.08, 0.08, 0.09), "brown": (0.45, 0.27, 0.12), "turquoise": (0.1, 0.75, 0.75), "grey": (0.5, 0.5, 0.52),
-}  # fmt: skip
 WORDINGS = json.loads(Path(__file__).with_name("wordings.json").read_text())
+COLOURS, PLACES = WORDINGS["colours"], WORDINGS["places"]  # of a name its rgb in [0, 1]; its x, y from the middle
 SPRITE = 128  # pixels a side of a stored sprite
 TEST_SHARE = 6  # one name in six is held out
 SHADOW = 0.35
@@ -98,8 +94,8 @@ def in_colour(name):
 
 @dataclass
 class Library:
-    sprites: dict = field(default_factory=dict)  # name -> [Sprite], the first is the look that its name alone calls for
-    photos: list = field(default_factory=list)
+    sprites: dict  # name -> [Sprite], the first is the look that its name alone calls for
+    photos: list
 
     def names(self, split):
         return of_split(self.sprites, split)
@@ -164,11 +160,8 @@ def draw_shapes():
             name, rgb = f"{colour} {shape}", torch.tensor(rgb).view(3, 1, 1)
             shaded = rgb * (0.95 - 0.3 * y) + 0.25 * (-((x + 0.3) ** 2 + (y + 0.35) ** 2) * 8).exp()
             striped = rgb * rim + (1 - rim) * (0.25 + 0.5 * (1 - rgb)) - 0.2 * ((x + y) * 14).sin().gt(0.3) * rim
-            looks = {"shaded": shaded, "striped": striped}
-            layers = {look: torch.cat([body.clamp(0, 1) * alpha, alpha[None]]) for look, body in looks.items()}
-            sprites[name] = [
-                Sprite(name, look, pyramid(layer)[1:]) for look, layer in layers.items()
-            ]  # drawn twice as large
+            layers = (torch.cat([body.clamp(0, 1) * alpha, alpha[None]]) for body in (shaded, striped))
+            sprites[name] = [Sprite(name, look, pyramid(x)[1:]) for look, x in zip(("shaded", "striped"), layers)]
     return sprites
 
 
@@ -428,13 +421,6 @@ STYLES = {
     "an infrared camera": lambda x: tinted(grey(x), 1.6, 0, 0) + tinted((grey(x) * 2 - 0.6).clamp(0, 1), 0, 0.9, 0)
     + tinted(1 - grey(x), 0, 0, 0.8),
     "a neon sign": lambda x: 0.15 * tinted(x, 0.6, 0.3, 1) + 2.2 * tinted(edges(x), 0.3, 1, 0.95),
-}  # fmt: skip
-
-PLACES = {
-    "on the left": (-0.26, 0.08), "on the right": (0.26, 0.08), "in the middle": (0.0, 0.05),
-    "at the top": (0.0, -0.25), "at the bottom": (0.0, 0.27), "in the top left corner": (-0.27, -0.26),
-    "in the top right corner": (0.27, -0.26), "in the bottom left corner": (-0.27, 0.27),
-    "in the bottom right corner": (0.27, 0.27),
 }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from dit import DiTConfig
 from lora import inject_lora
 from media import read_clip, read_image
 from model import FlowMatch, KiwiConfig, KiwiEdit
-from nano import assets, data, evaluate, pretrain, ship, world
+from nano import data, evaluate, pretrain, ship, world
 from nano.__main__ import main, parse_arguments
 
 AHEAD = {"on the left": (-1, 0), "on the right": (1, 0), "at the top": (0, -1), "at the bottom": (0, 1)}
@@ -363,6 +363,6 @@ def test_wrong_sizes_are_refused_while_parsing(capsys, flags, says):
 def test_an_archive_that_is_not_the_checked_one_is_refused(tmp_path):
     (tmp_path / "pmndrs-assets-1.7.0.tgz").write_bytes(b"other")
     with pytest.raises(ValueError, match="not the archive"):
-        assets.fetch_package("@pmndrs/assets", tmp_path)
-    assert assets.plain_name({"name": "DOG FACE", "category": "Animals & Nature"}) == "dog"
-    assert assets.plain_name({"name": "Clock Face One Oclock", "category": "Travel & Places"}) is None
+        data.fetch_package("@pmndrs/assets", tmp_path)
+    assert data.plain_name({"name": "DOG FACE", "category": "Animals & Nature"}) == "dog"
+    assert data.plain_name({"name": "Clock Face One Oclock", "category": "Travel & Places"}) is None
