@@ -39,87 +39,70 @@ GRID = 16  # grounding answers count sixteenths of the frame
 CAPTION_TOKENS = 32
 
 
-class Trainer:
-    """Float32 masters of a module whose forward and backward run in bfloat16, trained in pieces that resume.
+def train(name, module, args, device, steps, rate, loss_of):
+    """Minimise loss_of(step, generator), a scalar, from where --out stands, for --minutes but at least one step.
 
-    Muon updates the matrices (a convolution's kernels are rows of one), AdamW the rest: after 160 steps the VAE reaches
-    22.3 dB, with AdamW alone 19.4 dB. The learning rate rises over 2 % of the steps and falls as a cosine to 0. Step n
-    draws its batch from (seed, n): pieces and one long run are the same training.
+    Forward and backward run in bfloat16; masters, which the module has in the end, are float32. Muon updates the
+    matrices (a convolution's kernels are rows of one), AdamW the rest: after 160 steps the VAE reaches 22.3 dB, with
+    AdamW alone 19.4 dB. The learning rate rises over 2 % of the steps and falls as a cosine to 0. Step n draws its
+    batch from (seed, n): pieces and one long run are the same training.
     """
+    path, steps = Path(args.out) / f"{name}.pt", args.steps or steps
+    begun, step, seconds = {"seed": args.seed, "steps": steps}, 0, 0.0
+    weights = {n: p for n, p in module.to(device).named_parameters() if p.requires_grad}
+    masters = {n: p.detach().float().flatten(min(1, p.ndim - 1)).clone() for n, p in weights.items()}
+    muon, adamw = [], []
+    for n, master in masters.items():  # tables of vectors and rows are no matrices
+        matrix = master.ndim > 1 and min(master.shape) > 1 and not re.search("embed_tokens|modulation", n)
+        (muon if matrix else adamw).append(master)
+    optimisers = [
+        torch.optim.Muon(muon, rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(adamw, rate, (0.9, 0.98), weight_decay=0.01),
+    ]
 
-    def __init__(self, name, module, args, device, steps, rate):
-        self.name, self.path, self.minutes = name, Path(args.out) / f"{name}.pt", args.minutes
-        self.seed, self.steps, self.rate, self.step, self.seconds = args.seed, args.steps or steps, rate, 0, 0.0
-        self.weights = {n: p for n, p in module.to(device).named_parameters() if p.requires_grad}
-        self.masters = {n: p.detach().float().flatten(min(1, p.ndim - 1)).clone() for n, p in self.weights.items()}
-        muon, adamw = [], []
-        for n, master in self.masters.items():  # tables of vectors and rows are no matrices
-            matrix = master.ndim > 1 and min(master.shape) > 1 and not re.search("embed_tokens|modulation", n)
-            (muon if matrix else adamw).append(master)
-        self.optimisers = [
-            torch.optim.Muon(muon, rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(adamw, rate, (0.9, 0.98), weight_decay=0.01),
-        ]
-        if self.path.is_file():
-            self.resume()
-        self.write_weights(torch.bfloat16)
+    def write_weights(dtype):
+        for n, p in weights.items():
+            p.data = masters[n].view_as(p).to(dtype, copy=True)
 
-    def resume(self):
-        state = torch.load(self.path, weights_only=True, map_location="cpu")  # where AdamW wants its step counts
-        for key in ("seed", "steps"):
-            if state[key] != getattr(self, key):
-                raise ValueError(f"{self.path}: begun with other {key}; go on with {state[key]}, or give another --out")
-        self.step, self.seconds = state["step"], state["seconds"]
-        for optimiser, saved in zip(self.optimisers, state["optimisers"]):
+    def save():
+        state = {"begun": begun, "step": step, "seconds": seconds, "optimisers": [o.state_dict() for o in optimisers]}
+        with whole_file(path) as temporary:
+            torch.save(state | {"masters": {n: masters[n].view_as(p) for n, p in weights.items()}}, temporary)
+
+    if path.is_file():
+        state = torch.load(path, weights_only=True, map_location="cpu")  # where AdamW wants its step counts
+        if state["begun"] != begun:
+            raise ValueError(f"{path}: begun with {state['begun']}; go on with those, or give another --out")
+        step, seconds = state["step"], state["seconds"]
+        for optimiser, saved in zip(optimisers, state["optimisers"]):
             optimiser.load_state_dict(saved)
-        for n, master in self.masters.items():
+        for n, master in masters.items():
             master.copy_(state["masters"][n].view_as(master))
-
-    def save(self):
-        state = {key: getattr(self, key) for key in ("seed", "steps", "step", "seconds")}
-        state["masters"] = {n: self.masters[n].view_as(p) for n, p in self.weights.items()}
-        with whole_file(self.path) as path:
-            torch.save(state | {"optimisers": [optimiser.state_dict() for optimiser in self.optimisers]}, path)
-
-    def write_weights(self, dtype):
-        for n, p in self.weights.items():
-            p.data = self.masters[n].view_as(p).to(dtype, copy=True)
-
-    def run(self, loss_of):
-        """Minimise loss_of(generator) -> a scalar, for at least one step, until the minutes are over or all are done;
-        saved every minute. Float32 masters end up in the module. -> whether all steps are done."""
-        first, began = self.step, self.seconds
-        saved = began
-        with tqdm(total=self.steps, initial=first, desc=self.name, mininterval=5) as bar:
-            while self.step < self.steps and (self.step == first or self.seconds - began < 60 * self.minutes):
-                start = time.time()
-                loss = loss_of(torch.Generator().manual_seed(1_000_003 * self.seed + self.step))
-                self.update(loss)
-                bar.set_postfix(loss=f"{loss.item():.4g}", refresh=False)
-                bar.update()
-                self.seconds += time.time() - start
-                if self.seconds - saved > 60:
-                    saved = self.seconds
-                    self.save()
-        self.save()
-        self.write_weights(torch.float32)
-        print(f"{self.name:<11} step {self.step} of {self.steps}, {self.seconds - began:.0f} s")
-        return self.step == self.steps
-
-    def update(self, loss):
-        """One step on the masters; skipped if the gradient's norm is not finite."""
-        loss.backward()
-        for n, p in self.weights.items():
-            master, grad, p.grad = self.masters[n], p.grad, None
-            master.grad = None if grad is None else grad.float().reshape(master.shape)
-        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), 1.0)
-        warmth, decay = (self.step + 1) / (0.02 * self.steps), (1 + math.cos(math.pi * self.step / self.steps)) / 2
-        self.step += 1
-        if norm.isfinite():
-            for optimiser in self.optimisers:
-                optimiser.param_groups[0]["lr"] = self.rate * min(1, warmth) * decay
-                optimiser.step()
-            self.write_weights(torch.bfloat16)
+    write_weights(torch.bfloat16)
+    began, first, saved = seconds, step, seconds
+    with tqdm(total=steps, initial=step, desc=name, mininterval=5) as bar:
+        while step < steps and (step == first or seconds - began < 60 * args.minutes):
+            start = time.time()
+            loss = loss_of(step, torch.Generator().manual_seed(1_000_003 * args.seed + step))
+            loss.backward()
+            for n, p in weights.items():
+                masters[n].grad = None if p.grad is None else p.grad.float().reshape(masters[n].shape)
+                p.grad = None
+            if torch.nn.utils.clip_grad_norm_(masters.values(), 1.0).isfinite():
+                warmth, decay = (step + 1) / (0.02 * steps), (1 + math.cos(math.pi * step / steps)) / 2
+                for optimiser in optimisers:
+                    optimiser.param_groups[0]["lr"] = rate * min(1, warmth) * decay
+                    optimiser.step()
+                write_weights(torch.bfloat16)
+            step, seconds = step + 1, seconds + time.time() - start
+            bar.set_postfix(loss=f"{loss.item():.4g}", refresh=False)
+            bar.update()
+            if seconds - saved > 60:
+                saved = seconds
+                save()
+    save()
+    write_weights(torch.float32)
+    return step == steps
 
 
 def load_trained(name, module, folder):
@@ -185,20 +168,19 @@ def pretrain_vae(args, rows, device):
     """Reconstruction of the world's clips: still frames on three steps of four, whole clips on the fourth."""
     vae, folder = VAE(nano_config(args).vae), Path(args.data)
     start_vae(vae)
-    trainer = Trainer("vae", vae, args, device, 4000, 2e-3)
     ends = ("src_video", "tgt_video")
     stills, videos = (read_many(folder / r[end] for r in some for end in ends) for some in stills_and_videos(rows))
     stills += [ref[:, ::2, ::2] for ref in read_many(folder / r["ref_image"] for r in rows if "ref_image" in r)]
 
-    def loss_of(generator):
-        clips = videos if trainer.step % 4 == 3 and videos else stills
+    def loss_of(step, generator):
+        clips = videos if step % 4 == 3 and videos else stills
         wanted = torch.randint(len(clips), (args.batch or (8 if clips is videos else 16),), generator=generator)
         video = batch_of(clips, wanted).to(device)
         if torch.randint(2, (), generator=generator):
             video = video.flip(4)
         return vae_loss(vae, video, generator)
 
-    return trainer.run(loss_of)
+    return train("vae", vae, args, device, 4000, 2e-3, loss_of)
 
 
 class Speaker(MLLMEncoder, name="speaker"):
@@ -241,17 +223,16 @@ def pretrain_mllm(args, rows, device):
     speaker, folder = Speaker(nano_config(args).mllm), Path(args.data)
     for name, parameter in speaker.named_parameters():
         parameter.requires_grad_(name.startswith("model."))
-    trainer = Trainer("mllm", speaker, args, device, 1000, 1e-3)
 
-    def loss_of(generator):
-        rng = np.random.default_rng([args.seed, trainer.step])
+    def loss_of(step, generator):
+        rng = np.random.default_rng([args.seed, step])
         wanted = rng.integers(len(rows), size=args.batch or 16)
         clips, questions, refs, answers = zip(*(conversation(rng, rows[i]) for i in wanted))
         seen = iter(read_many(folder / name for name in (*clips, *filter(None, refs))))
         clips, refs = [next(seen) for _ in clips], [ref and next(seen)[0] for ref in refs]
         return answer_loss(speaker, list(zip(clips, questions, refs, answers)))
 
-    return trainer.run(loss_of)
+    return train("mllm", speaker, args, device, 1000, 1e-3, loss_of)
 
 
 def caption_features(encoder, captions):
@@ -295,11 +276,10 @@ def pretrain_dit(args, rows, device):
     model = KiwiEdit(nano_config(args, mean=tuple(mean.tolist()), std=tuple(std.tolist())))
     load_trained("vae", model.vae, args.out)
     load_trained("mllm", model.mllm, args.out).to(device)
-    trainer = Trainer("dit", model.dit, args, device, 800, 1e-3)
     timesteps = FlowMatch().timesteps(1000)
 
-    def loss_of(generator):
-        kind = list(kinds)[trainer.step % len(kinds)]
+    def loss_of(step, generator):
+        kind = list(kinds)[step % len(kinds)]
         wanted = torch.randint(len(kinds[kind]), (args.batch or 64,), generator=generator)
         clean = model.vae.normalise(latents[kind][wanted]).to(device, torch.bfloat16)
         t = timesteps[torch.randint(1000, (len(wanted),), generator=generator)].to(device)
@@ -308,7 +288,7 @@ def pretrain_dit(args, rows, device):
             features = caption_features(model.mllm, [kinds[kind][i]["target_caption"] for i in wanted])
         return model.training_loss(clean, model.dit.text_embedding(features.to(clean)), t, noise=noise)
 
-    done = trainer.run(loss_of)
+    done = train("dit", model.dit, args, device, 800, 1e-3, loss_of)
     model.save(Path(args.out) / "weights")
     print(f"write       {args.out}/weights: what train.py --weights starts from")
     return done
@@ -386,13 +366,12 @@ def pretrain_decoder(args, rows, device):
     stills, clips = (edits_of(model, Path(args.data), some) for some in stills_and_videos(rows[:1300]))  # a second each
     vae, patches = model.vae, Patches().to(device)
     trained = nn.ModuleDict({"conv2": vae.conv2, "decoder": vae.decoder})
-    trainer = Trainer("decoder", trained, args, device, 1500, 8e-4)
     optimiser = torch.optim.AdamW(patches.parameters(), 1e-3, (0.5, 0.95), weight_decay=0)
     if judge.is_file():
         patches.load_state_dict(torch.load(judge, weights_only=True, map_location=device))
 
-    def loss_of(generator):
-        group = clips if clips and trainer.step % 3 == 2 else stills
+    def loss_of(step, generator):
+        group = clips if clips and step % 3 == 2 else stills
         count = args.batch or (4 if group is clips else 16)
         wanted = torch.randint(len(group), (count,), generator=generator)
         edit = torch.randint(2, (count,), generator=generator)
@@ -404,12 +383,12 @@ def pretrain_decoder(args, rows, device):
         (F.relu(1 - real).mean() + F.relu(1 + fake).mean()).backward()
         optimiser.step()
         loss, doubt = distance(output, target, 1 - 0.7 * edit.to(device)), -patches(frames_of(output)).mean()
-        if trainer.step < 40:  # the discriminator first; then half as strong as the distance
+        if step < 40:  # the discriminator first; then half as strong as the distance
             return loss
         pull, push = (torch.autograd.grad(x, output, retain_graph=True)[0].norm() for x in (loss, doubt))
         return loss + 0.5 * pull / push.clamp_min(1e-12) * doubt
 
-    done = trainer.run(loss_of)
+    done = train("decoder", trained, args, device, 1500, 8e-4, loss_of)
     with whole_file(judge) as path:
         torch.save(patches.state_dict(), path)
     tensors = {f"vae.{name}": value.bfloat16().contiguous() for name, value in trained.state_dict().items()}
