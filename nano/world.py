@@ -186,12 +186,12 @@ def draw_textures(count=48, size=256):
 @lru_cache(maxsize=1)  # a worker draws many clips
 def load_library(folder=None):
     """Shapes and textures and, if `folder` has them, emoji and photographs. FileNotFoundError before `nano assets`."""
+    path = Path(folder or "", "index.json")
+    if folder and not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: fill the folder with `python -m nano assets {folder}`")
     library = Library(draw_shapes(), draw_textures())
     if folder is None:
         return library
-    path = Path(folder) / "index.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: fill the folder with `python -m nano assets {folder}`")
     index, images = json.loads(path.read_text()), load_file(path.with_name("assets.safetensors"))
     for entry, image in zip(index["sprites"], images["sprites"]):
         sprite = Sprite(entry["name"], entry["look"], pyramid(image.float() / 255))
