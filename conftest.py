@@ -198,10 +198,10 @@ def real_qwen_folder(tmp_path_factory, qwen_folder):
     return folder
 
 
-def small_model(qwen_folder):
+def small_model(qwen_folder, dim=32, heads=1):
     """A whole Kiwi-Edit of some 100,000 random weights."""
-    mllm = MLLMConfig(str(qwen_folder), 32, 4, 4, 4, max_ref_tokens=4, max_pixels=64 * 64)
-    dit = tiny_dit(dim=32, ffn_dim=48, num_heads=1, in_dim=48, out_dim=48)
+    mllm = MLLMConfig(str(qwen_folder), dim, 4, 4, 4, max_ref_tokens=4, max_pixels=64 * 64)
+    dit = tiny_dit(dim=dim, ffn_dim=48, num_heads=heads, in_dim=48, out_dim=48)
     vae = VAEConfig(dim=4, dec_dim=4, z_dim=48, num_res_blocks=1)
     return randomise(KiwiEdit(KiwiConfig(dit, vae, mllm)), 0.5)
 
@@ -353,10 +353,7 @@ def lesson(tmp_path_factory, qwen_folder):
             rows.append([*files, f"Invert it, {i}.", *[f"ref_{i}.png"] * (name == "ref_video.csv")])
         write_table(folder / name, rows, ref=name == "ref_video.csv")
     torch.manual_seed(0)
-    mllm = MLLMConfig(str(qwen_folder), 48, 4, 4, 4, max_ref_tokens=4, max_pixels=64 * 64)
-    dit = tiny_dit(dim=48, ffn_dim=48, num_heads=2, in_dim=48, out_dim=48)
-    model = KiwiEdit(KiwiConfig(dit, VAEConfig(dim=4, dec_dim=4, z_dim=48, num_res_blocks=1), mllm))
-    randomise(model, 0.5).save(folder / "weights")
+    small_model(qwen_folder, 48, 2).save(folder / "weights")
     return folder
 
 

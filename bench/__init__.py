@@ -2,7 +2,7 @@
 
     python -m bench.kernels    kernels: do they compile, compute the right numbers, how fast
     python -m bench.speed      the model beside diffusers, 8-bit weights, memory and roofline
-    python -m bench.solvers    fewer forwards, long clips and masks on nano
+    python -m bench.solvers    fewer forwards and long clips on nano
 
 Rows are saved one by one: what stops early (`timeout 150 python -m bench...` ends it with its processes) keeps what it
 measured.
@@ -29,7 +29,7 @@ def parse_arguments(program, sections, doc, argv=None):
     add("--repeat", type=int, default=7, help="turns of each measurement (default %(default)s)")
     add("--only", default="", metavar="TEXT", help="check, compile: only kernels with TEXT in their name")
     add("--arch", type=int, default=90, help="compile: compute capability, e.g. 80, 89, 90 (default %(default)s)")
-    add("--clips", type=int, default=6, help="few, long, mask: moving clips (default %(default)s)")
+    add("--clips", type=int, default=6, help="few, long: moving clips (default %(default)s)")
     add("--out", type=Path, default=HOUSE / "bench", help="folder of the results (default: bench/ of this repository)")
     return parser.parse_args(argv)
 

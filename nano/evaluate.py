@@ -93,9 +93,8 @@ def evaluate_case(model, library, edit, folder, row):
 
 
 def mean(values):
-    """Of the numbers among the values; nan without any."""
-    values = [float(value) for value in values if not math.isnan(value)]
-    return sum(values) / len(values) if values else math.nan
+    """Of those that are not nan; nan without any."""
+    return torch.tensor(list(values), dtype=torch.float64).nanmean().item()
 
 
 def sharpness(results, where):

@@ -107,10 +107,8 @@ def train(name, module, args, device, steps, rate, loss_of):
 
 def load_trained(name, module, folder):
     """Read the weights that `pretrain NAME` reached into `module`."""
-    path = Path(folder) / f"{name}.pt"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: run `python -m nano pretrain {name}` first")
-    module.load_state_dict(torch.load(path, weights_only=True, map_location="cpu")["masters"], strict=False)
+    state = torch.load(Path(folder) / f"{name}.pt", weights_only=True, map_location="cpu")
+    module.load_state_dict(state["masters"], strict=False)
     return module.eval().requires_grad_(False)
 
 

@@ -190,7 +190,7 @@ def load_library(folder=None):
     if folder and not path.is_file():
         raise FileNotFoundError(f"{path} is missing: fill the folder with `python -m nano assets {folder}`")
     library = Library(draw_shapes(), draw_textures())
-    if folder is None:
+    if not folder:
         return library
     index, images = json.loads(path.read_text()), load_file(path.with_name("assets.safetensors"))
     for entry, image in zip(index["sprites"], images["sprites"]):

@@ -6,12 +6,10 @@ import json
 import math
 import re
 import sys
-from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
 import judge
 import train
@@ -19,13 +17,10 @@ from command import one_line
 from conftest import HOUSE, close, randomise, small_edit
 from connectors import MLLMConfig
 from dit import DiTConfig
-from lora import inject_lora
 from media import read_clip, read_image
 from model import FlowMatch, KiwiConfig, KiwiEdit
 from nano import data, evaluate, pretrain, ship, world
 from nano.__main__ import main
-
-AHEAD = {"on the left": (-1, 0), "on the right": (1, 0), "at the top": (0, -1), "at the bottom": (0, 1)}
 
 
 def nano(*words):
@@ -131,26 +126,6 @@ def test_wordings_have_the_blanks_that_edits_fill_and_the_held_out_are_no_rearra
         assert len(set(wordings)) == len(wordings) >= 64 and len(test[task]) == 4
 
 
-def test_the_truth_follows_from_what_is_shown_and_said(edits):
-    said = {"train": Counter(), "test": Counter()}
-    for split, edit in [(name, edit) for name in edits for edit in edits[name]]:
-        things = edit.source.things
-        assert edit.kind != "image" or edit.source.camera.tolist() == [[0, 0, 1]], "it does not show where it goes"
-        if edit.new:
-            thing = edit.target.things[edit.changed[1]]
-            assert thing.path[0, 3] == 0, "how askew the old thing stood cannot be told"
-            assert thing.flip is False or edit.ref is not None, "words do not say which side"
-        if edit.task in ("change", "remove", "subject") and len(things) > 1:
-            name = things[edit.changed[0]].sprite.name
-            side = next((side for side in (*AHEAD, "in the middle") if f"{name} {side}" in edit.prompt), None)
-            said[split][side is not None] += 1
-            if side in AHEAD:
-                lead = [float(thing.path[0, :2] @ torch.tensor(AHEAD[side]).float()) for thing in things]
-                assert lead.index(max(lead)) == edit.changed[0], edit.prompt
-    assert not said["test"][False] and said["test"][True] > 10, "nobody has heard the names of its things"
-    assert said["train"][False] and said["train"][True], "names count too"
-
-
 def run_pretrain(part, data, out, *more):
     nano("pretrain", part, "--data", data, "--out", out, "--steps", 2, "--batch", 2, *more)
 
@@ -223,19 +198,6 @@ def test_a_small_denoiser_learns_two_edits_by_heart(library):
     assert (error < copied / 3).all(), (error, copied)
 
 
-def test_a_checkpoint_ships_as_small_weights_that_edit(tmp_path, pretrained, test_clips):
-    model = KiwiEdit.from_pretrained(pretrained / "weights", dtype=torch.float32)
-    inject_lora(model.mllm.model.language_model, 4, ("q_proj",))
-    lora = {k: v + 0.1 for k, v in model.mllm.model.language_model.state_dict().items() if ".lora_" in k}
-    trained = {f"mllm.model.language_model.{k}": v for k, v in lora.items()}
-    save_file({**trained, "dit.head.head.bias": model.dit.head.head.bias + 1}, tmp_path / "step.safetensors")
-    run_ship(tmp_path / "step.safetensors", pretrained / "weights", test_clips, tmp_path / "shipped")
-    assert sum(path.stat().st_size for path in (tmp_path / "shipped").rglob("*.*")) < 32e6
-    shipped = KiwiEdit.from_pretrained(tmp_path / "shipped", dtype=torch.float32)
-    assert close(shipped.dit.head.head.bias, model.dit.head.head.bias + 1, 1e-2)
-    assert tuple(shipped.config.trained) == (5, 64, 64, 8) and small_edit(shipped).shape == (6, 32, 64, 3)
-
-
 def test_a_decoder_is_trained_alone_over_weights_that_exist(tmp_path, nano_data, test_clips):
     run_pretrain("decoder", nano_data, tmp_path)
     nano_weights = HOUSE / "weights/nano"
@@ -254,6 +216,9 @@ def test_what_ships_is_the_same_each_time_and_its_card_has_the_runs_and_the_eval
     train.main([*map(str, words), "--set", "steps=1", "global_batch=2"])
     card, _ = (run_ship(run_, weights, test_clips, tmp_path / name) for name in "ab")
     assert same_files(tmp_path / "a", tmp_path / "b") == 12
+    assert sum(path.stat().st_size for path in (tmp_path / "a").rglob("*.*")) < 32e6
+    shipped = KiwiEdit.from_pretrained(tmp_path / "a", dtype=torch.float32)
+    assert tuple(shipped.config.trained) == (5, 64, 64, 8) and small_edit(shipped).shape == (6, 32, 64, 3)
     assert "| pretrain vae | 1 | 2 |" in card and "| train.py stage 3 | 1 | 1 | 2 |" in card
     row = data.read_truth(test_clips)[2]
     assert (tmp_path / "a/example/prompt.txt").read_text().strip() == row["prompt"]
