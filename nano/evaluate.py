@@ -76,22 +76,6 @@ def recognise(edit, library, result, region, index):
     return found
 
 
-def evaluate_case(model, library, edit, folder, row):
-    """One case -> its measures by method, and its middle frame as a row: source, reference, edit, truth."""
-    source, target, ref, region = read_case(folder, row)
-    index, middle = row["index"], len(source) // 2
-    results = {"edit": model.edit(source, row["prompt"], ref, seed=index), "copy": source}
-    if ref is not None:
-        results["edit, no reference"] = model.edit(source, row["prompt"], seed=index)
-    results["ceiling"] = model.decode_frames(model.encode_frames(target))
-    measures = {
-        method: measure(result, target, region) | recognise(edit, library, result, region, index)
-        for method, result in results.items()
-    }
-    shown = torch.full_like(source[0], 40) if ref is None else pad_reference(ref, source.shape[1:3])
-    return measures, torch.cat([source[middle], shown, results["edit"][middle], target[middle]], dim=1)
-
-
 def mean(values):
     """Of those that are not nan; nan without any."""
     return torch.tensor(list(values), dtype=torch.float64).nanmean().item()
@@ -131,15 +115,25 @@ def evaluate(args):
     out.mkdir(parents=True, exist_ok=True)
     cases, pictures = [], {}
     for row in tqdm(rows, desc="eval", mininterval=5):
-        edit = redraw_edit(library, world, row["index"])
-        measures, picture = evaluate_case(model, library, edit, folder, row)
+        index, edit = row["index"], redraw_edit(library, world, row["index"])
+        source, target, ref, region = read_case(folder, row)
+        results = {"edit": model.edit(source, row["prompt"], ref, seed=index), "copy": source}
+        if ref is not None:
+            results["edit, no reference"] = model.edit(source, row["prompt"], seed=index)
+        results["ceiling"] = model.decode_frames(model.encode_frames(target))
+        measures = {
+            method: measure(result, target, region) | recognise(edit, library, result, region, index)
+            for method, result in results.items()
+        }
+        shown = torch.full_like(source[:1], 40) if ref is None else pad_reference(ref, source.shape[1:3])[None]
+        frames = [clip[len(clip) // 2] for clip in (source, shown, results["edit"], target)]
         task = "subject" if row["task"] == "subject_add" else row["task"]
-        cases.append({"index": row["index"], "task": task, "prompt": row["prompt"], "measures": measures})
-        pictures.setdefault(task, []).append(picture)
+        cases.append({"index": index, "task": task, "prompt": row["prompt"], "measures": measures})
+        pictures.setdefault(task, []).append(torch.cat(frames, dim=1))
     told = {"weights": args.weights, "world": world, "asked": asked, "cases": cases}
     write_text(out / "eval.json", json.dumps(told, indent=0))
     write_text(out / "eval.md", text := summary(cases) + "\n")
-    empty = torch.zeros_like(picture)
+    empty = torch.zeros_like(pictures[task][0])
     sheet = torch.cat([torch.cat((shown + 4 * [empty])[:4], dim=1) for shown in pictures.values()])
     write_image(out / "sheet.png", sheet.repeat_interleave(2, 0).repeat_interleave(2, 1))
     print(f"{text}write       {out}/eval.md, eval.json, sheet.png (source | reference | edit | truth, four a task)")
