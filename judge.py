@@ -159,6 +159,8 @@ class Question:
     read: callable  # what the judge said -> a dict
     schema: dict | None  # the properties of that dict
     key: str
+    answer: dict | None = None  # its line of answers.jsonl, once there is a good one
+    problem: str = "not asked"  # why there is none
 
 
 def asked_how(args):
@@ -224,7 +226,7 @@ def make_judge(args):
 
 
 def ask_all(judge, args, answers, questions):
-    """Ask what has no good answer yet -> why asking stopped, or None."""
+    """Ask what has no good answer yet; answers go into the questions -> why asking stopped or None, and the cost."""
     announce(questions, answers, args)
     asker, due = vlm.Asker(judge, args.settings), answers.due(questions)
 
@@ -236,16 +238,18 @@ def ask_all(judge, args, answers, questions):
             if q.control in DAMAGES and not q.media[-1][1].is_file() and not asker.stop:
                 write_damaged(q.media[-1][1], q.control, q.item.source, q.item.edit)
             asker.ask(q.text, q.media, args.settings.fps, q.read, schema, note)
-        except (vlm.TryAgain, ValueError, OSError):
-            pass  # the ledger knows; what stops all is in asker.stop
+        except (vlm.TryAgain, ValueError, OSError) as error:
+            q.problem = str(error)  # what stops all is in asker.stop
 
     try:
         list(tqdm(vlm.in_threads(ask, due, args.settings.concurrency), total=len(due), desc="judge", disable=not due))
     except KeyboardInterrupt as error:
         asker.stop = error  # what waits is not sent, and not paid
         raise
-    print(f"paid        {account(answers, questions)}")
-    return asker.stop
+    for q in questions:
+        q.answer = answers.good.get(q.key)
+    print(f"paid        {(cost := account(answers, questions))}")
+    return asker.stop, cost
 
 
 def announce(questions, answers, args):
@@ -276,8 +280,8 @@ class Row:
     """All that is known about an item at the end."""
 
     item: Item
-    error: str | None = None
-    metrics: dict = field(default_factory=dict)  # empty where there are none
+    error: str | None = None  # why there are no metrics
+    numbers: dict = field(default_factory=dict)  # metrics, and what `scores_of` makes of the answers
     known: dict = field(default_factory=dict)  # what is known of the metrics: whether it held
     media: Path | None = None  # where its small clips and posters are, without their endings
     answers: list = field(default_factory=list)  # {name: score} as the judge gave them, one a repeat
@@ -289,20 +293,15 @@ class Row:
         """Why a result is missing, or None: averaging over the others would be averaging over failures."""
         return self.error or (self.failures or [None])[0]
 
-    def scores(self, cap=True):
-        """{criterion: mean over repeats, "score": their mean}, capped by the first or not; {} without answers."""
-        kept = [enforce(answer)[0] if cap else answer for answer in self.answers]
-        found = {name: fmean(answer[name] for answer in kept) for name in (kept or [{}])[0]}
-        return found and {**found, "score": fmean(found.values())}
 
-    def spread(self):
-        """Standard deviation over repeats of the mean score; None below two."""
-        totals = [fmean(enforce(answer)[0].values()) for answer in self.answers]
-        return stdev(totals) if len(totals) > 1 else None
-
-    def numbers(self):
-        """Every number that is known of it, by name."""
-        return {name: value for name, value in {**self.scores(), **self.metrics}.items() if value is not None}
+def scores_of(answers):
+    """Answers of the repeats -> means of the criteria, capped by the first; "score", their mean; the same uncapped; and
+    its standard deviation over repeats."""
+    capped = [enforce(answer)[0] for answer in answers]
+    totals = [fmean(answer.values()) for answer in capped]
+    found = {name: fmean(answer[name] for answer in capped) for name in capped[0]}
+    found |= {"score": fmean(totals), "uncapped": fmean(fmean(answer.values()) for answer in answers)}
+    return {**found, "spread": stdev(totals)} if len(totals) > 1 else found
 
 
 def measure_all(items, answers, args):
@@ -319,7 +318,8 @@ def measure_all(items, answers, args):
             if key not in answers.good or not Path(f"{media}_edit.jpg").is_file():
                 found, known = measure_files(item.source, item.edit, item.ref, wrong, media, embed)
                 answers.write(event="answer", ok=True, key=key, item=item.key, metrics=found, known=known)
-            return Row(item, None, answers.good[key]["metrics"], answers.good[key]["known"], media)
+            numbers = {name: value for name, value in answers.good[key]["metrics"].items() if value is not None}
+            return Row(item, None, numbers, answers.good[key]["known"], media)
         except (MediaError, OSError) as error:
             return Row(item, f"unreadable: {error}")
 
@@ -327,7 +327,7 @@ def measure_all(items, answers, args):
     torch.set_num_threads(1)  # items run side by side
     rows = list(tqdm(vlm.in_threads(one, items, os.cpu_count()), total=len(items), desc="metrics"))
     torch.set_num_threads(threads)
-    print(f"metrics     {sum(bool(row.metrics) for row in rows)} of {len(rows)} items")
+    print(f"metrics     {sum(not row.error for row in rows)} of {len(rows)} items")
     return rows
 
 
@@ -343,17 +343,18 @@ def open_embedder(args):
     return lambda images: clip_features(model, images)
 
 
-def collect(rows, questions, answers):
+def collect(rows, questions):
     """Put the answers into the rows."""
     by_key = {row.item.key: row for row in rows}
-    failures = {line["key"]: line["error"] for line in answers.lines if "error" in line}
-    for q in questions:
-        row, line = by_key[q.item.key], answers.good.get(q.key)
-        if not q.control and line:
-            row.answers.append(line["value"])
-            row.reasons.append(read_reason(line["text"]))
-        elif not q.control:
-            row.failures.append(failures.get(q.key, "not asked"))
+    for q in [q for q in questions if not q.control]:
+        row = by_key[q.item.key]
+        if q.answer:
+            row.answers.append(q.answer["value"])
+            row.reasons.append(read_reason(q.answer["text"]))
+        else:
+            row.failures.append(q.problem)
+    for row in rows:
+        row.numbers = (scores_of(row.answers) if row.answers else {}) | row.numbers
 
 
 FIRST, ALL = (lambda names: names[:1]), (lambda names: names)
@@ -368,21 +369,19 @@ KNOWN = {  # control: the criteria that it lowers, and what is known about its a
 }
 
 
-def known_of_judge(rows, questions, answers):
+def known_of_judge(rows, questions):
     """{what is known: [whether the judge said so, ...]}. What scores lowest already cannot fall and says nothing."""
-    true, known = {row.item.key: row.scores() for row in rows}, {}
-    for q in questions:
-        if q.control:
-            lowered, what = KNOWN[q.control]
-            held = known.setdefault(what, [])
-            whole, line = true[q.item.key], answers.good.get(q.key)
-            if whole and line:
-                names, given = lowered(list(line["value"])), enforce(line["value"])[0]
-                was, now = (sum(scores[name] for name in names) for scores in (whole, given))
-                if q.control == "copy":
-                    held.append(now == len(names))
-                elif was > len(names):
-                    held.append(now < was)
+    true, known = {row.item.key: row.numbers for row in rows if row.answers}, {}
+    for q in [q for q in questions if q.control]:
+        lowered, what = KNOWN[q.control]
+        held = known.setdefault(what, [])
+        if q.answer and q.item.key in true:
+            names, given = lowered(list(q.answer["value"])), enforce(q.answer["value"])[0]
+            was, now = (sum(scores[name] for name in names) for scores in (true[q.item.key], given))
+            if q.control == "copy":
+                held.append(now == len(names))
+            elif was > len(names):
+                held.append(now < was)
     return known
 
 
@@ -403,69 +402,60 @@ def verdict_of(judge, failed, asked, what):
 
 
 def by_task(rows):
-    """{task: its rows}, in the items' order."""
+    """{task: its rows}."""
     tasks = defaultdict(list)
     for row in rows:
         tasks[row.item.task].append(row)
     return tasks
 
 
-def score_means(args, rows, cap=True):
-    """{task: {criterion: Mean, ..., "score": Mean}} in the benchmark's order, and overall the mean of tasks' means."""
-    tasks, means, groups = by_task(rows), {}, []
-    mean = lambda groups, of: mean_of(groups, sum(bool(row.lost) for row in of), args.allow_missing)
-    for task in sorted(tasks, key=[*args.bench.tasks, *tasks].index):
-        scores = [row.scores(cap) for row in tasks[task] if row.answers]
-        names = [*args.bench.criteria(task), "score"]
-        means[task] = {name: mean([[s[name] for s in scores]], tasks[task]) for name in names}
-        groups.append([s["score"] for s in scores])
-    return means, mean(groups, rows)
+def means(args, rows, names, lost=lambda row: row.lost):
+    """[Mean of each of these numbers over the rows that have it]. lost: rows whose number is missing."""
+    missing = sum(bool(lost(row)) for row in rows)
+    values = [[row.numbers[name] for row in rows if name in row.numbers] for name in names]
+    return [mean_of([of], missing, args.allow_missing) for of in values]
+
+
+def overall(args, rows, name):
+    """The mean of the tasks' means."""
+    groups = [[row.numbers[name] for row in of if row.answers] for of in by_task(rows).values()]
+    return mean_of(groups, sum(bool(row.lost) for row in rows), args.allow_missing)
 
 
 def score_table(args, rows, trusted):
-    """The paper's Table 3 (a column for each criterion) or 2 (one for each task), capped and not."""
-    bench, wide, lines = args.bench, args.bench.table == "criteria", []
-    for name, cap in ((args.edits.name, True), ("the same, uncapped", False)):
-        means, overall = score_means(args, rows, cap)
-        shown = {task: of if wide else {"score": of["score"]} for task, of in means.items()}
-        lines.append([name, *(mean for of in shown.values() for mean in of.values()), overall])
-    head = [f"{task}: {name}" if wide else task for task, of in shown.items() for name in of]
-    published, whole = bench.published.get("rows") or {}, len(means) == len(bench.tasks) or "*" in bench.tasks
-    for system, known in published.items() if trusted else ():
-        line = [f"{system}, published ({published_note(args, len(rows))})"]
-        for task, of in shown.items():
+    """The paper's Table 3 (a column for each criterion) or 2 (one for each task), and the mean without the cap."""
+    bench, tasks, line = args.bench, by_task(rows), [args.edits.name]
+    wide, whole = bench.table == "criteria", set(bench.tasks) <= {*tasks, "*"}
+    names = {task: [*bench.criteria(task), "score"] if wide else ["score"] for task in tasks}
+    head = [f"{task}: {name}" if wide else task for task in tasks for name in names[task]]
+    for task, of in tasks.items():
+        line += means(args, of, names[task])
+    table = [["", *(name.replace("_", " ") for name in head), "overall", "overall, uncapped"]]
+    table.append([*line, overall(args, rows, "score"), overall(args, rows, "uncapped")])
+    told = bench.published
+    same = (told.get("model"), told.get("prompts")) == (args.judge, bench.wording) and not args.limit
+    alike = same and told.get("items") in (None, len(rows))
+    note = f"{told.get('judge')}; {'comparable' if alike else 'other model, prompts or items: compare ranks'}"
+    for system, known in told.get("rows", {}).items() if trusted else ():
+        line = [f"{system}, published ({note})"]
+        for task in tasks:
             given = known.get(task, [])  # the criteria's scores, or the task's
             given = [*given, fmean(given)] if wide and given else [given] if given else []
-            line += [f"{value:.2f}" for value in given] if len(given) == len(of) else ["–"] * len(of)
-        lines.append([*line, f"{known['overall']:.2f}" if whole and "overall" in known else "–"])
-    return [["", *(name.replace("_", " ") for name in head), "overall"], *lines]
+            line += [f"{value:.2f}" for value in given] or ["–"] * len(names[task])
+        table.append([*line, "–", f"{known['overall']:.2f}" if whole and "overall" in known else "–"])
+    return table
 
 
-def published_note(args, count):
-    """Whether published rows were made as this run was."""
-    told = args.bench.published
-    same = {
-        "model": told.get("model") == args.judge,
-        "prompts": told.get("prompts") == args.bench.wording,
-        "items": told.get("items") in (None, count) and not args.limit,
-    }
-    other = [what for what, is_same in same.items() if not is_same]
-    return f"{told.get('judge')}; " + (f"other {', '.join(other)}: compare ranks" if other else "comparable")
-
-
-def metric_table(rows, allow_missing, paired=False):
+def metric_table(args, rows, paired=False):
     """Means of the metrics, one line a metric, by task. paired: of differences A - B, with a sign test over all."""
-    tasks = by_task(rows)
-    count = lambda of: f"{sum(bool(row.metrics) for row in of)} of {len(of)}"
+    tasks, names = by_task(rows), [name for name in METRICS if any(name in row.numbers for row in rows)]
+    count = lambda of: f"{sum(not row.error for row in of)} of {len(of)}"
     head = ["metric", "better", *(f"{task} ({count(of)})" for task, of in tasks.items())]
     table = [[*head, *(["A higher", "B higher", "sign test p"] if paired else [])]]
-    for name, (better, *_) in METRICS.items():
-        known = {task: [v for row in of if (v := row.metrics.get(name)) is not None] for task, of in tasks.items()}
-        if any(known.values()):
-            lost = lambda task: sum(not row.metrics for row in tasks[task])
-            cells = [mean_of([of], lost(task), allow_missing) if of else "–" for task, of in known.items()]
-            up, down = (sum(sign * gap > 0 for of in known.values() for gap in of) for sign in (1, -1))
-            table.append([name, better, *cells, *([up, down, f"{sign_test(up, down):.3f}"] if paired else [])])
+    for name, *cells in zip(names, *(means(args, of, names, lambda row: row.error) for of in tasks.values())):
+        gaps = [row.numbers[name] for row in rows if name in row.numbers]
+        up, down = sum(gap > 0 for gap in gaps), sum(gap < 0 for gap in gaps)
+        table.append([name, METRICS[name][0], *cells, *([up, down, f"{sign_test(up, down):.3f}"] if paired else [])])
     return table
 
 
@@ -474,8 +464,7 @@ def write_csv(path, rows):
     lines = []
     for row in rows:
         told = {"item": row.item.key, "task": row.item.task, "edit": row.item.edit.name, "error": row.lost or ""}
-        numbers = row.numbers() | {"uncapped": row.scores(False).get("score"), "spread": row.spread()}
-        numbers = {name: f"{value:.4f}" for name, value in numbers.items() if value is not None}
+        numbers = {name: f"{value:.4f}" for name, value in row.numbers.items()}
         lines.append({**told, "instruction": row.item.instruction, **numbers})
     with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(name for line in lines for name in line)))
@@ -503,15 +492,9 @@ def finish(args, name, verdict, parts, lost, stopped, page):
     head = f"# {page['title']}\n\n**{told}**\n\n`{args.command_line}`\n"
     write_text(path.with_suffix(".md"), f"{head}{text}\n## What the metrics are\n\n{report.table(about)}\n")
     names = list(dict.fromkeys(name for _, values, _ in page["cards"] for name in values))
-    page |= {
-        "verdict": told,
-        "bad": bad,
-        "command": args.command_line,
-        "names": names,
-        "still": args.bench.kind != "video",
-    }
-    page |= {"parts": [*parts, ("What the metrics are", "", about)], "to": lambda path: relative(path, args.out)}
-    write_text(path, report.page("judge.html", **page))
+    page |= {"verdict": told, "bad": bad, "names": names, "parts": [*parts, ("What the metrics are", "", about)]}
+    page |= {"command": args.command_line, "still": args.bench.kind == "picture"}
+    write_text(path, report.page("judge.html", to=lambda file: relative(file, args.out), **page))
     print(f"{text}\n{path}\nverdict     {told}")
     if stopped:
         raise stopped
@@ -555,7 +538,7 @@ def mean_over(raters):
 def agreement(human, rows):
     """A table: how people's scores agree with ours, over all and per task, and raters among themselves."""
     table = [["people's", "ours", "task", "items", "Spearman", "Kendall", "pairwise accuracy"]]
-    ours = {row.item.key: row.numbers() for row in rows}
+    ours = {row.item.key: row.numbers for row in rows}
     for column, raters in human.items():
         people = mean_over(raters)
         for name in dict.fromkeys(name for numbers in ours.values() for name in numbers):
@@ -585,7 +568,7 @@ def prepare(args, *folders):
 
 
 def gather(args, sides, questions_of):
-    """Measure every item, then ask the judge -> rows of each side, questions, answers, why asking stopped.
+    """Measure every item, then ask the judge -> rows of each side, questions, why asking stopped or None, the cost.
 
     questions_of: groups of items whose edits are there, one of each side -> questions. A dry run ends here.
     """
@@ -593,77 +576,71 @@ def gather(args, sides, questions_of):
     with appended(args.out / "answers.jsonl", sync=True) as (lines, add):
         answers = Answers(lines, add)
         if args.dry_run:
-            announce(
-                questions_of([group for group in zip(*sides) if all(i.edit.is_file() for i in group)]), answers, args
-            )
-            sys.exit()
-        rows, questions, stopped = [measure_all(items, answers, args) for items in sides], [], None
-        if judge:
-            whole = [group for group in zip(*rows) if not any(row.error for row in group)]
-            questions = questions_of([[row.item for row in group] for group in whole])
-            stopped = ask_all(judge, args, answers, questions)
-    return rows, questions, answers, stopped
+            there = [group for group in zip(*sides) if all(item.edit.is_file() for item in group)]
+            sys.exit(announce(questions_of(there), answers, args))
+        rows = [measure_all(items, answers, args) for items in sides]
+        if not judge:
+            return rows, [], None, ""
+        whole = [group for group in zip(*rows) if not any(row.error for row in group)]
+        questions = questions_of([[row.item for row in group] for group in whole])
+        return rows, questions, *ask_all(judge, args, answers, questions)
 
 
 def score(args):
     """`judge.py score`: metrics, then the judge, then the report."""
     asked_about = lambda groups: score_questions([item for (item,) in groups], args)
-    (rows,), questions, answers, stopped = gather(args, prepare(args, args.edits), asked_about)
+    (rows,), questions, stopped, cost = gather(args, prepare(args, args.edits), asked_about)
     judged, parts, known = args.judge != "metrics", [], defaultdict(list)
-    collect(rows, questions, answers)
+    collect(rows, questions)
     for what, held in (pair for row in rows for pair in row.known.items()):
         known[what].append(held)
     of_metrics, failed, count = known_table(known)
     verdict = f"No judge was asked. The metrics failed {failed} of {count} known answers.", False
     if judged:
-        of_judge, failed, count = known_table(known_of_judge(rows, questions, answers))
+        of_judge, failed, count = known_table(known_of_judge(rows, questions))
         told, bad = verdict_of(args.judge, failed, count, "failed {} of {} known answers")
-        models = {answers.good[q.key].get("model") or "" for q in questions if q.key in answers.good}
+        models = {q.answer.get("model") or "" for q in questions if q.answer}
         others = ", ".join(sorted(name for name in models if name.lower() not in args.judge.lower()))
         verdict = told + (f" Answered by {others}, not by {args.judge}." if others else ""), bad
         parts.append(("Scores", how_scored(args, rows), score_table(args, rows, not bad)))
-        parts.append(("Known answers, judge", f"Cost: {account(answers, questions)}", of_judge))
+        parts.append(("Known answers, judge", f"Cost: {cost}", of_judge))
     if args.human:
         text = "Rank correlations and the share of pairs of items in people's order; [95 % bootstrap] from 10 items on."
         parts.append(("Agreement with people", text, agreement(args.human, rows)))
     text = "No model. Means over items, with their values below 10 items and a 95 % bootstrap interval from there on."
-    parts.append(("Metrics", text, metric_table(rows, args.allow_missing)))
+    parts.append(("Metrics", text, metric_table(args, rows)))
     parts.append(("Known answers, metrics", "", of_metrics))
     write_csv(args.out / f"{args.bench.name}.csv", rows)
-    means = write_summary(args, rows, verdict)
-    strength = lambda of: mean_of([[row.metrics["edit_strength"] for row in of if row.metrics]])
-    bars = [bar(task, of["score"], 1, 5) if judged else bar(task, strength(rows), 0, 80) for task, of in means.items()]
-    page = {"title": f"{args.bench.title}: {args.edits.name}", "measured": "mean score" if judged else "edit strength"}
-    page |= {"bars": bars, "cards": [((row,), row.numbers(), "") for row in rows]}
-    lost = {row.item.key: row.lost for row in rows if row.lost}
-    finish(args, args.bench.name, verdict, parts, lost, stopped, page)
+    write_summary(args, rows, *verdict)
+    name, low, high = ("score", 1, 5) if judged else ("edit_strength", 0, 80)
+    shown = {task: means(args, of, [name])[0] for task, of in by_task(rows).items()}
+    page = {"title": f"{args.bench.title}: {args.edits.name}", "measured": name.replace("_", " ")}
+    page["bars"] = [bar(task, mean, low, high) for task, mean in shown.items()]
+    page["cards"] = [((row,), row.numbers, "") for row in rows]
+    finish(args, args.bench.name, verdict, parts, {row.item.key: row.lost for row in rows if row.lost}, stopped, page)
 
 
 def how_scored(args, rows):
     """What stands above the scores."""
     answers, s = [answer for row in rows for answer in row.answers], args.settings
     broken, missing = sum(enforce(answer)[1] for answer in answers), sum(len(row.failures) for row in rows)
-    spreads = [spread for row in rows if (spread := row.spread()) is not None]
+    spreads = [row.numbers["spread"] for row in rows if "spread" in row.numbers]
     spread = f" Standard deviation over repeats, mean over items: {fmean(spreads):.2f}." if spreads else ""
     return (
         f"{args.judge} at {s.fps:g} frames a second, {s.resolution} resolution, temperature {s.temperature}, "
         f"{args.repeats} answer(s) an item, rubric: {args.bench.wording}. Overall is the mean of the tasks' means. The "
-        f"judge broke the hierarchy in {broken} of {len(answers)} answers; the first row caps every score by the first "
-        f"one, published rows were merely asked to. {missing} answers are missing.{spread}"
+        f"judge broke the hierarchy in {broken} of {len(answers)} answers; here the first score caps the others, "
+        f"published rows were merely asked to. {missing} answers are missing.{spread}"
     )
 
 
-def write_summary(args, rows, verdict):
-    """summary.json, a line of `leaderboard` -> means of the tasks."""
-    means, overall = score_means(args, rows)
+def write_summary(args, rows, verdict, bad):
+    """summary.json, a line of `leaderboard`."""
     told = {"bench": args.bench.name, "judge": args.judge, "items": len(rows), "asked": asked_how(args)}
     told["prompts"] = key_of(*(args.bench.rubric(row.item) for row in rows))
-    told |= {"overall": str(overall), "uncapped": str(score_means(args, rows, False)[1])}
-    told |= {"tasks": {task: str(of["score"]) for task, of in means.items()}}
-    write_text(
-        args.out / "summary.json", json.dumps({**told, "verdict": verdict[0], "trusted": not verdict[1]}, indent=1)
-    )
-    return means
+    told |= {"overall": str(overall(args, rows, "score")), "uncapped": str(overall(args, rows, "uncapped"))}
+    told["tasks"] = {task: str(*means(args, of, ["score"])) for task, of in by_task(rows).items()}
+    write_text(args.out / "summary.json", json.dumps({**told, "verdict": verdict, "trusted": not bad}, indent=1))
 
 
 SWAYED = "followed the position"
@@ -671,12 +648,11 @@ OUTCOMES = {("1", "2"): "A preferred", ("2", "1"): "B preferred", ("1", "1"): SW
 POINTS = {"A preferred": 1.0, "B preferred": 0.0}  # anything else is 0.5
 
 
-def votes_of(questions, answers):
+def votes_of(questions):
     """{item: who is preferred, where there is an answer in both orders}."""
     said = defaultdict(list)
-    for q in questions:
-        if q.key in answers.good:
-            said[q.item.key].append(answers.good[q.key]["value"]["winner"])
+    for q in [q for q in questions if q.answer]:
+        said[q.item.key].append(q.answer["value"]["winner"])
     return {item: OUTCOMES.get(tuple(winners), "undecided") for item, winners in said.items() if len(winners) == 2}
 
 
@@ -703,8 +679,8 @@ def compare(args):
     """`judge.py compare`: which of two systems wins, each pair shown in both orders; metrics as paired differences."""
     sides = prepare(args, args.a, args.b)
     asked_about = lambda pairs: [q for a, b in pairs for q in pair_questions(args, a, b)]
-    (left, right), questions, answers, stopped = gather(args, sides, asked_about)
-    parts, verdict, shares, votes = [], ("No judge was asked.", False), {}, votes_of(questions, answers)
+    (left, right), questions, stopped, _ = gather(args, sides, asked_about)
+    parts, verdict, shares, votes = [], ("No judge was asked.", False), {}, votes_of(questions)
     lost = {a.item.key: a.error or b.error for a, b in zip(left, right) if a.error or b.error}
     whole = len(left) - len(lost)
     lost |= {q.item.key: "no answer in both orders" for q in questions if q.item.key not in votes}
@@ -715,12 +691,11 @@ def compare(args):
         parts.append(("Preferences", "Each pair was shown in both orders; a win needs both.", table))
     gaps, cards = [], []
     for a, b in zip(left, right):
-        ours, theirs = a.numbers(), b.numbers()
-        gaps.append(Row(a.item, metrics={name: ours[name] - theirs[name] for name in ours if name in theirs}))
-        values = {f"{name}, A - B": value for name, value in gaps[-1].metrics.items()}
-        cards.append(((a, b), values, votes.get(a.item.key, "")))
+        gap = {name: value - b.numbers[name] for name, value in a.numbers.items() if name in b.numbers}
+        gaps.append(Row(a.item, a.error or b.error, gap))
+        cards.append(((a, b), {f"{name}, A - B": value for name, value in gap.items()}, votes.get(a.item.key, "")))
     text = f"Differences A - B over {whole} of {len(left)} pairs."
-    parts.append(("Metrics", text, metric_table(gaps, args.allow_missing, paired=True)))
+    parts.append(("Metrics", text, metric_table(args, gaps, paired=True)))
     page = {"title": f"{args.bench.title}: A = {args.a}, B = {args.b}", "measured": "share that prefers A"}
     page |= {"bars": [bar(task, share, 0, 1) for task, share in shares.items()], "cards": cards}
     finish(args, f"{args.bench.name}_compare", verdict, parts, lost, stopped, page)

@@ -19,7 +19,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import benchmarks
@@ -303,22 +302,6 @@ def test_a_key_goes_to_no_open_address_and_to_no_other_host_and_into_no_file(ref
     assert b"HTTP 413: ***" in written and b"kkkk" not in written
 
 
-@pytest.mark.parametrize("judge_", ["gemini-x", "openai:m"])
-def test_a_judge_gets_the_media_at_an_explicit_rate(refvie, judge_):
-    with FakeJudge() as fake:
-        score(refvie, fake, "--mode", "strict", "--controls", 0, "--limit", 1, judge_=judge_)
-        request = fake.requests[-1]
-    if judge_ == "gemini-x":
-        videos, config = [p for p in request["parts"] if "videoMetadata" in p], request["body"]["generationConfig"]
-        assert len(videos) == 2 and all(p["videoMetadata"] == {"fps": 4.0} for p in videos)
-        edits = [path.read_bytes() for path in (refvie / "edits").iterdir()]
-        assert base64.b64decode(videos[1]["inlineData"]["data"]) in edits
-        assert config["mediaResolution"] == "MEDIA_RESOLUTION_HIGH" and config["temperature"] == 0
-        assert config["responseSchema"]["propertyOrdering"][0] == "reasoning"
-    else:  # frames of the clips, which have 4 a second too, and the reference
-        assert len([p for p in request["parts"] if p["type"] == "image_url"]) == 1 + 2 * 8
-
-
 def test_who_answered_is_kept_and_another_endpoint_or_rate_is_asked_anew(refvie, monkeypatch, capsys):
     decoded = []
     monkeypatch.setattr(vlm, "decode", lambda path, *rest, true=vlm.decode: decoded.append(path) or true(path, *rest))
@@ -330,14 +313,15 @@ def test_who_answered_is_kept_and_another_endpoint_or_rate_is_asked_anew(refvie,
         for server, more in ((elsewhere, ()), (elsewhere, ("--mode", "strict")), (fake, ())):
             score(refvie, server, "--controls", 0, *more)
         assert len(fake.requests) == 9 and len(elsewhere.requests) == 6
+        last = elsewhere.requests[-1]  # the reference, and all frames of two clips that have 4 a second too
+        assert len([p for p in last["parts"] if p["type"] == "image_url"]) == 1 + 2 * (8 + number_of(last))
         assert {line["model"] for line in answers_of(refvie)} == {"other-7b"}
         assert "Answered by other-7b, not by openai:m." in report_of(refvie)
         score(refvie, fake, "--controls", 0, "--mode", "strict", out="b")
     capsys.readouterr()
     go("leaderboard", refvie / "out", refvie / "b")
-    said = capsys.readouterr().out
-    assert "/out | openai:m | 3 | 3.00" in said and "/b | openai:m | 3 | 3.00" in said
-    assert "other asked than the first" in said
+    first, second = capsys.readouterr().out.splitlines()[2:]
+    assert "/out | openai:m | 3 | 3.00" in first and "other asked than the first" in second
 
 
 def test_a_dry_run_tells_the_price_and_asks_and_measures_nothing(refvie, capsys, monkeypatch):
@@ -397,13 +381,13 @@ def test_the_hierarchy_is_enforced_in_code_and_odd_answers_are_paid_once(refvie)
             score(refvie, fake, "--controls", 0)
         assert len(fake.requests) == 3 and "\u2028" in answers_of(refvie)[-1]["text"]
     assert "broke the hierarchy in 2 of 3 answers" in report_of(refvie)
-    assert "| the same, uncapped | 2.00 (2.00, 2.00) | 5.00 (5.00, 5.00) |" in report_of(refvie)
+    assert "| 3.17 | 3.67 |" in report_of(refvie)  # capped and not, of the tasks' means
     with (refvie / "out" / "refvie.csv").open() as file:
         row = next(csv.DictReader(file))
     names = ("identity_consistency", "temporal_consistency", "physical_integration", "score", "uncapped")
     assert [row[name] for name in names] == ["2.0000", "2.0000", "1.0000", "1.6667", "2.6667"]
     told = json.loads((refvie / "out" / "summary.json").read_text())
-    assert told["overall"] == "3.17"  # of the tasks' means, (5 / 3 + 14 / 3) / 2
+    assert told["overall"] == "3.17"  # (5 / 3 + 14 / 3) / 2
 
 
 def test_known_answers_hold_for_a_judge_with_eyes_and_a_blind_one_ends_with_exit_3(refvie):
@@ -415,13 +399,17 @@ def test_known_answers_hold_for_a_judge_with_eyes_and_a_blind_one_ends_with_exit
         return good_answer(request, (5, 5, 5) if whole else (3, 1, 1))
 
     always = lambda n: lambda request, nth: good_answer(request, (n, n, n))
-    published = "Runway Aleph, published (Gemini-3-Flash; other model, prompts, items: compare ranks)"
+    published = "Runway Aleph, published (Gemini-3-Flash; other model, prompts or items: compare ranks)"
     run = lambda fake: score(refvie, fake, "--controls", 2, "--limit", 2, judge_="gemini-x")
     table = lambda: re.findall(r"\| (\d) \| (\d) \|\n", report_of(refvie).partition("## Metrics")[0])
     with FakeJudge(seeing) as fake:
         run(fake)
     assert table() == [("2", "2")] * 6 and "failed 0 of 12 known answers" in report_of(refvie)
     assert published in report_of(refvie)
+    (last, *_), rates = fake.requests, {json.dumps(part.get("videoMetadata")) for part in fake.requests[0]["parts"]}
+    assert rates == {"null", '{"fps": 1.0}'} and last["body"]["generationConfig"]["temperature"] == 0
+    assert last["body"]["generationConfig"]["mediaResolution"] == "MEDIA_RESOLUTION_MEDIUM"
+    assert last["body"]["generationConfig"]["responseSchema"]["propertyOrdering"][0] == "reasoning"
     with FakeJudge(always(5)) as fake, fails("3"):
         run(fake)
     text = report_of(refvie)
@@ -434,8 +422,7 @@ def test_known_answers_hold_for_a_judge_with_eyes_and_a_blind_one_ends_with_exit
 
 def test_foreseeable_failures_end_with_one_line_and_others_with_a_traceback():
     no_memory = [RuntimeError(words) for words in ("CUDA error: out of memory", "unable to find an engine to execute")]
-    told = [("no such file", OSError("no such\nfile")), *(("out of GPU memory", error) for error in no_memory)]
-    for says, error in told:
+    for says, error in [("no such file", OSError("no such\nfile")), *(("out of GPU memory", e) for e in no_memory)]:
         with pytest.raises(SystemExit, match=f"judge.py: {says}"), command.one_line("judge.py"):
             raise error
     with pytest.raises(RuntimeError, match="a bug"), command.one_line("judge.py"):
@@ -443,14 +430,14 @@ def test_foreseeable_failures_end_with_one_line_and_others_with_a_traceback():
 
 
 def test_correlations_and_intervals_are_right_on_numbers_done_by_hand():
-    assert stats.spearman([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8)
-    assert stats.spearman([1, 1, 1], [1, 2, 3]) is None
-    assert stats.kendall([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(4 / 6)
-    assert stats.kendall([1, 1, 2], [1, 2, 3]) == pytest.approx(2 / 6**0.5)
-    assert stats.pairwise([1, 2, 3], [1, 3, 2]) == pytest.approx(2 / 3) and stats.pairwise([1, 1], [1, 2]) is None
+    about = pytest.approx
+    assert stats.spearman([1, 2, 3, 4], [1, 3, 2, 4]) == about(0.8) and stats.spearman([1, 1, 1], [1, 2, 3]) is None
+    assert stats.kendall([1, 2, 3, 4], [1, 3, 2, 4]) == about(4 / 6)
+    assert stats.kendall([1, 1, 2], [1, 2, 3]) == about(2 / 6**0.5)
+    assert stats.pairwise([1, 2, 3], [1, 3, 2]) == about(2 / 3) and stats.pairwise([1, 1], [1, 2]) is None
     values = np.random.default_rng(1).normal(3, 1, 400)
     mean = stats.mean_of([list(values)])
-    assert mean.high - mean.low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
+    assert mean.high - mean.low == about(2 * 1.96 * values.std() / 20, rel=0.1)
     assert stats.mean_of([[1.0, 1.0], [3.0, 3.0]]).value == 2  # tasks weigh the same
     assert str(stats.mean_of([[1.0, 2.0]], missing=1, allow_missing=False)) == "– (1 missing)"
     assert str(stats.mean_of([[1.0, 2.0, 3.0]])) == "2.00 (1.00, 2.00, 3.00)"  # too few for an interval
@@ -528,7 +515,7 @@ def test_a_missing_and_a_broken_edit_are_counted_and_shown_and_no_edits_replace_
     text, page = report_of(refvie), (refvie / "out" / "refvie.html").read_text()
     assert "p%40ss" not in text + page and "s3cret" not in text + page
     assert "missing: " in text and "unreadable: " in text and "| background (1 of 1) |" in text
-    assert "| subject (0 of 2) |" in text and "| edit_strength |  | – | " in text
+    assert "| subject (0 of 2) |" in text and "| edit_strength |  | – (2 missing) | " in text
     assert page.index("missing: ") < page.index("What the metrics are")
     for found in re.findall(r'(?:src|href|poster)="([^"]+)"', page):
         assert (refvie / "out" / found).is_file() and "://" not in found
@@ -594,68 +581,56 @@ def test_a_benchmark_of_one_s_own_is_a_yaml_file_and_its_prompts_another(refvie)
         words += ["--endpoint", fake.url, "--out", refvie / "out"]
         go(*words)
         text = report_of(refvie, name="mine")
-        assert "| edits | 4.00 | 4.00 |" in text and "| the same, uncapped | 4.50 | 4.50 |" in text
-        assert "| Their model, published (Someone; other prompts: compare ranks) | – | 3.50 |" in text
+        assert "| edits | 4.00 | 4.00 | 4.50 |" in text
+        assert "| Their model, published (Someone; other model, prompts or items: compare ranks) | – | – | 3.5" in text
         assert "1: none" in fake.requests[0]["text"] and "response_format" in fake.requests[0]["body"]
         go(*words, "--prompts", prompts)
         assert "Grade Zoom in. Lines" in fake.requests[1]["text"] and "response_format" not in fake.requests[1]["body"]
     assert "published (Someone; comparable)" in report_of(refvie, name="mine")
 
 
-def test_run_makes_the_edits_under_the_released_names_each_once_and_in_shards(
+def test_run_makes_the_released_names_once_in_shards_and_mixes_no_other_weights_or_settings(
     refvie, small_weights, monkeypatch, capsys
 ):
-    weights = ("--weights", small_weights, "--steps", 1, "--device", "cpu")
-    run = lambda edits, *more: go("run", *weights, "--edits", refvie / edits, "--bench", *more)
+    weights = shutil.copytree(small_weights, refvie / "weights")
+    words = ["run", "--weights", weights, "--steps", 1, "--device", "cpu", "--bench", "refvie", refvie / "bench.yaml"]
+    run = lambda edits, *more: go(*words, "--edits", refvie / edits, *more)
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
-        run("new", "refvie", refvie / "bench.yaml")
+        run("new")
     made = sorted((refvie / "new").glob("*.mp4"))
     assert [path.name for path in made] == sorted(path.name for path in (refvie / "edits").iterdir())
     with open_media(made[0]) as (_, stream):
         assert stream.pix_fmt == "yuv444p"  # so that the metrics see the model and not the codec
-    run("new", "refvie", refvie / "bench.yaml")
+    run("new")
     assert "0 of 1 edits to make" in capsys.readouterr().out
     monkeypatch.delenv("RANK")  # and WORLD_SIZE alone is not torchrun's
     asked, edit = [], KiwiEdit.edit
     monkeypatch.setattr(KiwiEdit, "edit", lambda *a, **more: asked.append(more) or edit(*a, **more))
-    run("plain", "refvie", refvie / "bench.yaml", "--no-ref", "--seed", 7, "--ref-guidance", 2, "--limit", 1)
+    run("plain", "--no-ref", "--seed", 7, "--ref-guidance", 2, "--limit", 1)
     assert [(more["seed"], more["ref_guidance"]) for more in asked] == [(7, 2)]
     assert not torch.equal(read_clip(refvie / "plain" / made[0].name).frames, read_clip(made[0]).frames)
-    rows = "original_video,prompt,edited_type\n" + "".join(f"{made[0].name},Add a hat{end},local_add\n" for end in ".!")
-    (refvie / "new" / "twice.csv").write_text(rows)
-    run("twice", "openve", refvie / "new" / "twice.csv")
-    assert len(asked) == 2 and "of the first" in capsys.readouterr().err
-
-
-def test_edits_of_other_weights_or_settings_are_not_mixed(refvie, small_weights, monkeypatch):
-    other = Path(shutil.copytree(small_weights, refvie / "weights"))
-    monkeypatch.setattr(KiwiEdit, "edit", lambda self, frames, *rest, **more: frames)
-    words = ("--weights", other, "--edits", refvie / "new", "--limit", 1, "--bench", "refvie", refvie / "bench.yaml")
-    run = lambda *more: go("run", *words, *more)
-    run()
-    for flag, says in (("--seed", "seed 0, not 1"), ("--ref-guidance", "ref_guidance None, not 1.0")):
-        with fails(f"edits are there of {says}; give another --edits"):
-            run(flag, 1)
+    refused = {"--seed": "are there of seed 0, not 1;", "--ref-guidance": "of ref_guidance None, not 1.0; give another"}
+    for flag, says in refused.items():
+        with fails(says):
+            run("new", flag, 1)
     with fails("--device cuda:9: not available here"):
-        run("--device", "cuda:9")
-    dit = load_file(other / "dit.safetensors")
-    save_file({name: tensor + 1 for name, tensor in dit.items()}, other / "dit.safetensors")
+        run("new", "--device", "cuda:9")
+    dit = load_file(weights / "dit.safetensors")
+    save_file({name: tensor + 1 for name, tensor in dit.items()}, weights / "dit.safetensors")
     with fails("edits are there of weights .*; give another --edits"):
-        run()  # the same folder, with other weights in it
+        run("new")  # the same folder, with other weights in it
     (refvie / "new" / "run.json").unlink()
     with fails("edits without .*run.json; use an empty --edits"):
-        run()
+        run("new")
 
 
-@pytest.mark.parametrize(
-    "fps, count, expected", [(1, 4, [0, 1, 2, 3]), (4, 14, [0, 0.25, 0.5, 0.75, 1]), (99, 28, [0])]
-)
-def test_frames_for_a_judge_stand_where_its_frame_rate_says(tmp_path, fps, count, expected):
+def test_frames_for_a_judge_stand_where_its_frame_rate_says(tmp_path):
     write_video(tmp_path / "v.mp4", smooth_clip(BLUE, 28, 32), 8)
-    frames, seconds = vlm.sampled_frames(tmp_path / "v.mp4", fps)
-    assert len(frames) == len(seconds) == count and seconds[: len(expected)] == expected
+    for fps, count, expected in ((1, 4, [0, 1, 2, 3]), (4, 14, [0, 0.25, 0.5, 0.75, 1]), (99, 28, [0])):
+        frames, seconds = vlm.sampled_frames(tmp_path / "v.mp4", fps)
+        assert len(frames) == len(seconds) == count and seconds[: len(expected)] == expected
     positions = lay_out([[1, 2], (7, (4, 2, 2), 0.5)])[1]  # frames closer than a position share it
     assert positions[0, 0].tolist() == [0, 1, 2, 2, 3, 3]
 
@@ -667,12 +642,6 @@ def test_a_local_judge_numbers_and_generates_as_transformers_does(tmp_path, kind
     ours = vlm.Local(tiny_local_judge(tmp_path / "judge", kind), vlm.Settings(max_tokens=8, device="cpu"))
     media = [("Reference image", tmp_path / "ref.png"), ("Edited video", tmp_path / "v.mp4")]
     ids, positions, pixels = ours.prepare("Judge it.", media, 4.0)
-    frames = vlm.sampled_frames(tmp_path / "v.mp4", 4.0)[0]
-    seen = pixels["pixel_values_videos"].reshape(4, 2, 2, 2, 2, 3, 2, ours.patch, ours.patch)
-    seen = seen.permute(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(8, 4 * ours.patch, 4 * ours.patch, 3)
-    seen = seen * torch.tensor(ours.std) + torch.tensor(ours.mean)
-    small = F.interpolate(frames.permute(0, 3, 1, 2).float(), seen.shape[1:3]).permute(0, 2, 3, 1)
-    assert (seen * 255 - small).abs().mean() < 6
     kinds = torch.zeros_like(ids)
     kinds[ids == ours.token("image_pad")], kinds[ids == ours.token("video_pad")] = 1, 2
     try:
@@ -687,6 +656,5 @@ def test_a_local_judge_numbers_and_generates_as_transformers_does(tmp_path, kind
         expected = ours.mllm.generate(ids, mm_token_type_ids=kinds, **pixels, max_new_tokens=8, do_sample=False)
         ends = (ours.token("im_end"), ours.token("endoftext"))
         assert said.text == ours.tokenizer.decode([t for t in expected[0, ids.shape[1] :].tolist() if t not in ends])
-    else:  # 2 positions a second, 4 frames a second, 2 a step
-        video = positions[0, 0][kinds[0] == 2]
-        assert video.unique().diff().tolist() == [1] * (pixels["video_grid_thw"][0, 0].item() - 1)
+    video = positions[0, 0][kinds[0] == 2]  # 2 positions a second, 4 frames a second, 2 a step
+    assert kind == "qwen3_vl" or video.unique().diff().tolist() == [1, 1, 1]
