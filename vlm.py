@@ -557,28 +557,27 @@ class Asker:
 
     def next_try(self, problem, tries, until):
         """The monotonic time of the next try; raises the problem where none is worth it, or what stops them all."""
+        lost, busy, wait = isinstance(problem, TryAgain), getattr(problem, "busy", False), 0.0
+        if lost:
+            backoff = self.settings.wait * 2 ** max(tries - 1, 0) * (1 + random.random() / 4)
+            wait = backoff if problem.after is None else problem.after
+        then = time.monotonic() + wait
+        late, spent = then > until, tries >= self.settings.tries
         self.unread += isinstance(problem, Malformed) and not self.heard
         if isinstance(problem, Barred):
             self.stop = problem
         elif self.unread >= UNREAD:
             self.stop = Barred(f"{UNREAD} answers, and none could be read ({problem}); choose another model")
-        lasting = isinstance(problem, Unusable) or not isinstance(problem, TryAgain | Malformed)
-        if self.stop or lasting or not self.model.again:
-            raise self.stop or problem
-        wait, busy = 0.0, getattr(problem, "busy", False)
-        if isinstance(problem, TryAgain):
-            backoff = self.settings.wait * 2 ** min(max(tries - 1, 0), 6) * (1 + random.random() / 4)
-            wait = backoff if problem.after is None else problem.after
-        then = time.monotonic() + wait
-        if busy and then > until:
+        elif busy and late:
             told = f"the quota is used up for {wait:.0f} s more, beyond --set patience={self.settings.patience:g}"
             self.stop = Barred(f"{told} ({problem}); run it again later")
-        elif busy:
-            self.not_before = max(self.not_before, then)  # everybody waits
-        elif tries >= self.settings.tries and not (self.heard or self.unread):
+        elif lost and spent and not busy and not self.heard and not self.unread:
             self.stop = Barred(f"the model cannot be reached ({problem}); check --endpoint, and that it is up")
-        if self.stop or tries >= self.settings.tries or then > until:
+        lasting = not lost and type(problem) is not Malformed
+        if self.stop or late or spent or lasting or not self.model.again:
             raise self.stop or problem
+        if busy:
+            self.not_before = max(self.not_before, then)  # everybody waits
         return then
 
     def pause(self, when):
