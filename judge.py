@@ -241,8 +241,9 @@ def ask_all(judge, args, answers, questions):
         except (vlm.TryAgain, ValueError, OSError) as error:
             q.problem = str(error)  # what stops all is in asker.stop
 
+    workers = args.settings.concurrency if judge.again else 1  # a local model's batches would depend on timing
     try:
-        list(tqdm(vlm.in_threads(ask, due, args.settings.concurrency), total=len(due), desc="judge", disable=not due))
+        list(tqdm(vlm.in_threads(ask, due, workers), total=len(due), desc="judge", disable=not due))
     except KeyboardInterrupt as error:
         asker.stop = error  # what waits is not sent, and not paid
         raise
@@ -424,8 +425,9 @@ def overall(args, rows, name):
 
 def score_table(args, rows, trusted):
     """The paper's Table 3 (a column for each criterion) or 2 (one for each task), and the mean without the cap."""
-    bench, tasks, line = args.bench, by_task(rows), [args.edits.name]
-    wide, whole = bench.table == "criteria", set(bench.tasks) <= {*tasks, "*"}
+    bench, found, line = args.bench, by_task(rows), [args.edits.name]
+    wide, whole = bench.table == "criteria", set(bench.tasks) <= {*found, "*"}
+    tasks = {task: found[task] for task in [*bench.tasks, *found] if task in found}  # in the paper's order
     names = {task: [*bench.criteria(task), "score"] if wide else ["score"] for task in tasks}
     head = [f"{task}: {name}" if wide else task for task in tasks for name in names[task]]
     for task, of in tasks.items():
@@ -441,7 +443,8 @@ def score_table(args, rows, trusted):
         for task in tasks:
             given = known.get(task, [])  # the criteria's scores, or the task's
             given = [*given, fmean(given)] if wide and given else [given] if given else []
-            line += [f"{value:.2f}" for value in given] or ["–"] * len(names[task])
+            cells = [f"{value:.2f}" for value in given]
+            line += cells if len(cells) == len(names[task]) else ["–"] * len(names[task])
         table.append([*line, "–", f"{known['overall']:.2f}" if whole and "overall" in known else "–"])
     return table
 
@@ -577,7 +580,7 @@ def gather(args, sides, questions_of):
         answers = Answers(lines, add)
         if args.dry_run:
             there = [group for group in zip(*sides) if all(item.edit.is_file() for item in group)]
-            sys.exit(announce(questions_of(there), answers, args))
+            sys.exit(announce(questions_of(there) if args.judge != "metrics" else [], answers, args))
         rows = [measure_all(items, answers, args) for items in sides]
         if not judge:
             return rows, [], None, ""

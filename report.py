@@ -1,6 +1,6 @@
 """What every report is made of: a Markdown table, a line plot, and one HTML page from a jinja2 template.
 
-rows -> table(rows) -> "| a | b |"...       {name: [(x, y), ...]} -> plot(series) -> "<svg ...>"
+rows -> table(rows) -> "| a | b |"...       {name: [(x, y), ...]} -> plot(series, title, x) -> "<svg ...>"
 page("judge.html", title=..., ...) -> HTML; templates lie beside this file and extend page.html, the common style
 """
 
