@@ -495,8 +495,8 @@ def finish(args, name, verdict, parts, lost, stopped, page):
     head = f"# {page['title']}\n\n**{told}**\n\n`{args.command_line}`\n"
     write_text(path.with_suffix(".md"), f"{head}{text}\n## What the metrics are\n\n{report.table(about)}\n")
     names = list(dict.fromkeys(name for _, values, _ in page["cards"] for name in values))
-    page |= {"verdict": told, "bad": bad, "names": names, "parts": [*parts, ("What the metrics are", "", about)]}
-    page |= {"command": args.command_line, "still": args.bench.kind == "picture"}
+    parts = [*parts, ("What the metrics are", "", about)]
+    page |= {"verdict": told, "bad": bad, "names": names, "parts": parts, "command": args.command_line}
     write_text(path, report.page("judge.html", to=lambda file: relative(file, args.out), **page))
     print(f"{text}\n{path}\nverdict     {told}")
     if stopped:

@@ -149,7 +149,7 @@ def post(url, headers, body, deadline, secret=None, trusted=False):
     trusted: the server answered before, so a 403 is about this request alone. What it says of `secret` becomes ***.
     """
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json", **headers})
-    hide = lambda text: sound(text).replace(secret or "\0", "***")
+    hide = lambda text: sound(without(secret, text))
     end = time.monotonic() + deadline
     try:
         try:
@@ -172,6 +172,13 @@ def post(url, headers, body, deadline, secret=None, trusted=False):
     if not isinstance(answer, dict):
         raise TryAgain("the server's answer is not a JSON object", paid=True)
     return answer
+
+
+def without(secret, text):
+    """A text with *** in place of the key, as it is or as JSON spells it."""
+    for spelled in (secret, json.dumps(secret)[1:-1]) if secret else ():
+        text = text.replace(spelled, "***")
+    return text
 
 
 def read_all(response, end):
