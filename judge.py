@@ -20,6 +20,7 @@ import re
 import shlex
 import sys
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import combinations
@@ -156,7 +157,7 @@ class Question:
     control: str
     text: str
     media: list  # (label, path)
-    read: callable  # what the judge said -> a dict
+    read: Callable[[str], dict]  # what the judge said -> its value
     schema: dict | None  # the properties of that dict
     key: str
     answer: dict | None = None  # its line of answers.jsonl, once there is a good one
