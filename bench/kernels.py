@@ -159,7 +159,8 @@ def norm_rows(repeat, grid, heads, dtype, video, peak=None, ways=("forward", "ba
 ABSENT = {  # the norms' kernels are compiled with all of their arguments, and without these
     "rms_norm_rope_forward": [(), ("cos", "sin")],
     "rms_norm_rope_backward": [()],
-    "residual_norm_forward": [(), ("row_scale",), ("y", "gate", "new"), ("shift", "scale", "normed", "row_scale")],
+    "residual_norm_forward": [(), ("row_scale",), ("y", "gate", "new", "row_scale"),
+                              ("shift", "scale", "normed", "row_scale")],
     "residual_norm_backward": [(), ("y", "gate", "grad_new", "dy", "dgate"),
                                ("scale", "grad_normed", "dx", "dshift", "dscale")],
     "channel_norm_silu_forward": [()],
