@@ -21,7 +21,7 @@ from torch import nn
 
 from connectors import MLLMConfig, read_json
 from dit import DiTConfig
-from lora import LoRALinear, replace_modules
+from lora import give_lora
 from vae import VAEConfig
 
 WAN_BASE = "Wan-AI/Wan2.2-TI2V-5B"
@@ -130,11 +130,9 @@ def load_weights(module, state_dict, partial=False, device=None, dtype=None):
 def adopt_lora(module, shapes):
     """Inject LoRA of the rank a checkpoint has, exactly where it has it."""
     ranks = {name.split(".lora_A.")[0]: shape[0] for name, shape in shapes.items()}
-
-    def with_lora(name, child):
-        return LoRALinear(child, ranks[name]) if name in ranks and type(child) is nn.Linear else None
-
-    replace_modules(module, with_lora)
+    for name, child in list(module.named_modules()):
+        if name in ranks and type(child) is nn.Linear:
+            give_lora(child, ranks[name])
 
 
 def set_parameter(module, name, value):
@@ -346,7 +344,7 @@ def began_with(run):
 def read_beginning(run, qwen=None):
     """Fields and files of what a run of train.py began with."""
     began = began_with(run)
-    if began["init"] == "random":
+    if began["weights"] == "random":
         return read_fields(run / "init")
     base = HUB_BASES[began["config"]]
     try:
