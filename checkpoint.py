@@ -9,11 +9,10 @@ for others of it; `plot_losses` draws it.
 
 import fcntl
 import json
-import math
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -32,18 +31,17 @@ from report import plot
 @contextmanager
 def locked(out, ranks):
     """Hold the run's folder: a requeued job that starts while the old one still runs would mix with it."""
-    file = fault = None
+    file = None
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
         file = (out / ".lock").open("w")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            fault = f"--out {out}: another process works there; wait for it, or give another folder"
+            raise ValueError(f"--out {out}: another process works there; wait, or give another folder") from None
         except OSError:  # a file system without locks
             pass
-    if fault := ranks.from_first(fault):
-        raise ValueError(fault)
+    ranks.barrier()
     try:
         yield
     finally:
@@ -133,23 +131,18 @@ class Checkpoints:
             os.replace(old, hidden)
             shutil.rmtree(hidden)
 
-    def check(self):
-        """Raise what went wrong in the thread."""
-        if self.written and self.written.done():
-            self.wait()
+    def load(self, state, checkpoint):
+        """Fill {part: {name: tensor}} from a checkpoint, however many ranks wrote it. ValueError if it is damaged."""
+        try:
+            dcp.load(state, checkpoint_id=checkpoint / "state")
+        except (CheckpointException, RuntimeError, AssertionError) as error:
+            raise ValueError(f"{checkpoint}/state: cannot be read ({reason(error)}); resume from an older checkpoint, "
+                             "or begin anew with --weights") from None  # fmt: skip
 
     def wait(self):
+        """Raise what went wrong in the thread."""
         if error := self.written and self.written.exception():
             raise OSError(f"{self.out}: the checkpoint cannot be written ({reason(error)}); disk full?") from error
-
-
-def load_state(state, checkpoint):
-    """Fill tensors by name from a checkpoint, however many ranks wrote it. ValueError where it is damaged."""
-    try:
-        dcp.load(state, checkpoint_id=checkpoint / "state")
-    except (CheckpointException, RuntimeError, AssertionError) as error:
-        raise ValueError(f"{checkpoint}/state: cannot be read ({reason(error)}); resume from an older checkpoint, or "
-                         "begin anew with --weights") from None  # fmt: skip
 
 
 def reason(error):
@@ -157,48 +150,18 @@ def reason(error):
     return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
-class Log:
-    """metrics.jsonl, one line a step, and TensorBoard if it is installed. step: the last that is not trained again."""
-
-    def __init__(self, out, step, first):
-        self.file, self.board = None, None
-        if first:
-            cut_log(out / "metrics.jsonl", step or -1)  # the line of step 0 comes anew
-            cut_log(out / "bad.jsonl", step)
-            self.file = (out / "metrics.jsonl").open("a")
-            with suppress(ImportError):
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(str(out / "tensorboard"))
-
-    def write(self, line):
-        line = {name: value if math.isfinite(value) else None for name, value in line.items()}  # NaN is no JSON
-        if self.file:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
-        if self.board:
-            for name, value in line.items():
-                value is None or self.board.add_scalar(name, value, line["step"])
-
-    def close(self):
-        self.file and self.file.close()
-        self.board and self.board.close()
-
-
-def cut_log(path, step):
-    """Drop the lines after a step, and a last one that is not whole."""
-    if path.is_file():
-        lines = [line for line in path.read_text().split("\n")[:-1] if json.loads(line)["step"] <= step]
-        write_text(path, "".join(line + "\n" for line in lines))
-
-
-def write_config(args, stage, model, out):
-    """What the run was asked for, resolved: config.json. Paths that the run began with start at its folder."""
+def begin_run(args, stage, model, out, step):
+    """Write config.json: what the run was asked for, resolved; paths that it began with start at its folder. Cut from
+    the logs what will be trained again after `step`, and a last line that is not whole."""
     typed = {name: Path(vars(args)[name]) for name in ("weights", "base", "qwen") if vars(args)[name]}
     began = {name: path for name, path in typed.items() if path.exists() and not path.is_absolute()}
     config = {"format": "nanokiwi run", "args": vars(args), "stage": asdict(stage), "model": asdict(model.config),
               "began": {name: os.path.relpath(p.resolve(), out.resolve()) for name, p in began.items()}}  # fmt: skip
     write_text(out / "config.json", json.dumps(config, indent=1))
+    for name, last in (("metrics.jsonl", step or -1), ("bad.jsonl", step)):  # the metrics of step 0 come anew
+        if (out / name).is_file():
+            lines = [line for line in (out / name).read_text().split("\n")[:-1] if json.loads(line)["step"] <= last]
+            write_text(out / name, "".join(line + "\n" for line in lines))
 
 
 def checkpoint_of(run, flag):

@@ -1,10 +1,11 @@
-"""How much memory training needs on a card: `train.py --dry-run`, from sizes in the code alone.
+"""What training costs: memory of a card, from sizes in the code alone (`train.py --dry-run`), and operations.
 
     config (DiT, VAE, MLLM), stage, shape of a clip -> bytes by purpose -> which cards fit
 
 Held by a test against measured peaks at the 5B's widths (tests/test_lora.py).
 """
 
+import resource
 from dataclasses import asdict
 
 import torch
@@ -13,6 +14,7 @@ from dit import DiT
 from vae import VAE
 
 CARDS = (12, 16, 24, 48, 80, 141)  # GB, as they are sold
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16
 RESERVE = 0.7 * 2**30  # CUDA's context, libraries, workspaces
 HIDDEN, LAYERS, FFN, KV, VOCAB, VISION = 2048, 36, 11008, 256, 151936, 668_680_000  # Qwen2.5-VL-3B
 WIDTHS = {"q_proj": HIDDEN, "k_proj": KV, "v_proj": KV, "o_proj": HIDDEN, "gate_proj": FFN, "up_proj": FFN,
@@ -108,3 +110,26 @@ def report(config, stage, gpus, cache, quantise):
     fits = f"fits cards of {cards} GB" if cards else "fits no card; more --gpus, --cache, --quantise, or fewer pixels"
     lines.append(f"  {'together':<16} {total:10.2f}: {fits}")
     return "\n".join(lines)
+
+
+def batch_flops(config, stage, tokens, more=0):
+    """Floating-point operations of a batch of so many tokens in the DiT, forward and backward, the recomputing not
+    counted, and of `more` forwards without a backward. Linear layers: 2 a weight and token, twice that in the backward
+    (once where the weights are frozen). Attention: 4 N^2 D a layer, twice that in the backward."""
+    c, m = config.dit, config.mllm
+    n, context = tokens / stage.batch, (m.num_image_queries + m.num_video_queries + m.num_ref_queries) / 3
+    linear = n * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim) + context * 2 * c.dim**2
+    attention = 2 * n * (n + context) * c.dim
+    passes = (3 if "dit" in stage.trains else 2) + more
+    return stage.batch * c.num_layers * 2 * (passes * linear + (3 + more) * attention)
+
+
+def machine_use(ranks, flops_s):
+    """Peak memory and, on a GPU that is known, model FLOPs utilisation; on a CPU the memory is the process's."""
+    use = {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "tflop_s": flops_s / 1e12}
+    if ranks.device.type == "cuda":
+        use["memory_gib"] = torch.cuda.max_memory_allocated(ranks.device) / 2**30
+        name = torch.cuda.get_device_name(ranks.device)
+        if peak := next((peak for part, peak in PEAK_FLOPS.items() if part in name), None):
+            use["mfu"] = flops_s / ranks.world / peak
+    return use

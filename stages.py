@@ -32,7 +32,7 @@ class Run:
     save_minutes: float = 30.0  # save after so long too
     keep: int = 3  # checkpoints that stay
     val_every: int = 100  # steps
-    sample_every: int = 0  # steps; edit a row of each table, held out if there is --val; 0: never
+    sample_every: int = 0  # steps; edit the first row of each table of --val; 0: never
     sample_steps: int = 20  # denoising steps of that
     write_cache: str = ""  # encode rows to this folder and train nothing; what `python data.py cache` sets
 

@@ -16,17 +16,13 @@ import json
 import math
 import os
 import random
-import resource
 import signal
-import sys
 import time
 from collections import Counter
-from contextlib import closing
-from dataclasses import asdict, fields
 from pathlib import Path
 
 from command import number, one_line
-from stages import ON_WEIGHTS, STAGES, Run, Stage, choose_stage, with_model_settings
+from stages import ON_WEIGHTS, STAGES, Stage, choose_stage, with_model_settings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: busy-waiting threads slow small steps tenfold
 
@@ -34,20 +30,16 @@ EXAMPLES = """examples:
   python train.py --preset lora --data MY --out runs/mine                    # a LoRA on your own clips, one card
   python train.py --preset distil --data MY --set student=1000,757,522       # a student of 3 forwards, as a LoRA
   python train.py --preset lora --dry-run --cache c --quantise fp8           # what it needs, without weights or data
-  python train.py --config nano --stage 1 --data data/nano --weights weights/nano --out runs/1 --set steps=200
   torchrun --nproc-per-node 8 train.py --stage 2 --data DIR --weights runs/1 --out runs/2 --resume auto
   python train.py --resume runs/2                                            # go on, with the run's own arguments
-  python train.py --export-lora runs/mine --format comfy --out mine.safetensors
 
-where training starts (--weights): a run (its last checkpoint), a checkpoint folder, a folder that nanoKiwi saved, the
-  released diffusers layout, or a released training checkpoint (.safetensors) over --base and --qwen. Without it: --base
-  and --qwen alone (nano: weights/nano, or random). `random`: nothing but --qwen's config and tokenizer.
+--weights is a run (its last checkpoint), a checkpoint folder, a folder that nanoKiwi saved, the released diffusers
+  layout, a released training checkpoint (.safetensors) over --base and --qwen, or `random`, with --qwen's config and
+  tokenizer. Without it: --base and --qwen alone (nano: weights/nano, or random).
 --set takes every field of stages.Stage and stages.Run (steps, lr, seed, workers, save_every, dtype, parallel, ...), and
   of the model's configs (model., dit., vae., mllm.).
-watch a run by metrics.jsonl, TensorBoard if installed, and `python train.py --plot RUN` (an SVG).
 """
 KIWI = "linyq/kiwi-edit-5b-instruct-reference-diffusers"  # what a LoRA is trained on by default
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16
 
 
 def parse_arguments(argv=None):
@@ -60,9 +52,7 @@ def parse_arguments(argv=None):
     add("--stage", type=int, choices=(1, 2, 3), help="1 align, 2 edit, 3 edit with references (paper, released)")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="e.g. steps=100 workers=4 (below)")
     add("--mllm", action="store_true", help="also train the language model's LoRA, queries and connectors")
-    add(
-        "--data", nargs="+", default=["data"], metavar="DIR", help="with image.csv, video.csv, ref_video.csv"
-    )
+    add("--data", nargs="+", default=["data"], metavar="DIR", help="with image.csv, video.csv, ref_video.csv")
     add("--image-csv", metavar="FILE", help="this instead of DIR/image.csv")
     add("--video-csv", metavar="FILE", help="likewise")
     add("--ref-csv", metavar="FILE", help="likewise")
@@ -126,9 +116,8 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-import sizing
 from cache import CachedPairs, encode, report_bad, write_cache
-from checkpoint import Checkpoints, Log, export, export_lora, load_state, locked, open_run, plot_losses, write_config
+from checkpoint import Checkpoints, begin_run, export, export_lora, locked, open_run, plot_losses
 from data import Pairs, fingerprint, read_pair
 from distil import STUDENT, Distillation
 from load import HUB_BASES, read_json
@@ -137,6 +126,7 @@ from media import MediaError, write_image, write_video
 from model import PRESETS, Contexts, FlowMatch
 from parallel import Ranks, parallelise
 from sampler import Sampler
+from sizing import batch_flops, machine_use, report
 from start import belongs, load_model, open_data
 
 
@@ -151,7 +141,7 @@ def main(argv=None):
     stage = choose_stage(args)
     if args.dry_run:
         config = with_model_settings(PRESETS[args.config], args.set)
-        return print(sizing.report(config, stage, args.gpus, args.cache, args.quantise))
+        return print(report(config, stage, args.gpus, args.cache, args.quantise))
     ranks = Ranks(stage.parallel, stage.dtype, args.sp, whole="dit" in stage.trains)
     try:
         with locked(Path(args.out), ranks):
@@ -211,21 +201,20 @@ class Trainer:
     def loop(self):
         args, stage, counts, saved = self.args, self.stage, self.counts, time.monotonic()
         if self.ranks.first:
-            write_config(args, stage, self.model, self.out)
+            begin_run(args, stage, self.model, self.out, counts["step"])
         self.ranks.say(self.summary())
         self.batches = iter(self.loader())
         if self.ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.ranks.device)  # `memory_gib` is of the steps, not of the loading
-        bar = tqdm(total=stage.steps, initial=counts["step"], desc=f"stage {args.stage}", disable=not self.ranks.first)
-        with closing(Log(self.out, counts["step"], self.ranks.first)) as log, bar:
-            if args.val and not counts["step"]:
-                log.write({"step": 0, **self.validate()})
+        if args.val and not counts["step"]:
+            self.log({"step": 0, **self.validate()})
+        how = {"initial": counts["step"], "desc": f"stage {args.stage}", "disable": not self.ranks.first}
+        with tqdm(total=stage.steps, **how) as bar:
             while counts["step"] < stage.steps and (line := self.step()):
-                self.saver.check()
                 step, late = counts["step"], self.ranks.any(time.monotonic() - saved > 60 * stage.save_minutes)
                 if args.val and (step % stage.val_every == 0 or step == stage.steps):
                     line |= self.validate()
-                log.write(line)
+                self.log(line)
                 shown = {"loss": "{:.4f}", "val": "{:.4f}", "lr": "{:.1e}", "samples_s": "{:.2f}"}
                 bar.set_postfix({name: form.format(line[name]) for name, form in shown.items() if name in line})
                 bar.update()
@@ -234,6 +223,8 @@ class Trainer:
                     saved = time.monotonic()
                 if stage.sample_every and step % stage.sample_every == 0:
                     self.sample(step)
+                if self.saver.written and self.saver.written.done():
+                    self.saver.wait()  # a full disk is told at once
         if self.saver.last != self.saver.path(counts["step"]):
             self.save()
         self.saver.wait()
@@ -241,10 +232,16 @@ class Trainer:
             hint = f"; go on with --resume {self.out}" if self.stop else ""
             print(f"{self.stop or 'done'}: step {counts['step']} of {stage.steps}, {self.saver.last}{hint}")
 
+    def log(self, line):
+        """Append a line to metrics.jsonl."""
+        if self.ranks.first:
+            with (self.out / "metrics.jsonl").open("a") as file:  # NaN is no JSON
+                file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in line.items()}) + "\n")
+
     def step(self):
         """One update -> its line of metrics; None if a signal came before its end: then it leaves no trace."""
         started, stage, ranks, counts = time.perf_counter(), self.stage, self.ranks, self.counts
-        here, batches, losses, tokens = stage.batches // ranks.dp, [], [], []
+        here, batches, losses, tokens, flops = stage.batches // ranks.dp, [], [], 0, 0.0
         more = self.distillation.begin(counts["step"]) if self.distillation else 0
         for i in range(here):
             batch = self.next_batch()
@@ -259,15 +256,16 @@ class Trainer:
             loss, size = self.loss(batch, draws, self.flow, stage.balance)
             (loss / here).backward()
             batch["pictures"] = batch["seen"] = None  # frees them
-            batches.append(batch), losses.append(loss.detach()), tokens.append(size)
+            batches.append(batch)
+            losses.append(loss.detach())
+            tokens, flops = tokens + size, flops + batch_flops(self.model.config, stage, size, more)
         rate = learning_rate(stage, counts["step"])
         norm, losses = self.update(rate, losses)
         broken = [bad for batch in batches for bad in batch["bad"]]
         report_bad(self.out, ranks, counts["step"] + 1, broken)
         if not math.isfinite(norm):
             self.skip(norm, batches, losses)
-        flops = sum(batch_flops(self.model.config, stage, size, more) for size in tokens)
-        own = {"tokens": sum(tokens), "flops": flops, "bad": len(broken)}
+        own = {"tokens": tokens, "flops": flops, "bad": len(broken)}
         for kind in stage.ratio:
             of_kind = [loss for batch, loss in zip(batches, losses) if batch["kind"] == kind]
             own |= {f"loss_{kind}": sum(of_kind), f"batches_{kind}": len(of_kind)}
@@ -381,11 +379,6 @@ class Trainer:
             return batch
         except Stopped:
             return None
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise ValueError(f"{str(error).strip()} Out of memory? Take a smaller --set workers=, and --resume auto") \
-                from None  # fmt: skip
 
     def ask_to_stop(self, number, frame):
         if not self.stop:
@@ -425,19 +418,12 @@ class Trainer:
         return {"val": sum(means[f"val_q{q}"] for q in (1, 2, 3, 4)) / 4, **means}
 
     def sample(self, step):
-        """Edit a row of each kind, held out if there are any, and write source, edit and target side by side."""
+        """Edit a held-out row of each kind; write source, edit and target side by side."""
         self.model.eval()
         sharded = hasattr(self.model, "unshard")  # called part by part, it needs what lies outside of the blocks
         home = self.ranks.device if self.args.cache and not sharded else None
         for kind, row, shape in self.data.previews:
-            pair = None
-            try:
-                pair = read_pair(row, shape)
-            except MediaError as error:  # no reason to end a training
-                print(f"warning: no sample of {kind}: {error}", file=sys.stderr)
-            if self.ranks.any(pair is None):  # one rank alone would leave the others waiting
-                continue
-            target, source, ref = pair
+            target, source, ref = read_pair(row, shape)
             sharded and self.model.unshard()
             if self.distillation:
                 use_adapter(self.model.dit, STUDENT)
@@ -496,9 +482,8 @@ class Trainer:
     def course(self):
         """What shapes the losses, as JSON: {name: value}."""
         here = lambda value: str(Path(value).resolve()) if value and Path(value).exists() else value
-        args, how = self.args, {field.name for field in fields(Run)}
-        found = {name: value for name, value in asdict(self.stage).items() if name not in how}
-        found |= {name: here(vars(args)[name]) for name in ("config", "weights", "base", "qwen", "quantise")}
+        found = {name: getattr(self.stage, name) for name in Stage.__annotations__}  # without those of Run
+        found |= {name: here(vars(self.args)[name]) for name in ("config", "weights", "base", "qwen", "quantise")}
         found |= {f"{kind} rows": fingerprint(rows) for kind, rows in self.data.tables.items()}
         return json.loads(json.dumps(found))
 
@@ -515,7 +500,7 @@ class Trainer:
                              f"--weights {checkpoint.parent} and another --out")  # fmt: skip
         if changed:
             self.ranks.say(f"warning: not as when {checkpoint} was written: {', '.join(changed.values())}")
-        load_state(self.state(), checkpoint)
+        self.saver.load(self.state(), checkpoint)
 
 
 # Order and chance
@@ -592,52 +577,22 @@ def make_optimizers(stage: Stage, trained):
     A LoRA's alpha is a learning rate of B, alpha / rank times the others': AdamW's steps have the size of the rate, so
     this trains as if the update were scaled, and files keep the factor 1. ValueError for a matrix with fewer rows than
     ranks that share it: torch's Muon cannot update that."""
-    groups, boost = {torch.optim.Muon: {}, torch.optim.AdamW: {}}, 1.0
-    if stage.dit_lora_alpha:
-        boost = stage.dit_lora_alpha / stage.dit_lora_rank
+    boost, muon, adamw = stage.dit_lora_alpha / max(stage.dit_lora_rank, 1) or 1.0, {}, {}
     for name, p in trained.items():
         scale = boost if name.startswith("dit.") and ".lora_B." in name else 1.0
         decay = stage.weight_decay if p.ndim > 1 and not name.endswith(("modulation", "_queries")) else 0.0
-        muon = stage.optimizer == "muon" and p.ndim == 2 and min(p.shape) > 1 and not name.endswith("_queries")
-        if muon and len(p) < (ranks := p.device_mesh.size() if hasattr(p, "device_mesh") else 1):
+        matrix = stage.optimizer == "muon" and p.ndim == 2 and min(p.shape) > 1 and not name.endswith("_queries")
+        if matrix and len(p) < (ranks := p.device_mesh.size() if hasattr(p, "device_mesh") else 1):
             raise ValueError(f"--set optimizer=muon: {name} has {len(p)} rows for {ranks} ranks; take a larger "
                              "lora_rank, or adamw")  # fmt: skip
-        kind = torch.optim.Muon if muon else torch.optim.AdamW
-        groups[kind].setdefault((scale, decay), []).append(p)
-    more = {torch.optim.Muon: {"adjust_lr_fn": "match_rms_adamw"},
-            torch.optim.AdamW: {"betas": (0.9, stage.beta2), "fused": True}}  # fmt: skip
+        own = {"params": [], "scale": scale, "weight_decay": decay}
+        (muon if matrix else adamw).setdefault((scale, decay), own)["params"].append(p)
     optimizers = []
-    for kind, own in groups.items():
-        own = [{"params": ps, "scale": scale, "weight_decay": decay} for (scale, decay), ps in own.items()]
-        if own:
-            optimizers.append(kind(own, stage.lr, **more[kind]))
+    if muon:
+        optimizers.append(torch.optim.Muon([*muon.values()], stage.lr, adjust_lr_fn="match_rms_adamw"))
+    if adamw:
+        optimizers.append(torch.optim.AdamW([*adamw.values()], stage.lr, betas=(0.9, stage.beta2), fused=True))
     return optimizers
-
-
-# Cost
-
-
-def batch_flops(config, stage, tokens, more=0):
-    """Floating-point operations of a batch of so many tokens in the DiT, forward and backward, the recomputing not
-    counted, and of `more` forwards without a backward. Linear layers: 2 a weight and token, twice that in the backward
-    (once where the weights are frozen). Attention: 4 N^2 D a layer, twice that in the backward."""
-    c, m = config.dit, config.mllm
-    n, context = tokens / stage.batch, (m.num_image_queries + m.num_video_queries + m.num_ref_queries) / 3
-    linear = n * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim) + context * 2 * c.dim**2
-    attention = 2 * n * (n + context) * c.dim
-    passes = (3 if "dit" in stage.trains else 2) + more
-    return stage.batch * c.num_layers * 2 * (passes * linear + (3 + more) * attention)
-
-
-def machine_use(ranks, flops_s):
-    """Model FLOPs utilisation and peak memory, on a GPU; on a CPU the process's peak memory alone."""
-    use = {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "tflop_s": flops_s / 1e12}
-    if ranks.device.type == "cuda":
-        use["memory_gib"] = torch.cuda.max_memory_allocated(ranks.device) / 2**30
-        name = torch.cuda.get_device_name(ranks.device)
-        if peak := next((flops for part, flops in PEAK_FLOPS.items() if part in name), None):
-            use["mfu"] = flops_s / ranks.world / peak
-    return use
 
 
 if __name__ == "__main__":  # the trainer itself saves and ends well when it is interrupted
