@@ -87,6 +87,8 @@ def open_data(args, stage, ranks):
     if absent and (args.preset not in ON_WEIGHTS or not tables):
         tables_of(args, absent[-1])  # says what is missing
     stage = replace(stage, **dict.fromkeys(absent, 0))
+    if stage.sample_every and not args.val:
+        raise ValueError(f"--set sample_every={stage.sample_every}: previews are of held-out rows; give --val")
     if args.val and not held:
         raise FileNotFoundError(f"--val {args.val}: has no table of {', '.join(tables)}")
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from conftest import HOUSE, lessons, losses, same_course
+from conftest import HOUSE, lessons, losses, same_course, steps_of
 from load import valid_checkpoints
 
 
@@ -72,22 +72,23 @@ def test_sharded_ranks_do_not_wait_for_ever_where_one_kind_of_data_trains_what_a
         assert same_course(tmp_path / name, tmp_path / f"one_{name}", 1e-4)
 
 
-def test_a_signal_to_one_of_two_ranks_stops_both_after_the_same_step(tmp_path, lesson):
+def test_a_signal_to_one_of_two_ranks_saves_the_last_whole_step_of_both_and_exits_with_success(tmp_path, lesson):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     both = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    command, run = [sys.executable, str(HOUSE / "train.py"), *lessons(lesson, tmp_path / "run")], tmp_path / "run"
-    ranks = [
-        subprocess.Popen(command, env=both | {"RANK": r, "LOCAL_RANK": r}, stderr=subprocess.DEVNULL) for r in "01"
-    ]
+    run = tmp_path / "run"
+    command = [sys.executable, str(HOUSE / "train.py"), *lessons(lesson, run, settings=["workers=1"])]
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True, "start_new_session": True}
+    ranks = [subprocess.Popen(command, env=both | {"RANK": r, "LOCAL_RANK": r}, **how) for r in "01"]
     try:
-        while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 2:
+        while steps_of(run) < 2:
             time.sleep(0.02)
             assert [rank.poll() for rank in ranks] == [None, None]
-        ranks[1].send_signal(signal.SIGTERM)
+        os.killpg(ranks[1].pid, signal.SIGTERM)  # its worker too, as torchrun does
         assert [rank.wait(300) for rank in ranks] == [0, 0]
-        assert valid_checkpoints(run)[-1].name == f"step-{len(losses(run)):06d}"
+        steps = len(losses(run))
+        assert f"step {steps} of" in ranks[0].stdout.read() and valid_checkpoints(run)[-1].name == f"step-{steps:06d}"
     finally:
         for rank in ranks:
             rank.kill()
