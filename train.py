@@ -142,7 +142,7 @@ def main(argv=None):
     if args.dry_run:
         config = with_model_settings(PRESETS[args.config], args.set)
         return print(report(config, stage, args.gpus, args.cache, args.quantise))
-    ranks = Ranks(stage.parallel, stage.dtype, args.sp, whole="dit" in stage.trains)
+    ranks = Ranks(stage.parallel, stage.dtype, args.sp, whole="dit" in stage.trains and not stage.write_cache)
     try:
         with locked(Path(args.out), ranks):
             checkpoint = open_run(args, ranks)

@@ -20,7 +20,7 @@ pretrain mllm --steps "$mllm"
 pretrain dit --steps "$dit"
 
 all="--config nano --data $out/clips $out/stills"
-CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 torchrun --nproc-per-node "$cores" data.py cache --stage 3 $all --weights "$out/pre/weights" --out "$out/cache"
+CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 torchrun --nproc-per-node "$cores" data.py cache --stage 3 $all --weights "$out/pre/weights" --out "$out/cache" --set dtype=bfloat16
 stage() { until timeout "${minutes}m" python train.py $all --cache "$out/cache" --resume auto "$@" \
   workers="$loaders" checkpointing=false dtype=bfloat16 parallel=fsdp lr="$rate" warmup="$warmup" schedule=cosine beta2=0.98 optimizer=muon global_batch="$batch" batch="$batch"; do test $? = 124; done; }
 few="shift=20 weighting=none balance=true"   # edits in two steps: noisy timesteps matter, and the small places that an edit changes
