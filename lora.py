@@ -3,7 +3,7 @@
     y = x W^T + b + (x A^T) B^T,  A (rank, in), B (out, rank); a file's update is alpha / rank * B A, ours has factor 1
 
 W may be 16 bits or `kernels.linear.QuantLinear`. Files of others are merged into W in float32, before quantising; every
-key is accounted for. Dialects: diffusers/PEFT, ComfyUI, kohya/musubi, DiffSynth, FastVideo (`lora_key`).
+key is accounted for. Dialects: diffusers/PEFT, ComfyUI, kohya/musubi, DiffSynth, FastVideo (`wan_name`).
 """
 
 import re
@@ -50,11 +50,10 @@ KINDS = {nn.Linear: LoRALinear, QuantLinear: QuantLoRALinear}
 
 def give_lora(linear, rank):
     """Make a linear one with a LoRA, in place: its own parameters stay and keep their names."""
-    quantised = isinstance(linear, QuantLinear)
-    place = {"device": (linear.stored if quantised else linear.weight).device}
-    place["dtype"] = torch.float32 if quantised else linear.weight.dtype
-    linear.lora_A = nn.ModuleDict({"default": nn.Linear(linear.in_features, rank, bias=False, **place)})
-    linear.lora_B = nn.ModuleDict({"default": nn.Linear(rank, linear.out_features, bias=False, **place)})
+    own = next(iter(linear.state_dict().values()))
+    place = {"bias": False, "device": own.device, "dtype": own.dtype if type(linear) is nn.Linear else torch.float32}
+    linear.lora_A = nn.ModuleDict({"default": nn.Linear(linear.in_features, rank, **place)})
+    linear.lora_B = nn.ModuleDict({"default": nn.Linear(rank, linear.out_features, **place)})
     nn.init.zeros_(linear.lora_B["default"].weight)
     linear.__class__ = KINDS[type(linear)]
 
@@ -99,26 +98,15 @@ def merge_lora(module):
         lora.__class__ = nn.Linear
 
 
-def replace_modules(module, replace):
-    """Put `replace(name, child)` in the place of every descendant for which it is not None."""
-    for name, child in list(module.named_modules()):
-        new = replace(name, child) if name else None
-        if new is not None:
-            parent, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(parent), leaf, new)
-
-
 def quantise(model, kind, device="cpu", parts=("dit", "mllm")):
     """Replace the linears of the DiT's blocks and of the language model's layers by 8-bit ones, one at a time on
     `device`, so that the card never holds the 16 bits. Modulations, norms, embeddings, head and LoRA stay; the language
     model never multiplies in 8 bits."""
-
-    def quantised(name, child):
-        part = name.split(".")[0]
+    for name, child in list(model.named_modules()):
+        part, (place, _, leaf) = name.split(".")[0], name.rpartition(".")
         if type(child) is nn.Linear and BLOCK_LINEAR.search(name) and part in parts:
-            return QuantLinear.from_linear(child.to(device), "fp8" if part == "mllm" and kind == "w8a8" else kind)
-
-    replace_modules(model, quantised)
+            own = "fp8" if part == "mllm" and kind == "w8a8" else kind
+            setattr(model.get_submodule(place), leaf, QuantLinear.from_linear(child.to(device), own))
 
 
 # Files

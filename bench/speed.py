@@ -203,8 +203,8 @@ def profile_rows(part, run):
 
 def weights8(args):
     """PSNR of the edited example to that of float32 weights, in float32 arithmetic on a CPU; bfloat16: all of it."""
-    from kernels.linear import LARGEST, QuantLinear
-    from lora import replace_modules
+    from kernels.linear import LARGEST
+    from lora import quantise
     from media import read_image
     from model import KiwiEdit, read_for
 
@@ -212,8 +212,7 @@ def weights8(args):
     for kind in ("float32", "bfloat16", *LARGEST):
         model = KiwiEdit.from_pretrained(nano, "cpu", torch.bfloat16 if kind == "bfloat16" else torch.float32)
         if kind in LARGEST:
-            quantised = lambda _, x: QuantLinear.from_linear(x, kind) if type(x) is torch.nn.Linear else None
-            replace_modules(model.dit.blocks, quantised)
+            quantise(model, kind, parts=["dit"])
         size = sum(t.numel() * t.element_size() for t in model.dit.blocks.state_dict().values())
         clip = read_for(model.config, nano / "example" / "source.mp4", None, None).frames
         prompt, ref = (nano / "example" / "prompt.txt").read_text(), read_image(nano / "example" / "reference.png")
