@@ -161,27 +161,25 @@ def test_a_lora_trains_on_an_8_bit_base_in_16_bits_and_with_the_mllm_from_a_cach
 @pytest.mark.parametrize("old", [True, False])
 def test_comfyui_s_scaled_8_bit_files_are_read_as_stored_times_scale(tmp_path, old):
     torch.manual_seed(0)
-    dit, scale = DiT(tiny_dit()), torch.tensor(0.02)
+    dit, scale, key = DiT(tiny_dit()), torch.tensor(0.02), f"model.diffusion_model.{LAYER}"
+    word = lambda text: torch.tensor(list(text), dtype=torch.uint8)
     state = {f"model.diffusion_model.{name}": p.detach() for name, p in dit.named_parameters()}
-    key = f"model.diffusion_model.{LAYER}"
     state[f"{key}.weight"] = (state[f"{key}.weight"] / scale).to(torch.float8_e4m3fn)
-    word = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
-    old_keys = {"scale_weight": scale, "scale_input": scale.clone()}
-    new_keys = {"weight_scale": scale, "input_scale": scale.clone(), "comfy_quant": word}
-    state |= {f"{key}.{name}": tensor for name, tensor in (old_keys if old else new_keys).items()}
-    state |= {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)} if old else {}
-    save_file(state, tmp_path / "x.safetensors")
-    files = TensorFiles().add(tmp_path / "x.safetensors")
-    model = torch.nn.ModuleDict({"dit": DiT(tiny_dit())})
-    load_weights(model, files)
     stored = state[f"{key}.weight"].float() * scale
+    for name in ("scale_weight", "scale_input") if old else ("weight_scale", "input_scale"):
+        state[f"{key}.{name}"] = scale.clone()
+    if old:
+        state["scaled_fp8"] = torch.zeros(2).to(torch.float8_e4m3fn)
+    else:
+        state[f"{key}.comfy_quant"] = word(b'{"format": "float8_e4m3fn"}')
+    save_file(state, tmp_path / "x.safetensors")
+    model = torch.nn.ModuleDict({"dit": DiT(tiny_dit())})
+    load_weights(model, TensorFiles().add(tmp_path / "x.safetensors"))
     assert torch.equal(model["dit"].blocks[1].self_attn.q.weight, stored.bfloat16().float())
     assert torch.equal(model["dit"].blocks[0].ffn[0].weight, dit.blocks[0].ffn[0].weight)
-    if not old:
-        state[f"{key}.comfy_quant"] = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
-        save_file(state, tmp_path / "y.safetensors")
-        with pytest.raises(ValueError, match=f"{LAYER} is stored as nvfp4"):
-            TensorFiles().add(tmp_path / "y.safetensors")
+    save_file(state | {f"{key}.comfy_quant": word(b'{"format": "nvfp4"}')}, tmp_path / "y.safetensors")
+    with pytest.raises(ValueError, match=f"{LAYER} is stored as nvfp4"):
+        TensorFiles().add(tmp_path / "y.safetensors")
 
 
 STEP = r"""
@@ -224,11 +222,9 @@ print(peak() - before)
 @pytest.mark.parametrize("kind", [None, "fp8"])
 def test_the_dry_run_s_memory_is_what_a_step_at_the_5b_s_widths_takes(kind):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(HOUSE)}
-    done = subprocess.run(
-        [sys.executable, "-c", STEP, *[kind] * bool(kind)], capture_output=True, text=True, env=environment
-    )
-    measured, preset = int(done.stdout.split()[-1]), PRESETS["wan22_5b"]
-    stage = replace(train.STAGES["lora"][1], ref=0)
+    words = [sys.executable, "-c", STEP, *[kind] * bool(kind)]
+    measured = int(subprocess.run(words, capture_output=True, text=True, env=environment).stdout.split()[-1])
+    preset, stage = PRESETS["wan22_5b"], replace(train.STAGES["lora"][1], ref=0)
     config = replace(preset, dit=replace(preset.dit, num_layers=2))
     need = sum(sizing.memory(config, stage, (17, 256, 320), cache=True, quantise=kind).values())
     print(f"measured {measured / 2**30:.2f} GiB, estimated {need / 2**30:.2f}")
@@ -236,13 +232,10 @@ def test_the_dry_run_s_memory_is_what_a_step_at_the_5b_s_widths_takes(kind):
 
 
 def test_a_dry_run_needs_no_weights_and_says_which_cards_fit(capsys):
-    fits = {}
-    for name, flags in {"16 bits": [], "8 bits": ["--quantise", "fp8"]}.items():
+    for flags, card in (([], "16"), (["--quantise", "fp8"], "12")):
         train.main(["--preset", "lora", "--dry-run", "--cache", "none", *flags])
         said = capsys.readouterr().out
-        assert "49x480x832" in said and "dit.lora" in said
-        fits[name] = re.search(r"fits cards of (\d+)", said)[1]
-    assert fits == {"16 bits": "16", "8 bits": "12"}
+        assert "49x480x832" in said and "dit.lora" in said and f"fits cards of {card}," in said
     assert "kiwi-edit-5b" in train.parse_arguments(["--preset", "lora"]).weights, "a LoRA starts from the release"
     train.main(["--config", "wan21_14b", "--preset", "released", "--stage", "2", "--gpus", "8", "--dry-run"])
     assert "GiB of a card (8 cards, 49x" in capsys.readouterr().out
