@@ -357,12 +357,24 @@ def lesson(tmp_path_factory, qwen_folder):
     return folder
 
 
-SMALL = ["global_batch=4", "pixels=6144", "frames=9", "warmup=0", "lr=1e-3", "lora_rank=2"]
+@pytest.fixture(scope="session")
+def held(tmp_path_factory, lesson):
+    """A row of each kind, held out."""
+    folder = tmp_path_factory.mktemp("held")
+    for table in lesson.glob("*.csv"):
+        head, row, *_ = table.read_text().splitlines()
+        (folder / table.name).write_text(f"{head}\n{row}\n")
+        for name in (name for name in row.split(",") if name.endswith((".png", ".mp4"))):
+            (folder / name).symlink_to(lesson / name)
+    return folder
+
+
+SMALL = ["global_batch=4", "pixels=6144", "frames=9", "warmup=0", "lr=1e-3", "lora_rank=2", "workers=0"]
 
 
 def lessons(lesson, out, *flags, stage=3, weights="weights", settings=()):
     """The command line of a small run."""
-    words = ["--stage", stage, "--data", lesson, "--out", out, "--weights", lesson / weights, "--workers", 0, *flags]
+    words = ["--stage", stage, "--data", lesson, "--out", out, "--weights", lesson / weights, *flags]
     return [*map(str, words), "--set", *SMALL, *settings]
 
 
@@ -384,9 +396,10 @@ def go(*words, **more):
 @contextmanager
 def trainer_of(lesson, out, *settings, flags=(), stage=3):
     args = train.parse_arguments(lessons(lesson, out, *flags, stage=stage, settings=settings))
-    stage, ranks = train.choose_stage(args), train.Ranks(args.parallel, args.dtype, args.sp)
+    stage = train.choose_stage(args)
+    ranks = train.Ranks(stage.parallel, stage.dtype, args.sp)
     try:
-        rows = start.open_data(args, stage, ranks)
+        rows, stage = start.open_data(args, stage, ranks)
         model, cache = start.load_model(args, stage, ranks, None, rows)
         yield train.Trainer(args, stage, ranks, model, rows, cache)
     finally:

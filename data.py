@@ -364,7 +364,7 @@ def main(argv=None):
         raise ValueError(f"check: unknown argument {rest[0]} (see --help)")
     if args.command == "cache":  # the VAE and the stages live on floors above this one
         train = str(Path(__file__).with_name("train.py"))
-        os.execv(sys.executable, [sys.executable, train, *rest, "--write-cache", args.out, "--out", args.out])
+        os.execv(sys.executable, [sys.executable, train, *rest, "--out", args.out, "--set", f"write_cache={args.out}"])
     if faults := sum(check_table(Path(path), args.base_path) for path in args.tables):
         sys.exit(f"data.py: {faults} rows have faults")
 

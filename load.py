@@ -21,7 +21,7 @@ from torch import nn
 
 from connectors import MLLMConfig, read_json
 from dit import DiTConfig
-from lora import LoRALinear, replace_modules, to_wan
+from lora import give_lora, to_wan
 from vae import VAEConfig
 
 WAN_BASE = "Wan-AI/Wan2.2-TI2V-5B"
@@ -85,8 +85,9 @@ def load_weights(module, state_dict, partial=False, device=None, dtype=None):
     """
     names = {ours: name for name in state_dict if (ours := our_name(name))}
     ranks = {n.split(".lora_A.")[0]: state_dict[name].shape[0] for n, name in names.items() if ".lora_A." in n}
-    lora = lambda n, child: LoRALinear(child, ranks[n]) if n in ranks and type(child) is nn.Linear else None
-    replace_modules(module, lora)  # of the rank that the weights have, where they have it
+    for name, child in list(module.named_modules()):
+        if name in ranks and type(child) is nn.Linear:
+            give_lora(child, ranks[name])
     own = module.state_dict(keep_vars=True)
     missing, unexpected = sorted(own.keys() - names.keys()), sorted(names[n] for n in names.keys() - own.keys())
     if unexpected or (missing and not partial):
@@ -375,7 +376,7 @@ def began_with(run):
 def read_beginning(run, qwen=None):
     """Fields and files of what a run of train.py began with."""
     began = began_with(run)
-    if began["init"] == "random":
+    if began["weights"] == "random":
         return read_fields(run / "init")
     base = HUB_BASES[began["config"]]
     try:

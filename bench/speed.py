@@ -31,8 +31,8 @@ from torch.utils._pytree import tree_leaves
 import kernels
 from bench.measure import in_turns, on_gpu, peak_memory, psnr, relative_difference
 from dit import DiT, DiTConfig
-from kernels.linear import LARGEST, QuantLinear
-from lora import replace_modules
+from kernels.linear import LARGEST
+from lora import quantise
 from vae import VAE, VAEConfig
 
 CLASSES = {
@@ -101,10 +101,6 @@ def beside_diffusers(dtype, *makes):
     return [built(device, dtype, make) if i == 0 or find_spec("diffusers") else None for i, make in enumerate(makes)]
 
 
-def quantise_linears(blocks, kind):
-    replace_modules(blocks, lambda _, x: QuantLinear.from_linear(x, kind) if type(x) is torch.nn.Linear else None)
-
-
 def dit(args):
     if on_gpu():
         sizes = {f"{name}{ref}": (21 + (ref != ""), *GRIDS[name][1:]) for name in GRIDS for ref in ("", " + reference")}
@@ -129,7 +125,7 @@ def dit_row(args, name, config, grid, dtype, compiled=False, kind=None):
     ours, theirs = beside_diffusers(dtype, lambda: DiT(config), lambda: diffusers_dit(config))
     theirs and load_weights(ours, theirs.state_dict())
     if kind:
-        quantise_linears(ours.blocks, kind)
+        quantise(torch.nn.ModuleDict({"dit": ours}), kind)
     x = torch.randn(1, config.in_dim, *grid, device=device, dtype=dtype)
     text = torch.randn(1, 512, config.text_dim, device=device, dtype=dtype)
     t = torch.tensor([500.0], device=device)
@@ -206,7 +202,7 @@ def weights8(args):
     for kind in ("float32", "bfloat16", *LARGEST):
         model = KiwiEdit.from_pretrained(nano, "cpu", torch.bfloat16 if kind == "bfloat16" else torch.float32)
         if kind in LARGEST:
-            quantise_linears(model.dit.blocks, kind)
+            quantise(model, kind, parts=["dit"])
         size = sum(t.numel() * t.element_size() for t in model.dit.blocks.state_dict().values())
         clip = read_for(model.config, nano / "example" / "source.mp4", None, None).frames
         prompt, ref = (nano / "example" / "prompt.txt").read_text(), read_image(nano / "example" / "reference.png")
