@@ -17,22 +17,20 @@ The paper's pipeline was never released; prompts and thresholds that it does not
 import argparse
 import dataclasses
 import json
-import math
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from command import number, one_line
+from stages import with_settings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: busy-waiting threads slow small steps tenfold
 
 EXAMPLES = """examples:
   python curate.py pairs.csv --out out/refvie                                    # no weights, about two seconds a pair
   python curate.py ditto/ openve.csv --out out/refvie --models paper             # the paper's models, one GPU
-  torchrun --nproc-per-node 8 curate.py ditto/ --out out/refvie --models paper   # eight
   python curate.py out/refvie --out out/strict --min-ref-score 9                 # other thresholds, nothing paid twice
-  python curate.py pairs.csv --out out/refvie --rejects rejects.json             # what was rejected on page.html
 
 A run that was stopped or killed continues when the same command is given again; so does one whose tables have grown.
 """
@@ -57,22 +55,8 @@ class Settings:
     page: int = 400  # records on page.html, half of them rejected ones
     seed: int = 0
 
-    def __post_init__(self):
-        least = {"fps": 0, "min_side": 0, "shard_rows": 0, "page": 0, "max_aspect": 1}
-        for name, low in least.items():
-            if not low < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above {low}")
-
 
 MODELS = ("scorer", "grounder", "segmenter", "editor", "verifier", "embedder")
-
-
-def setting(text):
-    """ "name=value" -> (name, value), of the type of its default."""
-    (name, sign, value), types = text.partition("="), {field.name: field.type for field in dataclasses.fields(Settings)}
-    if not sign or name not in types:
-        raise argparse.ArgumentTypeError(f"{name}: give name=value with one of {', '.join(types)}")
-    return name, types[name](value)
 
 
 def parse_arguments(argv=None):
@@ -97,10 +81,10 @@ def parse_arguments(argv=None):
     add("--workers", type=number(1, 9999), default=2, help="records at a time; with ray also actors (default 2)")
     add("--device", metavar="NAME", help="default: cuda if there is one")
     add("--prompts", metavar="FILE", help="EditScore's vie_prompts.py (default: from pip install editscore)")
-    add("--set", nargs="*", action="extend", default=[], type=setting, metavar="NAME=VALUE", help="see below")
+    add("--set", nargs="*", action="extend", default=[], metavar="NAME=VALUE", help="see below")
     args = parser.parse_args(argv)
     try:
-        vars(args).update(dataclasses.asdict(Settings(**dict(args.set))))
+        vars(args).update(dataclasses.asdict(with_settings(Settings(), args.set)))
     except ValueError as error:
         parser.error(str(error))
     args.duplicate = args.duplicate or (0.99 if args.models == "paper" else 0.96)
@@ -163,8 +147,7 @@ def read_all(args, ledger):
             sizes.append(len(shard))
         if gone := sum(sizes) - reader.number:
             raise ValueError(f"{gone} records of {ledger.out} are gone from the tables, or changed: give another --out")
-        if reader.unknown and args.models == "classical":
-            print(f"kinds       {reader.unknown} records are of unknown kind: no edit_type, no English keyword")
+        print(f"kinds       {reader.unknown} of {reader.number} records are of unknown kind: neither type nor keyword")
         told |= {"shards": sizes, "bases": reader.bases, "state": state, "copies": reader.copies}
     write_text(ledger.folder / "read.json", json.dumps(told | {"stages": ledger.stages[1:-1]}))
 
@@ -203,12 +186,6 @@ class Stage:
 
     def one(self, row):
         raise NotImplementedError
-
-    def __call__(self, batch):
-        """What Ray Data calls, with the numbers of shards."""
-        for shard in self.ledger.todo(self.name, batch["shard"].tolist()):
-            self.run(shard)
-        return batch
 
     def run(self, shard, progress=lambda count: None):
         """A shard from wherever it was; each record is written down as soon as it is done. What ends the run, Ctrl-C
@@ -253,11 +230,10 @@ class Stage:
             return {"id": row["id"], **self.one(row)}
         except Rejected as reason:
             return {"id": row["id"], **reason.found, **ended(self.name, "rejected", reason)}
-        except Barred:
-            raise
         except FORESEEN as error:
-            if any(getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for e in (error, error.__context__)):
-                raise  # a full disk is no record's fault; MediaErrors have it as their context
+            full = (getattr(e, "errno", None) == errno.ENOSPC for e in (error, error.__context__))
+            if isinstance(error, Barred) or any(full):  # no record's fault; MediaErrors have theirs as context
+                raise
             return {"id": row["id"], **ended(self.name, "failed", error)}
 
     @property
@@ -295,8 +271,7 @@ class Score(Stage):
     def one(self, row):
         found = {}
         if "frames" not in row:  # a missing source is no good for tuning either, whoever scored the pair
-            _, (frames, height, width, _) = (measure(path) for path in self.clips(row))
-            found = {"frames": frames, "height": height, "width": width}
+            found["frames"] = [measure(path)[0] for path in self.clips(row)][1]
         if "edit_score" not in row:
             found["frame_scores"] = [round(s, 3) for s in self.models.score(*self.clips(row), row)]
             found["edit_score"] = round(sum(found["frame_scores"]) / len(found["frame_scores"]), 3)
@@ -316,7 +291,7 @@ class Ground(Stage):
     """Where the new object is, or the foreground before a new background: box, mask, key frame."""
 
     def one(self, row):
-        if row.keys() & {"mask", "given_ref", "ref_image"}:
+        if row.keys() & {"mask", "given_ref_image", "ref_image"}:
             return {}
         if isinstance(row.get("given_mask"), str) and self.file(row, "given_mask").is_file():
             mask, key, more = read_image(self.file(row, "given_mask"))[..., 0] > 127, 0, {}
@@ -343,9 +318,9 @@ class Synthesize(Stage):
             self.check(*row["ref_size"])
             return {}
         name, path = self.place("refs", row, ".jpg")
-        if "given_ref" in row:
-            given = row["given_ref"]
-            image = read_reference(str(self.file(row, "given_ref")) if isinstance(given, str) else tuple(given))
+        if "given_ref_image" in row:
+            given = row["given_ref_image"]
+            image = read_reference(str(self.file(row, "given_ref_image")) if isinstance(given, str) else tuple(given))
         else:
             mask = read_image(self.file(row, "mask"))[..., 0] > 127
             image = self.models.synthesize(*self.clips(row), mask, row)
@@ -406,6 +381,18 @@ def run_local(args, ledger, rank, world):
     torch.set_num_threads(threads)
 
 
+class Actor:
+    """What Ray Data calls, with the numbers of shards."""
+
+    def __init__(self, make, *known):
+        self.stage = make(*known)
+
+    def __call__(self, batch):
+        for shard in self.stage.ledger.todo(self.stage.name, batch["shard"].tolist()):
+            self.stage.run(shard)
+        return batch
+
+
 def run_ray(args, ledger):
     """One stage at a time, a pool of up to --workers actors; all machines see --out and the data under one path."""
     try:
@@ -421,12 +408,11 @@ def run_ray(args, ledger):
                 data = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
                 pool = {"num_gpus": gpus, "num_cpus": 1 if gpus else 0.25, "batch_size": 1}
                 pool |= {"concurrency": (1, min(args.workers, len(shards)))}
-                data = data.map_batches(make, fn_constructor_args=(args, ledger, Budget(args.max_bad)), **pool)
+                data = data.map_batches(Actor, fn_constructor_args=(make, args, ledger, Budget(args.max_bad)), **pool)
                 for _ in tqdm(data.iter_batches(batch_size=1), total=len(shards), desc=f"ray {name}", unit="shard"):
                     pass
     except ray.exceptions.RayError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ValueError(f"--engine ray: {lines[-1] if lines else type(error).__name__}") from None
+        raise ValueError(f"--engine ray: {getattr(error, 'cause', None) or error}") from None
     finally:
         if not theirs:
             ray.shutdown()
@@ -512,11 +498,11 @@ def guard_of(args):
         return lambda row: None
     files, models = guard_files(args.guard), load_models(args)
     models.setup("guard")
-    theirs = [models.embed([read_image(file)])[0].numpy() for file in tqdm(files, desc="guard")]
+    theirs = np.stack([models.embed([read_image(file)])[0].numpy() for file in tqdm(files, desc="guard")])
 
     def resembled(row):
         for own in ("source_feature", "feature"):
-            near = np.stack(theirs) @ unpack(row[own]).astype(np.float32)
+            near = theirs @ unpack(row[own]).astype(np.float32)
             if near.max() > args.duplicate:
                 return files[near.argmax()].relative_to(args.guard)
 

@@ -21,17 +21,18 @@ import torch.nn.functional as F
 from curators import Rejected, around, box_of, frame_at, moments
 from media import MediaError, decode, open_media, read_image, resize
 from metrics import as_float, as_uint8, lab, luma, otsu
+from vlm import within
 
 LOOKS = 12  # frames of a clip that are looked at
 LOOK_PIXELS, CUT_PIXELS, FILL_PIXELS = 320 * 180, 640 * 360, 1280 * 720
 UNCHANGED, CHANGED = 8.0, 16.0  # CIELAB units: a VAE's trace stays below the first; above the second all is edit
 ALIKE = 6.0  # CIELAB units between the colours of one thing at two moments
-COLOURS = (  # names -> sRGB
-    "red be1e28 orange eb7d1e yellow ebd232 gold cda032 golden cda032 green 32823c blue 2850b4 purple 783296 "
-    "pink eb96b4 brown 6e462d black 19191c white f0f0f0 grey 808080 gray 808080 silver b9b9be blonde d7be8c "
-    "platinum dcd2be snowy e1e6eb"
-).split()
-COLOURS = {name: list(bytes.fromhex(code)) for name, code in zip(COLOURS[::2], COLOURS[1::2])}
+COLOURS = {  # sRGB
+    "red": (190, 30, 40), "orange": (235, 125, 30), "yellow": (235, 210, 50), "golden": (205, 160, 50),
+    "green": (50, 130, 60), "blue": (40, 80, 180), "purple": (120, 50, 150), "pink": (235, 150, 180),
+    "brown": (110, 70, 45), "black": (25, 25, 28), "white": (240, 240, 240), "grey": (128, 128, 128),
+    "gray": (128, 128, 128), "silver": (185, 185, 190), "blonde": (215, 190, 140),
+}  # fmt: skip
 
 
 @lru_cache(maxsize=64)  # of 2 MB at most: a small run decodes each clip once
@@ -41,8 +42,7 @@ def frames_at(path, wanted, max_pixels):
     with open_media(path) as (container, stream):
         for number, (_, rgb) in enumerate(islice(decode(path, container, stream), wanted[-1] + 1)):
             if number in wanted:
-                scale = min(1.0, math.sqrt(max_pixels / (rgb.shape[0] * rgb.shape[1])))
-                frames.append(resize(rgb[None], [max(8, round(side * scale)) for side in rgb.shape[:2]])[0])
+                frames.append(resize(rgb[None], within(*rgb.shape[:2], max_pixels, 1))[0])
                 indices.append(number)
     if not frames:
         raise MediaError(f"{path}: has no frames")
@@ -274,17 +274,6 @@ def ramp(value, low, high):
     return min(max((value - low) / (high - low), 0.0), 1.0)
 
 
-def named_colour(prompt):
-    """The colour that the instruction asks for, CIELAB (3,), or None: the first named after "with" or "into"."""
-    words = re.findall("[a-z]+", prompt[:2000].lower())
-    cut = next((i for i, word in enumerate(words) if word in ("with", "into", "to")), 0)
-    for at in range(cut, len(words)):
-        if words[at] in COLOURS:
-            light = {"dark": 0.4, "deep": 0.6}.get(words[max(at - 1, 0)], 1.0)
-            return 100 * lab(torch.tensor(COLOURS[words[at]]).view(1, 3, 1, 1) * light / 255)[0, :, 0, 0]
-    return None
-
-
 def colours(pixels, ways=8):
     """The colours of pixels (N, 3) in 0..1 as quantiles along some directions of CIELAB (ways, 20): the mean difference
     of two such tables is the (sliced) earth mover's distance of the two sets of colours."""
@@ -315,11 +304,10 @@ class Classical:
     def __init__(self, args):
         self.args = args
 
-    def preflight(self, stages):
-        """Nothing can be missing."""
-
     def setup(self, stage):
-        """Nothing is to be loaded."""
+        """Nothing is to be loaded, or missing."""
+
+    preflight = setup
 
     def score(self, source_path, target_path, row):
         """Of each moment 10 sqrt(SC PQ): EditScore's formula with what can be measured in their places."""
@@ -370,7 +358,7 @@ class Classical:
     def verify(self, source_path, target_path, ref_path, row):
         """Does the reference show the edit, upright and whole, and is it there at other moments? (bool, reason)"""
         source, target, indices = look_at_pair(source_path, target_path)
-        subject, given = row["kind"] == "subject", "given_ref" in row
+        subject, given = row["kind"] == "subject", "given_ref_image" in row
         picture, place = as_float(read_image(ref_path)[None])[0], body(source, target, row["kind"]) == subject
         if given:
             best = int(place.float().mean(dim=(1, 2)).argmax())
@@ -414,20 +402,19 @@ def fit(kind, source, target, apart, changed, whole, usual):
 
 
 def exchanged(source, target, whole, row):
-    """0.3 where the source has the colour that the words ask for and the target lost it, else 1."""
-    wanted = named_colour(row["prompt"])
-    if wanted is None or row["kind"] not in ("subject", "background") or not whole.any():
+    """0.3 where the source has the colour that the words name last and the target lost it, else 1."""
+    named = [word for word in re.findall("[a-z]+", row["prompt"][:2000].lower()) if word in COLOURS]
+    if not named or row["kind"] not in ("subject", "background") or not whole.any():
         return 1.0
-    near = []
-    for clip in (source, target):
-        pixels = 100 * lab(clip).permute(0, 2, 3, 1)[whole]
-        near.append(torch.quantile((pixels - wanted).norm(dim=1)[:: max(1, len(pixels) // 20000)], 0.25).item())
-    return 0.3 if near[0] < 20 and near[0] + 15 < near[1] else 1.0
+    wanted = 100 * lab(torch.tensor(COLOURS[named[-1]]).view(1, 3, 1, 1) / 255)[0, :, 0, 0]
+    apart = [(100 * lab(clip).permute(0, 2, 3, 1)[whole] - wanted).norm(dim=1) for clip in (source, target)]
+    before, after = (torch.quantile(x[:: max(1, len(x) // 20000)], 0.25).item() for x in apart)
+    return 0.3 if before < 20 and before + 15 < after else 1.0
 
 
 def misplaced(picture, ink, frame, where, given):
-    """What is wrong with a reference (3, h, w), shown where `ink` is true, as a picture of what the mask `where` shows of
-    a frame (3, H, W), or None. given: it came with the pair, another picture of the same."""
+    """What is wrong with a reference (3, h, w), drawn where `ink` is true, if it shows what the mask `where` shows of a
+    frame (3, H, W), or None. given: it came with the pair, another picture of the same."""
     (seen, outline), (shown, drawn) = layout(frame, where), layout(picture, ink)
     apart = lambda a, b, both: (a - b).square().sum(0).sqrt()[both].mean().nan_to_num(99.0).item()
     upright, turned = apart(seen, shown, outline & drawn), apart(seen, shown.flip(1), outline & drawn.flip(0))

@@ -1,7 +1,7 @@
 """The records of all inputs: tables, the published sets as they lie on disk, another run.
 
     row -> id (hash of source, target, prompt), name, src_video, tgt_video, prompt, base (the folder of its paths),
-           kind, edit_type, and what the row brings: edit_score, box, given_mask, given_ref
+           kind, edit_type, and what the row brings: edit_score, box, given_mask, given_ref_image
 
 Another set is a line of SETS. One bad row costs itself: a record that failed at reading.
 """
@@ -191,32 +191,35 @@ class Reader:
             sane = {key: sound(value) if isinstance(value, str) else "" for key, value in texts.items()}
             given = next((fields[key] for key in ("name", "id", "iid", "task") if fields.get(key)), "")
             row = {"id": hashed(*sane.values()), "name": sound(str(given)), **sane, "base": base}
-            empty = next((key for key in PAIR if texts[key] != sane[key] or not sane[key].strip()), None)
+            where, wrong = f"{file}, {place}", [line] if isinstance(line, str) else []
+            wrong += [f"{key} is empty, or no text" for key in PAIR if texts[key] != sane[key] or not sane[key].strip()]
             try:
-                if isinstance(line, str) or empty:
-                    raise ValueError(line if isinstance(line, str) else f"{empty} is empty, or no text")
-                yield row | self.brought(row, fields)
+                if wrong:
+                    raise ValueError(f"{where}: {wrong[0]}")
+                yield row | self.brought(row, fields, where)
             except ValueError as error:
-                key, reason = hashed(file.name, place, row["id"]), f"{file}, {place}: {error}"
-                yield row | {"kind": "unknown", "id": key, **ended("read", "failed", reason)}
+                key = hashed(file.name, place, row["id"])
+                yield row | {"kind": "unknown", "id": key, **ended("read", "failed", error)}
 
-    def brought(self, row, fields):
+    def brought(self, row, fields, where):
         """What a row brings of the stages' work, and its kind; a CSV's numbers and lists are read as JSON. ValueError
         for a path that leaves its base."""
         score, box = (parsed(v) if isinstance(v, str) else v for v in (fields.get("edit_score"), fields.get("box")))
         number = lambda value, high: type(value) in (int, float) and 0 <= value <= high
         found = {"edit_score": score} if number(score, 10) else {}
-        if isinstance(box, list) and len(box) == 4 and all(number(v, 1) for v in box) and box[0] < box[2]:
-            found |= {"box": box} if box[1] < box[3] else {}
-        for key, name in (("mask", "given_mask"), ("ref_image", "given_ref")):
+        four = isinstance(box, list) and len(box) == 4 and all(number(value, 1) for value in box)
+        if four and box[0] < box[2] and box[1] < box[3]:
+            found["box"] = box
+        for key in ("mask", "ref_image"):
             if isinstance(fields.get(key), str | list) and fields[key]:
-                found[name] = fields[key]
-        for name in (row["src_video"], row["tgt_video"], found.get("given_mask"), found.get("given_ref")):
+                found["given_" + key] = fields[key]
+        for name in (row["src_video"], row["tgt_video"], found.get("given_mask"), found.get("given_ref_image")):
             if isinstance(name, str):
-                inside(self.bases[row["base"]], name, "its row")
+                inside(self.bases[row["base"]], name, where)
         given = next((fields[key] for key in ("edit_type", "edited_type") if isinstance(fields.get(key), str)), "")
-        kind = kind_of(given, row["prompt"] if self.args.models == "classical" or "given_ref" in found else "")
-        if "given_ref" in found and kind not in KINDS:
+        reference = "given_ref_image" in found
+        kind = kind_of(given, row["prompt"] if self.args.models == "classical" or reference else "")
+        if reference and kind not in KINDS:
             kind = "subject"
         self.unknown += kind == "unknown"
         return found | {"edit_type": given, "kind": kind}
@@ -246,10 +249,9 @@ class Reader:
 def adopt(source, target):
     """Take over a picture that another run made: a link if the disk allows, else a copy."""
     os.makedirs(os.path.dirname(target), exist_ok=True)
-    try:
-        os.link(source, target)
-    except FileExistsError:
-        pass
-    except OSError:
-        with whole_file(target) as temporary:
-            shutil.copyfile(source, temporary)
+    if not os.path.exists(target):
+        try:
+            os.link(source, target)
+        except OSError:
+            with whole_file(target) as temporary:
+                shutil.copyfile(source, temporary)

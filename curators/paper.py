@@ -29,7 +29,6 @@ import vlm
 from connectors import PIXEL_MEAN, PIXEL_STD
 from curators import KINDS, Rejected, around, box_of, frame_at, moments
 from curators.classical import grow, inked, large_regions, resized
-from ledger import parsed
 from load import local_path
 from lora import read_lora, updates
 from media import frame_rate, open_media, pad_reference, read_image, resize, write_image
@@ -88,54 +87,43 @@ def editscore_prompts(path=None):
     return {"success": f"{context}\n{rule}\n{success}", "quality": f"{context}\n{quality}"}
 
 
-def number_list(text, count, high):
-    """The inside of a JSON list -> its numbers; None unless there are `count`, from 0 to `high`."""
-    found = parsed(f"[{text}]")
+def answered(text, key, sane, what):
+    """The JSON objects of an answer whose `key` is sane. Malformed without one: a failed parse is a failed record,
+    never a middling score."""
+    if found := [found for found in vlm.json_objects(text) if sane(found.get(key))]:
+        return found
+    raise Malformed(f"no {what} in the answer: {' '.join(text.split())[:120]!r}")
+
+
+def numbers(value, count, high):
     sane = lambda v: type(v) in (int, float) and 0 <= v <= high  # true and false are ints to isinstance
-    return found if found and len(found) == count and all(map(sane, found)) else None
-
-
-def malformed(what, text):
-    return Malformed(f"no {what} in the answer: {' '.join(text.split())[:120]!r}")
+    return isinstance(value, list) and len(value) == count and all(map(sane, value))
 
 
 def read_scores(text):
-    """A judge's answer, whole JSON or cut off after its scores -> the smaller of two. Malformed: a failed parse is a
-    failed record, never a middling score."""
-    lists = re.findall(r"score\W{0,6}\[([^\]]*)\]", text, re.IGNORECASE)
-    if not (scores := number_list(lists[-1], 2, 25) if lists else None):
-        raise malformed("pair of scores from 0 to 25", text)
-    return float(min(scores))
+    """A judge's answer -> the smaller of its two scores."""
+    found = answered(text, "score", lambda value: numbers(value, 2, 25), "pair of scores from 0 to 25")
+    return float(min(found[-1]["score"]))
 
 
 def read_box(text):
     """A grounder's answer, whose coordinates count to 1000 -> box [x1, y1, x2, y2] in 0..1, label, kind or None; of
-    several boxes the largest. Malformed without a box; Rejected for a box that is no object's."""
-    word = lambda key, piece: re.search(rf"{key}[\"']?\s*:\s*([\"'])(.{{1,80}}?)\1\s*(?:[,}}\]]|$)", piece)
-    boxes = []
-    for piece in text.split("{"):  # a cut off list of objects has whole ones, too
-        inside = re.search(r"bbox\w*[\"']?\s*:\s*\[([^\]]*)\]", piece)
-        if four := inside and number_list(inside[1], 4, math.inf):
-            x1, y1, x2, y2 = (min(v / 1000, 1) for v in four)
-            boxes.append((max(x2 - x1, 0) * max(y2 - y1, 0), [x1, y1, x2, y2], word("label", piece)))
-    if not boxes and re.search(r"\[\s*\]", text):
-        raise Rejected("the grounder sees nothing of the kind")
-    if not boxes:
-        raise malformed("box", text)
-    area, box, label = max(boxes, key=lambda found: found[0])
-    if not 1e-3 < area < 0.95:
-        raise Rejected(f"the box {[round(v, 3) for v in box]} is empty, tiny or the whole frame")
-    kind = word("kind", text)
-    return box, vlm.sound(label[2].strip()) if label else "object", kind and kind[2]
+    several boxes the largest. Rejected for a box that is no object's."""
+    found = answered(text, "bbox_2d", lambda value: value == [] or numbers(value, 4, math.inf), "box")
+    boxes = [[min(side / 1000, 1) for side in one["bbox_2d"] or [0] * 4] for one in found]
+    areas = [max(x2 - x1, 0) * max(y2 - y1, 0) for x1, y1, x2, y2 in boxes]
+    best = areas.index(max(areas))
+    if not 1e-3 < areas[best] < 0.95:
+        raise Rejected(f"the grounder's box {boxes[best]} is empty, tiny or the whole frame")
+    return boxes[best], vlm.sound(str(found[best].get("label") or "object"))[:80], found[best].get("kind")
 
 
 def read_verdict(text):
-    """A verifier's answer -> (bool, reason). Malformed if it does not say."""
-    for found in reversed(list(vlm.json_objects(text))):
-        match = str(found.get("match")).strip().lower()  # JSON's true, or the word
-        if match in ("true", "yes", "false", "no"):
-            return match in ("true", "yes"), vlm.sound(str(found.get("reason", "")))[:200]
-    raise malformed("verdict", text)
+    """A verifier's answer -> (bool, reason)."""
+    words = {"true": True, "yes": True, "false": False, "no": False}  # JSON's true, or the word
+    said = lambda value: str(value).strip().lower()
+    found = answered(text, "match", lambda value: said(value) in words, "verdict")[-1]
+    return words[said(found["match"])], vlm.sound(str(found.get("reason", "")))[:200]
 
 
 def open_model(name, args, device):
@@ -306,7 +294,7 @@ class Paper:
             prompt = GROUND.format(prompt=row["prompt"], kinds=kinds)
             box, more["label"], kind = self.ask(self.grounder, prompt, {"frame": frame}, read_box, BOX)
             if not known:
-                more["kind"] = kind or "unknown"
+                more["kind"] = str(kind or "unknown")
         with self.lock:
             mask = segment(self.segmenter, frame, box)
         x1, y1, x2, y2 = (round(v * side) for v, side in zip(box, mask.shape[::-1] * 2))
@@ -360,6 +348,5 @@ def check_model(name, where):
     try:
         HfApi().auth_check(name)
     except Exception as error:  # the hub client raises many kinds, from DNS to gated repositories
-        reason = str(error).strip().split("\n")[0][:160]
         gated = "for a gated model ask for access on its page, then `hf auth login`"
-        raise ValueError(f"{where}: {name} is no folder, and not to be had from the hub ({reason}); {gated}") from None
+        raise ValueError(f"{where}: {name} is no folder, nor to be had from the hub; {gated} ({error})") from None

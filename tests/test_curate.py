@@ -377,7 +377,9 @@ def test_runs_that_are_killed_and_resumed_end_as_one_run(tmp_path, pairs, run):
     assert same_result(tmp_path / "out", run)
 
 
-def test_a_shard_half_done_is_finished_without_asking_again_and_one_cut_short_is_noticed(tmp_path, pairs, run, no_models):
+def test_a_shard_half_done_is_finished_without_asking_again_and_one_cut_short_is_noticed(
+    tmp_path, pairs, run, no_models
+):
     out = shutil.copytree(run, tmp_path / "out")
     whole = out / "ledger/verify/00000.jsonl"
     whole.with_suffix(".part").write_text(whole.read_text() + "\0\0\n" + '{"id": "00000')  # left by what died
