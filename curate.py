@@ -101,7 +101,6 @@ import shlex
 import shutil
 import threading
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from datetime import timedelta
 from itertools import islice
 
@@ -451,7 +450,7 @@ def deduplicate(features, order, threshold, block=2048, device="cpu"):
 
 def deduplicate_all(args, ledger, rejects):
     """The last step, over all shards: what a person rejected leaves, a benchmark's pictures, copies of a kept one."""
-    told, path, shards = ledger.told, ledger.folder / "deduplicate.json", range(len(ledger.told["shards"]))
+    told, path, shards = ledger.told, ledger.folder / "deduplicate/made.json", range(len(ledger.told["shards"]))
     made_with = {"rejects": rejects, "shards": told["shards"], "stages": told["stages"]}
     if not ledger.todo("deduplicate", shards) and path.is_file() and parsed(path.read_text()) == made_with:
         return
@@ -509,19 +508,6 @@ def guard_of(args):
     return resembled
 
 
-@contextmanager
-def meeting(world):
-    """Yield a function in which the processes of torchrun wait for each other; it ends all when one dies."""
-    if world == 1:
-        yield lambda: None
-        return
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", timeout=timedelta(days=20))
-    yield dist.barrier
-    dist.destroy_process_group()
-
-
 def main(argv=None):
     args = parse_arguments(argv)
     if given := [name for name in MODELS if has_secret(getattr(args, name))]:
@@ -531,7 +517,11 @@ def main(argv=None):
         raise ValueError("--engine ray finds its own processes: start it without torchrun")
     args.out = str(Path(args.out).resolve())
     ledger = Ledger(args.out, [*(stage.__name__.lower() for stage in PIPELINE), "deduplicate"])
-    with locked(ledger.folder / f"lock.{rank}"), meeting(world) as meet:
+    with locked(ledger.folder / f"lock.{rank}"):
+        meet = lambda: None
+        if world > 1:  # torchrun ends all when one dies
+            torch.distributed.init_process_group("gloo", timeout=timedelta(days=20))
+            meet = torch.distributed.barrier
         rejects = read_rejects(args.rejects)
         if rank == 0:  # fail before days of work, not after them
             for path in guard_files(args.guard) if args.guard else ():
@@ -547,16 +537,19 @@ def main(argv=None):
         meet()
         if rank == 0:
             deduplicate_all(args, ledger, rejects)
-            funnel, common = write_results(args, ledger, rejects)
-    if rank > 0:
-        return
-    names = [f"{name}, " for name in (*FILES.values(), "refvie") if (Path(args.out) / name).exists()]
-    print(f"{funnel.markdown()}\nwrite       {args.out}/{''.join(names)}funnel.md, statistics.json; look at page.html")
+            report(args, *write_results(args, ledger, rejects))
+
+
+def report(args, funnel, common):
+    written = [name for name in (*FILES.values(), "refvie", "statistics.json") if (Path(args.out) / name).exists()]
+    print(f"{funnel.markdown()}\nwrite       {args.out}: {', '.join(written)}, funnel.md; look at page.html")
     if funnel.failed == funnel.total:
         raise ValueError(f"not one of {funnel.total} records could be worked on; see above why; then --retry-failed")
-    where = f"--ref-csv {shlex.quote(args.out)}/ref_video.csv --base-path {shlex.quote(common)} --data DIR"
-    kept = "nothing: not one quadruplet was kept; the table above says why"
-    print(f"train       {f'python train.py --stage 3 {where}' if funnel.kinds else kept}")
+    if funnel.kinds:
+        where = f"--ref-csv {shlex.quote(args.out)}/ref_video.csv --base-path {shlex.quote(common)}"
+        print(f"train       python train.py --stage 3 {where} --data DIR")
+    else:
+        print("train       nothing: not one quadruplet was kept; the table above says why")
 
 
 def run():

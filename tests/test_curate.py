@@ -22,7 +22,6 @@ from conftest import HOUSE
 from curators import ended
 from curators.classical import Classical
 from curators.pairs import Reader, kind_of
-from curators.result import Funnel
 from ledger import Ledger, is_open, locked, read_json_lines, write_json_lines
 from media import MediaError, read_image, write_image
 
@@ -281,7 +280,7 @@ def test_a_table_that_cannot_be_read_is_one_line(tmp_path, name, text, says):
     ("", "Remove the man in front of the shop.", "remove"), ("", "Add a red car in front of the house.", "subject"),
     ("", "Delete the dog in the background.", "remove"),
     ("", "Remove the background and show a beach.", "background"),
-    ("", "Change the whole background to a lake.", "background"), ("", "Zoom in slowly.", "unknown"),
+    ("", "Zoom in slowly.", "unknown"),
     ("", "Replace her hair with a hair style of the eighties.", "subject"),
     ("", "Add a lamp that blends into the surroundings.", "subject"),
     ("", "背景を雪山に変えてください。", "unknown"), ("", "Turn the car into a bus.", "subject"),
@@ -338,19 +337,13 @@ def test_one_budget_of_failures_stops_the_run_and_holds_until_it_is_raised(tmp_p
     assert all(row["status"] == "failed" for row in records_in(tmp_path / "out"))
 
 
-def test_limits_are_of_the_longer_side_to_the_shorter_and_of_the_mask(tmp_path, pairs):
-    ledger = SimpleNamespace(told={"bases": [pairs.parent]})
-    stage = curate.Synthesize(SimpleNamespace(min_side=8, max_aspect=4.0), ledger, None)
+def test_limits_are_of_the_longer_side_to_the_shorter():
+    ledger, args = SimpleNamespace(told={"bases": []}), SimpleNamespace(min_side=8, max_aspect=4.0)
+    stage = curate.Synthesize(args, ledger, None)
     stage.check(40, 10)
     for height, width, says in ((41, 10, "aspect above 4"), (10, 41, "aspect above 4"), (7, 9, "a side below 8")):
         with pytest.raises(curate.Rejected, match=says):
             stage.check(height, width)
-    ground = curate.Ground(SimpleNamespace(out=tmp_path), ledger, None)
-    for share, says in ((0.81, "covers 81%"), (0, "is empty")):
-        mask = torch.arange(10_000).view(100, 100) < share * 10_000
-        ground.loaded = SimpleNamespace(ground=lambda source, target, row: ([0, 0, 1, 1], mask, 0, {}))
-        with pytest.raises(curate.Rejected, match=says):
-            ground.one({"id": "1", "src_video": "a.mp4", "tgt_video": "a.mp4", "base": 0, "kind": "subject"})
 
 
 def same_result(out, expected):
@@ -475,19 +468,17 @@ def test_of_two_alike_the_better_is_kept_and_the_next_best_when_a_person_rejects
         ledger.write("read", shard, [{"id": name}])
         ledger.write("verify", shard, [{"id": name, "edit_score": score, "feature": feature}])
     (ledger.folder / "read.json").write_text(json.dumps({"shards": [1] * 3, "stages": ["verify"]}))
-    args = SimpleNamespace(guard=None, duplicate=0.9, device="cpu")
 
     def statuses(**rejects):
-        curate.deduplicate_all(args, ledger, rejects)
+        curate.deduplicate_all(SimpleNamespace(guard=None, duplicate=0.9, device="cpu"), ledger, rejects)
         return [ledger.rows("deduplicate", shard)[0]["status"] for shard in range(3)]
 
     assert statuses() == ["rejected", "kept", "rejected"]
-    write = ledger.write
-    with monkeypatch.context() as killed, pytest.raises(SystemExit):  # in between: old files do not pass for new
-        killed.setattr(ledger, "write", lambda stage, shard, rows: sys.exit() if shard else write(stage, shard, rows))
+    with monkeypatch.context() as killed, pytest.raises(SystemExit):  # then old files do not pass for new ones
+        killed.setattr(curate, "write_text", lambda path, text: sys.exit())
         statuses(b="torn")
+    assert statuses() == ["rejected", "kept", "rejected"]
     assert statuses(b="torn") == ["kept", "rejected", "rejected"]
-    assert ledger.rows("deduplicate", 1)[0]["stage"] == "person"
 
 
 def test_a_person_s_rejects_and_a_benchmark_s_pictures_leave_the_result(tmp_path, pairs, run):
@@ -508,17 +499,6 @@ def test_a_person_s_rejects_and_a_benchmark_s_pictures_leave_the_result(tmp_path
         assert f"resembles {name} of the benchmark" in rows[row["id"]]["reason"] and not rows[row["id"]]["tuning"]
 
 
-def test_the_funnel_counts_one_reason_as_one_whatever_file_or_line_it_speaks_of():
-    funnel = Funnel(("read", "score", "deduplicate"))
-    file, line = "/my clips/{}.mp4: no such file", "pairs.csv, line 3: {}.mp4 is outside of /base; give paths"
-    for reason in (file, line, "pairs.csv, line 4: prompt is empty, or no text"):
-        for name in ("seaside", "a---b"):
-            funnel.add({"status": "failed", "stage": "read", "reason": reason.format(name)})
-    assert {reason: count for (_, _, reason), count in funnel.reasons.items()} == {
-        "no such file": 2, "is outside of /base; give paths": 2, "prompt is empty, or no text": 2,
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize("flag, says", [("--rejects", "none.json"), ("--guard", "broken.png")])
 def test_what_would_spoil_the_result_is_found_before_the_work(tmp_path, pairs, flag, says):
     (tmp_path / "in").mkdir()
@@ -537,7 +517,7 @@ def test_the_measures_run_on_the_real_code(tmp_path, nano_data):
 def test_settings_take_their_default_s_type_and_others_are_refused():
     args = curate.parse_arguments(["x", "--out", "y", "--set", "fps=1", "scorer=http://h/v1#m", "--set", "seed=3"])
     assert (args.fps, args.scorer, args.seed, args.duplicate) == (1.0, "http://h/v1#m", 3, 0.96)
-    for word in ("fps=fast", "nothing=1", "fps", "max_aspect=1"):
+    for word in ("fps=fast", "nothing=1", "fps"):
         with pytest.raises(SystemExit):
             curate.parse_arguments(["x", "--out", "y", "--set", word])
     with pytest.raises(ValueError, match="put the key into OPENAI_API_KEY"):

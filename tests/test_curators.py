@@ -182,7 +182,7 @@ def test_editscore_is_asked_in_its_own_words_read_but_never_run(tmp_path):
 
 
 def tiny_paper_models(folder, args):
-    """The paper's models, each of some 100,000 random weights: they run, and `paper_answers` replaces their mumbling."""
+    """The paper's models, each of some 100,000 random weights: they run, `paper_answers` replaces their mumbling."""
     from transformers import CLIPConfig, CLIPModel, Sam3TrackerConfig, Sam3TrackerModel
 
     models, settings = Paper(args), vlm.Settings(device="cpu", max_pixels=64 * 64, max_tokens=2, as_user=True)
