@@ -279,7 +279,7 @@ class Score(Stage):
         if not found["tuning"]:
             raise Rejected(f"score {score:g} is below {self.args.min_score:g}", found)
         if kind not in KINDS and not (kind == "unknown" and self.args.models == "paper"):  # a grounder will say it
-            raise Rejected(f"no reference for this kind of edit: {kind}", found)
+            raise Rejected(f"no reference for {kind} edits", found)
         if score < self.args.min_ref_score:
             text = f"score {score:g} is below {self.args.min_ref_score:g}, enough for instruction tuning only"
             raise Rejected(text, found)
@@ -299,7 +299,7 @@ class Ground(Stage):
             box, mask, key, more = self.models.ground(*self.clips(row), row)
         area = mask.float().mean().item()
         if (kind := more.get("kind", row["kind"])) not in KINDS:
-            raise Rejected(f"no reference for this kind of edit: {kind}", more)
+            raise Rejected(f"no reference for {kind} edits", more)
         if area < 2e-4:
             raise Rejected("the mask is empty", more)
         if area > 0.8:

@@ -74,7 +74,7 @@ def truth(folder, most=400):
     ]
 
 
-def scale(folder, records=100_000, vectors=200_000, width=768):
+def scale(folder, records=100_000, vectors=50_000, width=768):
     drawn, made = random.Random(0), folder / "made"
     for name in ("masks/0.png", "refs/0.jpg"):
         (made / name).parent.mkdir(parents=True, exist_ok=True)
