@@ -5,6 +5,7 @@
       -> Ground      box, mask     of the new object, or of the foreground before a new background
       -> Synthesize  ref_image     the object cut out on white, or the background without its foreground
       -> Verify      verdict       does the reference show what the edit brought? and its feature
+      -> Guard                     is it a picture of a benchmark?
       -> what a person rejected leaves; de-duplication over all that is left, best first
       -> ref_video.csv, video.csv, image.csv, refvie/chunk_*.parquet, funnel, statistics, page.html
 
@@ -348,12 +349,37 @@ class Verify(Stage):
             raise Rejected(f"the reference does not show the edit: {known.get('verdict_reason', '')}", found)
         if "feature" not in row:
             found["feature"] = pack(self.models.embed([read_image(self.file(row, "ref_image"))])[0])
-        if self.args.guard and "source_feature" not in row:
-            found["source_feature"] = pack(self.models.embed([read_image(self.file(row, "src_video"))])[0])
         return found
 
 
-PIPELINE = [Score, Ground, Synthesize, Verify]  # another stage: one line here; all else is derived from the list
+class Guard(Stage):
+    """With --guard: does the reference or the first frame resemble a picture of a benchmark?"""
+
+    def setup(self):
+        self.files = guard_files(self.args.guard) if self.args.guard else []
+        self.theirs = [self.models.embed([read_image(file)])[0] for file in tqdm(self.files, desc="guard")]
+
+    def one(self, row):
+        for key in ("src_video", "ref_image") if self.files else ():
+            near = torch.stack(self.theirs) @ self.models.embed([read_image(self.file(row, key))])[0]  # (files,)
+            if near.max() > self.args.duplicate:
+                name = self.files[near.argmax()].relative_to(self.args.guard)
+                raise Rejected(f"resembles {name} of the benchmark", {"tuning": False})
+        return {}
+
+
+TEXTS = ".txt .md .csv .tsv .json .jsonl .yaml .yml .parquet .html .py .zip".split()
+
+
+def guard_files(folder):
+    """The pictures and clips of a benchmark: every file that is no text."""
+    files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.suffix.lower() not in TEXTS]
+    if not files:
+        raise ValueError(f"--guard {folder}: no pictures or clips there")
+    return files
+
+
+PIPELINE = [Score, Ground, Synthesize, Verify, Guard]  # another stage: one line here; all else is derived from the list
 
 
 def pack(feature):
@@ -457,13 +483,10 @@ def deduplicate_all(args, ledger, rejects):
     for old in (ledger.folder / "deduplicate", ledger.out / "refvie"):
         shutil.rmtree(old, ignore_errors=True)
     opened = lambda shard: (row for row in ledger.rows(ledger.stages[-2], shard) if is_open(row))
-    resembled, ids, scores, features, decided = guard_of(args), [], [], [], {}
+    ids, scores, features, decided = [], [], [], {}
     for row in (row for shard in shards for row in opened(shard)):
         if row["id"] in rejects:
             decided[row["id"]] = {"tuning": False, **ended("person", "rejected", rejects[row["id"]])}
-        elif name := resembled(row):
-            reason = f"resembles {name} of the benchmark"
-            decided[row["id"]] = {"tuning": False, **ended("deduplicate", "rejected", reason)}
         else:
             ids.append(row["id"])
             scores.append(row["edit_score"])
@@ -478,34 +501,6 @@ def deduplicate_all(args, ledger, rejects):
     for shard in shards:
         ledger.write("deduplicate", shard, [{"id": row["id"], **decided[row["id"]]} for row in opened(shard)])
     write_text(path, json.dumps(made_with))
-
-
-TEXTS = ".txt .md .csv .tsv .json .jsonl .yaml .yml .parquet .html .py .zip".split()
-
-
-def guard_files(folder):
-    """The pictures and clips of a benchmark: every file that is no text."""
-    files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.suffix.lower() not in TEXTS]
-    if not files:
-        raise ValueError(f"--guard {folder}: no pictures or clips there")
-    return files
-
-
-def guard_of(args):
-    """-> a function: of a record the picture of the benchmark that its reference or first frame resembles, or None."""
-    if not args.guard:
-        return lambda row: None
-    files, models = guard_files(args.guard), load_models(args)
-    models.setup("guard")
-    theirs = np.stack([models.embed([read_image(file)])[0].numpy() for file in tqdm(files, desc="guard")])
-
-    def resembled(row):
-        for own in ("source_feature", "feature"):
-            near = theirs @ unpack(row[own]).astype(np.float32)
-            if near.max() > args.duplicate:
-                return files[near.argmax()].relative_to(args.guard)
-
-    return resembled
 
 
 def main(argv=None):

@@ -234,7 +234,7 @@ class Reader:
             reached = next(stage for stage in reversed(ledger.stages) if ledger.done(stage, shard))
             for row in ledger.rows(reached, shard):
                 if not same_models:
-                    row.pop("feature", None), row.pop("source_feature", None)
+                    row.pop("feature", None)
                 for name in (row[key] for key in ("mask", "ref_image") if key in row):
                     adopt(below(str(folder), name, row["id"]), below(self.args.out, name, row["id"]))
                 row["base"] = numbers[row["base"]]

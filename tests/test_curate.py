@@ -447,7 +447,7 @@ def test_of_two_alike_the_better_is_kept_and_the_next_best_when_a_person_rejects
     (ledger.folder / "read.json").write_text(json.dumps({"shards": [1] * 3, "stages": ["verify"]}))
 
     def statuses(**rejects):
-        curate.deduplicate_all(SimpleNamespace(guard=None, duplicate=0.9, device="cpu"), ledger, rejects)
+        curate.deduplicate_all(SimpleNamespace(duplicate=0.9, device="cpu"), ledger, rejects)
         return [ledger.rows("deduplicate", shard)[0]["status"] for shard in range(3)]
 
     assert statuses() == ["rejected", "kept", "rejected"]
