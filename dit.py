@@ -19,7 +19,7 @@ from functools import lru_cache
 import torch
 from torch import nn
 
-from kernels import attention, gate_residual, gate_residual_norm, layer_norm_modulate, rms_norm_rope
+from kernels import attention, gate_residual, gate_residual_norm, layer_norm_modulate, linear_gelu, rms_norm_rope
 
 
 @dataclass(frozen=True)
@@ -148,14 +148,17 @@ class Block(nn.Module):
         over the steps of an edit (`DiT.context_keys_values`); rope from `rope_3d`.
         """
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation + time_mod).split(1, dim=1)
-        y = layer_norm_modulate(x, shift_a, scale_a, self.eps)
+        rows8 = getattr(
+            self.ffn[0], "products8", False
+        )  # the linears multiply in 8 bits, and the norms hand it to them
+        y = layer_norm_modulate(x, shift_a, scale_a, self.eps, rows8)
         y = self.self_attn(y, self.self_attn.keys_values(y, rope), rope)
-        x, y = gate_residual_norm(x, y, gate_a, *self.norm3_as_modulation(), self.eps)
+        x, y = gate_residual_norm(x, y, gate_a, *self.norm3_as_modulation(), self.eps, rows8)
         if isinstance(context, torch.Tensor):
             context = self.cross_attn.keys_values(context)
         y = self.cross_attn(y, context)
-        x, y = gate_residual_norm(x, y, None, shift_f, scale_f, self.eps)
-        return gate_residual(x, self.ffn(y), gate_f)
+        x, y = gate_residual_norm(x, y, None, shift_f, scale_f, self.eps, rows8)
+        return gate_residual(x, self.ffn[2](linear_gelu(y, self.ffn[0])), gate_f)
 
     def norm3_as_modulation(self):
         """The affine norm before cross-attention as float32 shift and scale (1, 1, D): one kernel for all norms."""

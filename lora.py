@@ -108,11 +108,13 @@ def loras(module):
 
 def quantise(model, kind, device="cpu", parts=("dit", "mllm")):
     """Replace the linears of the DiT's blocks and of the language model's layers by 8-bit ones, one at a time on
-    `device`, so that the card never holds the 16 bits. Modulations, norms, embeddings, head and LoRA stay."""
+    `device`, so that the card never holds the 16 bits. Modulations, norms, embeddings, head and LoRA stay; the language
+    model never multiplies in 8 bits."""
 
     def quantised(name, child):
-        if type(child) is nn.Linear and BLOCK_LINEAR.search(name) and name.split(".")[0] in parts:
-            return QuantLinear.from_linear(child.to(device), kind)
+        part = name.split(".")[0]
+        if type(child) is nn.Linear and BLOCK_LINEAR.search(name) and part in parts:
+            return QuantLinear.from_linear(child.to(device), "fp8" if part == "mllm" and kind == "w8a8" else kind)
 
     replace_modules(model, quantised)
 

@@ -25,6 +25,7 @@ from torch import nn
 from command import is_out_of_memory
 from connectors import Encoder, MLLMConfig
 from dit import DiT, DiTConfig
+from kernels.graph import replayed
 from load import QWEN_BASE, WAN_BASE, from_dict, listed, load_weights, only_weights, read_fields
 from lora import merge_lora
 from media import MAX_PIXELS, FrameFile, nearest_size, pad_reference, read_clip, whole_folder
@@ -340,13 +341,20 @@ class KiwiEdit(nn.Module):
         if rows == 1 and not hasattr(self.dit.blocks[0], "unshard"):  # a sharded block has weights while it is called
             contexts, shy = ([z if z is None else self.dit.context_keys_values(z)] for (z,) in (contexts, shy))
 
+        def of_window(context, unshown, source, x, t):
+            v = self.velocity(x, t, context, source, ref).float()
+            if unshown is None:
+                return v
+            return torch.lerp(self.velocity(x, t, unshown, source).float(), v, guidance)
+
+        forwards = [partial(of_window, *given) for given in zip(contexts, shy, sources)]
+        if noise.shape[0] == noise.shape[2] == 1:  # a picture
+            forwards = [replayed(forwards[0], noise.to(self.dtype), noise.new_ones(1))]
+
         def velocity(x, t, on_window):
-            parts, windows = [], (x.to(self.dtype).chunk(rows), t.chunk(rows), contexts, shy, sources)
-            for x, t, context, unshown, source in zip(*windows):
-                v = self.velocity(x, t, context, source, ref).float()
-                if unshown is not None:
-                    v = torch.lerp(self.velocity(x, t, unshown, source).float(), v, guidance)
-                parts.append(v)
+            parts = []
+            for forward, *given in zip(forwards, x.to(self.dtype).chunk(rows), t.chunk(rows)):
+                parts.append(forward(*given))
                 on_window(len(parts))
             return agreed(torch.cat(parts), spans) if rows > 1 else parts[0]
 

@@ -50,7 +50,7 @@ def parse_arguments(argv=None):
     add("--ref-pad-first", action="store_true", help="a released training checkpoint whose name says pad_first: "
         "references come before the clip")
     add("--lora", nargs="+", default=[], metavar="FILE[:SCALE]", help="LoRA of the DiT, in any dialect, one or more")
-    add("--quantise", choices=("fp8", "int8"), help="linears in 8 bits: half the memory, a little less exact")
+    add("--quantise", choices=("fp8", "int8", "w8a8"), help="linears in 8 bits: half the memory; w8a8: products too")
     add("--steps", type=number(1), help="denoising steps (default: 50; nano 2)")
     add("--solver", choices=("euler", "ab2"), default="euler", help="ab2: as good in 3 of 4 steps (default euler)")
     add("--reuse", type=float, default=0.0, metavar="T", help="skip a forward while v is predicted to change by less "

@@ -203,15 +203,15 @@ def profile_rows(part, run):
 
 def weights8(args):
     """PSNR of the edited example to that of float32 weights, in float32 arithmetic on a CPU; bfloat16: all of it."""
-    from kernels.linear import QuantLinear
+    from kernels.linear import LARGEST, QuantLinear
     from lora import replace_modules
     from media import read_image
     from model import KiwiEdit, read_for
 
     nano, exact = bench.HOUSE / "weights" / "nano", None
-    for kind in ("float32", "bfloat16", "fp8", "int8"):
+    for kind in ("float32", "bfloat16", *LARGEST):
         model = KiwiEdit.from_pretrained(nano, "cpu", torch.bfloat16 if kind == "bfloat16" else torch.float32)
-        if kind in ("fp8", "int8"):
+        if kind in LARGEST:
             quantised = lambda _, x: QuantLinear.from_linear(x, kind) if type(x) is torch.nn.Linear else None
             replace_modules(model.dit.blocks, quantised)
         size = sum(t.numel() * t.element_size() for t in model.dit.blocks.state_dict().values())

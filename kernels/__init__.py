@@ -19,6 +19,8 @@ import os
 from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from kernels import norm
 from kernels.attention import (
@@ -61,10 +63,10 @@ def rms_norm_rope(x, weight, rope, num_heads, eps):
     return run(x, weight, rope, num_heads, eps)
 
 
-def layer_norm_modulate(x, shift, scale, eps):
-    """layer_norm(x) * (1 + scale) + shift; x (B, L, D), shift and scale (B, 1, D)."""
+def layer_norm_modulate(x, shift, scale, eps, rows8=False):
+    """layer_norm(x) * (1 + scale) + shift; x (B, L, D), shift and scale (B, 1, D). rows8: as `linear.Rows8`."""
     run = norm.layer_norm_modulate_triton if choose(x) == "triton" else norm.layer_norm_modulate_plain
-    return run(x, shift, scale, eps)
+    return run(x, shift, scale, eps, rows8)
 
 
 def gate_residual(x, y, gate):
@@ -72,13 +74,23 @@ def gate_residual(x, y, gate):
     return (norm.gate_residual_triton if choose(x) == "triton" else norm.gate_residual_plain)(x, y, gate)
 
 
-def gate_residual_norm(x, y, gate, shift, scale, eps):
+def gate_residual_norm(x, y, gate, shift, scale, eps, rows8=False):
     """A residual and the norm after it: x' = x + gate * y, layer_norm_modulate(x', shift, scale, eps) -> both.
 
     gate None: x' = x + y. A LayerNorm with weight and bias has shift = bias, scale = weight.float() - 1.
     """
     run = norm.gate_residual_norm_triton if choose(x) == "triton" else norm.gate_residual_norm_plain
-    return run(x, y, gate, shift, scale, eps)
+    return run(x, y, gate, shift, scale, eps, rows8)
+
+
+def linear_gelu(x, linear):
+    """gelu(x W^T + b), the tanh kind; x (B, L, in) -> (B, L, out). On a GPU GELU is the epilogue of cuBLASLt's product,
+    which saves two passes over the widest tensor of a block."""
+    plain = type(linear) is not nn.Linear or torch.is_grad_enabled() or not x.is_cuda
+    if plain or choose(x) != "triton":
+        return F.gelu(linear(x), approximate="tanh")
+    y = torch.ops.aten._addmm_activation(linear.bias, x.flatten(0, -2), linear.weight.T, use_gelu=True)
+    return y.unflatten(0, x.shape[:-1])
 
 
 def channel_norm_silu(x, gamma, past=None):

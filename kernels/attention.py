@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 
 SLICE = 1 << 19  # scores: 1 MB in bfloat16, about what one core's cache holds
 LOCK = threading.Lock()
+COMPILED = set()  # (kernel, size class, head_dim, dtype, device) whose configurations are compiled
 triton = tl = None  # imported by `compiled` at the first launch: nobody on a CPU waits for them
 
 
@@ -257,11 +259,19 @@ def launch(name, rows, block, tensors, q, k):
     (B, Lq, H, d), Lk = q.shape, k.shape[1]
     kernel = compiled(name)
     size_class = min(Lq, 1 << 14).bit_length() * 32 + min(Lk, 1 << 14).bit_length()
-    precision = "ieee" if q.dtype == torch.float32 else "tf32"  # of float32 products only
+    arguments = *tensors, Lq, Lk, d**-0.5 * 1.4426950408889634, size_class, H
+    constants = {"DIM": d, "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32"}  # of float32 products only
     with torch.cuda.device_of(q):
-        kernel[lambda config: (triton.cdiv(rows, config[block]), B * H)](
-            *tensors, Lq, Lk, d**-0.5 * 1.4426950408889634, size_class, H, DIM=d, PRECISION=precision
-        )
+        if len(kernel.configs) > 1 and (begun := (name, size_class, d, q.dtype, q.device)) not in COMPILED:
+            COMPILED.add(begun)
+            compile_side_by_side(kernel, arguments, constants)
+        kernel[lambda config: (triton.cdiv(rows, config[block]), B * H)](*arguments, **constants)
+
+
+def compile_side_by_side(kernel, arguments, constants):
+    """All configurations of a kernel in threads, before they are timed one by one. What fails waits for its turn."""
+    with ThreadPoolExecutor() as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+        return kernel.warmup(*arguments, grid=(1,), **constants)
 
 
 def operator(name, schema):

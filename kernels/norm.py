@@ -9,7 +9,7 @@ tokens or pixels each, float32 inside.
     channel_norm_silu     x (B, C, T, H, W) -> silu(x / rms(x) * gamma), the mean square over the channels of a pixel,
                           written behind the frames that a causal convolution remembers
 
-gate, shift, scale: (B, 1, D), or (1, 1, D) for all. Results have the dtype of x.
+gate, shift, scale: (B, 1, D), or (1, 1, D) for all. Results have the dtype of x; rows8: the norm's are `linear.Rows8`.
 
 Bytes per element of 16-bit x: 4 (read, write), gate_residual 6, gate_residual_norm 8 where the pair of them would move
 10; about 10 FLOPs, so memory bandwidth is the limit: 34 us per pass over 18,480 x 3072 on an H100 (3.35 TB/s).
@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.attention import hand_to_triton, operator
+from kernels.linear import Rows8
 
 triton = tl = None  # imported by `compiled` at the first launch: nobody on a CPU waits for them
 
@@ -46,7 +47,9 @@ def rms_norm_rope_plain(x, weight, rope, num_heads, eps):
     return torch.view_as_real(pairs * (torch.complex(*rope)[:, None] * factor[..., None])).flatten(-2).to(x.dtype)
 
 
-def layer_norm_modulate_plain(x, shift, scale, eps):
+def layer_norm_modulate_plain(x, shift, scale, eps, rows8=False):
+    if rows8:
+        return Rows8.of(layer_norm_modulate_plain(x, shift, scale, eps))
     width, kind = x.shape[-1:], torch.promote_types(x.dtype, torch.float32)
     shift, scale = shift.to(kind), 1 + scale.to(kind)
     if x.is_cpu and len(x) == len(shift) == 1:  # one pass: on a CPU a 16-bit layer norm takes float32 parameters
@@ -58,9 +61,9 @@ def gate_residual_plain(x, y, gate):
     return torch.addcmul(x, y, gate).to(x.dtype)
 
 
-def gate_residual_norm_plain(x, y, gate, shift, scale, eps):
+def gate_residual_norm_plain(x, y, gate, shift, scale, eps, rows8=False):
     x = x + y if gate is None else gate_residual_plain(x, y, gate)
-    return x, layer_norm_modulate_plain(x, shift, scale, eps)
+    return x, layer_norm_modulate_plain(x, shift, scale, eps, rows8)
 
 
 def channel_norm_silu_plain(x, gamma, past=None):
@@ -125,10 +128,11 @@ def rms_norm_rope_backward(
 
 
 def residual_norm_forward(
-    x, y, gate, shift, scale, new, normed, L, gate_stride, shift_stride, scale_stride, eps,
+    x, y, gate, shift, scale, new, normed, row_scale, L, gate_stride, shift_stride, scale_stride, eps,
     D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """new = x + gate * y, normed = layer_norm(new) * (1 + scale) + shift; what is None is left out."""
+    """new = x + gate * y, normed = layer_norm(new) * (1 + scale) + shift; what is None is left out. row_scale: normed
+    is fp8, each row's largest value 448, and this its scale."""
     row = tl.program_id(0).to(tl.int64)
     batch = row // L
     at = tl.arange(0, BLOCK)
@@ -143,7 +147,14 @@ def residual_norm_forward(
     if shift is not None:
         u, _ = normalised(value, at, eps, D, True)
         value = u * (1 + load_row(scale + batch * scale_stride, at, D))
-        store_row(normed + row * D, at, value + load_row(shift + batch * shift_stride, at, D), D)
+        value += load_row(shift + batch * shift_stride, at, D)
+        if row_scale is not None:
+            value = value.to(x.dtype.element_ty).to(tl.float32)  # the plain twin rounds before it quantises
+            largest = tl.max(tl.abs(value), 0)
+            factor = tl.where(largest > 0, largest / 448, 1.0)
+            tl.store(row_scale + row, factor)
+            value = tl.clamp(value / factor, -448.0, 448.0)
+        store_row(normed + row * D, at, value, D)
 
 
 def residual_norm_backward(
@@ -281,20 +292,23 @@ def strides(*factors):
     return [0 if t is None else t.stride(0) for t in factors]
 
 
-@operator("residual_norm", "(Tensor x, Tensor? y, Tensor? gate, Tensor? shift, Tensor? scale, float eps) -> "
-          "(Tensor, Tensor)")  # fmt: skip
-def residual_norm_op(x, y, gate, shift, scale, eps):
-    """x + gate y and its modulated norm, either of them empty if not asked for."""
+@operator("residual_norm", "(Tensor x, Tensor? y, Tensor? gate, Tensor? shift, Tensor? scale, float eps, "
+          "bool rows8) -> (Tensor, Tensor, Tensor)")  # fmt: skip
+def residual_norm_op(x, y, gate, shift, scale, eps, rows8):
+    """x + gate y, its modulated norm and, if that is in 8 bits, the rows' scales; each empty if not asked for."""
     B, L, D = x.shape
-    outputs = residual_norm_shapes(x, y, gate, shift, scale, eps)
+    new, normed, row_scale = residual_norm_shapes(x, y, gate, shift, scale, eps, rows8)
+    outputs = new, normed, row_scale if rows8 else None
     tensors = x.contiguous(), None if y is None else y.contiguous(), gate, shift, scale, *outputs
     launch("residual_norm_forward", (B * L,), D, tensors, L, *strides(gate, shift, scale), eps)
-    return outputs
+    return new, normed, row_scale
 
 
 @residual_norm_op.register_fake
-def residual_norm_shapes(x, y, gate, shift, scale, eps):
-    return tuple(nothing(x) if t is None else x.new_empty(x.shape) for t in (y, shift))
+def residual_norm_shapes(x, y, gate, shift, scale, eps, rows8):
+    new, normed = (nothing(x) if t is None else x.new_empty(x.shape) for t in (y, shift))
+    scales = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) if rows8 else nothing(x)
+    return new, normed.to(torch.float8_e4m3fn) if rows8 else normed, scales
 
 
 @operator("residual_norm_backward", "(Tensor? grad_new, Tensor? grad_normed, Tensor new, Tensor? y, Tensor? gate, "
@@ -320,12 +334,12 @@ def residual_norm_backward_shapes(grad_new, grad_normed, new, y, gate, scale, ep
 
 
 def residual_norm_save(ctx, inputs, output):
-    x, y, gate, shift, scale, ctx.eps = inputs
+    x, y, gate, shift, scale, ctx.eps, _ = inputs
     ctx.adds = y is not None  # of y itself only dgate wants to know
     ctx.save_for_backward(output[0] if ctx.adds else x, None if gate is None else y, gate, shift, scale)
 
 
-def residual_norm_gradients(ctx, grad_new, grad_normed):
+def residual_norm_gradients(ctx, grad_new, grad_normed, _):
     new, y, gate, shift, scale = ctx.saved_tensors
     grad_new = grad_new if ctx.adds else None
     grad_normed = None if scale is None else grad_normed
@@ -334,7 +348,7 @@ def residual_norm_gradients(ctx, grad_new, grad_normed):
         dx, dshift, dscale = grad_new, None, None
     if gate is None:
         dy, dgate = dx if ctx.adds else None, None
-    return dx, dy, dgate, None if dshift is None else dshift.to(shift.dtype), dscale, None
+    return dx, dy, dgate, None if dshift is None else dshift.to(shift.dtype), dscale, None, None
 
 
 residual_norm_op.register_autograd(residual_norm_gradients, setup_context=residual_norm_save)
@@ -389,17 +403,19 @@ def per_clip(t, x):
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def layer_norm_modulate_triton(x, shift, scale, eps):
-    return residual_norm_op(x, None, None, per_clip(shift, x), per_clip(scale, x), eps)[1]
+def layer_norm_modulate_triton(x, shift, scale, eps, rows8=False):
+    _, normed, factors = residual_norm_op(x, None, None, per_clip(shift, x), per_clip(scale, x), eps, rows8)
+    return Rows8(normed, factors, x.dtype) if rows8 else normed
 
 
 def gate_residual_triton(x, y, gate):
-    return residual_norm_op(x, y.expand_as(x), per_clip(gate, x), None, None, 0.0)[0]
+    return residual_norm_op(x, y.expand_as(x), per_clip(gate, x), None, None, 0.0, False)[0]
 
 
-def gate_residual_norm_triton(x, y, gate, shift, scale, eps):
-    gate = None if gate is None else per_clip(gate, x)
-    return residual_norm_op(x, y.expand_as(x), gate, per_clip(shift, x), per_clip(scale, x), eps)
+def gate_residual_norm_triton(x, y, gate, shift, scale, eps, rows8=False):
+    gate, shift, scale = None if gate is None else per_clip(gate, x), per_clip(shift, x), per_clip(scale, x)
+    new, normed, factors = residual_norm_op(x, y.expand_as(x), gate, shift, scale, eps, rows8)
+    return new, Rows8(normed, factors, x.dtype) if rows8 else normed
 
 
 def channel_norm_silu_triton(x, gamma, past=None):

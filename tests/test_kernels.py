@@ -1,5 +1,7 @@
 """Tests of kernels/"""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -10,8 +12,9 @@ import kernels
 from conftest import close, randomise, tiny_dit
 from dit import DiT, rope_3d
 from kernels.conv import upsample_conv, upsample_conv_plain, warn_of_slow_conv3d
+from kernels.graph import replayed
 from kernels.hopper import attention_blocks
-from kernels.linear import QuantLinear, quantise_rows
+from kernels.linear import QuantLinear, Rows8, dequantise, product8, product8_plain, quantise_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
@@ -102,6 +105,30 @@ def test_the_hopper_kernel_s_blocks_in_their_order_are_attention(queries, keys):
     assert close(lse, scores.logsumexp(-1) / torch.tensor(2.0).log(), 1e-5)
 
 
+COMPILE_OFFLINE = """
+import sys, torch, triton
+from types import SimpleNamespace
+from triton.backends.compiler import GPUTarget
+import kernels
+target = GPUTarget("cuda", 90, 32)
+driver = SimpleNamespace(get_current_target=lambda: target, get_benchmarker=lambda: None)
+driver.get_current_device, driver.get_current_stream = (lambda: 0), (lambda device: 0)
+triton.runtime.driver.set_active(driver)
+ours = sys.modules["kernels.attention"]
+ours.CONFIGS["attention_forward"] = [(32, 32, 4, 1), (64, 32, 4, 2)]
+q, lse = torch.empty(1, 256, 2, 64, dtype=torch.bfloat16), torch.empty(1, 2, 256)
+arguments, constants = (q, q, q, q, lse, 256, 256, 0.1, 5, 2), {"DIM": 64, "PRECISION": "tf32"}
+both = ours.compile_side_by_side(ours.compiled("attention_forward"), arguments, constants)
+print(*(".entry attention_forward" in kernel.asm["ptx"] for kernel in both))
+"""
+
+
+def test_the_configurations_that_are_to_be_timed_are_compiled_side_by_side(tmp_path):
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
+    said = subprocess.run([sys.executable, "-c", COMPILE_OFFLINE], capture_output=True, text=True, env=environment)
+    assert said.stdout == "True True\n", said.stderr
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_fused_norms_match_float64_at_widths_with_tails(triton_backend, dtype, monkeypatch):
     monkeypatch.setattr(sys.modules["kernels.norm"], "PROGRAMS", 5)  # several rows a program
@@ -169,7 +196,8 @@ def test_the_kernels_register_as_operators_that_autograd_and_compile_accept(trit
     x, weight, gate = randn(1, 5, 32).requires_grad_(), randn(32).requires_grad_(), randn(1, 1, 32)
     video, gamma = randn(1, 4, 2, 3, 3).requires_grad_(), randn(4, 1, 1, 1)
     for op, arguments in (("attention", (q, k, v)), ("rms_norm_rope", (x, weight, None, None, 2, 1e-6)),
-                          ("residual_norm", (x, x.detach(), gate, gate, gate, 1e-6)),
+                          ("residual_norm", (x, x.detach(), gate, gate, gate, 1e-6, False)),
+                          ("residual_norm", (x.detach(), None, None, gate, gate, 1e-6, True)),
                           ("channel_norm_silu", (video, gamma, video.detach()))):  # fmt: skip
         torch.library.opcheck(getattr(torch.ops.nanokiwi, op), arguments, test_utils=("test_schema", "test_faketensor"))
 
@@ -205,6 +233,44 @@ def test_slow_conv3d_of_torch_2_9_is_warned_of_once(capsys):
     assert capsys.readouterr().out.count("nvidia-cudnn-cu12>=9.15") == 1
 
 
+def test_a_norm_hands_rows_of_8_bits_to_linears_that_multiply_them(triton_backend):
+    x, y, gate, shift, scale = (randn(*shape) for shape in ((2, 5, 48), (2, 5, 48), (2, 1, 48), (2, 1, 48), (1, 1, 48)))
+    shift[0], scale[:] = 0, -1  # a sample of zeros
+    for run in (lambda: (None, kernels.layer_norm_modulate(x, shift, scale, 1e-6, True)),
+                lambda: kernels.gate_residual_norm(x, y, gate, shift, scale, 1e-6, True)):  # fmt: skip
+        results = []
+        for backend in ("ref", "triton"):
+            kernels.set_backend(backend)
+            results.append(run())
+        (new, plain), (fused_new, fused) = results
+        assert new is None or close(new, fused_new, 1e-6)
+        assert fused.stored.dtype == torch.float8_e4m3fn and close(fused.scale, plain.scale, 1e-6)
+        assert ((dequantise(*fused) - dequantise(*plain)).abs() <= 32 * plain.scale).all()  # a step of e4m3 below 448
+    linear = torch.nn.Linear(48, 32, device=DEVICE).bfloat16()
+    ours, x = QuantLinear.from_linear(linear, "w8a8"), x.bfloat16()
+    rows = Rows8.of(x)
+    assert torch.equal(ours(x), ours(rows)) and close(ours(x), linear(x), 0.05)
+    assert close(product8(rows, ours.stored, ours.scale), product8_plain(rows, ours.stored, ours.scale), 0.01)
+
+
+@pytest.mark.parametrize("width", [48, 64])
+def test_a_linear_with_gelu_as_its_epilogue_is_the_linear_and_its_gelu(triton_backend, width):
+    x, linear = randn(2, 5, 32), torch.nn.Linear(32, width, device=DEVICE)
+    plain = F.gelu(linear(x), approximate="tanh")
+    with torch.no_grad():
+        assert close(kernels.linear_gelu(x, linear), plain, 1e-2 if DEVICE == "cuda" else 0)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU (KIWI_TEST_GPU=1)")
+def test_a_replayed_graph_gives_the_bits_of_its_function_for_every_input(monkeypatch):
+    monkeypatch.setenv("KIWI_GRAPH", "1")
+    model, x, t = randomise(DiT(tiny_dit())).to(DEVICE), randn(1, 16, 1, 4, 6), randn(1)
+    step, context = torch.no_grad()(lambda x, t: model(x, t, context)), randn(1, 5, 64)
+    again = replayed(step, x, t)
+    for given in ((x, t), (randn(*x.shape), t * 500)):
+        assert torch.equal(again(*given), step(*given))
+
+
 @pytest.mark.parametrize("kind, error", [("fp8", 2**-4), ("int8", 2**-7)])
 def test_a_quantised_row_keeps_its_zeros_and_its_largest_value(kind, error):
     weight = torch.randn(6, 40) * torch.logspace(-20, 20, 6)[:, None]
@@ -213,7 +279,7 @@ def test_a_quantised_row_keeps_its_zeros_and_its_largest_value(kind, error):
     back, largest = stored.float() * scale, weight.abs().amax(1, keepdim=True)
     assert stored.itemsize == 1 and scale.shape == (6, 1) and scale.dtype == torch.float32
     assert ((back - weight).abs() <= error * largest).all() and close(back.abs().amax(1, keepdim=True), largest, 1e-6)
-    with pytest.raises(ValueError, match="'int4', expected one of fp8, int8"):
+    with pytest.raises(ValueError, match="'int4', expected one of fp8, int8, w8a8"):
         quantise_rows(weight, "int4")
 
 
