@@ -101,7 +101,7 @@ import importlib
 import shlex
 import shutil
 import threading
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import timedelta
 from itertools import islice
 
@@ -198,31 +198,31 @@ class Stage:
             for row in lines:
                 self.budget.add(row)
             progress(len(done))
+            waiting = iter([row for row in rows if row["id"] not in done])
 
-            def work(row):
-                if over.is_set():
-                    return
+            def work():
                 try:
-                    found = self.guarded(row)
-                    with writing:
-                        write(found)
-                        done[row["id"]] = found
-                        progress(1)
-                        self.budget.add(found)
+                    while not over.is_set() and (row := next(waiting, None)):
+                        found = self.guarded(row)
+                        with writing:
+                            write(found)
+                            done[row["id"]] = found
+                            progress(1)
+                            self.budget.add(found)
                 except BaseException:
                     over.set()
                     raise
 
             pool = ThreadPoolExecutor(self.args.workers)
             try:
-                begun = [pool.submit(work, row) for row in rows if row["id"] not in done]
-                for future in wait(begun, return_when=FIRST_EXCEPTION).done:
-                    future.result()
+                for worker in wait([pool.submit(work) for _ in range(self.args.workers)]).done:
+                    worker.result()
             except KeyboardInterrupt:
                 print("\nnote        records under way are finished; Ctrl-C once more leaves them", file=sys.stderr)
                 raise
             finally:
-                pool.shutdown(cancel_futures=True)
+                over.set()
+                pool.shutdown()
         self.ledger.write(self.name, shard, [done[row["id"]] for row in rows])
 
     def guarded(self, row):
