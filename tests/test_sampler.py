@@ -12,6 +12,7 @@ import torch
 import sample
 from bench.solvers import agreeing, by_themselves, psnr
 from conftest import HOUSE, close, moving_picture, small_model
+from lora import quantise
 from media import FrameFile, read_clip, read_image, write_image, write_video
 from model import FlowMatch, KiwiEdit
 from nano.__main__ import main as nano_main
@@ -89,6 +90,15 @@ def test_fewer_forwards_stay_near_the_full_walk_of_nano(nano_model, long_case):
     best = edit(64)
     euler, ab2, reused = psnr(edit(12), best), psnr(edit(12, "ab2"), best), psnr(edit(32, "euler", 0.03), best)
     assert ab2 > euler + 1.5 and ab2 > 38 and reused > 38
+
+
+@nano
+def test_products_in_8_bits_stay_near_the_exact_edit(long_case):
+    model = KiwiEdit.from_pretrained(sample.DEFAULT_WEIGHTS, dtype=torch.float32)
+    clip = read_clip(long_case[0], 9).frames
+    exact = model.edit(clip, long_case[1])
+    quantise(model, "w8a8")
+    assert 35 < psnr(model.edit(clip, long_case[1]), exact) < 60
 
 
 def test_windows_cover_a_clip_evenly_overlap_and_average_to_the_velocity_of_the_whole():
