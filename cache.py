@@ -32,36 +32,30 @@ class Shapes:
         self.known = {}
         for folder in filter(None, folders):
             path = Path(folder) / "shapes.jsonl"
-            lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-            self.known |= {path: rest for path, *rest in map(json.loads, lines)}
+            for line in path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else ():
+                name, *self.known[name] = json.loads(line)
 
     def measure(self, rows, ranks):
         """Make every file of `rows` known on all ranks, each of which measures its part."""
-        paths = sorted({path for row in rows for path in row.files})
-        mine = paths[ranks.rank :: ranks.world]
+        mine = sorted({path for row in rows for path in row.files})[ranks.rank :: ranks.world]
         with ThreadPoolExecutor(8) as pool:
             bar = tqdm(pool.map(self.entry, mine), "read headers", len(mine), disable=not ranks.first, leave=False)
-            self.known |= {
-                path: entry for part in ranks.gathered([dict(zip(mine, bar))]) for path, entry in part.items()
-            }
+            for part in ranks.gathered([dict(zip(mine, bar))]):
+                self.known |= part
 
     def entry(self, path):
-        stamp = self.stamp(path)
-        known = self.known.get(path)
-        if known and known[:2] == stamp:
-            return known
-        try:
-            return [*stamp, list(measure(path)) if not path.endswith(".parquet") else None]
-        except MediaError as error:
-            return [*stamp, str(error)]
-
-    @staticmethod
-    def stamp(path):
+        """[size, time, shape or fault] of a file; the size -1 of one that is not there."""
         try:
             found = os.stat(path)
-            return [found.st_size, found.st_mtime_ns]
+            stamp = [found.st_size, found.st_mtime_ns]
         except OSError:
-            return [-1, -1]
+            stamp = [-1, -1]
+        if self.known.get(path, ())[:2] == stamp:
+            return self.known[path]
+        try:
+            return [*stamp, None if path.endswith(".parquet") else list(measure(path))]
+        except MediaError as error:
+            return [*stamp, str(error)]
 
     def save(self, folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -73,22 +67,19 @@ class Shapes:
         found = [self.known[path][2] for path in row.files]
         if fault := next((shape for shape in found if isinstance(shape, str)), None):
             return fault
-        (a, _, _, source_rate), (b, height, width, rate) = found[:2]
+        (before, _, _, source_rate), (frames, height, width, rate) = found[:2]
         if min(height, width) < GRID:
             return f"{row.target}: is {width}x{height}, each side needs at least {GRID} pixels"
         if kind == "image":
             return 1, height, width
-        if 1 < min(a, b) < 5:
-            return f"{row.target}: has {min(a, b)} frames; a clip needs at least 5; pictures go into {FILES['image']}"
-        if (
-            source_rate
-            and rate
-            and abs(source_rate / rate - 1) > 0.05
-            and abs(a / source_rate - b / rate) < 0.5
-            and a != b
-        ):
-            return f"{row.target}: has {rate:g} frames a second, its source {source_rate:g}: frames would not match"
-        return min(a, b), height, width
+        shorter = min(before, frames)
+        if 1 < shorter < 5:
+            return f"{row.target}: has {shorter} frames; a clip needs at least 5; pictures go into {FILES['image']}"
+        if source_rate and rate and before != frames:
+            as_long = abs(before / source_rate - frames / rate) < 0.5
+            if as_long and abs(source_rate / rate - 1) > 0.05:
+                return f"{row.target}: has {rate:g} frames a second, its source {source_rate:g}: frames would not match"
+        return shorter, height, width
 
 
 class Cache:
@@ -115,6 +106,15 @@ class Cache:
         paths = {part: self.path(part, row, shape) for part in self.parts}
         return [part for part, path in paths.items() if not (path.is_file() or path.with_suffix(".txt").is_file())]
 
+    def check(self, wanted):
+        """ValueError unless every (row, shape) is here."""
+        absent = [row for row, shape in wanted if self.absent(row, shape)]
+        if absent:
+            raise ValueError(
+                f"{self.folder}: {len(absent)} of {len(wanted)} rows are new, changed, or encoded by other weights "
+                f"or settings (the first: {absent[0].target}); run data.py cache again"
+            )
+
     def write(self, part, row, shape, tensors):
         """tensors: {name: tensor}, or a text, the fault of the row."""
         path = self.path(part, row, shape)
@@ -131,18 +131,7 @@ class Cache:
         try:
             return load_file(path)
         except (SafetensorError, FileNotFoundError) as error:
-            raise ValueError(
-                f"{path}: {row.target} cannot be read from the cache ({error}); run data.py cache"
-            ) from None
-
-    def check(self, wanted):
-        """ValueError unless every (row, shape) is here."""
-        absent = [row for row, shape in wanted if self.absent(row, shape)]
-        if absent:
-            raise ValueError(
-                f"{self.folder}: {len(absent)} of {len(wanted)} rows are new, changed, or encoded by other weights "
-                f"or settings (the first: {absent[0].target}); run data.py cache again"
-            )
+            raise ValueError(f"{path}: {row.target}: not read from the cache ({error}); run data.py cache") from None
 
 
 class CachedPairs(Pairs):
@@ -154,18 +143,16 @@ class CachedPairs(Pairs):
         self.cache = cache
 
     def read(self, row, shape):
-        return read_cached(self.cache, row, shape)
-
-
-def read_cached(cache, row, shape):
-    latents = cache.read("latents", row, shape)
-    pictures = tuple(latents.get(name) for name in ("target", "source", "ref"))
-    if "context" in cache.parts:
-        return pictures, cache.read("context", row, shape)["context"]
-    found = cache.read("seen", row, shape)
-    grid = lambda name: tuple(found[f"{name}.grid"].tolist())
-    seen = {n: (found[n], grid(n)) if f"{n}.grid" in found else found[n] for n in ("source", "ref0") if n in found}
-    return pictures, ("ref" if row.ref else "image" if shape[0] == 1 else "video", seen)
+        latents = self.cache.read("latents", row, shape)
+        pictures = tuple(latents.get(name) for name in ("target", "source", "ref"))
+        if "context" in self.cache.parts:
+            return pictures, self.cache.read("context", row, shape)["context"]
+        found = self.cache.read("seen", row, shape)
+        seen = {name: found[name] for name in ("source", "ref0") if name in found}
+        for name in seen:
+            if (grid := found.get(f"{name}.grid")) is not None:
+                seen[name] = (seen[name], tuple(grid.tolist()))
+        return pictures, ("ref" if row.ref else "image" if shape[0] == 1 else "video", seen)
 
 
 @torch.no_grad()
@@ -180,12 +167,11 @@ def encode(model, stage, target, source, ref, chance):
 
 def cache_parts(config, files, stage, ranks):
     """What a cache of this stage holds, and what makes it: settings and weights (`Cache`)."""
-    m, eyes = config.mllm, [config.mllm.max_pixels, config.mllm.max_frames, config.mllm.max_ref_tokens]
-    parts = {"latents": [asdict(config.vae), weights_print(files, "vae.")]}
+    mllm, parts = config.mllm, {"latents": [asdict(config.vae), weights_print(files, "vae.")]}
     if stage.trains_mllm:
+        eyes = [mllm.max_pixels, mllm.max_frames, mllm.max_ref_tokens]
         return parts | {"seen": [eyes, weights_print(files, "mllm.model.visual."), ranks.dtype]}
-    sizes = {**asdict(m), "folder": None}
-    return parts | {"context": [sizes, weights_print(files, "mllm."), ranks.dtype]}
+    return parts | {"context": [{**asdict(mllm), "folder": None}, weights_print(files, "mllm."), ranks.dtype]}
 
 
 def weights_print(files, prefix):
@@ -200,43 +186,41 @@ def weights_print(files, prefix):
 
 
 @torch.no_grad()
-def write_cache(args, stage, ranks, model, cache, data):
+def write_cache(stage, ranks, model, cache, data):
     """Encode what the cache lacks, each rank its part; it can be interrupted. References are shrunk once."""
-    todo = [
-        (row, shape, absent)
-        for _, row, shape in data.rows()[ranks.rank :: ranks.world]
-        if (absent := cache.absent(row, shape))
-    ]
+    mine = data.rows()[ranks.rank :: ranks.world]
+    todo = [(row, shape, absent) for row, shape in mine if (absent := cache.absent(row, shape))]
     for row, shape, absent in tqdm(todo, desc="cache", unit="row", disable=not ranks.first):
         try:
             target, source, ref = read_pair(row, shape)
         except MediaError as error:
-            report_bad(args, ranks, 0, [(row.target, str(error))])
+            report_bad(cache.folder, ranks, 0, [(row.target, str(error))])
             for part in absent:
                 cache.write(part, row, shape, str(error))
             continue
+        made = {}
         if "latents" in absent:
-            chance = random.Random(row.target).random()
-            latents = zip(("target", "source", "ref"), encode(model, stage, target, source, ref, chance))
-            cache.write("latents", row, shape, {name: x for name, x in latents if x is not None})
+            latents = encode(model, stage, target, source, ref, random.Random(row.target).random())
+            made["latents"] = {name: x for name, x in zip(("target", "source", "ref"), latents) if x is not None}
         mode, visuals = model.mllm.resize(source, ref)
         if "context" in absent:
-            context = model.mllm.encode([model.mllm.assemble(row.prompt, mode, visuals)])[0][0]
-            cache.write("context", row, shape, {"context": context})
+            request = model.mllm.assemble(row.prompt, mode, visuals)
+            made["context"] = {"context": model.mllm.encode([request])[0][0]}
         if "seen" in absent:
-            tensors = dict(visuals)
+            made["seen"] = dict(visuals)
             if hasattr(model.mllm, "look"):
                 request = model.mllm.assemble(row.prompt, mode, visuals)
-                tensors = dict(zip(visuals, model.mllm.look([request])))
-                tensors |= {f"{name}.grid": torch.tensor(grid) for name, grid in request.grids.items()}
-            cache.write("seen", row, shape, tensors)
+                grids = {f"{name}.grid": torch.tensor(grid) for name, grid in request.grids.items()}
+                made["seen"] = dict(zip(visuals, model.mllm.look([request]))) | grids
+        for part, tensors in made.items():
+            cache.write(part, row, shape, tensors)
     ranks.barrier()
     if ranks.first:
-        print(f"{args.write_cache}: {len(todo)} rows encoded on this rank, the others were there")
+        print(f"{cache.folder}: {len(todo)} rows encoded on this rank, the others were there")
 
 
-def report_bad(args, ranks, step, broken):
+def report_bad(out, ranks, step, broken):
     """Append broken samples, (path, reason), to the run's bad.jsonl."""
     if broken and ranks.rank % ranks.sp == 0:
-        with (Path(args.out) / "bad.jsonl").open("a") as file:
+        with (Path(out) / "bad.jsonl").open("a") as file:
             file.write("".join(json.dumps({"step": step, "path": p, "reason": r}) + "\n" for p, r in broken))

@@ -25,8 +25,8 @@ NOISIEST, CLEANEST = 980, 20  # timesteps of the score: nearer to the ends one o
 class Distillation:
     """The loss of a `model` whose DiT has LoRA of both names, for a student of the timesteps `stage.student`."""
 
-    def __init__(self, model, stage, seed):
-        self.model, self.timesteps, self.seed = model, stage.student, seed
+    def __init__(self, model, stage):
+        self.model, self.timesteps, self.seed = model, stage.student, stage.seed
         self.noises = len(stage.student) + 1  # that a sample needs: one a step of the student, one for the score
         self.begin(0)
 

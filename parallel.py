@@ -9,6 +9,7 @@
 
 import math
 import os
+import sys
 from datetime import timedelta
 from functools import partial
 
@@ -37,45 +38,43 @@ def pick_device(name=None):
 class Ranks:
     """The processes that torchrun started, or one alone. Ranks that share a sequence (sp) are neighbours."""
 
-    def __init__(self, parallel=None, dtype=None, sp=1, whole=True):
+    def __init__(self, parallel="", dtype="", sp=1, whole=True):
         """whole: whole modules are trained, whose float32 master weights in 16-bit training are FSDP2's."""
         from torch.distributed.device_mesh import init_device_mesh
 
         launched, has_gpu = "RANK" in os.environ, torch.cuda.is_available()
-        world = dist.get_world_size() if dist.is_initialized() else rank_and_world()[1]
-        if sp < 1 or world % sp:  # refuse before a group is open
-            raise ValueError(f"--sp {sp} does not divide the {world} processes")
-        self.parallel = parallel or ("fsdp" if has_gpu else "ddp")
+        self.ours = not dist.is_initialized()  # who calls train.main several times may keep one group for all
+        self.world, self.sp = rank_and_world()[1] if self.ours else dist.get_world_size(), sp
+        if self.world % sp:  # refuse before a group is open
+            raise ValueError(f"--sp {sp} does not divide the {self.world} processes")
+        self.parallel = parallel or ("fsdp" if has_gpu and (whole or self.world > 1) else "ddp")
         self.dtype = getattr(torch, dtype or ("bfloat16" if has_gpu else "float32"))
         if self.dtype != torch.float32 and self.parallel == "ddp" and whole:
-            raise ValueError(
-                "--dtype bfloat16 keeps float32 master weights by FSDP2: take --parallel fsdp, also on one GPU"
-            )
+            raise ValueError("dtype=bfloat16 keeps float32 master weights by FSDP2: take --set parallel=fsdp")
         self.device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if has_gpu else "cpu")
         if has_gpu:
             torch.cuda.set_device(self.device)
-        self.ours = not dist.is_initialized()  # who calls train.main several times may keep one group for all
         if self.ours:
             alone = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
             # NCCL gives up after 10 minutes; writing a cache or 60 GB of checkpoint takes longer
             patience = {"timeout": timedelta(hours=2)} if has_gpu else {}
             dist.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", **patience, **alone)
-        self.rank, self.world, self.sp = dist.get_rank(), world, sp
+        self.rank = dist.get_rank()
         self.first = self.rank == 0
-        self.dp, self.data_rank = self.world // self.sp, self.rank // self.sp
+        self.dp, self.data_rank = self.world // sp, self.rank // sp
         self.mesh = init_device_mesh(self.device.type, (self.world,))
-        pairs = init_device_mesh(self.device.type, (self.dp, self.sp), mesh_dim_names=("data", "sequence"))
+        pairs = init_device_mesh(self.device.type, (self.dp, sp), mesh_dim_names=("data", "sequence"))
         self.sequence = pairs["sequence"].get_group()
         self.background = dist.new_group(backend="gloo")  # for the thread that writes checkpoints
 
-    def total(self, values):
-        """Sums over all ranks of a few numbers."""
-        values = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(values)
-        return values.tolist()
+    def total(self, numbers):
+        """Sums over all ranks of {name: number}."""
+        sums = torch.tensor(list(numbers.values()), dtype=torch.float64)
+        dist.all_reduce(sums)
+        return dict(zip(numbers, sums.tolist()))
 
     def any(self, flag):
-        return self.total([float(flag)])[0] > 0
+        return self.total({"flag": float(flag)})["flag"] > 0
 
     def from_first(self, value):
         """The first rank's Python value, on all."""
@@ -88,6 +87,11 @@ class Ranks:
         boxes = [None] * self.world
         dist.all_gather_object(boxes, values)
         return [value for box in boxes for value in box]
+
+    def say(self, text):
+        """A line on stderr, once."""
+        if self.first:
+            print(text, file=sys.stderr, flush=True)
 
     def barrier(self):
         dist.barrier()
@@ -143,11 +147,9 @@ def checkpointed(forward, *inputs, **more):
 def keep_attention(context, operator, *inputs, **more):
     from torch.utils.checkpoint import CheckpointPolicy
 
-    name, self_attention = (
-        operator.name(),
-        len(inputs) > 2 and getattr(inputs[0], "shape", 0) == getattr(inputs[1], "shape", 1),
-    )
-    kept = self_attention and "attention" in name and "backward" not in name
+    name, shapes = operator.name(), [getattr(x, "shape", None) for x in inputs[:2]]
+    over_itself = len(inputs) > 2 and shapes[0] == shapes[1]
+    kept = over_itself and "attention" in name and "backward" not in name
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -177,25 +179,18 @@ class Ulysses:
 
     def __init__(self, dit, group):
         self.group, self.size, self.rank = group, group.size(), group.rank()
+        self.entrance = dit.blocks[0]
         for block in dit.blocks:
             block.self_attn.attend = self.attend
             block.register_forward_pre_hook(self.enter)
-        dit.blocks[0].register_forward_pre_hook(self.split)  # after `enter`, which needs the whole length
-        dit.blocks[-1].register_forward_hook(self.join)
+        dit.blocks[-1].register_forward_hook(lambda block, arguments, x: Join.apply(x, self))  # -> (B, N, D)
 
     def enter(self, block, arguments):
-        """Give the block the rotary table of this rank's tokens."""
+        """Give a block the rotary table of this rank's tokens, and the first block these tokens."""
         x, time_mod, context, (cos, sin) = arguments
         self.counts = [len(cos) // self.size + (rank < len(cos) % self.size) for rank in range(self.size)]
         mine = slice(sum(self.counts[: self.rank]), sum(self.counts[: self.rank + 1]))
-        return x, time_mod, context, (cos[mine], sin[mine])
-
-    def split(self, block, arguments):
-        x, *rest = arguments
-        return x.split(self.counts, dim=1)[self.rank], *rest
-
-    def join(self, block, arguments, x):
-        return Join.apply(x, self)  # (B, n, D) -> (B, N, D)
+        return x[:, mine] if block is self.entrance else x, time_mod, context, (cos[mine], sin[mine])
 
     def attend(self, q, k, v):
         """q, k, v (B, n, H, d), this rank's tokens -> (B, n, H, d)."""
@@ -218,33 +213,6 @@ class Ulysses:
     def exchange(self, parts, sizes):
         """Send part i to rank i -> what the ranks sent here, of `sizes` numbers each."""
         return Exchange.apply(torch.cat(parts), [len(part) for part in parts], sizes, self.group).split(sizes)
-
-
-class SharedFrames:
-    """Ranks that edit one clip encode and decode its frames by tiles: `vae.shared`."""
-
-    def __init__(self, group):
-        self.group, self.size, self.rank = group, group.size(), group.rank()
-
-    def tile(self, height, width):
-        """Latent pixels a side of the largest tiles that are no fewer than the ranks; None where there are none."""
-        longest = max(height, width)
-        sides = (math.ceil(longest / parts) for parts in range(1, longest + 1))
-        enough = (side for side in sides if math.ceil(height / side) * math.ceil(width / side) >= self.size)
-        return next(enough, None)
-
-    def mine(self, windows):
-        return windows[self.rank :: self.size]
-
-    def join(self, pieces, height, width):
-        """This rank's [(core, picture)] -> the whole picture, on all: a sum of zeros and one value is exact."""
-        ((y0, y1), _), picture = pieces[0]
-        scale = picture.shape[-2] // (y1 - y0)
-        out = picture.new_zeros(*picture.shape[:-2], height * scale, width * scale)
-        for ((y0, y1), (x0, x1)), picture in pieces:
-            out[..., y0 * scale : y1 * scale, x0 * scale : x1 * scale] = picture
-        dist.all_reduce(out, group=self.group)
-        return out
 
 
 class Exchange(torch.autograd.Function):
@@ -278,3 +246,30 @@ class Join(torch.autograd.Function):
     def backward(ctx, gradient):
         u = ctx.ulysses
         return u.size * gradient.split(u.counts, dim=1)[u.rank], None
+
+
+class SharedFrames:
+    """Ranks that edit one clip encode and decode its frames by tiles: `vae.shared`."""
+
+    def __init__(self, group):
+        self.group, self.size, self.rank = group, group.size(), group.rank()
+
+    def tile(self, height, width):
+        """Latent pixels a side of the largest tiles that are no fewer than the ranks; None where there are none."""
+        longest = max(height, width)
+        sides = (math.ceil(longest / parts) for parts in range(1, longest + 1))
+        enough = (side for side in sides if math.ceil(height / side) * math.ceil(width / side) >= self.size)
+        return next(enough, None)
+
+    def mine(self, windows):
+        return windows[self.rank :: self.size]
+
+    def join(self, pieces, height, width):
+        """This rank's [(core, picture)] -> the whole picture, on all: a sum of zeros and one value is exact."""
+        ((y0, y1), _), picture = pieces[0]
+        scale = picture.shape[-2] // (y1 - y0)
+        out = picture.new_zeros(*picture.shape[:-2], height * scale, width * scale)
+        for ((y0, y1), (x0, x1)), picture in pieces:
+            out[..., y0 * scale : y1 * scale, x0 * scale : x1 * scale] = picture
+        dist.all_reduce(out, group=self.group)
+        return out

@@ -1,12 +1,14 @@
-"""What a stage of training trains, on what, and how: `STAGES`, and the settings of the command line on top of it.
+"""What a run trains, on what, and how: `STAGES`, and the `--set` of the command line on top of it.
 
-    --preset paper --stage 2 --set steps=100 dit.num_layers=2 -> STAGES["paper"][2] -> Stage
+    --preset paper --stage 2 --set steps=100 workers=4 dit.num_layers=2 -> STAGES["paper"][2] -> Stage
 
-Paper, Section 5.1; FACTS.md, "Training". Imports no torch, so that arguments are checked at once.
+Paper, Section 5.1. Imports no torch, so that arguments are checked at once.
 """
 
-from ast import literal_eval
+import math
 from dataclasses import dataclass, fields, replace
+from types import NoneType
+from typing import get_args, get_origin
 
 ALIGN = ("lora", "mllm.image_queries", "mllm.connector")
 EDIT = (*ALIGN, "mllm.video_queries", "dit", "source_embedder")
@@ -14,11 +16,30 @@ REFER = (*EDIT, "mllm.ref_queries", "mllm.ref_connector", "ref_embedder")
 SPEAK = tuple(part for part in REFER if part.startswith(("lora", "mllm.")))  # what `--mllm` adds to a LoRA on the DiT
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 DIT_LORA = ("q", "k", "v", "o", "ffn.0", "ffn.2")
+MODEL_PARTS = ("model", "dit", "vae", "mllm")  # before the dot of a setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How a run goes, whatever it learns."""
+
+    dtype: str = ""  # float32 or bfloat16, of computing; trained weights are float32. "": by device
+    parallel: str = ""  # ddp or fsdp. "": fsdp on GPUs; ddp on CPUs, and for a LoRA on one GPU
+    checkpointing: bool = True  # recompute blocks in the backward
+    workers: int = 2  # processes a rank that decode
+    max_bad: float = 5.0  # per cent of broken samples above which the run stops
+    save_every: int = 500  # steps
+    save_minutes: float = 30.0  # save after so long too
+    keep: int = 3  # checkpoints that stay
+    val_every: int = 100  # steps
+    sample_every: int = 0  # steps; edit the first row of each table of --val; 0: never
+    sample_steps: int = 20  # denoising steps of that
+    write_cache: str = ""  # encode rows to this folder and train nothing; what `python data.py cache` sets
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What a stage trains, on what, and how (paper, Section 5.1; FACTS.md, "Training")."""
+class Stage(Run):
+    """What is trained, on what, and how."""
 
     trains: tuple[str, ...]  # parts by name; "lora" is the language model's, "dit.lora" the DiT's
     image: int = 1  # shares of the mixture
@@ -30,6 +51,7 @@ class Stage:
     steps: int = 10_000
     global_batch: int = 128  # samples of one update
     batch: int = 1  # samples of one forward
+    seed: int = 0  # of the order of the data, of noise, and of what the weights lack
     lora_rank: int = 64
     lora_targets: tuple[str, ...] = ATTENTION
     dit_lora_rank: int = 0
@@ -49,33 +71,25 @@ class Stage:
     student: tuple[float, ...] = ()  # timesteps of a distilled student (distil.py), e.g. 1000,757,522
 
     def __post_init__(self):
-        words = {
-            "schedule": ("constant", "cosine", "linear"),
-            "optimizer": ("adamw", "muon"),
-            "weighting": ("bell", "none"),
-        }
-        for name, allowed in words.items():
+        for name, allowed in WORDS.items():
             if (value := getattr(self, name)) not in allowed:
-                raise ValueError(f"Stage.{name}: {value!r}, expected one of {', '.join(allowed)}")
-        for name in ("steps", "global_batch", "batch", "frames", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"Stage.{name}: {getattr(self, name)}, expected at least 1")
-        rest, lora = self.global_batch % self.batch, "dit.lora" in self.trains
-        wrong = {
-            f"pixels: {min(self.pixels)}, expected at least 1": min(self.pixels) < 1,
-            f"clip: {self.clip}, expected the largest norm of a gradient, or 0 for none": not self.clip >= 0,
-            f"ref_shrink: {self.ref_shrink}, expected a factor above 0, at most 1": not 0 < self.ref_shrink <= 1,
-            f"ema: {self.ema}, expected 0, or the decay of an average, below 1": not 0 <= self.ema < 1,
-            f"global_batch: {self.global_batch} is not a multiple of batch {self.batch}": rest,
-            "balance: needs the source, which this stage hides from the DiT": self.balance and not self.source,
-            f"student: {self.student}, expected falling timesteps in (0, 1000]": not falling(self.student),
-            "student: is trained as a LoRA of the DiT alone": self.student and self.trains != ("dit.lora",),
-            "trains: dit.lora needs a rank; --set dit_lora_rank=32": lora and self.dit_lora_rank < 1,
-            f"image, video, ref: {self.ratio}, expected shares of at least 0": min(self.ratio.values()) < 0,
-            "image, video, ref: all 0, so there is nothing to train on": not any(self.ratio.values()),
-        }
-        if found := next((text for text, holds in wrong.items() if holds), None):
-            raise ValueError(f"Stage.{found}")
+                raise ValueError(f"{name}: {value!r}, expected one of {', '.join(filter(None, allowed))}")
+        for name, (low, high) in BOUNDS.items():
+            value = getattr(self, name)
+            if not all(low <= each <= high for each in (value if isinstance(value, tuple) else [value])):
+                raise ValueError(f"{name}: {value}, expected from {low}{f' to {high}' if high < math.inf else ''}")
+        if self.global_batch % self.batch:
+            raise ValueError(f"global_batch: {self.global_batch} is not a multiple of batch {self.batch}")
+        if not any(self.ratio.values()):
+            raise ValueError("image, video, ref: all 0, so there is nothing to train on")
+        if self.balance and not self.source:
+            raise ValueError("balance: needs the source, which this stage hides from the DiT")
+        if "dit.lora" in self.trains and self.dit_lora_rank < 1:
+            raise ValueError("trains: dit.lora needs a rank; --set dit_lora_rank=32")
+        if self.student and self.trains != ("dit.lora",):
+            raise ValueError("student: is trained as a LoRA of the DiT alone")
+        if list(self.student) != sorted(set(self.student), reverse=True):
+            raise ValueError(f"student: {self.student}, expected falling timesteps")
 
     @property
     def ratio(self):
@@ -91,9 +105,19 @@ class Stage:
         return any(part.startswith(("lora", "mllm")) for part in self.trains)
 
 
-def falling(timesteps):
-    return all(1000 >= a > b for a, b in zip(timesteps, (*timesteps[1:], 0)))
-
+WORDS = {
+    "schedule": ("constant", "cosine", "linear"),
+    "optimizer": ("adamw", "muon"),
+    "weighting": ("bell", "none"),
+    "dtype": ("", "float32", "bfloat16"),
+    "parallel": ("", "ddp", "fsdp"),
+}
+BOUNDS = dict.fromkeys(
+    ("steps", "global_batch", "batch", "frames", "pixels", "lora_rank", "keep", "save_every", "val_every",
+     "sample_steps"), (1, math.inf),
+) | dict.fromkeys(
+    ("image", "video", "ref", "seed", "clip", "workers", "max_bad", "save_minutes", "sample_every"), (0, math.inf)
+) | {"ref_shrink": (0.01, 1), "ema": (0, 0.99999), "student": (1, 1000)}  # fmt: skip
 
 LORA = Stage(("dit.lora",), 1, 1, 1, pixels=(409_600,), frames=49, steps=2_000, global_batch=4, dit_lora_rank=32,
              lr=1e-4, warmup=20)  # fmt: skip
@@ -129,57 +153,47 @@ def choose_stage(args):
             stage = replace(stage, trains=trains, dit_lora_rank=128, frames=49)
     if args.mllm:
         stage = replace(stage, trains=tuple(dict.fromkeys((*stage.trains, *SPEAK))))
-    return with_settings(stage, [s for s in args.set if "." not in s.split("=")[0]])
+    return with_settings(stage, [setting for setting in args.set if not part_of(setting)])
+
+
+def with_model_settings(config, settings):
+    """A KiwiConfig with `model.key=value`, `dit.key=value`, `vae.`, `mllm.` settings."""
+    for part in dict.fromkeys(filter(None, map(part_of, settings))):
+        own = [setting.removeprefix(f"{part}.") for setting in settings if part_of(setting) == part]
+        if part not in MODEL_PARTS:
+            raise ValueError(f"--set {part}.{own[0]}: no such part; there are {', '.join(MODEL_PARTS)}")
+        if part == "model":
+            config = with_settings(config, own)
+        else:
+            config = replace(config, **{part: with_settings(getattr(config, part), own)})
+    return config
+
+
+def part_of(setting):
+    """The model's part that a setting is for, or "" where it is the stage's."""
+    return setting.partition("=")[0].rpartition(".")[0]
 
 
 def with_settings(config, settings):
-    """A dataclass with `key=value` settings, each cast to its field's type. ValueError for a key it has not."""
-    known = {field.name: field.type for field in fields(config)}
-    changes = {}
+    """A dataclass with `key=value` settings, each parsed as its field's type. ValueError for a key it has not."""
+    known, changes = {field.name: field.type for field in fields(config)}, {}
     for setting in settings:
         key, _, value = setting.partition("=")
         if key not in known:
             raise ValueError(f"--set {setting}: {type(config).__name__} has no {key!r}; it has {', '.join(known)}")
         try:
-            changes[key] = cast(value, getattr(config, key), known[key])
-        except ValueError:
-            raise ValueError(f"--set {setting}: {value!r} is not of the kind of {getattr(config, key)!r}") from None
-    try:
-        return replace(config, **changes)
-    except TypeError as error:
-        raise ValueError(f"--set {' '.join(settings)}: {error}") from None
+            changes[key] = parse(value, known[key])
+        except (ValueError, KeyError):
+            kind = str(known[key]).removeprefix("<class '").removesuffix("'>")
+            raise ValueError(f"--set {setting}: {value!r} is not of the kind {kind}") from None
+    return replace(config, **changes)
 
 
-def cast(value, old, kind=None):
-    """Parse `value` as the type of `old`; if that is None or (), as a literal. kind: the field's type. ValueError."""
-    if kind == int | None:
-        return None if value.lower() == "none" else int(value)
-    if isinstance(old, bool):
-        return bool(("false", "true").index(value.lower()))
-    if kind == tuple[float, ...]:
-        return tuple(float(part) for part in value.split(",") if part)
-    if old is None or old == ():
-        try:
-            return literal_eval(value)
-        except SyntaxError:
-            raise ValueError(value) from None
-    if isinstance(old, tuple):
-        return tuple(cast(part, old[0]) for part in value.split(","))
-    return type(old)(value)
-
-
-def with_model_settings(config, settings):
-    """A KiwiConfig with `model.key=value`, `dit.key=value`, `vae.`, `mllm.` settings."""
-    grouped = {}
-    for setting in settings:
-        part, dot, rest = setting.partition(".")
-        if dot and "=" not in part:
-            grouped.setdefault(part, []).append(rest)
-    for part, values in grouped.items():
-        if part == "model":
-            config = with_settings(config, values)
-        elif part in ("dit", "vae", "mllm"):
-            config = replace(config, **{part: with_settings(getattr(config, part), values)})
-        else:
-            raise ValueError(f"--set {part}.{values[0]}: no such part; there are model, dit, vae, mllm")
-    return config
+def parse(text, kind):
+    """A text as a value of a field's type; a tuple's parts stand between commas."""
+    inner = get_args(kind)
+    if NoneType in inner:
+        return None if text.lower() == "none" else parse(text, inner[0])
+    if get_origin(kind) is tuple:
+        return tuple(parse(part, inner[0]) for part in text.split(",") if part)
+    return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)

@@ -16,13 +16,9 @@ import json
 import math
 import os
 import random
-import resource
 import signal
-import sys
 import time
 from collections import Counter
-from contextlib import closing
-from dataclasses import asdict, replace
 from pathlib import Path
 
 from command import number, one_line
@@ -34,19 +30,16 @@ EXAMPLES = """examples:
   python train.py --preset lora --data MY --out runs/mine                    # a LoRA on your own clips, one card
   python train.py --preset distil --data MY --set student=1000,757,522       # a student of 3 forwards, as a LoRA
   python train.py --preset lora --dry-run --cache c --quantise fp8           # what it needs, without weights or data
-  python train.py --config nano --stage 1 --data data/nano --weights weights/nano --out runs/1 --set steps=200
   torchrun --nproc-per-node 8 train.py --stage 2 --data DIR --weights runs/1 --out runs/2 --resume auto
   python train.py --resume runs/2                                            # go on, with the run's own arguments
-  python train.py --export-lora runs/mine --format comfy --out mine.safetensors
 
-where training starts (--weights): a run (its last checkpoint), a checkpoint folder, a folder that nanoKiwi saved, the
-  released diffusers layout, or a released training checkpoint (.safetensors) over --base and --qwen. Without it: --base
-  and --qwen alone (nano: weights/nano, or random), or, with --init random, nothing but --qwen's config and tokenizer.
-several processes (torchrun): data parallel by --parallel; --sp N of them share each sequence.
-watch a run by metrics.jsonl, TensorBoard if installed, and `python train.py --plot RUN` (an SVG).
+--weights is a run (its last checkpoint), a checkpoint folder, a folder that nanoKiwi saved, the released diffusers
+  layout, a released training checkpoint (.safetensors) over --base and --qwen, or `random`, with --qwen's config and
+  tokenizer. Without it: --base and --qwen alone (nano: weights/nano, or random).
+--set takes every field of stages.Stage and stages.Run (steps, lr, seed, workers, save_every, dtype, parallel, ...), and
+  of the model's configs (model., dit., vae., mllm.).
 """
 KIWI = "linyq/kiwi-edit-5b-instruct-reference-diffusers"  # what a LoRA is trained on by default
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # dense bfloat16
 
 
 def parse_arguments(argv=None):
@@ -54,57 +47,28 @@ def parse_arguments(argv=None):
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, epilog=EXAMPLES, formatter_class=raw)
     add = parser.add_argument
-
-    def flag(name, default, metavar, words, least=1):
-        add(name, type=number(least, kind=type(default)), default=default, metavar=metavar, help=words)
-
     add("--config", default="wan22_5b", choices=("wan22_5b", "wan21_14b", "wan21_1_3b", "nano"), help="model sizes")
     add("--preset", choices=list(STAGES), default="paper", help="whose numbers (default %(default)s)")
     add("--stage", type=int, choices=(1, 2, 3), help="1 align, 2 edit, 3 edit with references (paper, released)")
-    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="e.g. steps=100 lr=1e-4 dit.dim=64")
+    add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="e.g. steps=100 workers=4 (below)")
     add("--mllm", action="store_true", help="also train the language model's LoRA, queries and connectors")
-    add(
-        "--data",
-        nargs="+",
-        default=["data"],
-        metavar="DIR",
-        help="with image.csv, video.csv, ref_video.csv or .parquet",
-    )
+    add("--data", nargs="+", default=["data"], metavar="DIR", help="with image.csv, video.csv, ref_video.csv")
     add("--image-csv", metavar="FILE", help="this instead of DIR/image.csv")
     add("--video-csv", metavar="FILE", help="likewise")
     add("--ref-csv", metavar="FILE", help="likewise")
-    add("--base-path", metavar="DIR", help="where the tables' paths start (default: the table's folder); with any "
-        "--*-csv, in those alone")  # fmt: skip
+    add("--base-path", metavar="DIR", help="where paths start in the --*-csv given, or in all tables (default: there)")
     add("--val", metavar="DIR", help="held-out rows, in the same tables: their loss and previews")
     add("--out", metavar="RUN", help="folder of the run: config.json, metrics.jsonl, checkpoints (default: runs/STAGE)")
     add("--weights", metavar="PATH|HUB_ID", help="where to start (see below; default, without --out: the run before)")
     add("--base", metavar="PATH|HUB_ID", help="Wan's weights (default: those of --config on the hub)")
     add("--qwen", metavar="PATH|HUB_ID", help="Qwen2.5-VL's (default: Qwen/Qwen2.5-VL-3B-Instruct)")
-    add("--init", choices=("weights", "random"), default="weights", help="random: no weights at all")
     add("--quantise", choices=("fp8", "int8"), help="frozen linears in 8 bits: half the memory of a LoRA's base")
-    add("--resume", metavar="auto|PATH", help="auto: from --out's last checkpoint, if any. A run or checkpoint, "
-        "alone: with the run's own arguments")  # fmt: skip
-    flag("--seed", 0, "N", "order of the data, noise, and what the weights lack (default %(default)s)", 0)
-    add(
-        "--dtype",
-        choices=("float32", "bfloat16"),
-        help="of computing; trained weights are float32 (default: by device)",
-    )
-    add("--parallel", choices=("ddp", "fsdp"), help="default: fsdp on GPUs; ddp on CPUs, and for a LoRA on one GPU")
-    flag("--sp", 1, "N", "ranks that share a sequence (Ulysses; default %(default)s)")
-    add("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute blocks in the backward")
+    add("--resume", metavar="auto|PATH", help="auto: from --out's last checkpoint, if any. A run or checkpoint, alone: "
+        "with the run's own arguments")  # fmt: skip
+    add("--sp", type=number(1), default=1, metavar="N", help="ranks that share a sequence (Ulysses; default 1)")
     add("--cache", metavar="DIR", help="encoded rows, written by `python data.py cache`")
-    add("--write-cache", metavar="DIR", help="write them, train nothing (what `python data.py cache` calls)")
-    flag("--workers", 2, "N", "processes a rank that decode (default %(default)s)", 0)
-    flag("--max-bad", 5.0, "PERCENT", "stop if more samples are broken (default %(default)g)", 0)
-    flag("--save-every", 500, "STEPS", "default %(default)s")
-    flag("--save-minutes", 30.0, "M", "save after so long too (default %(default)g)", 0)
-    flag("--keep", 3, "K", "checkpoints that stay (default %(default)s)")
-    flag("--val-every", 100, "STEPS", "default %(default)s")
-    flag("--sample-every", 0, "STEPS", "edit a row of each table, held out if there is --val (default: never)", 0)
-    flag("--sample-steps", 20, "STEPS", "denoising steps of that (default %(default)s)")
     add("--dry-run", action="store_true", help="print the memory that a card needs, from sizes alone; train nothing")
-    flag("--gpus", 1, "N", "cards of a --dry-run (default %(default)s)")
+    add("--gpus", type=number(1), default=1, metavar="N", help="cards of a --dry-run (default %(default)s)")
     add("--export", metavar="RUN", help="write a run's last checkpoint, or a file of one such as ema.safetensors, as a "
         "whole model to --out, LoRA merged")  # fmt: skip
     add("--export-lora", metavar="RUN", help="write the DiT's LoRA of a run to --out")
@@ -113,48 +77,47 @@ def parse_arguments(argv=None):
     args = parser.parse_args(argv)
     alone = args.preset in ON_WEIGHTS
     if args.resume not in (None, "auto") and args.stage is None and not alone:
-        set_as_begun(parser, args)
+        begun = arguments_of(parser, args.resume)
+        parser.set_defaults(**begun)
         args = parser.parse_args(argv)
-        args.resume = parser.resumed
+        args.resume, alone = begun["resume"], args.preset in ON_WEIGHTS
     if (args.export or args.export_lora) and args.out is None:
         parser.error("--export and --export-lora need --out")
+    if args.plot or args.export or args.export_lora:
+        return args
     if alone:
         args.stage = args.stage or 3
-        if args.config == "wan22_5b" and args.init == "weights":
-            args.weights = args.weights or (None if args.base else KIWI)
-    if not (args.plot or args.export or args.export_lora) and args.stage is None:
+        if args.config == "wan22_5b" and not args.base:
+            args.weights = args.weights or KIWI
+    elif args.stage is None:
         parser.error("--stage is needed, or --preset lora or distil")
-    if args.out is None and args.stage:
+    if args.out is None:
         args.out, before = f"runs/{args.preset if alone else args.stage}", Path(f"runs/{args.stage - 1}")
-        if args.weights is None and args.init == "weights" and not alone and any(before.glob("step-*")):
+        if args.weights is None and any(before.glob("step-*")):
             args.weights = str(before)
     return args
 
 
-def set_as_begun(parser, args):
-    """Make the arguments of the run that --resume names the defaults of this one."""
-    path = Path(args.resume)
+def arguments_of(parser, resume):
+    """The arguments of the run that --resume names, to be the defaults of this one."""
+    path = Path(resume)
     run = path if (path / "config.json").is_file() else path.parent
     try:
         config = json.loads((run / "config.json").read_text())
         begun = config["args"] | {name: str((run / to).resolve()) for name, to in config["began"].items()}
     except (OSError, ValueError, KeyError, TypeError):
-        parser.error(f"--resume {args.resume}: not a run or checkpoint; without --stage or --preset give one of these")
-    parser.set_defaults(**begun | {"out": str(run), "resume": None, "dry_run": False})
-    parser.resumed = "auto" if run == path else str(path)
+        parser.error(f"--resume {resume}: not a run or checkpoint; without --stage or --preset give one of these")
+    return begun | {"out": str(run), "resume": "auto" if run == path else resume, "dry_run": False}
 
 
 if __name__ == "__main__":
     parse_arguments()  # parse before importing torch
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from tqdm import tqdm
 
-import sizing
-from cache import CachedPairs, encode, read_cached, report_bad, write_cache
-from checkpoint import Checkpoints, Log, cut_log, export, export_lora, locked, open_run, plot_losses, write_config
+from cache import CachedPairs, encode, report_bad, write_cache
+from checkpoint import Checkpoints, begin_run, export, export_lora, locked, open_run, plot_losses
 from data import Pairs, fingerprint, read_pair
 from distil import STUDENT, Distillation
 from load import HUB_BASES, read_json
@@ -163,7 +126,8 @@ from media import MediaError, write_image, write_video
 from model import PRESETS, Contexts, FlowMatch
 from parallel import Ranks, parallelise
 from sampler import Sampler
-from start import belongs, load_model, open_data, with_tables_there
+from sizing import batch_flops, machine_use, report
+from start import belongs, load_model, open_data
 
 
 def main(argv=None):
@@ -177,22 +141,15 @@ def main(argv=None):
     stage = choose_stage(args)
     if args.dry_run:
         config = with_model_settings(PRESETS[args.config], args.set)
-        return print(sizing.report(config, stage, args.gpus, args.cache, args.quantise, args.checkpointing))
-    stage = with_tables_there(args, stage)
-    whole = "dit" in stage.trains  # needs float32 master weights beside those it computes with
-    alone = not whole and int(os.environ.get("WORLD_SIZE", 1)) == 1
-    ranks = Ranks(args.parallel or ("ddp" if alone else None), args.dtype, args.sp, whole)
+        return print(report(config, stage, args.gpus, args.cache, args.quantise))
+    ranks = Ranks(stage.parallel, stage.dtype, args.sp, whole="dit" in stage.trains and not stage.write_cache)
     try:
-        if stage.batches % ranks.dp:
-            raise ValueError(
-                f"global_batch / batch is {stage.batches}, not a multiple of {ranks.dp} data-parallel ranks"
-            )
-        with locked(args, ranks):
+        with locked(Path(args.out), ranks):
             checkpoint = open_run(args, ranks)
-            data = open_data(args, stage, ranks)  # first: a slip here should not cost the loading of 5B
+            data, stage = open_data(args, stage, ranks)  # first: a slip here should not cost the loading of 5B
             model, cache = load_model(args, stage, ranks, checkpoint, data)
-            if args.write_cache:
-                return write_cache(args, stage, ranks, model, cache, data)
+            if stage.write_cache:
+                return write_cache(stage, ranks, model, cache, data)
             Trainer(args, stage, ranks, model, data, cache).train(checkpoint)
     finally:
         ranks.leave()
@@ -209,19 +166,19 @@ class Trainer:
     """The loop and what it keeps: model, optimizers, averaged weights, and the counters that a checkpoint holds."""
 
     def __init__(self, args, stage, ranks, model, data, cache):
-        self.args, self.stage, self.ranks, self.model, self.data, self.cache = args, stage, ranks, model, data, cache
-        self.out = Path(args.out)
+        self.args, self.stage, self.ranks, self.model, self.data = args, stage, ranks, model, data
+        self.out, self.flow = Path(args.out), FlowMatch(stage.shift, weighting=stage.weighting)
+        self.rounded = model.config.dit.bf16_timesteps
         self.counts = Counter(step=0, updates=0, samples=0, tokens=0, bad=0, skipped=0, seconds=0.0)
-        self.module = parallelise(model, ranks, args.checkpointing)
+        self.module = parallelise(model, ranks, stage.checkpointing)
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.updated = {name: of_one_rank(p, ranks) for name, p in self.trained.items()}
+        self.saved = [name for name in self.trained if belongs(name, stage.trains)]
         self.optimizers = make_optimizers(stage, self.updated)
-        saved = [name for name in self.trained if belongs(name, stage)]
-        self.ema = {name: self.trained[name].detach().clone() for name in saved} if stage.ema else {}
-        self.distillation = Distillation(model, stage, args.seed) if stage.student else None
-        self.saver = Checkpoints(self.out, args.keep, ranks)
-        self.begun_with = {kind: fingerprint(rows) for kind, rows in data.tables.items()}
-        if args.cache:
+        self.ema = {name: self.trained[name].detach().clone() for name in self.saved} if stage.ema else {}
+        self.distillation = Distillation(model, stage) if stage.student else None
+        self.saver = Checkpoints(self.out, stage.keep, ranks)
+        if cache:
             self.pairs = CachedPairs(data.tables, data.curriculum, cache)
         else:
             self.pairs = Pairs(data.tables, data.curriculum, model.mllm.resize)
@@ -244,44 +201,48 @@ class Trainer:
     def loop(self):
         args, stage, counts, saved = self.args, self.stage, self.counts, time.monotonic()
         if self.ranks.first:
-            write_config(args, stage, self.model, self.out)
-            cut_log(self.out / "metrics.jsonl", counts["step"] or -1)
-            cut_log(self.out / "bad.jsonl", counts["step"])
-            print(self.summary(), file=sys.stderr)
+            begin_run(args, stage, self.model, self.out, counts["step"])
+        self.ranks.say(self.summary())
         self.batches = iter(self.loader())
         if self.ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.ranks.device)  # `memory_gib` is of the steps, not of the loading
-        bar = tqdm(total=stage.steps, initial=counts["step"], desc=f"stage {args.stage}", disable=not self.ranks.first)
-        with closing(Log(self.out, self.ranks.first)) as log, bar:
-            if args.val and not counts["step"]:
-                log.write({"step": 0, **self.validate()})
+        if args.val and not counts["step"]:
+            self.log({"step": 0, **self.validate()})
+        how = {"initial": counts["step"], "desc": f"stage {args.stage}", "disable": not self.ranks.first}
+        with tqdm(total=stage.steps, **how) as bar:
             while counts["step"] < stage.steps and (line := self.step()):
-                self.saver.check()
-                step, late = counts["step"], self.ranks.any(time.monotonic() - saved > 60 * args.save_minutes)
-                if args.val and (step % args.val_every == 0 or step == stage.steps):
+                step, late = counts["step"], self.ranks.any(time.monotonic() - saved > 60 * stage.save_minutes)
+                if args.val and (step % stage.val_every == 0 or step == stage.steps):
                     line |= self.validate()
-                log.write(line)
+                self.log(line)
                 shown = {"loss": "{:.4f}", "val": "{:.4f}", "lr": "{:.1e}", "samples_s": "{:.2f}"}
                 bar.set_postfix({name: form.format(line[name]) for name, form in shown.items() if name in line})
                 bar.update()
-                if (step % args.save_every == 0 or late) and step < stage.steps:
+                if (step % stage.save_every == 0 or late) and step < stage.steps:
                     self.save()
                     saved = time.monotonic()
-                if args.sample_every and step % args.sample_every == 0:
+                if stage.sample_every and step % stage.sample_every == 0:
                     self.sample(step)
-        if counts["step"] not in self.saver.steps:
+                if self.saver.written and self.saver.written.done():
+                    self.saver.wait()  # a full disk is told at once
+        if self.saver.last != self.saver.path(counts["step"]):
             self.save()
         self.saver.wait()
         if self.ranks.first:
             hint = f"; go on with --resume {self.out}" if self.stop else ""
-            print(f"{self.stop or 'done'}: step {counts['step']} of {stage.steps}, {self.saver.last()}{hint}")
+            print(f"{self.stop or 'done'}: step {counts['step']} of {stage.steps}, {self.saver.last}{hint}")
+
+    def log(self, line):
+        """Append a line to metrics.jsonl."""
+        if self.ranks.first:
+            with (self.out / "metrics.jsonl").open("a") as file:  # NaN is no JSON
+                file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in line.items()}) + "\n")
 
     def step(self):
         """One update -> its line of metrics; None if a signal came before its end: then it leaves no trace."""
-        started, stage, ranks = time.perf_counter(), self.stage, self.ranks
-        here = stage.batches // ranks.dp
-        losses, seen, tokens, flops = [], [], 0, 0.0
-        more = self.distillation.begin(self.counts["step"]) if self.distillation else 0
+        started, stage, ranks, counts = time.perf_counter(), self.stage, self.ranks, self.counts
+        here, batches, losses, tokens, flops = stage.batches // ranks.dp, [], [], 0, 0.0
+        more = self.distillation.begin(counts["step"]) if self.distillation else 0
         for i in range(here):
             batch = self.next_batch()
             if ranks.any(batch is None):
@@ -291,90 +252,39 @@ class Trainer:
             if "fatal" in batch:
                 raise ValueError(batch["fatal"])
             self.reduce_gradients(i == here - 1)
-            draws = [draw(self.args.seed, number, self.flow, self.rounded) for number in batch["numbers"]]
+            draws = [draw(stage.seed, number, self.flow, self.rounded) for number in batch["numbers"]]
             loss, size = self.loss(batch, draws, self.flow, stage.balance)
             (loss / here).backward()
+            batch["pictures"] = batch["seen"] = None  # frees them
+            batches.append(batch)
             losses.append(loss.detach())
-            seen.append({name: batch[name] for name in ("kind", "paths", "bad")})
-            tokens, flops = tokens + size, flops + batch_flops(self.model.config, stage, batch, size, more)
-        rate = learning_rate(stage, self.counts["step"])
+            tokens, flops = tokens + size, flops + batch_flops(self.model.config, stage, size, more)
+        rate = learning_rate(stage, counts["step"])
         norm, losses = self.update(rate, losses)
-        broken = [bad for batch in seen for bad in batch["bad"]]
-        report_bad(self.args, ranks, self.counts["step"] + 1, broken)
+        broken = [bad for batch in batches for bad in batch["bad"]]
+        report_bad(self.out, ranks, counts["step"] + 1, broken)
         if not math.isfinite(norm):
-            self.skip(
-                norm, [path for b, loss in zip(seen, losses) if not math.isfinite(loss) for path in b["paths"]], seen
-            )
-        kinds = [sum(loss for b, loss in zip(seen, losses) if b["kind"] == kind) for kind in stage.ratio]
-        parts = [sum(b["kind"] == kind for b in seen) for kind in stage.ratio]
-        sums = ranks.total([sum(losses), tokens, flops, len(broken), *kinds, *parts])
-        loss, tokens, flops, bad, *kinds = (x / ranks.sp for x in sums)
+            self.skip(norm, batches, losses)
+        own = {"tokens": tokens, "flops": flops, "bad": len(broken)}
+        for kind in stage.ratio:
+            of_kind = [loss for batch, loss in zip(batches, losses) if batch["kind"] == kind]
+            own |= {f"loss_{kind}": sum(of_kind), f"batches_{kind}": len(of_kind)}
+        all_ = {name: total / ranks.sp for name, total in ranks.total(own).items()}
         seconds = time.perf_counter() - started
-        self.count(tokens, bad, seconds)
-        line = {"step": self.counts["step"], "loss": loss / stage.batches, "grad_norm": norm, "lr": rate,
-                "seconds": seconds, "samples_s": stage.global_batch / seconds, "tokens_s": tokens / seconds,
-                "bad": self.counts["bad"], "skipped": self.counts["skipped"]}  # fmt: skip
+        counts.update(step=1, samples=stage.global_batch, tokens=all_["tokens"], bad=all_["bad"], seconds=seconds)
+        if 100 * counts["bad"] > stage.max_bad * max(counts["samples"], 100):
+            raise ValueError(f"{counts['bad']:.0f} of {counts['samples']} samples cannot be read, more than max_bad="
+                             f"{stage.max_bad:g} per cent; see {self.out}/bad.jsonl")  # fmt: skip
+        loss = sum(all_[f"loss_{kind}"] for kind in stage.ratio) / stage.batches
+        line = {"step": counts["step"], "loss": loss, "grad_norm": norm, "lr": rate, "seconds": seconds,
+                "samples_s": stage.global_batch / seconds, "tokens_s": all_["tokens"] / seconds,
+                "bad": counts["bad"], "skipped": counts["skipped"]}  # fmt: skip
+        for kind in stage.ratio:
+            if all_[f"batches_{kind}"]:
+                line[f"loss_{kind}"] = all_[f"loss_{kind}"] / all_[f"batches_{kind}"]
         if self.distillation:
-            line[f"loss_{self.distillation.turn}"] = line["loss"]
-        line |= {f"loss_{kind}": kinds[i] / kinds[3 + i] for i, kind in enumerate(stage.ratio) if kinds[3 + i]}
-        return line | machine_use(ranks, flops / seconds)
-
-    @property
-    def flow(self):
-        return FlowMatch(self.stage.shift, weighting=self.stage.weighting)
-
-    @property
-    def rounded(self):
-        return self.model.config.dit.bf16_timesteps
-
-    def next_batch(self):
-        """The next batch; None where a signal asks to stop, also while it is waited for."""
-        try:
-            self.waiting = True
-            batch = None if self.stop else next(self.batches)
-            self.waiting = False  # here and not in a `finally`, where the signal would still raise
-            return batch
-        except Stopped:
-            return None
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise ValueError(
-                f"{str(error).strip()} Out of memory? Take fewer --workers, and go on with --resume auto"
-            ) from None
-
-    def ask_to_stop(self, number, frame):
-        if self.ranks.first and not self.stop:
-            print(f"{signal.Signals(number).name}: stopping after the last whole step", file=sys.stderr, flush=True)
-        self.stop = signal.Signals(number).name
-        if self.waiting:
-            self.waiting = False
-            raise Stopped
-
-    def reduce_gradients(self, last):
-        """Ranks add their gradients once an update; at each backward where FSDP2 trains whole blocks, since no rank has
-        room for all gradients."""
-        if hasattr(self.module, "require_backward_grad_sync"):
-            self.module.require_backward_grad_sync = last  # DDP
-        elif hasattr(self.module, "set_requires_gradient_sync") and "dit" not in self.stage.trains:
-            self.module.set_requires_gradient_sync(last)
-
-    def loader(self):
-        """Batches of this rank in order, made by worker processes."""
-        steps = range(self.counts["step"], self.stage.steps)
-        order = (
-            number for step in steps for number in rank_batches(self.data.curriculum, self.stage, self.ranks, step)
-        )
-        workers = self.args.workers
-        if workers:
-            room_for_batches(
-                self.data.largest, self.stage.batch, workers, self.model.config if self.args.cache else None
-            )
-        return torch.utils.data.DataLoader(
-            self.pairs, None, sampler=order, num_workers=workers, worker_init_fn=leave_signals_to_the_trainer,
-            multiprocessing_context="fork" if workers else None,  # a worker has the tokenizer of this process
-            timeout=1800 if workers else 0,
-        )  # fmt: skip
+            line[f"loss_{self.distillation.turn}"] = loss
+        return line | machine_use(ranks, all_["flops"] / seconds)
 
     def loss(self, batch, draws, flow, balance=False):
         """The mean loss of a batch and the number of its tokens in the DiT."""
@@ -383,10 +293,10 @@ class Trainer:
         pictures = batch["pictures"]
         if not self.args.cache:
             pictures = [encode(model, stage, *own, c) for own, c in zip(pictures, chance)]
-        pictures = [(target, source if stage.source else None, ref) for target, source, ref in pictures]
-        latents, source, ref = (
-            None if part[0] is None else torch.stack(part).to(device).float() for part in zip(*pictures)
-        )
+        stack = lambda parts: None if parts[0] is None else torch.stack(parts).to(device).float()
+        latents, source, ref = map(stack, zip(*pictures))
+        if not stage.source:
+            source = None
         loss_of, shape = None, latents.shape[1:]
         if self.distillation:
             loss_of, shape = self.distillation.loss, (self.distillation.noises, *shape)
@@ -398,9 +308,8 @@ class Trainer:
         frames = latents.shape[2] + (0 if ref is None else ref.shape[2])
         tokens = len(latents) * frames * math.prod(model.dit.grid(latents)[1:])
         apart = self.ranks.world > 1 and stage.ref > 0
-        return self.module(
-            requests, latents, torch.stack(t).to(device), source, ref, noise, flow, balance, apart, loss_of
-        ), tokens
+        t = torch.stack(t).to(device)
+        return self.module(requests, latents, t, source, ref, noise, flow, balance, apart, loss_of), tokens
 
     def update(self, rate, losses):
         """Clip the gradients and step the optimizers, unless they are not finite -> the gradients' norm and the losses
@@ -425,25 +334,61 @@ class Trainer:
             updated.grad = None
         return norm, losses
 
-    def skip(self, norm, suspects, seen):
+    def skip(self, norm, batches, losses):
         """Report a step whose gradient is not finite, and samples whose loss is not. ValueError for five in a row."""
         self.counts["skipped"] += 1
         self.trouble += 1
+        suspects = [path for b, loss in zip(batches, losses) if not math.isfinite(loss) for path in b["paths"]]
         suspects = self.ranks.gathered(suspects)
-        samples = ", ".join(suspects[:4]) or f"every loss is finite; the last sample was {seen[-1]['paths'][0]}"
+        samples = ", ".join(suspects[:4]) or f"every loss is finite; the last sample was {batches[-1]['paths'][0]}"
         message = f"step {self.counts['step'] + 1} skipped: its gradient is {norm}; samples: {samples}"
         if self.trouble == 5:
             raise ValueError(f"5 steps in a row were skipped, the loss has diverged: lower lr, or look at the data. "
-                             f"The last sound checkpoint: {self.saver.last()}. {message}")  # fmt: skip
-        if self.ranks.first:
-            print(f"warning: {message}; nothing is saved until a step succeeds", file=sys.stderr)
+                             f"The last sound checkpoint: {self.saver.last}. {message}")  # fmt: skip
+        self.ranks.say(f"warning: {message}; nothing is saved until a step succeeds")
 
-    def count(self, tokens, bad, seconds):
-        counts = self.counts
-        counts.update(step=1, samples=self.stage.global_batch, tokens=tokens, bad=bad, seconds=seconds)
-        if 100 * counts["bad"] > self.args.max_bad * max(counts["samples"], 100):
-            raise ValueError(f"{counts['bad']:.0f} of {counts['samples']} samples cannot be read, more than --max-bad "
-                             f"{self.args.max_bad:g} per cent; see {self.args.out}/bad.jsonl")  # fmt: skip
+    def reduce_gradients(self, last):
+        """Ranks add their gradients once an update; at each backward where FSDP2 trains whole blocks, since no rank has
+        room for all gradients."""
+        if hasattr(self.module, "require_backward_grad_sync"):
+            self.module.require_backward_grad_sync = last  # DDP
+        elif hasattr(self.module, "set_requires_gradient_sync") and "dit" not in self.stage.trains:
+            self.module.set_requires_gradient_sync(last)
+
+    # Batches
+
+    def loader(self):
+        """Batches of this rank in order, made by worker processes."""
+        stage, curriculum, workers = self.stage, self.data.curriculum, self.stage.workers
+        steps = range(self.counts["step"], stage.steps)
+        order = (number for step in steps for number in rank_batches(curriculum, stage, self.ranks, step))
+        if workers:
+            room_for_batches(self.data.largest, stage, self.model.config if self.args.cache else None)
+        return torch.utils.data.DataLoader(
+            self.pairs, None, sampler=order, num_workers=workers, worker_init_fn=leave_signals_to_the_trainer,
+            multiprocessing_context="fork" if workers else None,  # a worker has the tokenizer of this process
+            timeout=1800 if workers else 0,
+        )  # fmt: skip
+
+    def next_batch(self):
+        """The next batch; None where a signal asks to stop, also while it is waited for."""
+        try:
+            self.waiting = True
+            batch = None if self.stop else next(self.batches)
+            self.waiting = False  # here and not in a `finally`, where the signal would still raise
+            return batch
+        except Stopped:
+            return None
+
+    def ask_to_stop(self, number, frame):
+        if not self.stop:
+            self.ranks.say(f"{signal.Signals(number).name}: stopping after the last whole step")
+        self.stop = signal.Signals(number).name
+        if self.waiting:
+            self.waiting = False
+            raise Stopped
+
+    # What is looked at
 
     @torch.no_grad()
     def validate(self):
@@ -451,13 +396,13 @@ class Trainer:
         the row's number -> means by kind and by quarter."""
         self.model.eval()
         rows, ranks, flow = self.data.held_out, self.ranks, FlowMatch(self.stage.shift, weighting="none")
-        sums = dict.fromkeys([f"val_{kind}" for kind in self.stage.ratio] + [f"val_q{q}" for q in (1, 2, 3, 4)], 0.0)
-        counts = dict(sums)
+        names = [*(f"val_{kind}" for kind in self.stage.ratio), *(f"val_q{q}" for q in (1, 2, 3, 4))]
+        sums = dict.fromkeys([*names, *(f"rows of {name}" for name in names)], 0.0)
         for i in range(-(-len(rows) // ranks.dp)):  # as often on every rank
             place = i * ranks.dp + ranks.data_rank
             kind, row, shape = rows[min(place, len(rows) - 1)]
             try:
-                pictures, seen = self.read_row(row, shape)
+                pictures, seen = self.pairs.read(row, shape)
             except MediaError as error:
                 raise ValueError(f"--val {self.args.val}: {error}") from None
             batch = {"prompts": [row.prompt], "pictures": [pictures], "seen": [seen]}
@@ -466,37 +411,24 @@ class Trainer:
                 loss = self.loss(batch, [drawn], flow)[0].item()
                 for name in (f"val_{kind}", f"val_q{quarter + 1}") if place < len(rows) else ():
                     sums[name] += loss
-                    counts[name] += 1
+                    sums[f"rows of {name}"] += 1
         self.model.train()
-        totals = ranks.total([*sums.values(), *counts.values()])
-        means = {name: total / count for name, total, count in zip(sums, totals, totals[len(sums) :]) if count}
+        sums = ranks.total(sums)
+        means = {name: sums[name] / count for name in names if (count := sums[f"rows of {name}"])}
         return {"val": sum(means[f"val_q{q}"] for q in (1, 2, 3, 4)) / 4, **means}
 
-    def read_row(self, row, shape):
-        """A row as `Pairs` reads it: pictures, or latents, and what the MLLM will see of it."""
-        return read_cached(self.cache, row, shape) if self.args.cache else self.pairs.read(row, shape)
-
     def sample(self, step):
-        """Edit a row of each kind, held out if there are any, and write source, edit and target side by side."""
+        """Edit a held-out row of each kind; write source, edit and target side by side."""
         self.model.eval()
+        sharded = hasattr(self.model, "unshard")  # called part by part, it needs what lies outside of the blocks
+        home = self.ranks.device if self.args.cache and not sharded else None
         for kind, row, shape in self.data.previews:
-            pair = None
-            try:
-                pair = read_pair(row, shape)
-            except MediaError as error:  # no reason to end a training
-                print(f"warning: no sample of {kind}: {error}", file=sys.stderr)
-            if self.ranks.any(pair is None):  # one rank alone would leave the others waiting
-                continue
-            target, source, ref = pair
-            sharded = hasattr(self.model, "unshard")  # called part by part, it needs what lies outside of the blocks
+            target, source, ref = read_pair(row, shape)
             sharded and self.model.unshard()
             if self.distillation:
                 use_adapter(self.model.dit, STUDENT)
-            flow, home = FlowMatch(self.stage.shift), self.ranks.device if self.args.cache and not sharded else None
-            as_student = Sampler(re_noise=self.stage.student)
-            edited = self.model.edit(
-                source, row.prompt, ref, self.args.sample_steps, flow=flow, offload_to=home, sampler=as_student
-            )
+            how = {"flow": self.flow, "sampler": Sampler(re_noise=self.stage.student), "offload_to": home}
+            edited = self.model.edit(source, row.prompt, ref, self.stage.sample_steps, **how)
             sharded and self.model.reshard()
             if self.ranks.first:
                 picture = torch.cat([source, edited, target], dim=2)
@@ -505,23 +437,37 @@ class Trainer:
                 write_image(path, picture[0]) if kind == "image" else write_video(path, picture, 15)
         self.model.train()
 
+    def summary(self):
+        """What is trained from what, on what, for how long."""
+        stage, args, ranks = self.stage, self.args, self.ranks
+        begun, bits = args.weights or args.base or HUB_BASES[args.config], f", base in {args.quantise}"
+        lines = [f"from        {begun}, {ranks.parallel} on {ranks.world}, {ranks.dtype}{bits * bool(args.quantise)}"]
+        for part in stage.trains:
+            if own := [self.trained[name].numel() for name in self.saved if belongs(name, (part,))]:
+                lines.append(f"train       {part:<22} {sum(own) / 1e6:10.2f} M parameters")
+        for kind, buckets in self.data.curriculum.phases[-1][1].buckets.items():
+            sizes = sorted(((len(rows), shape) for shape, rows in buckets.items()), reverse=True)
+            rows = sum(count for count, _ in sizes)
+            epoch = rows * sum(stage.ratio.values()) / stage.ratio[kind] / stage.global_batch
+            shown = ", ".join(f"{count} of {'x'.join(map(str, shape))}" for count, shape in sizes[:4])
+            lines.append(f"{kind:<11} {rows} rows, an epoch in {epoch:.4g} steps: {shown}{' ...' * (len(sizes) > 4)}")
+        if self.data.held_out:
+            lines.append(f"held out    {len(self.data.held_out)} rows of {args.val}")
+        return "\n".join(lines)
+
+    # What a checkpoint holds
+
     def save(self):
         if self.trouble:  # what diverged would push sound checkpoints out
-            self.ranks.first and print(
-                f"warning: not saved; the last sound checkpoint: {self.saver.last()}", file=sys.stderr
-            )
+            self.ranks.say(f"warning: not saved; the last sound checkpoint: {self.saver.last}")
             return
-        told = {"counts": dict(self.counts), "stage": asdict(self.stage), "tables": self.begun_with}
-        weights = {name: p for name, p in self.model.named_parameters() if belongs(name, self.stage)}
+        told = {"counts": dict(self.counts), "course": self.course()}
+        weights = {name: p for name, p in self.model.named_parameters() if belongs(name, self.stage.trains)}
         self.saver.save(told, weights, self.state(), self.ema)
 
     def state(self):
-        """What a resumed run needs beside weights and counters, as tensors by name."""
-        fake = {name: p for name, p in self.trained.items() if not belongs(name, self.stage)}
-        return {"optimizer": self.optimizer_state(), "ema": self.ema, "fake": {n: p.detach() for n, p in fake.items()}}
-
-    def optimizer_state(self):
-        """The optimizers' moments and counts of updates by parameter name; before the first update zeros."""
+        """What a resumed run needs beside weights and counters, as tensors by name; moments before the first update are
+        zeros."""
         names, moments = {p: name for name, p in self.updated.items()}, {}
         for optimizer in self.optimizers:
             for p in (p for group in optimizer.param_groups for p in group["params"]):
@@ -530,89 +476,34 @@ class Trainer:
                     if moment not in state:
                         state[moment] = torch.zeros((), device=p.device) if moment == "step" else torch.zeros_like(p)
                     moments[f"{names[p]}.{moment}"] = state[moment]
-        return moments
+        fake = {name: p.detach() for name, p in self.trained.items() if name not in self.saved}  # the fake score's
+        return {"optimizer": moments, "ema": self.ema, "fake": fake}
+
+    def course(self):
+        """What shapes the losses, as JSON: {name: value}."""
+        here = lambda value: str(Path(value).resolve()) if value and Path(value).exists() else value
+        found = {name: getattr(self.stage, name) for name in Stage.__annotations__}  # without those of Run
+        found |= {name: here(vars(self.args)[name]) for name in ("config", "weights", "base", "qwen", "quantise")}
+        found |= {f"{kind} rows": fingerprint(rows) for kind, rows in self.data.tables.items()}
+        return json.loads(json.dumps(found))
 
     def restore(self, checkpoint):
         """Counters, moments and averaged weights; the weights themselves are loaded with the model."""
         saved = read_json(checkpoint / "train.json")
         self.counts = Counter(saved["counts"])
         if checkpoint.resolve() == self.saver.path(self.counts["step"]).resolve():
-            self.saver.steps.add(self.counts["step"])
-        if (old := saved["stage"]["optimizer"]) != self.stage.optimizer:
-            raise ValueError(
-                f"{checkpoint} was trained by {old}: add --set optimizer={old}, or begin anew with --weights"
-            )
-        if sorted(saved["stage"]["trains"]) != sorted(self.stage.trains):
-            raise ValueError(f"{checkpoint} trains other parts: a next stage begins with --weights {checkpoint.parent}")
-        if self.ema and not saved["stage"]["ema"]:
-            raise ValueError(f"{checkpoint} has no averaged weights: leave out --set ema, or begin anew with --weights")
-        changed = self.changed_since(saved, read_json(checkpoint.parent / "config.json")["args"])
-        if changed and self.ranks.first:
-            print(f"warning: not as when {checkpoint} was written: {', '.join(changed)}", file=sys.stderr)
-        try:
-            dcp.load(self.state(), checkpoint_id=checkpoint / "state")
-        except (CheckpointException, RuntimeError, AssertionError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-            raise ValueError(f"{checkpoint}/state: cannot be read ({reason}); resume from an older checkpoint, or "
-                             "begin anew with --weights") from None  # fmt: skip
-
-    def changed_since(self, saved, begun):
-        """What differs from a checkpoint's train.json and the arguments of its run, in words."""
-        now, then = json.loads(json.dumps(asdict(self.stage))), saved["stage"]
-        changed = [f"{key} {then.get(key)} -> {now[key]}" for key in now if now[key] != then.get(key)]
-        asked, of_run = (
-            vars(self.args),
-            ("config", "init", "weights", "base", "qwen", "seed", "data", "base_path", "quantise"),
-        )
-        same = lambda a, b: (
-            a == b or (isinstance(a, str) and isinstance(b, str) and Path(a).resolve() == Path(b).resolve())
-        )
-        changed += [f"--{key} {begun[key]} -> {asked[key]}" for key in of_run if not same(begun[key], asked[key])]
-        anew = [kind for kind, rows in self.begun_with.items() if saved["tables"].get(kind) != rows]
-        return changed + [f"the {kind} rows, whose order begins anew" for kind in anew]
-
-    def summary(self):
-        """What is trained from what, on what, for how long."""
-        stage, args, lines = self.stage, self.args, []
-        begun = args.weights or (
-            f"--init {args.init}" if args.init == "random" else args.base or HUB_BASES[args.config]
-        )
-        lines.append(f"from        {begun}, {self.ranks.parallel} on {self.ranks.world}, {str(self.ranks.dtype)[6:]}"
-                     f"{', base in ' + args.quantise if args.quantise else ''}")  # fmt: skip
-        for part in stage.trains:
-            own = [p.numel() for name, p in self.trained.items() if belongs(name, replace(stage, trains=(part,)))]
-            own and lines.append(f"train       {part:<22} {sum(own) / 1e6:10.2f} M parameters")
-        for kind, buckets in self.data.curriculum.phases[-1][1].buckets.items():
-            sizes = sorted(buckets.items(), key=lambda x: -len(x[1]))
-            shown = ", ".join(f"{len(rows)} of {t}x{h}x{w}" for (t, h, w), rows in sizes[:4])
-            rows = sum(len(rows) for rows in buckets.values())
-            epoch = rows * sum(stage.ratio.values()) / stage.ratio[kind] / stage.global_batch
-            lines.append(
-                f"{kind:<11} {rows} rows, an epoch in {epoch:.4g} steps: {shown}{' ...' if len(sizes) > 4 else ''}"
-            )
-        if self.data.held_out:
-            lines.append(f"held out    {len(self.data.held_out)} rows of {args.val}")
-        return "\n".join(lines)
+            self.saver.last = self.saver.path(self.counts["step"])
+        before, now = saved["course"], self.course()
+        changed = {name: f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]}
+        for name in {"optimizer", "trains", *(["ema"] if not before["ema"] else [])} & changed.keys():
+            raise ValueError(f"{checkpoint}: cannot go on with {changed[name]}; leave it, or begin a next stage with "
+                             f"--weights {checkpoint.parent} and another --out")  # fmt: skip
+        if changed:
+            self.ranks.say(f"warning: not as when {checkpoint} was written: {', '.join(changed.values())}")
+        self.saver.load(self.state(), checkpoint)
 
 
-def leave_signals_to_the_trainer(worker):
-    """torchrun and Ctrl-C signal workers too; they are needed until the trainer has stopped."""
-    torch.set_num_threads(1)
-    for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, signal.SIG_IGN)
-
-
-def room_for_batches(shape, batch, workers, cached=None):
-    """Workers hand batches over in /dev/shm, two each on their way. ValueError where they do not fit: the loader would
-    hang for ever."""
-    frames, height, width = shape
-    size = 6 * frames * height * width
-    if cached:
-        size = 8 * cached.vae.z_dim * cached.vae.latent_frames(frames) * height * width // cached.vae.space_stride**2
-    need, disk = size * batch * (2 * workers + 1), os.statvfs("/dev/shm") if Path("/dev/shm").is_dir() else None
-    if disk and disk.f_bavail * disk.f_frsize < need:
-        raise ValueError(f"/dev/shm has {disk.f_bavail * disk.f_frsize >> 20} MiB, batches in flight need {need >> 20}:"
-                         " docker run --shm-size=8g, or --workers 0")  # fmt: skip
+# Order and chance
 
 
 def draw(seed, number, flow, rounded, quarter=None):
@@ -626,15 +517,6 @@ def draw(seed, number, flow, rounded, quarter=None):
     return generator, t.bfloat16().float() if rounded else t, torch.rand((), generator=generator).item()
 
 
-def learning_rate(stage: Stage, step):
-    """Linear warm-up, then constant or down to nothing."""
-    if step < stage.warmup:
-        return stage.lr * (step + 1) / stage.warmup
-    progress = (step - stage.warmup) / max(stage.steps - stage.warmup, 1)
-    decay = {"constant": 1, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
-    return stage.lr * decay[stage.schedule]
-
-
 def rank_batches(curriculum, stage, ranks, step):
     """The numbers of this rank's batches in a step. Which batches a step has does not depend on the ranks; they are
     dealt out by size, so that ranks which wait for one another have the same amount of work."""
@@ -643,7 +525,37 @@ def rank_batches(curriculum, stage, ranks, step):
     return by_size[ranks.data_rank :: ranks.dp]
 
 
+def leave_signals_to_the_trainer(worker):
+    """torchrun and Ctrl-C signal workers too; they are needed until the trainer has stopped."""
+    torch.set_num_threads(1)
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
+
+
+def room_for_batches(shape, stage, cached=None):
+    """Workers hand batches over in /dev/shm, two each on their way. ValueError where they do not fit: the loader would
+    hang for ever. cached: the config of a model whose latents come from a cache."""
+    frames, height, width = shape
+    size = 6 * frames * height * width
+    if cached:
+        size = 8 * cached.vae.z_dim * cached.vae.latent_frames(frames) * height * width // cached.vae.space_stride**2
+    need, disk = size * stage.batch * (2 * stage.workers + 1), Path("/dev/shm")
+    room = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize if disk.is_dir() else math.inf
+    if room < need:
+        raise ValueError(f"/dev/shm has {room >> 20} MiB, batches in flight need {need >> 20}: "
+                         "docker run --shm-size=8g, or --set workers=0")  # fmt: skip
+
+
 # Optimizers
+
+
+def learning_rate(stage: Stage, step):
+    """Linear warm-up, then constant or down to nothing."""
+    if step < stage.warmup:
+        return stage.lr * (step + 1) / stage.warmup
+    progress = (step - stage.warmup) / max(stage.steps - stage.warmup, 1)
+    decay = {"constant": 1, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return stage.lr * decay[stage.schedule]
 
 
 def of_one_rank(tensor, ranks):
@@ -665,62 +577,22 @@ def make_optimizers(stage: Stage, trained):
     A LoRA's alpha is a learning rate of B, alpha / rank times the others': AdamW's steps have the size of the rate, so
     this trains as if the update were scaled, and files keep the factor 1. ValueError for a matrix with fewer rows than
     ranks that share it: torch's Muon cannot update that."""
-    matrices = {name: p for name, p in trained.items() if stage.optimizer == "muon" and is_matrix(name, p)}
-    for name, p in matrices.items():
-        if len(p) < (ranks := p.device_mesh.size() if hasattr(p, "device_mesh") else 1):
-            raise ValueError(
-                f"--set optimizer=muon: {name} has {len(p)} rows for {ranks} ranks; take a larger lora_rank, or adamw"
-            )
-    groups, optimizers = {}, []
+    boost, muon, adamw = stage.dit_lora_alpha / max(stage.dit_lora_rank, 1) or 1.0, {}, {}
     for name, p in trained.items():
-        boost = (
-            stage.dit_lora_alpha / stage.dit_lora_rank
-            if stage.dit_lora_alpha and name.startswith("dit.") and ".lora_B." in name
-            else 1.0
-        )
+        scale = boost if name.startswith("dit.") and ".lora_B." in name else 1.0
         decay = stage.weight_decay if p.ndim > 1 and not name.endswith(("modulation", "_queries")) else 0.0
-        groups.setdefault((name in matrices, boost, decay), []).append(p)
-    for muon in (True, False):
-        own = [
-            {"params": ps, "scale": boost, "weight_decay": decay}
-            for (m, boost, decay), ps in groups.items()
-            if m == muon
-        ]
-        if own and muon:
-            optimizers.append(torch.optim.Muon(own, stage.lr, adjust_lr_fn="match_rms_adamw"))
-        elif own:
-            optimizers.append(torch.optim.AdamW(own, stage.lr, betas=(0.9, stage.beta2), fused=True))
+        matrix = stage.optimizer == "muon" and p.ndim == 2 and min(p.shape) > 1 and not name.endswith("_queries")
+        if matrix and len(p) < (ranks := p.device_mesh.size() if hasattr(p, "device_mesh") else 1):
+            raise ValueError(f"--set optimizer=muon: {name} has {len(p)} rows for {ranks} ranks; take a larger "
+                             "lora_rank, or adamw")  # fmt: skip
+        own = {"params": [], "scale": scale, "weight_decay": decay}
+        (muon if matrix else adamw).setdefault((scale, decay), own)["params"].append(p)
+    optimizers = []
+    if muon:
+        optimizers.append(torch.optim.Muon([*muon.values()], stage.lr, adjust_lr_fn="match_rms_adamw"))
+    if adamw:
+        optimizers.append(torch.optim.AdamW([*adamw.values()], stage.lr, betas=(0.9, stage.beta2), fused=True))
     return optimizers
-
-
-def is_matrix(name, parameter):
-    """Whether Muon may orthogonalise its updates: not a table of queries, not a single row."""
-    return parameter.ndim == 2 and min(parameter.shape) > 1 and not name.endswith("_queries")
-
-
-def batch_flops(config, stage, batch, tokens, more=0):
-    """Floating-point operations of a batch's forward and backward in the DiT, the recomputing not counted, and of
-    `more` forwards without a backward.
-
-    Linear layers: 2 a weight and token, twice that in the backward (once where the weights are frozen). Attention:
-    4 N^2 D a layer, twice that in the backward.
-    """
-    c, m, samples = config.dit, config.mllm, len(batch["prompts"])
-    n, context = tokens / samples, (m.num_image_queries + m.num_video_queries + m.num_ref_queries) / 3
-    linear = n * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim) + context * 2 * c.dim**2
-    attention = 2 * n * (n + context) * c.dim
-    passes = 3 if "dit" in stage.trains else 2
-    return samples * c.num_layers * 2 * ((passes + more) * linear + (3 + more) * attention)
-
-
-def machine_use(ranks, flops_s):
-    """Model FLOPs utilisation and peak memory, on a GPU; on a CPU the process's peak memory alone."""
-    if ranks.device.type != "cuda":
-        return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, "tflop_s": flops_s / 1e12}
-    name = torch.cuda.get_device_name(ranks.device)
-    peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
-    use = {"memory_gib": torch.cuda.max_memory_allocated(ranks.device) / 2**30, "tflop_s": flops_s / 1e12}
-    return use | ({"mfu": flops_s / ranks.world / peak} if peak else {})
 
 
 if __name__ == "__main__":  # the trainer itself saves and ends well when it is interrupted

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 HOUSE = Path(__file__).resolve().parent.parent
+COMPUTED = ("memory", "roofline", "weights8")  # sections that are the same on every machine
 
 
 def parse_arguments(program, sections, doc, argv=None):
@@ -38,10 +39,11 @@ def run(program, args, sections):
     """Print and save each section; sections: name -> function of args that yields rows, dicts of equal keys."""
     from bench.measure import device_name
 
-    computed, failed = dict.fromkeys(("memory", "roofline", "weights8"), "computed"), 0
+    failed = 0
     for what in args.what:
-        device = f"sm_{args.arch}, compiled only" if what == "compile" else computed.get(what) or device_name()
-        rows, path, started = [], None, time.time()
+        device = "computed" if what in COMPUTED else device_name()
+        device = f"sm_{args.arch}, compiled only" if what == "compile" else device
+        rows, started = [], time.time()
         try:
             for row in sections[what](args):
                 rows.append(row)
@@ -61,8 +63,13 @@ def save(folder, device, what, rows, program):
     path = folder / f"{slug}.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     date, command = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), f"python -m {program} {' '.join(sys.argv[1:])}"
-    results[what] = {"date": date, "device": device, "torch": torch.__version__, "command": command, **clocks(),
-                     "rows": rows}  # fmt: skip
+    results[what] = {
+        "date": date,
+        "device": device,
+        "torch": torch.__version__,
+        "command": command,
+        "rows": rows,
+    } | clocks()
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(results, indent=1).replace("NaN", "null") + "\n")
@@ -71,7 +78,7 @@ def save(folder, device, what, rows, program):
 
 
 def clocks():
-    """SM and memory MHz, watts and degrees of each GPU as a row is saved: a throttled card shows here."""
+    """MHz, watts and degrees of each GPU as a row is saved: a throttled card shows here."""
     query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu", "--format=csv,noheader"]
     try:
         return {"clocks": subprocess.check_output(query, text=True, timeout=9).splitlines()}

@@ -11,8 +11,8 @@ rows=${rows:-add_scaled add_unscaled add_shared_patch_embed channel_concat no_st
 row() {   # NAME SEED train.py's arguments: train, measure
   local run="$out/ablation/$steps/$1-$2"
   [ -f "$run/report/eval.json" ] && return
-  until timeout 60m python train.py --config nano --data "$out/clips" "$out/stills" --cache "$out/cache" --workers 1 \
-    --no-checkpointing --dtype bfloat16 --parallel fsdp --resume auto --seed "$2" --out "$run" "${@:3}" steps="$steps" \
+  until timeout 60m python train.py --config nano --data "$out/clips" "$out/stills" --cache "$out/cache" \
+    --resume auto --out "$run" "${@:3}" steps="$steps" seed="$2" workers=1 checkpointing=false dtype=bfloat16 parallel=fsdp \
     global_batch="$batch" batch="$batch" lr=2e-3 warmup=20 schedule=cosine beta2=0.98 optimizer=muon shift=20 weighting=none balance=true; do test $? = 124; done
   python -m nano eval --weights "$run" --steps 2 --data "$out/test" --cases "$cases" --out "$run/report"
 }

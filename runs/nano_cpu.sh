@@ -20,9 +20,9 @@ pretrain mllm --steps "$mllm"
 pretrain dit --steps "$dit"
 
 all="--config nano --data $out/clips $out/stills"
-CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 torchrun --nproc-per-node "$cores" train.py --stage 3 $all --weights "$out/pre/weights" --write-cache "$out/cache" --out "$out/cache" --dtype bfloat16 --parallel fsdp
-stage() { until timeout "${minutes}m" python train.py $all --cache "$out/cache" --workers "$loaders" --no-checkpointing --dtype bfloat16 --parallel fsdp --resume auto "$@" \
-  lr="$rate" warmup="$warmup" schedule=cosine beta2=0.98 optimizer=muon global_batch="$batch" batch="$batch"; do test $? = 124; done; }
+CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 torchrun --nproc-per-node "$cores" data.py cache --stage 3 $all --weights "$out/pre/weights" --out "$out/cache" --set dtype=bfloat16
+stage() { until timeout "${minutes}m" python train.py $all --cache "$out/cache" --resume auto "$@" \
+  workers="$loaders" checkpointing=false dtype=bfloat16 parallel=fsdp lr="$rate" warmup="$warmup" schedule=cosine beta2=0.98 optimizer=muon global_batch="$batch" batch="$batch"; do test $? = 124; done; }
 few="shift=20 weighting=none balance=true"   # edits in two steps: noisy timesteps matter, and the small places that an edit changes
 stage --stage 1 --weights "$out/pre/weights" --out "$out/runs/1" --set steps="$stage1"
 [ "$last" = 1 ] && exit   # what runs/ablations.sh starts from

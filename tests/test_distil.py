@@ -57,7 +57,7 @@ def test_a_student_of_two_forwards_makes_what_its_teacher_makes_in_four():
 
     inject_lora(model.requires_grad_(False).dit, 16, ("0", "2", "4"))
     add_adapter(model.dit, FAKE)
-    distillation = Distillation(model, replace(DISTIL, student=(1000.0, 500.0)), seed=0)
+    distillation = Distillation(model, replace(DISTIL, student=(1000.0, 500.0)))
     noise = lambda: torch.randn(rows, distillation.noises, *shape)
 
     def loss_of(step):
@@ -69,53 +69,37 @@ def test_a_student_of_two_forwards_makes_what_its_teacher_makes_in_four():
     assert student < 0.4 * two and student < 1.5 * four
 
 
-def distil(lesson, out, *flags, steps=TURNS + 2):
-    settings = [f"steps={steps}", "dit_lora_rank=3", "student=1000,700", "lr=0.01"]
-    return lessons(lesson, out, "--preset", "distil", *flags, settings=settings)
-
-
-@pytest.fixture(scope="module")
-def distilled(tmp_path_factory, lesson):
-    out = tmp_path_factory.mktemp("distilled") / "run"
-    train.main(distil(lesson, out, "--save-every", "5", "--val", lesson))
-    return out
-
-
-def test_only_the_student_s_turn_changes_the_student_and_only_the_student_is_saved(distilled):
-    first, last = (load_file(distilled / f"step-00000{step}/weights.safetensors") for step in (5, TURNS + 2))
-    assert all(".lora_" in name and FAKE not in name for name in last)
-    assert not any(first[name].any() for name in first if "lora_B" in name), "the first five turns are the fake's"
-    assert any(last[name].any() for name in last if "lora_B" in name)
-    assert len(losses(distilled, "loss_student")) == 1 and len(losses(distilled, "loss_fake")) == TURNS + 1
-    assert losses(distilled, "val")[0] != losses(distilled, "val")[-1]
-
-
-def test_a_resumed_distillation_takes_the_same_course(tmp_path, lesson, distilled):
-    train.main(distil(lesson, tmp_path / "run", steps=3))
-    train.main(distil(lesson, tmp_path / "run", "--resume", "auto"))
-    assert losses(tmp_path / "run") == losses(distilled)
-
-
-def test_a_student_edits_in_its_own_steps_as_a_run_as_a_whole_model_and_as_a_lora(tmp_path, distilled, capsys):
-    train.main(["--export", str(distilled), "--out", str(tmp_path / "whole")])
-    train.main(["--export-lora", str(distilled), "--out", str(tmp_path / "x.safetensors")])
-    assert "--re-noise 1000,700" in capsys.readouterr().out
-    assert not any(FAKE in name for name in load_file(tmp_path / "x.safetensors"))
-    run, whole = (KiwiEdit.from_pretrained(path, dtype=torch.float32) for path in (distilled, tmp_path / "whole"))
-    assert run.config.re_noise == whole.config.re_noise == (1000, 700)
-    edit = lambda model, **how: model.edit(moving_picture(6, 32, 64), "Replace the sky.", **how).int()
-    assert torch.equal(edit(run), edit(run, sampler=Sampler(re_noise=(1000, 700))))
-    assert (edit(run) - edit(whole)).abs().max() <= 1 and not torch.equal(edit(run), edit(run, steps=2))
-
-
-def test_a_teacher_with_a_lora_of_its_own_is_refused(tmp_path, lesson, distilled):
-    with pytest.raises(ValueError, match="merge it by --export"):
-        train.main([*distil(lesson, tmp_path / "run"), "--weights", str(distilled)])
-
-
-def test_previews_are_the_student_s_whoever_learned_last(tmp_path, lesson, monkeypatch):
-    acting, edit = [], KiwiEdit.edit
+def test_a_student_learns_in_its_turns_resumes_and_edits_in_its_own_steps(tmp_path, lesson, held, monkeypatch, capsys):
+    acting, edit, run = [], KiwiEdit.edit, tmp_path / "run"
     adapter = lambda model: next(m.adapter for m in model.dit.modules() if hasattr(m, "adapter"))
     monkeypatch.setattr(KiwiEdit, "edit", lambda model, *a, **k: acting.append(adapter(model)) or edit(model, *a, **k))
-    train.main(distil(lesson, tmp_path / "run", "--sample-every", "1", steps=1))
-    assert set(acting) == {STUDENT}
+
+    def distil(steps, out=run, *flags, weights=lesson / "weights"):
+        settings = [f"steps={steps}", "dit_lora_rank=3", "student=1000,700", "lr=0.01", "global_batch=2"]
+        more = ["--preset", "distil", "--val", held, "--weights", weights, *flags]
+        train.main(lessons(lesson, out, *more, settings=[*settings, "sample_every=5", "sample_steps=1"]))
+
+    distil(5)
+    assert set(acting) == {STUDENT}, "previews are the student's, whoever learned last"
+    monkeypatch.undo()
+    distil(TURNS + 2, run, "--resume", "auto")
+    distil(TURNS + 2, tmp_path / "whole")
+    assert losses(run) == losses(tmp_path / "whole")
+    first, last = (load_file(run / f"step-00000{step}/weights.safetensors") for step in (5, TURNS + 2))
+    assert all(".lora_" in name and FAKE not in name for name in last), "only the student is saved"
+    assert not any(first[name].any() for name in first if "lora_B" in name), "the first five turns are the fake's"
+    assert any(last[name].any() for name in last if "lora_B" in name)
+    assert len(losses(run, "loss_student")) == 1 and len(losses(run, "loss_fake")) == TURNS + 1
+    assert losses(run, "val")[0] != losses(run, "val")[-1]
+    with pytest.raises(ValueError, match="merge it by --export"):
+        distil(1, tmp_path / "other", weights=run)
+
+    train.main(["--export", str(run), "--out", str(tmp_path / "model")])
+    train.main(["--export-lora", str(run), "--out", str(tmp_path / "x.safetensors")])
+    assert "--re-noise 1000,700" in capsys.readouterr().out
+    assert not any(FAKE in name for name in load_file(tmp_path / "x.safetensors"))
+    own, whole = (KiwiEdit.from_pretrained(path, dtype=torch.float32) for path in (run, tmp_path / "model"))
+    assert own.config.re_noise == whole.config.re_noise == (1000, 700)
+    result = lambda model, **how: model.edit(moving_picture(6, 32, 64), "Replace the sky.", **how).int()
+    assert torch.equal(result(own), result(own, sampler=Sampler(re_noise=(1000, 700))))
+    assert (result(own) - result(whole)).abs().max() <= 1 and not torch.equal(result(own), result(own, steps=2))
