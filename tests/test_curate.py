@@ -397,9 +397,12 @@ def test_ray_finishes_with_fewer_gpus_than_stages_and_leaves_a_ray_that_was_ther
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     ray.init(num_cpus=2, num_gpus=1, log_to_driver=False, logging_level="ERROR", include_dashboard=False)
     monkeypatch.setitem(curate.GPUS, "classical", 1)
+    out = shutil.copytree(run, tmp_path / "out")
+    for stage in ("synthesize", "verify", "guard", "deduplicate"):
+        shutil.rmtree(out / "ledger" / stage)
     try:
-        curated(tmp_path / "out", pairs, "--engine", "ray")
-        assert same_result(tmp_path / "out", run) and ray.is_initialized()
+        curated(out, pairs, "--engine", "ray")
+        assert same_result(out, run) and ray.is_initialized()
     finally:
         ray.shutdown()
 
