@@ -30,7 +30,7 @@ import start
 import train
 from connectors import MLLMConfig
 from dit import DiTConfig
-from load import load_weights
+from load import load_weights, released_name
 from media import write_image, write_video
 from model import KiwiConfig, KiwiEdit
 from nano.__main__ import main as nano_main
@@ -198,10 +198,10 @@ def real_qwen_folder(tmp_path_factory, qwen_folder):
     return folder
 
 
-def small_model(qwen_folder):
+def small_model(qwen_folder, dim=32, heads=1):
     """A whole Kiwi-Edit of some 100,000 random weights."""
-    mllm = MLLMConfig(str(qwen_folder), 32, 4, 4, 4, max_ref_tokens=4, max_pixels=64 * 64)
-    dit = tiny_dit(dim=32, ffn_dim=48, num_heads=1, in_dim=48, out_dim=48)
+    mllm = MLLMConfig(str(qwen_folder), dim, 4, 4, 4, max_ref_tokens=4, max_pixels=64 * 64)
+    dit = tiny_dit(dim=dim, ffn_dim=48, num_heads=heads, in_dim=48, out_dim=48)
     vae = VAEConfig(dim=4, dec_dim=4, z_dim=48, num_res_blocks=1)
     return randomise(KiwiEdit(KiwiConfig(dit, vae, mllm)), 0.5)
 
@@ -224,17 +224,12 @@ def save_training_layout(model, folder, stage=3):
         save_file({k: dit[k] * 0 for k in part}, wan / f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors")
     torch.save(model.vae.state_dict(), wan / "Wan2.2_VAE.pth")
     save_file(published_qwen(model), qwen / "model-00001-of-00001.safetensors")
-    trained = {f"dit.{k}": v for k, v in dit.items()}
-    trained |= {f"vae_condition.{k}": v for k, v in model.source_embedder.state_dict().items()}
-    trained |= {f"mllm.connetor.{k}": v for k, v in model.mllm.connector.state_dict().items()}
-    trained |= {f"mllm.{mode}_queries.q": model.mllm.state_dict()[f"{mode}_queries"] for mode in ("image", "video")}
-    if stage == 3:
-        trained |= {f"ref_vae_condition.{k}": v for k, v in model.ref_embedder.state_dict().items()}
-        trained |= {f"mllm.ref_connector.{k}": v for k, v in model.mllm.ref_connector.state_dict().items()}
-        trained["mllm.ref_queries.q"] = model.mllm.ref_queries
+    late = ("mllm.ref_", "ref_embedder.") if stage < 3 else ()
+    names = [k for k in model.state_dict() if not k.startswith(("vae.", "mllm.model.", *late))]
+    trained = {released_name(k): model.state_dict()[k].contiguous() for k in names}
     layer = "mllm.model.model.language_model.layers.0.self_attn.q_proj.lora_"
     trained |= {f"{layer}A.default.weight": torch.randn(2, 32), f"{layer}B.default.weight": torch.randn(32, 2)}
-    save_file({k: v.detach().contiguous() for k, v in trained.items()}, folder / "checkpoint.safetensors")
+    save_file(trained, folder / "checkpoint.safetensors")
     return folder / "checkpoint.safetensors"
 
 
@@ -252,35 +247,32 @@ TO_DIFFUSERS = [
 
 def save_diffusers_layout(model, folder):
     """The folder that the released converter writes."""
-
-    def component(name, config, state, file="diffusion_pytorch_model"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        if config:
-            (folder / name / "config.json").write_text(json.dumps(config))
-        save_file({k: v.detach().contiguous() for k, v in state.items()}, folder / name / f"{file}.safetensors")
-
-    d, m = model.config.dit, model.config.mllm
-    names = {}
-    for name in model.dit.state_dict():
-        names[name] = name
+    d, m, dit = model.config.dit, model.config.mllm, {}
+    for name, value in model.dit.state_dict().items():
         for ours, theirs in TO_DIFFUSERS:
-            names[name] = re.sub(ours, theirs, names[name])
+            name = re.sub(ours, theirs, name)
+        dit[name] = value
     transformer = dict(
         patch_size=d.patch_size, in_channels=d.in_dim, out_channels=d.out_dim, num_attention_heads=d.num_heads,
         attention_head_dim=d.head_dim, text_dim=d.text_dim, freq_dim=d.freq_dim, ffn_dim=d.ffn_dim,
         num_layers=d.num_layers, eps=d.eps,
     )  # fmt: skip
-    component("transformer", transformer, {names[k]: v for k, v in model.dit.state_dict().items()})
     mean, std = model.config.vae.statistics
-    component("vae", {"z_dim": 48, "latents_mean": mean, "latents_std": std}, model.vae.state_dict())
-    encoder = dict(
-        dit_dim=m.dit_dim, max_object_token=m.max_ref_tokens, max_frames=16, max_pixels_per_frame=m.max_pixels
-    )
+    encoder = dict(dit_dim=m.dit_dim, max_object_token=m.max_ref_tokens, max_frames=16,
+                   max_pixels_per_frame=m.max_pixels)  # fmt: skip
     own = {k: v for k, v in model.mllm.state_dict().items() if not k.startswith("model.")}
-    component("mllm_encoder", encoder, own)
-    component("mllm_encoder", None, published_qwen(model), "model-00001-of-00001")
-    for name in ("source_embedder", "ref_embedder"):
-        component(name, {"ref_pad_first": model.config.ref_pad_first}, getattr(model, name).state_dict())
+    pad = {"ref_pad_first": model.config.ref_pad_first}
+    for name, config, state in (
+        ("transformer", transformer, dit),
+        ("vae", {"z_dim": 48, "latents_mean": mean, "latents_std": std}, model.vae.state_dict()),
+        ("mllm_encoder", encoder, own),
+        ("source_embedder", pad, model.source_embedder.state_dict()),
+        ("ref_embedder", pad, model.ref_embedder.state_dict()),
+    ):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "config.json").write_text(json.dumps(config))
+        save_file({k: v.contiguous() for k, v in state.items()}, folder / name / "diffusion_pytorch_model.safetensors")
+    save_file(published_qwen(model), folder / "mllm_encoder" / "model-00001-of-00001.safetensors")
     write_qwen_folder(folder / "processor")
     (folder / "processor" / "config.json").rename(folder / "processor" / "qwen_config.json")
     return folder
@@ -325,30 +317,24 @@ def score(folder, fake, *more, judge_="openai:m", out="out"):
 
 def tiny_local_judge(folder, kind):
     """A folder with a random Qwen2.5-VL or Qwen3-VL of some 100,000 weights."""
-    from transformers import (
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen3VLConfig,
-        Qwen3VLForConditionalGeneration,
-    )
+    import transformers
 
     write_qwen_folder(folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    ids = {t["content"]: t["id"] for t in tokenizer["added_tokens"]}
-    special = {f"{n}_token_id": ids[f"<|{n}|>" if n.startswith("vision") else f"<|{n}_pad|>"]
-               for n in ("vision_start", "vision_end", "image", "video")}  # fmt: skip
+    ids = {t["content"].strip("<|>"): t["id"] for t in tokenizer["added_tokens"]}
+    special = {"vision_start_token_id": ids["vision_start"], "vision_end_token_id": ids["vision_end"],
+               "image_token_id": ids["image_pad"], "video_token_id": ids["video_pad"]}  # fmt: skip
     text = dict(hidden_size=32, intermediate_size=64, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=2,
                 vocab_size=max(ids.values()) + 1,
                 rope_parameters={"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4})  # fmt: skip
     vision = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=32)
     if kind == "qwen2_5_vl":
-        config = Qwen2_5_VLConfig(text_config=text, vision_config={**vision, "fullatt_block_indexes": [0]}, **special)
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        name, vision = "Qwen2_5_VL", {**vision, "fullatt_block_indexes": [0]}
     else:
-        extra = dict(deepstack_visual_indexes=[0], num_position_embeddings=16)
-        config = Qwen3VLConfig(text_config={**text, "head_dim": 16}, vision_config={**vision, **extra}, **special)
-        model = Qwen3VLForConditionalGeneration(config)
-    model.save_pretrained(folder)
+        vision |= dict(deepstack_visual_indexes=[0], num_position_embeddings=16)
+        name, text = "Qwen3VL", {**text, "head_dim": 16}
+    config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=vision, **special)
+    getattr(transformers, f"{name}ForConditionalGeneration")(config).save_pretrained(folder)
     return folder
 
 
@@ -367,10 +353,7 @@ def lesson(tmp_path_factory, qwen_folder):
             rows.append([*files, f"Invert it, {i}.", *[f"ref_{i}.png"] * (name == "ref_video.csv")])
         write_table(folder / name, rows, ref=name == "ref_video.csv")
     torch.manual_seed(0)
-    mllm = MLLMConfig(str(qwen_folder), 48, 4, 4, 4, max_ref_tokens=4, max_pixels=64 * 64)
-    dit = tiny_dit(dim=48, ffn_dim=48, num_heads=2, in_dim=48, out_dim=48)
-    model = KiwiEdit(KiwiConfig(dit, VAEConfig(dim=4, dec_dim=4, z_dim=48, num_res_blocks=1), mllm))
-    randomise(model, 0.5).save(folder / "weights")
+    small_model(qwen_folder, 48, 2).save(folder / "weights")
     return folder
 
 

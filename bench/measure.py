@@ -5,6 +5,7 @@ import re
 import statistics
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -88,16 +89,14 @@ def direction(name, function, inputs):
     """What to time: the forward alone, or the backward of a forward that ran once."""
     if name == "forward":
         return torch.no_grad()(lambda: function(*inputs))
-    kept = []
 
-    def backward():
-        if not kept:
-            out = as_tuple(function(*inputs))
-            torch.manual_seed(0)  # both sides get the same gradients, whatever the layout of their results
-            kept.extend((out, [torch.randn(o.shape, device=o.device, dtype=o.dtype) for o in out]))
-        return torch.autograd.grad(kept[0], inputs, kept[1], retain_graph=True)
+    @cache
+    def forward():
+        out = as_tuple(function(*inputs))
+        torch.manual_seed(0)  # both sides get the same gradients, whatever the layout of their results
+        return out, [torch.randn(o.shape, device=o.device, dtype=o.dtype) for o in out]
 
-    return backward
+    return lambda: torch.autograd.grad(forward()[0], inputs, forward()[1], retain_graph=True)
 
 
 def peak_memory(run):
@@ -105,8 +104,7 @@ def peak_memory(run):
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    try:
+    with left_out("memory"):
         run()
-    except torch.OutOfMemoryError:
-        return math.nan
-    return (torch.cuda.max_memory_allocated() - before) / 2**30
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
+    return math.nan

@@ -1,8 +1,7 @@
-"""Fewer forwards, long clips and masks, on held-out clips of nano's world: `python -m bench.solvers SECTION ...`
+"""Fewer forwards and long clips, on held-out clips of nano's world: `python -m bench.solvers SECTION ...`
 
     few      forwards a clip, and PSNR of the edits to those of 100 Euler steps
     long     65 frames: windows that agree at each step beside windows by themselves
-    mask     PSNR in and outside of what the truth changes, with that as the mask and without
 
 long: PSNR to the truth in each quarter of the clip, and flicker: the change from frame to frame beyond the truth's, in
 levels of 255, where a blend of windows begins or ends and elsewhere. All windows are cross-faded.
@@ -10,7 +9,7 @@ levels of 255, where a blend of windows begins or ends and elsewhere. All window
 
 import bench
 
-NAMES = ("few", "long", "mask")
+NAMES = ("few", "long")
 args = bench.parse_arguments("bench.solvers", NAMES, __doc__) if __name__ == "__main__" else None
 
 from contextlib import contextmanager
@@ -19,12 +18,11 @@ from statistics import mean
 from tempfile import TemporaryDirectory
 
 import torch
-import torch.nn.functional as F
 
 from bench.measure import psnr
 from model import KiwiEdit
 from nano.__main__ import main as nano
-from nano.data import read_case, read_mask, read_truth
+from nano.data import read_case, read_truth
 from sampler import Sampler, crossfaded, windows
 
 FEW = [
@@ -38,15 +36,15 @@ FEW = [
 
 @contextmanager
 def model_and_cases(args, frames=9):
-    """nano, and of each moving clip (source, prompt, reference or None, truth, the edited region)."""
+    """nano, and of each moving clip (source, prompt, reference or None, truth)."""
     model = KiwiEdit.from_pretrained(bench.HOUSE / "weights/nano", dtype=torch.float32)
     with TemporaryDirectory() as folder:
         asked = ["--clips", 2 * args.clips, "--frames", frames, "--split", "test", "--workers", 1]
         nano(["data", folder, *map(str, asked)])
         cases = []
         for row in [row for row in read_truth(folder) if row["kind"] != "image"][: args.clips]:
-            source, truth, ref = read_case(Path(folder), row)
-            cases.append((source, row["prompt"], ref, truth, read_mask(Path(folder, row["mask"]), source.shape[1])))
+            source, truth, ref, _ = read_case(Path(folder), row)
+            cases.append((source, row["prompt"], ref, truth))
         yield model, cases
 
 
@@ -76,7 +74,7 @@ def long(args):
         alone = lambda source, *rest: by_themselves(lambda part: model.edit(part, *rest), source, spans)
         for name, edit in {"windows that agree": model.edit, "by themselves, as much overlap": alone}.items():
             quarters, jumps = [[], [], [], []], ([], [])
-            for source, prompt, ref, truth, _ in cases:
+            for source, prompt, ref, truth in cases:
                 result = edit(source, prompt, ref)
                 for i, quarter in enumerate(quarters):
                     part = slice(len(truth) * i // 4, len(truth) * (i + 1) // 4)
@@ -88,21 +86,6 @@ def long(args):
             yield {"edit": name, **dB, "flicker at borders": mean(jumps[0]), "elsewhere": mean(jumps[1])}
 
 
-def mask(args):
-    with model_and_cases(args) as (model, cases):
-        for name in ("no mask", "what the truth changes"):
-            rows = []
-            for source, prompt, ref, truth, region in cases:
-                if region.all():  # a style: nothing stays
-                    continue
-                result = model.edit(source, prompt, ref, mask=None if name == "no mask" else region)
-                far = F.max_pool2d(region.float(), 17, 1, 8) == 0  # 8 pixels from it
-                kept = float((result == source)[far].float().mean())
-                rows.append((psnr(result[region], truth[region]), psnr(result[~region], truth[~region]), kept))
-            means = map(mean, zip(*rows))
-            yield {"mask": name, **dict(zip(("inside dB", "outside dB", "equal far outside"), means))}
-
-
-SECTIONS = dict(zip(NAMES, (few, long, mask)))
+SECTIONS = dict(zip(NAMES, (few, long)))
 if __name__ == "__main__":
     bench.run("bench.solvers", args, SECTIONS)

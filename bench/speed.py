@@ -2,7 +2,6 @@
 
     dit       a step of the diffusion transformer beside diffusers' WanTransformer3DModel, the same random weights
     vae       encode and decode beside diffusers' AutoencoderKLWan, the same random weights; on a GPU peak memory too
-    profile   where the time of a DiT step and of a decoding goes, by class of kernel
     weights8  the bundled example with 8-bit DiT weights beside float32: bytes and PSNR
     memory    no device needed: peak of an edit at 480p and 720p by part, computed on tensors without storage
     roofline  no device needed: the least time of a 720p step on an H200, by part
@@ -15,14 +14,13 @@ small.
 
 import bench
 
-NAMES = ("dit", "vae", "profile", "weights8", "memory", "roofline")
+NAMES = ("dit", "vae", "weights8", "memory", "roofline")
 args = bench.parse_arguments("bench.speed", NAMES, __doc__) if __name__ == "__main__" else None
 
-import importlib.util
 import math
-import re
 import weakref
 from dataclasses import replace
+from importlib.util import find_spec
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,15 +32,6 @@ from dit import DiT, DiTConfig
 from vae import VAE, VAEConfig
 
 GRIDS = {"480p": (21, 30, 52), "720p": (21, 44, 80)}  # latents of 81 frames, 832x480 and 1280x704, of Wan 2.2
-CLASSES = (
-    ("attention", "attn|attention|fmha|flash|softmax"),
-    ("convolution", "conv|fprop|implicit|winograd"),
-    ("matrix product", "gemm|mm$|matmul|cutlass|nvjet|xmma|linear"),
-    ("norm, RoPE, gate", "norm|residual"),
-    ("GELU, SiLU", "gelu|silu"),
-    ("copy", "copy|memcpy|memset|cat|fill|clone"),
-    ("rest", ""),
-)
 
 
 def diffusers_dit(config):
@@ -93,19 +82,10 @@ def built(device, dtype, make):
         torch.set_default_dtype(default)
 
 
-def beside_diffusers(dtype, ours, theirs, share):
-    """Our module and diffusers', or None, with the same weights, in place."""
-    ours = built(place()[0], dtype, ours)
-    if not importlib.util.find_spec("diffusers"):
-        print("note: measured alone, for a comparison pip install diffusers", flush=True)
-        return ours, None
-    theirs = built(place()[0], dtype, theirs)
-    share(ours, theirs)
-    return ours, theirs
-
-
-def place():
-    return ("cuda", torch.bfloat16) if on_gpu() else ("cpu", torch.float32)
+def beside_diffusers(dtype, *makes):
+    """Our module and diffusers', None if that is not installed."""
+    device = "cuda" if on_gpu() else "cpu"
+    return [built(device, dtype, make) if i == 0 or find_spec("diffusers") else None for i, make in enumerate(makes)]
 
 
 def dit(args):
@@ -121,27 +101,28 @@ def dit(args):
             yield dit_row(args, name, config, (4, 32, 32), dtype)
 
 
+@torch.no_grad()
 def dit_row(args, name, config, grid, dtype, compiled=False):
     """A forward from latents and 512 text features, ours and diffusers', and ours with the context's keys kept."""
     from load import load_weights
 
-    device, share = place()[0], lambda ours, theirs: load_weights(ours, theirs.state_dict())
-    ours, theirs = beside_diffusers(dtype, lambda: DiT(config), lambda: diffusers_dit(config), share)
+    device = "cuda" if on_gpu() else "cpu"
+    ours, theirs = beside_diffusers(dtype, lambda: DiT(config), lambda: diffusers_dit(config))
+    theirs and load_weights(ours, theirs.state_dict())
     x = torch.randn(1, config.in_dim, *grid, device=device, dtype=dtype)
     text = torch.randn(1, 512, config.text_dim, device=device, dtype=dtype)
     t = torch.tensor([500.0], device=device)
-    with torch.no_grad():
-        kept = ours.context_keys_values(ours.text_embedding(text))
-        runs = {"ours": lambda: ours(x, t, ours.text_embedding(text)),
-                "diffusers": theirs and (lambda: theirs(x, t, text, return_dict=False)[0]),
-                "ours, context kept": lambda: ours(x, t, kept)}  # fmt: skip
-        runs["ours"]()  # chooses the attention, for which a compiled block has no stopwatch
-        for block in [*ours.blocks, *(theirs.blocks if theirs else ())] if compiled else ():
-            block.compile(dynamic=False)  # all blocks share one compilation
-        difference = relative_difference(runs["ours"], runs["diffusers"])
-        seconds = in_turns(runs, args.repeat)
-    tokens = grid[0] * grid[1] * grid[2] // 4
-    row = {"model": name, "tokens": tokens, "dtype": str(dtype)[6:]} | {f"{k} s": s for k, s in seconds.items()}
+    kept = ours.context_keys_values(ours.text_embedding(text))
+    runs = {"ours": lambda: ours(x, t, ours.text_embedding(text)),
+            "diffusers": theirs and (lambda: theirs(x, t, text, return_dict=False)[0]),
+            "ours, context kept": lambda: ours(x, t, kept)}  # fmt: skip
+    runs["ours"]()  # chooses the attention, for which a compiled block has no stopwatch
+    for block in [*ours.blocks, *(theirs.blocks if theirs else ())] if compiled else ():
+        block.compile(dynamic=False)  # all blocks share one compilation
+    difference = relative_difference(runs["ours"], runs["diffusers"])
+    seconds = in_turns(runs, args.repeat)
+    row = {"model": name, "tokens": math.prod(grid) // 4, "dtype": str(dtype)[6:]}
+    row |= {f"{name} s": s for name, s in seconds.items()}
     return row | {"ours / diffusers": seconds["ours"] / seconds["diffusers"], "relative difference": difference}
 
 
@@ -155,8 +136,9 @@ def vae(args):
 @torch.no_grad()
 def vae_rows(args, config, size, dtype):
     """Encode and decode of a clip of `size` (frames, height, width)."""
-    device, row = place()[0], {"VAE": config.version, "frames": "x".join(map(str, size)), "dtype": str(dtype)[6:]}
-    ours, theirs = beside_diffusers(dtype, lambda: VAE(config), lambda: diffusers_vae(config), give_weights)
+    device = "cuda" if on_gpu() else "cpu"
+    ours, theirs = beside_diffusers(dtype, lambda: VAE(config), lambda: diffusers_vae(config))
+    theirs and give_weights(ours, theirs)
     video = torch.rand(1, 3, *size, device=device, dtype=dtype) * 2 - 1
     latents = ours.encode(video)
     z = ours.denormalise(latents)  # diffusers leaves the normalisation to its pipelines
@@ -166,39 +148,11 @@ def vae_rows(args, config, size, dtype):
     ):
         runs = {"ours": run, "diffusers": other if theirs else None}
         seconds = in_turns(runs, 1 if on_gpu() else args.repeat)
-        yield row | {"direction": direction} | {f"{name} s": s for name, s in seconds.items()} | {
-            "ours / diffusers": seconds["ours"] / seconds["diffusers"],
-            **({f"{name} GiB": f and peak_memory(f) for name, f in runs.items()} if on_gpu() else {}),
-            "relative difference": relative_difference(*runs.values())}  # fmt: skip
-
-
-@torch.no_grad()
-def profile(args):
-    device, dtype = place()
-    model = built(device, dtype, lambda: DiT(DiTConfig(num_layers=30 if on_gpu() else 1)))
-    decoder = built(device, dtype, lambda: VAE(VAEConfig()))
-    grid = GRIDS["720p"] if on_gpu() else (2, 4, 4)
-    x, t = torch.randn(1, 48, *grid, device=device, dtype=dtype), torch.tensor([500.0], device=device)
-    kept = model.context_keys_values(torch.randn(1, 512, 3072, device=device, dtype=dtype))
-    for part, run in (("DiT step", lambda: model(x, t, kept)), ("VAE decode", lambda: decoder.decode(x))):
-        yield from profile_rows(part, run)
-
-
-def profile_rows(part, run):
-    """ms of each class of CLASSES: kernels on a GPU, operators on a CPU."""
-    from torch.profiler import ProfilerActivity
-
-    run()
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA if on_gpu() else ProfilerActivity.CPU]) as profiler:
-        run()
-    times = {name: [0, 0.0] for name, _ in CLASSES}
-    for event in profiler.key_averages():
-        name = next(name for name, pattern in CLASSES if re.search(pattern, event.key.lower()))
-        times[name][0] += event.count
-        times[name][1] += (event.self_device_time_total if on_gpu() else event.self_cpu_time_total) / 1000
-    total = sum(ms for _, ms in times.values())
-    for name, (count, ms) in times.items():
-        yield {"part": part, "class": name, "calls": count, "ms": ms, "share": ms / total}
+        row = {"VAE": config.version, "frames": "x".join(map(str, size)), "dtype": str(dtype)[6:],
+               "direction": direction, **{f"{name} s": s for name, s in seconds.items()},
+               "ours / diffusers": seconds["ours"] / seconds["diffusers"]}  # fmt: skip
+        row |= {f"{name} GiB": f and peak_memory(f) for name, f in runs.items()} if on_gpu() else {}
+        yield row | {"relative difference": relative_difference(*runs.values())}
 
 
 def weights8(args):
@@ -247,23 +201,6 @@ def memory(args):
     kernels.set_backend("auto")
 
 
-def roofline(args):
-    """At 790 TFLOP/s in bfloat16 and 4.3 TB/s, which an H200 reaches. Each pass reads or writes all tokens once."""
-    c, tokens = DiTConfig(), math.prod(GRIDS["720p"]) // 4
-    total = 0.0
-    for part, flop, elements in (
-        ("linears", 2 * tokens * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim), 0),
-        ("self-attention", 4 * tokens**2 * c.dim, 0),
-        ("cross-attention, 512 tokens", 4 * tokens * 512 * c.dim, 0),
-        ("norms, RoPE, gates: 19 passes", 0, 19 * tokens * c.dim),
-        ("GELU: 2 passes", 0, 2 * tokens * c.ffn_dim),
-    ):
-        flop, size = flop * c.num_layers, 2 * elements * c.num_layers
-        total += (ms := 1000 * (flop / 790e12 + size / 4.3e12))
-        yield {"part": part, "TFLOP": flop / 1e12, "GB": size / 1e9, "ms": ms}
-    yield {"part": "a step, at least", "TFLOP": "", "GB": "", "ms": total}
-
-
 def peak_of_live_tensors(run, module):
     """GiB of tensors on the meta device, those of the module aside, that are alive at once during run()."""
     cpu = torch.device("cpu")
@@ -294,6 +231,23 @@ def peak_of_live_tensors(run, module):
     return ledger.peak / 2**30
 
 
-SECTIONS = dict(zip(NAMES, (dit, vae, profile, weights8, memory, roofline)))
+def roofline(args):
+    """At 790 TFLOP/s in bfloat16 and 4.3 TB/s, which an H200 reaches. Each pass reads or writes all tokens once."""
+    c, tokens = DiTConfig(), math.prod(GRIDS["720p"]) // 4
+    total = 0.0
+    for part, flop, elements in (
+        ("linears", 2 * tokens * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim), 0),
+        ("self-attention", 4 * tokens**2 * c.dim, 0),
+        ("cross-attention, 512 tokens", 4 * tokens * 512 * c.dim, 0),
+        ("norms, RoPE, gates: 19 passes", 0, 19 * tokens * c.dim),
+        ("GELU: 2 passes", 0, 2 * tokens * c.ffn_dim),
+    ):
+        flop, size = flop * c.num_layers, 2 * elements * c.num_layers
+        total += (ms := 1000 * (flop / 790e12 + size / 4.3e12))
+        yield {"part": part, "TFLOP": flop / 1e12, "GB": size / 1e9, "ms": ms}
+    yield {"part": "a step, at least", "TFLOP": "", "GB": "", "ms": total}
+
+
+SECTIONS = dict(zip(NAMES, (dit, vae, weights8, memory, roofline)))
 if __name__ == "__main__":
     bench.run("bench.speed", args, SECTIONS)

@@ -15,10 +15,11 @@ from tqdm import tqdm
 from media import pad_reference, write_image, write_text
 from metrics import as_float, luma, psnr, ssim
 from model import KiwiEdit
-from nano.data import read_case, read_mask, read_truth, read_world
-from nano.world import draw_frames, load_library, nameable, pick, redraw_edit, render, to_uint8
+from nano.data import read_case, read_truth, read_world
+from nano.world import draw_frames, load_library, pick, redraw_edit, render, to_uint8
 from parallel import pick_device
 from report import table
+from stats import mean_of
 
 CANDIDATES = 20  # the right sprite among so many: chance is 5 %
 NOT_EVALUATED = "Not evaluated yet: `python -m nano eval --card`."  # in the card of weights that were just shipped
@@ -51,7 +52,7 @@ def is_nearest(edit, sprites, result, region):
     return errors[0] == min(errors)
 
 
-def recognise(edit, library, split, result, region, index):
+def recognise(edit, library, result, region, index):
     """Does one see what the edit asked for? {} if not measurable, else {"right": bool} and, for a reference whose name
     has another look, {"look": bool}.
 
@@ -64,7 +65,7 @@ def recognise(edit, library, split, result, region, index):
     if edit.new is None or not region.any():
         return {}
     rng = np.random.default_rng([7, index])
-    names = library.names(split) if edit.ref is not None else [n for group in nameable(library, split) for n in group]
+    names = library.names("test") if edit.ref is not None else sum(library.nameable("test"), [])
     others = [name for name in names if name != edit.new.name]
     others = [others[i] for i in rng.permutation(len(others))[: CANDIDATES - 1]]
     candidates = [edit.new] + [pick(rng, library.sprites[name]) for name in others]
@@ -75,74 +76,64 @@ def recognise(edit, library, split, result, region, index):
     return found
 
 
-def evaluate_case(model, library, edit, split, folder, row):
-    """One case -> its measures by method, and its middle frame as a row: source, reference, edit, truth."""
-    source, target, ref = read_case(folder, row)
-    size, middle = source.shape[1], len(source) // 2
-    region = read_mask(folder / row["mask"], size)
-    results = {"edit": model.edit(source, row["prompt"], ref, seed=row["index"]), "copy": source}
-    if ref is not None:
-        results["edit, no reference"] = model.edit(source, row["prompt"], seed=row["index"])
-    results["ceiling"] = model.decode_frames(model.encode_frames(target))
-    measures = {
-        method: measure(result, target, region) | recognise(edit, library, split, result, region, row["index"])
-        for method, result in results.items()
-    }
-    shown = torch.full_like(source[0], 40) if ref is None else pad_reference(ref, (size, size))
-    return measures, torch.cat([source[middle], shown, results["edit"][middle], target[middle]], dim=1)
-
-
 def mean(values):
-    """Of the numbers among the values; None where there are none."""
-    values = [float(value) for value in values if value is not None and not math.isnan(value)]
-    return sum(values) / len(values) if values else None
+    """Of those that are not nan; nan without any."""
+    return torch.tensor(list(values), dtype=torch.float64).nanmean().item()
 
 
-def sharpness(measures, where):
-    """|Laplacian| of some cases' results to that of their truth: 1 is as sharp, less is blurred; None if flat."""
-    truth = sum(m[f"truth_{where}"] for m in measures)
-    return sum(m[f"detail_{where}"] for m in measures) / truth if truth else None
+def sharpness(results, where):
+    """|Laplacian| of some cases' results to that of their truth: 1 is as sharp, less is blurred; nan if flat."""
+    truth = sum(result[f"truth_{where}"] for result in results)
+    return sum(result[f"detail_{where}"] for result in results) / truth if truth else math.nan
 
 
 def summary(cases):
     """Means by task and method as a Markdown table."""
-    columns = {"PSNR": "psnr_{}", "SSIM": "ssim_{}", "sharpness": None}
-    rows = []
+    names = [f"{name} {where}" for where in ("in", "out") for name in ("PSNR", "SSIM", "sharpness")]
+    rows = [["task", "method", "cases", *names, "right object", "shown look"]]
     for task in [*dict.fromkeys(case["task"] for case in cases), "all"]:
         of_task = [case["measures"] for case in cases if task in (case["task"], "all")]
-        for method in dict.fromkeys(method for m in of_task for method in m):
-            results, cells = [m[method] for m in of_task if method in m], []
+        for method in dict.fromkeys(method for measures in of_task for method in measures):
+            results, cells = [measures[method] for measures in of_task if method in measures], []
+            of = lambda name: mean(result.get(name, math.nan) for result in results)
             for where in ("in", "out"):
-                for name in columns.values():
-                    number = mean(m[name.format(where)] for m in results) if name else sharpness(results, where)
-                    cells.append("" if number is None else f"{number:.2f}")
-            right = [mean(m.get(name) for m in results) for name in ("right", "look")]
-            rows.append([task, method, len(results), *cells, *("" if n is None else f"{n:.0%}" for n in right)])
-    names = [f"{name} {where}" for where in ("in", "out") for name in columns]
-    return table([["task", "method", "cases", *names, "right object", "shown look"], *rows])
+                numbers = of(f"psnr_{where}"), of(f"ssim_{where}"), sharpness(results, where)
+                cells += [f"{number:.2f}" for number in numbers]
+            cells += [f"{of('right'):.0%}", f"{of('look'):.0%}"]
+            rows.append([task, method, len(results), *("" if "nan" in cell else cell for cell in cells)])
+    return table(rows)
 
 
 def evaluate(args):
     """Edit held-out cases and compare with the known truth: eval.json, eval.md, sheet.png under --out."""
     folder, out, card = Path(args.data), Path(args.out), Path(args.weights, "MODEL_CARD.md")
-    rows, world = read_truth(folder)[: args.cases], read_world(folder)
-    library = load_library(world["assets"] if args.assets is None else args.assets)
+    rows, world = read_truth(folder)[: args.cases], read_world(folder, "test")
+    library = load_library(world["assets"])
     model = KiwiEdit.from_pretrained(args.weights, pick_device(), torch.float32)
     asked = {"steps": args.steps, "ref_guidance": args.ref_guidance, "re_noise": () if args.steps else None}
     model.config = replace(model.config, **{name: value for name, value in asked.items() if value is not None})
     out.mkdir(parents=True, exist_ok=True)
     cases, pictures = [], {}
     for row in tqdm(rows, desc="eval", mininterval=5):
-        edit = redraw_edit(library, world, row["index"])
-        measures, picture = evaluate_case(model, library, edit, world["split"], folder, row)
+        index, edit = row["index"], redraw_edit(library, world, row["index"])
+        source, target, ref, region = read_case(folder, row)
+        results = {"edit": model.edit(source, row["prompt"], ref, seed=index), "copy": source}
+        if ref is not None:
+            results["edit, no reference"] = model.edit(source, row["prompt"], seed=index)
+        results["ceiling"] = model.decode_frames(model.encode_frames(target))
+        measures = {
+            method: measure(result, target, region) | recognise(edit, library, result, region, index)
+            for method, result in results.items()
+        }
+        shown = torch.full_like(source[:1], 40) if ref is None else pad_reference(ref, source.shape[1:3])[None]
+        frames = [clip[len(clip) // 2] for clip in (source, shown, results["edit"], target)]
         task = "subject" if row["task"] == "subject_add" else row["task"]
-        cases.append({"index": row["index"], "task": task, "prompt": row["prompt"], "measures": measures})
-        pictures.setdefault(task, []).append(picture)
-    settings = {name: getattr(model.config, name) for name in asked}
-    told = {"weights": args.weights, "world": world, **settings, "cases": cases}
+        cases.append({"index": index, "task": task, "prompt": row["prompt"], "measures": measures})
+        pictures.setdefault(task, []).append(torch.cat(frames, dim=1))
+    told = {"weights": args.weights, "world": world, "asked": asked, "cases": cases}
     write_text(out / "eval.json", json.dumps(told, indent=0))
     write_text(out / "eval.md", text := summary(cases) + "\n")
-    empty = torch.zeros_like(picture)
+    empty = torch.zeros_like(pictures[task][0])
     sheet = torch.cat([torch.cat((shown + 4 * [empty])[:4], dim=1) for shown in pictures.values()])
     write_image(out / "sheet.png", sheet.repeat_interleave(2, 0).repeat_interleave(2, 1))
     print(f"{text}write       {out}/eval.md, eval.json, sheet.png (source | reference | edit | truth, four a task)")
@@ -150,34 +141,26 @@ def evaluate(args):
         write_text(card, card.read_text().replace(NOT_EVALUATED, text.rstrip()))
 
 
-def mean_over_seeds(folders):
-    """{case's index and task: (dB inside, right or None)} of the edits, averaged over the reports of several seeds."""
+def read_reports(folders):
+    """{case's index and task: what was measured of its edit, by each of the reports}."""
     found = {}
     for folder in folders:
         for case in json.loads((Path(folder) / "eval.json").read_text())["cases"]:
-            edit = case["measures"]["edit"]
-            found.setdefault((case["index"], case["task"]), []).append((edit["psnr_in"], edit.get("right")))
-    return {key: [mean(column) for column in zip(*seeds)] for key, seeds in found.items()}
-
-
-def gain(pairs, unit):
-    """Mean difference of pairs and its 95 % interval, from a bootstrap over them; "" without pairs."""
-    differences = torch.tensor([a - b for a, b in pairs if None not in (a, b)])
-    if not len(differences):
-        return ""
-    drawn = torch.randint(len(differences), (2000, len(differences)), generator=torch.Generator().manual_seed(0))
-    low, high = differences[drawn].mean(1).quantile(torch.tensor([0.025, 0.975]))
-    return " ".join((unit.format(differences.mean()), f"[{unit.format(low)}, {unit.format(high)}]"))
+            found.setdefault((case["index"], case["task"]), []).append(case["measures"]["edit"])
+    return found
 
 
 def compare(args):
-    """Reports against others, paired by case: mean difference and 95 % interval."""
-    a, b = mean_over_seeds(args.reports), mean_over_seeds(args.to)
+    """Reports (one way, several seeds) against others, paired by case: mean difference and 95 % interval."""
+    a, b = read_reports(args.reports), read_reports(args.to)
     if a.keys() != b.keys():
         raise ValueError(f"{args.reports[0]}, {args.to[0]}: not of the same cases")
     rows = [["task", "cases", "inside, dB", "right object"]]
     for task in [*dict.fromkeys(task for _, task in a), "all"]:
-        pairs = [list(zip(a[key], b[key])) for key in a if task in (key[1], "all")]
-        decibels, right = zip(*pairs)
-        rows.append([task, len(pairs), gain(decibels, "{:+.2f}"), gain(right, "{:+.1%}")])
+        keys, cells = [key for key in a if task in (key[1], "all")], []
+        for name in ("psnr_in", "right"):
+            over_seeds = lambda edits: mean(edit.get(name, math.nan) for edit in edits)
+            differences = [over_seeds(a[key]) - over_seeds(b[key]) for key in keys]
+            cells.append(mean_of([[d for d in differences if not math.isnan(d)]]))
+        rows.append([task, len(keys), *cells])
     print(table(rows))

@@ -3,147 +3,130 @@
 vae   reconstruction of clips and stills               -> vae.pt      (Wan's VAE)
 mllm  captions, what an instruction asks for, places   -> mllm.pt     (Qwen2.5-VL)
 dit   captions to clips by flow matching               -> dit.pt      (Wan's text-to-video DiT), weights/
+
+decoder: that of finished weights once more, for sharp pictures; latents stay as they are, so nothing else is trained
+again. Latents of the truth, and of the model's own edits -> frames, against the truth's: pixels and their differences,
+less for edits, which are never quite the truth; amplitudes of 8x8 windows and the mean |Laplacian|, which do not care
+where a detail lies; and a patch discriminator (hinge) that also sees fine detail alone.
 """
 
-import hashlib
-import json
 import math
+import re
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from connectors import MLLMEncoder, num_tokens
+from connectors import MLLMEncoder
 from media import whole_file
 from model import PRESETS, FlowMatch, KiwiEdit
-from nano.data import read_many, read_truth
+from nano.data import read_case, read_many, read_truth, read_world
 from nano.world import pick
 from parallel import pick_device
 from vae import VAE, chunks
 
+MLLM = Path(__file__).parents[1] / "weights/nano/mllm"  # sizes; a tokenizer of 2,048 pieces of the world's sentences
+GRID = 16  # grounding answers count sixteenths of the frame
+CAPTION_TOKENS = 32
 
-class Trainer:
-    """Float32 masters of a module whose forward and backward run in bfloat16, trained in pieces that resume.
 
-    Muon updates the matrices (a convolution's kernels are rows of one), AdamW the rest: after 160 steps the VAE reaches
-    22.3 dB, with AdamW alone 19.4 dB. The learning rate rises over 2 % of the steps and falls as a cosine to 0. Step n
-    draws its batch from (seed, n): pieces and one long run are the same training.
+def train(name, module, args, device, steps, rate, loss_of):
+    """Minimise loss_of(step, generator), a scalar, from where --out stands, for --minutes but at least one step; saved
+    every minute -> whether all steps are done.
+
+    Forward and backward run in bfloat16; masters, which the module has in the end, are float32. Muon updates the
+    matrices (a convolution's kernels are rows of one), AdamW the rest: after 160 steps the VAE reaches 22.3 dB, with
+    AdamW alone 19.4 dB. The learning rate rises over 2 % of the steps and falls as a cosine to 0. Step n draws its
+    batch from (seed, n): pieces and one long run are the same training.
     """
+    path, steps = Path(args.out) / f"{name}.pt", args.steps or steps
+    begun, step, seconds = {"seed": args.seed, "steps": steps}, 0, 0.0
+    weights = {n: p for n, p in module.to(device).named_parameters() if p.requires_grad}
+    masters = {n: p.detach().float().flatten(min(1, p.ndim - 1)).clone() for n, p in weights.items()}
+    muon, adamw = [], []
+    for n, master in masters.items():  # tables of vectors and rows are no matrices
+        matrix = master.ndim > 1 and min(master.shape) > 1 and not re.search("embed_tokens|modulation", n)
+        (muon if matrix else adamw).append(master)
+    optimisers = [
+        torch.optim.Muon(muon, rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(adamw, rate, (0.9, 0.98), weight_decay=0.01),
+    ]
 
-    def __init__(self, name, module, args, steps, rate, device):
-        self.name, self.rate, self.minutes, self.path = name, rate, args.minutes, Path(args.out) / f"{name}.pt"
-        self.step, self.steps, self.seconds = 0, args.steps or steps, 0.0
-        named = {n: p for n, p in module.to(device).named_parameters() if p.requires_grad}
-        self.parameters = list(named.values())
-        self.masters = [p.detach().float().flatten(1 if p.ndim > 1 else 0).clone() for p in self.parameters]
-        matrix = [is_matrix(*item) for item in named.items()]
-        matrices, rest = ([m for m, is_ in zip(self.masters, matrix) if is_ == which] for which in (True, False))
-        self.optimisers = [
-            torch.optim.Muon(matrices, rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, rate, (0.9, 0.98), weight_decay=0.01),
-        ]
-        self.begun = {"names": list(named), "seed": args.seed, "steps": self.steps}
-        if self.path.is_file():
-            self.resume()
-        for p, master in zip(self.parameters, self.masters):
-            p.data = master.view_as(p).bfloat16()
+    def write_weights(dtype):
+        for n, p in weights.items():
+            p.data = masters[n].view_as(p).to(dtype, copy=True)
 
-    def resume(self):
-        """Go on from the state in the file. ValueError if it belongs to another training."""
-        state = torch.load(self.path, weights_only=True, map_location="cpu")  # where AdamW wants its step counts
-        for key, value in self.begun.items():
-            if state["begun"][key] != value:
-                raise ValueError(f"{self.path}: begun with other {key}; go on with those, or give another --out")
-        self.step, self.seconds = state["step"], state["seconds"]
-        for optimiser, saved in zip(self.optimisers, state["optimisers"]):
+    def save():
+        state = {"begun": begun, "step": step, "seconds": seconds, "optimisers": [o.state_dict() for o in optimisers]}
+        with whole_file(path) as temporary:
+            torch.save(state | {"masters": {n: masters[n].view_as(p) for n, p in weights.items()}}, temporary)
+
+    if path.is_file():
+        state = torch.load(path, weights_only=True, map_location="cpu")  # where AdamW wants its step counts
+        if state["begun"] != begun:
+            raise ValueError(f"{path}: begun with {state['begun']}; go on with those, or give another --out")
+        step, seconds = state["step"], state["seconds"]
+        for optimiser, saved in zip(optimisers, state["optimisers"]):
             optimiser.load_state_dict(saved)
-        for master, saved in zip(self.masters, state["masters"].values()):
-            master.copy_(saved.view_as(master))
-
-    def run(self, loss_of):
-        """At least one step, until the minutes are over or all are done. Saves every minute; float32 masters end up in
-        the module. loss_of(generator) -> a scalar, and figures to show. -> whether all steps are done."""
-        begin = saved = time.time()
-        first, shown = self.step, {}
-        with tqdm(total=self.steps, initial=self.step, desc=self.name, mininterval=5) as bar:
-            while self.step < self.steps and (self.step == first or time.time() - begin < 60 * self.minutes):
-                loss, figures = loss_of(torch.Generator().manual_seed(1_000_003 * self.begun["seed"] + self.step))
-                figures["norm"] = self.update(loss)
-                bar.update()
-                for key, value in {"loss": loss.detach(), **figures}.items():
-                    if math.isfinite(value):
-                        shown[key] = 0.98 * shown.get(key, float(value)) + 0.02 * float(value)
-                bar.set_postfix({key: f"{value:.4g}" for key, value in shown.items()}, refresh=False)
-                if time.time() - saved > 60:
-                    saved = time.time()
-                    self.save(saved - begin)
-        self.save(time.time() - begin)
-        for p, master in zip(self.parameters, self.masters):
-            p.data = master.view_as(p).clone()
-        figures = ", ".join(f"{key} {value:.4g}" for key, value in shown.items())
-        print(f"{self.name:<11} step {self.step} of {self.steps}, {time.time() - begin:.0f} s, {figures}")
-        return self.step == self.steps
-
-    def update(self, loss):
-        """One step on the masters; skipped if the gradient's norm, which it returns, is not finite."""
-        rising, done = (self.step + 1) / (0.02 * self.steps), self.step / self.steps
-        loss.backward()
-        for p, master in zip(self.parameters, self.masters):
-            master.grad, p.grad = p.grad if p.grad is None else p.grad.float().reshape(master.shape), None
-        norm = float(torch.nn.utils.clip_grad_norm_(self.masters, 1.0))
-        self.step += 1
-        if math.isfinite(norm):
-            for optimiser in self.optimisers:
-                optimiser.param_groups[0]["lr"] = self.rate * min(1, rising) * (1 + math.cos(math.pi * done)) / 2
-                optimiser.step()
-            for p, master in zip(self.parameters, self.masters):
-                p.data.copy_(master.view_as(p))
-        return norm
-
-    def save(self, seconds):
-        masters = {n: m.view_as(p) for n, p, m in zip(self.begun["names"], self.parameters, self.masters)}
-        state = {"step": self.step, "masters": masters, "optimisers": [o.state_dict() for o in self.optimisers]}
-        with whole_file(self.path) as path:
-            torch.save(state | {"begun": self.begun, "seconds": self.seconds + seconds}, path)
-
-
-def is_matrix(name, parameter):
-    """Whether Muon may orthogonalise its updates: not a table of vectors, not a row."""
-    table = "embed_tokens" in name or "modulation" in name
-    return not table and parameter.ndim > 1 and min(len(parameter), parameter[0].numel()) > 1
+        for n, master in masters.items():
+            master.copy_(state["masters"][n].view_as(master))
+    write_weights(torch.bfloat16)
+    began, first, saved = seconds, step, seconds
+    with tqdm(total=steps, initial=step, desc=name, mininterval=5) as bar:
+        while step < steps and (step == first or seconds - began < 60 * args.minutes):
+            start = time.time()
+            loss = loss_of(step, torch.Generator().manual_seed(1_000_003 * args.seed + step))
+            loss.backward()
+            for n, p in weights.items():
+                masters[n].grad = None if p.grad is None else p.grad.float().reshape(masters[n].shape)
+                p.grad = None
+            if torch.nn.utils.clip_grad_norm_(masters.values(), 1.0).isfinite():
+                warmth, decay = (step + 1) / (0.02 * steps), (1 + math.cos(math.pi * step / steps)) / 2
+                for optimiser in optimisers:
+                    optimiser.param_groups[0]["lr"] = rate * min(1, warmth) * decay
+                    optimiser.step()
+                write_weights(torch.bfloat16)
+            step, seconds = step + 1, seconds + time.time() - start
+            bar.set_postfix(loss=f"{loss.item():.4g}", refresh=False)
+            bar.update()
+            if seconds - saved > 60:
+                saved = seconds
+                save()
+    save()
+    write_weights(torch.float32)
+    return step == steps
 
 
 def load_trained(name, module, folder):
     """Read the weights that `pretrain NAME` reached into `module`."""
-    path = Path(folder) / f"{name}.pt"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: run `python -m nano pretrain {name}` first")
-    module.load_state_dict(torch.load(path, weights_only=True, map_location="cpu")["masters"], strict=False)
+    state = torch.load(Path(folder) / f"{name}.pt", weights_only=True, map_location="cpu")
+    module.load_state_dict(state["masters"], strict=False)
     return module.eval().requires_grad_(False)
+
+
+def nano_config(args):
+    """The preset for clips of --data's size."""
+    nano, mllm = PRESETS["nano"], replace(PRESETS["nano"].mllm, folder=str(MLLM))
+    if read_world(args.data)["size"] > 64:  # else the MLLM would shrink frames to 56x56 and enlarge them to 336x336
+        mllm = replace(mllm, max_pixels=112 * 112)
+    return replace(nano, mllm=mllm)
 
 
 def stills_and_videos(rows):
     return [[row for row in rows if (row["kind"] == "image") == still] for still in (True, False)]
 
 
-def rows_of(frames, wanted):
-    """Clips of the wanted indices as one batch in [-1, 1], (B, 3, T, H, W)."""
-    return torch.stack([frames[i] for i in wanted]).permute(0, 4, 1, 2, 3).float() * (2 / 255) - 1
-
-
-def reconstruct(vae, video, generator):
-    """Video through encoder, a sample of the posterior and decoder, not clamped -> (video, mean, log-variance)."""
-    mean, log_variance = vae.moments(video, chunk=99)
-    noise = torch.randn(mean.shape, generator=generator).to(mean)
-    return decoded(vae, mean + noise * (0.5 * log_variance.clamp(-20, 10)).exp()), mean, log_variance
+def batch_of(clips, wanted):
+    """Clips (T, H, W, 3) of the wanted indices as one batch in [-1, 1], (B, 3, T, H, W)."""
+    return torch.stack([clips[i] for i in wanted]).permute(0, 4, 1, 2, 3).float() * (2 / 255) - 1
 
 
 def decoded(vae, z):
@@ -153,64 +136,50 @@ def decoded(vae, z):
     return torch.cat(parts, dim=2)
 
 
-def start_vae(vae):
-    """Silence the residual branches, so that the shortcuts carry the picture, and narrow the posterior, so that the
-    decoder sees it: after 160 steps of AdamW 18.7 dB instead of 16.7."""
-    with torch.no_grad():
-        for name, parameter in vae.named_parameters():
-            if ".residual.6." in name or ".proj." in name:
-                parameter.zero_()
-        vae.conv1.bias[vae.config.z_dim :] -= 6
-
-
-def vae_loss(video, output, mean, log_variance):
-    """L1 and squared error of pixels, L1 of their differences in space and time, a little KL -> loss, figures."""
-    error = output.float() - video
-    squared = error.square().mean()
-    loss = error.abs().mean() + 5 * squared
+def vae_loss(vae, video, generator):
+    """Reconstruction of (B, 3, T, H, W) from a sample of the posterior: L1 and squared error of pixels, L1 of their
+    differences in space and time, a little KL."""
+    mean, log_variance = vae.moments(video.bfloat16(), chunk=99)
+    log_variance = log_variance.clamp(-20, 10)
+    noise = torch.randn(mean.shape, generator=generator).to(mean)
+    error = decoded(vae, mean + noise * (0.5 * log_variance).exp()).float() - video
+    loss = error.abs().mean() + 5 * error.square().mean()
     for axis in (2, 3, 4):
         if video.shape[axis] > 1:
             loss = loss + 0.25 * error.diff(dim=axis).abs().mean()
-    mean, log_variance = mean.float(), log_variance.float().clamp(-20, 10)
+    mean, log_variance = mean.float(), log_variance.float()
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    return loss + 1e-4 * divergence, {"psnr": -10 * (squared.detach() / 4).log10(), "kl": divergence.detach()}
+    return loss + 1e-4 * divergence
 
 
 def pretrain_vae(args, rows, device):
     """Reconstruction of the world's clips: still frames on three steps of four, whole clips on the fourth."""
-    folder = Path(args.data)
-    vae = VAE(nano_config(args).vae)
-    start_vae(vae)
-    trainer = Trainer("vae", vae, args, 4000, 2e-3, device)
-    stills, videos = (
-        read_many([folder / row[column] for row in some for column in ("src_video", "tgt_video")])
-        for some in stills_and_videos(rows)
-    )
-    stills += [ref[:, ::2, ::2] for ref in read_many([folder / r["ref_image"] for r in rows if "ref_image" in r])]
+    vae, folder = VAE(nano_config(args).vae), Path(args.data)
+    with torch.no_grad():  # begin with shortcuts alone and a narrow posterior: 18.7 dB after 160 steps instead of 16.7
+        for name, parameter in vae.named_parameters():
+            if ".residual.6." in name or ".proj." in name:
+                parameter.zero_()
+        vae.conv1.bias[vae.config.z_dim :] -= 6
+    ends = ("src_video", "tgt_video")
+    stills, videos = (read_many(folder / r[end] for r in some for end in ends) for some in stills_and_videos(rows))
+    stills += [ref[:, ::2, ::2] for ref in read_many(folder / r["ref_image"] for r in rows if "ref_image" in r)]
 
-    def loss_of(generator):
-        clips = videos if trainer.step % 4 == 3 and videos else stills
+    def loss_of(step, generator):
+        clips = videos if step % 4 == 3 and videos else stills
         wanted = torch.randint(len(clips), (args.batch or (8 if clips is videos else 16),), generator=generator)
-        video = rows_of(clips, wanted).to(device)
+        video = batch_of(clips, wanted).to(device)
         if torch.randint(2, (), generator=generator):
             video = video.flip(4)
-        return vae_loss(video, *reconstruct(vae, video.bfloat16(), generator))
+        return vae_loss(vae, video, generator)
 
-    return trainer.run(loss_of)
-
-
-MLLM = Path(__file__).parents[1] / "weights/nano/mllm"  # sizes; a tokenizer of 2,048 pieces of the world's sentences
-GRID = 16  # grounding answers count sixteenths of the frame
-CAPTION_TOKENS = 32
+    return train("vae", vae, args, device, 4000, 2e-3, loss_of)
 
 
-def nano_config(args, **vae_statistics):
-    """The preset for clips of --data's size, with the latents' statistics once they are known."""
-    nano, size = PRESETS["nano"], json.loads((Path(args.data) / "world.json").read_text())["size"]
-    mllm = replace(nano.mllm, folder=str(MLLM))
-    if size > 64:  # else the MLLM would shrink frames to 56x56 and enlarge them to 336x336
-        mllm = replace(mllm, max_pixels=112 * 112)
-    return replace(nano, vae=replace(nano.vae, **vae_statistics), mllm=mllm)
+class Speaker(MLLMEncoder, name="speaker"):
+    """The MLLM as a language model: hidden states of whole requests in place of a context."""
+
+    def context(self, mode, hidden, spans):
+        return hidden
 
 
 def conversation(rng, row):
@@ -226,115 +195,193 @@ def conversation(rng, row):
     return clip, f"Where is the {name}?", None, " ".join(str(round(GRID * v)) for v in places[name])
 
 
-def answer_loss(encoder, conversations):
-    """Next-token cross-entropy of the answers to (frames, question, reference or None, answer), and the share of right
-    tokens. One forward, padded at the end, where causal attention never looks."""
-    start, end = ([encoder.token(f"<|im_{which}|>")] for which in ("start", "end"))
-    embed, pad = encoder.model.language_model.embed_tokens, partial(pad_sequence, batch_first=True)
+def answer_loss(speaker, conversations):
+    """Next-token cross-entropy of the answers to (frames, question, reference or None, answer)."""
+    start, end = ([speaker.token(f"<|im_{which}|>")] for which in ("start", "end"))
     requests = []
     for frames, question, ref, answer in conversations:
-        inputs = encoder.prepare(question, frames, ref)
-        turn = inputs.pieces[-1] + start + encoder.ids("assistant\n")  # pieces end with the queries and the turn's end
-        requests.append(replace(inputs, pieces=[*inputs.pieces[:-2], turn, encoder.ids(answer) + end]))
-    grids = [grid for request in requests for grid in request.grids.values()]
-    pixels = torch.cat([p for request in requests for p in request.pixel_values.values()]).to(embed.weight)
-    seen = encoder.model.visual(pixels, grids)
-    seen = iter(seen.split([num_tokens(grid) for grid in grids]))
-
-    def embedded(piece):
-        return next(seen) if isinstance(piece, str) else embed(torch.tensor(piece, device=pixels.device))
-
-    rows = [torch.cat([embedded(piece) for piece in request.pieces]) for request in requests]
-    positions = pad([encoder.position_ids(request)[:, 0].T for request in requests])  # (B, S, 3)
-    positions = positions.permute(2, 0, 1).to(pixels.device)
-    hidden = encoder.model.language_model(pad(rows), positions)
+        request = speaker.prepare(question, frames, ref)
+        turn = request.pieces[-1] + start + speaker.ids("assistant\n")  # after the queries, which are left out
+        requests.append(replace(request, pieces=[*request.pieces[:-2], turn, speaker.ids(answer) + end]))
     answers = [request.pieces[-1] for request in requests]
-    before = [h[len(row) - len(answer) - 1 : len(row) - 1] for h, row, answer in zip(hidden, rows, answers)]
-    logits = (torch.cat(before) @ embed.weight.T).float()
-    wanted = torch.tensor([token for answer in answers for token in answer], device=logits.device)
-    return F.cross_entropy(logits, wanted), {"right": (logits.argmax(dim=1) == wanted).float().mean()}
+    before = [h[-len(answer) - 1 : -1] for h, answer in zip(speaker.encode(requests), answers)]
+    logits = (torch.cat(before) @ speaker.model.language_model.embed_tokens.weight.T).float()
+    wanted = torch.tensor(sum(answers, []), device=logits.device)
+    return F.cross_entropy(logits, wanted)
 
 
 def pretrain_mllm(args, rows, device):
     """Captions, captions of what an instruction asks for, and grounding, by next-token prediction."""
-    encoder, folder = MLLMEncoder(nano_config(args).mllm), Path(args.data)
-    for name, parameter in encoder.named_parameters():
+    speaker, folder = Speaker(nano_config(args).mllm), Path(args.data)
+    for name, parameter in speaker.named_parameters():
         parameter.requires_grad_(name.startswith("model."))
-    trainer = Trainer("mllm", encoder, args, 1000, 1e-3, device)
 
-    def loss_of(generator):
-        rng = np.random.default_rng([args.seed, trainer.step])
+    def loss_of(step, generator):
+        rng = np.random.default_rng([args.seed, step])
         wanted = rng.integers(len(rows), size=args.batch or 16)
         clips, questions, refs, answers = zip(*(conversation(rng, rows[i]) for i in wanted))
-        seen = iter(read_many([folder / name for name in (*clips, *filter(None, refs))], quiet=True))
+        seen = iter(read_many(folder / name for name in (*clips, *filter(None, refs))))
         clips, refs = [next(seen) for _ in clips], [ref and next(seen)[0] for ref in refs]
-        return answer_loss(encoder, list(zip(clips, questions, refs, answers)))
+        return answer_loss(speaker, list(zip(clips, questions, refs, answers)))
 
-    return trainer.run(loss_of)
+    return train("mllm", speaker, args, device, 1000, 1e-3, loss_of)
 
 
 def caption_features(encoder, captions):
     """Hidden states of captions, (B, CAPTION_TOKENS, hidden), zero after the end like Wan's T5 features."""
-    device = encoder.model.language_model.embed_tokens.weight.device
-    ids = [encoder.ids(caption)[:CAPTION_TOKENS] for caption in captions]
-    length = torch.tensor([len(row) for row in ids], device=device)
-    padded = torch.tensor([row + [0] * (CAPTION_TOKENS - len(row)) for row in ids], device=device)
-    places = torch.arange(padded.shape[1], device=padded.device).expand(3, *padded.shape)
-    hidden = encoder.model.language_model(encoder.model.language_model.embed_tokens(padded), places)
-    return hidden * (torch.arange(CAPTION_TOKENS, device=device) < length[:, None])[..., None]
+    embed = encoder.model.language_model.embed_tokens
+    ids = [torch.tensor(encoder.ids(caption)[:CAPTION_TOKENS]) for caption in captions]
+    padded = pad_sequence([*ids, torch.zeros(CAPTION_TOKENS, dtype=torch.long)], batch_first=True)[:-1]
+    told = torch.arange(CAPTION_TOKENS) < torch.tensor([[len(row)] for row in ids])
+    places = torch.arange(CAPTION_TOKENS, device=embed.weight.device).expand(3, *padded.shape)
+    hidden = encoder.model.language_model(embed(padded.to(places.device)), places)
+    return hidden * told[..., None].to(places.device)
 
 
-def encode_world(args, rows, device):
-    """Posterior means of every target, cached per state of the VAE and the data. rows: {"still": [...], "video": [...]}
-    -> tensors (N, z, t, h, w), without the kinds that have no rows."""
-    data, out = Path(args.data), Path(args.out)
-    vae = load_trained("vae", VAE(nano_config(args).vae), out).to(device)
-    made_of = hashlib.sha256((data / "truth.jsonl").read_bytes() + (out / "vae.pt").read_bytes())
-    path = out / f"latents_{made_of.hexdigest()[:16]}.safetensors"
-    if not path.is_file():
-        latents = {kind: [] for kind in rows if rows[kind]}
-        for kind, parts in latents.items():
-            for i in tqdm(range(0, len(rows[kind]), 32), desc=f"encode {kind}", mininterval=5):
-                frames = read_many([data / row["tgt_video"] for row in rows[kind][i : i + 32]], quiet=True)
-                with torch.no_grad():
-                    parts.append(vae.moments(rows_of(frames, range(len(frames))).to(device), chunk=99)[0].cpu())
-        with whole_file(path) as temporary:
-            save_file({kind: torch.cat(parts).contiguous() for kind, parts in latents.items()}, temporary)
-    return load_file(path)
+@torch.no_grad()
+def encode_targets(vae, folder, rows):
+    """Posterior means of the rows' targets, (N, z, t, h, w)."""
+    parts = []
+    for i in tqdm(range(0, len(rows), 32), desc="encode", mininterval=5):
+        frames = read_many(folder / row["tgt_video"] for row in rows[i : i + 32])
+        video = batch_of(frames, range(len(frames))).to(vae.conv1.weight.device)
+        parts.append(vae.moments(video, chunk=99)[0].cpu())
+    return torch.cat(parts)
 
 
 def pretrain_dit(args, rows, device):
     """Captions to clips of the world, by flow matching. Then the three parts become weights/."""
-    rows = dict(zip(("still", "video"), stills_and_videos(rows)))
-    latents = encode_world(args, rows, device)
-    flat = torch.cat([z.transpose(0, 1).flatten(1) for z in latents.values()], dim=1)
-    mean, std = flat.mean(dim=1), flat.std(dim=1)
-    model = KiwiEdit(nano_config(args, mean=tuple(mean.tolist()), std=tuple(std.tolist())))
-    load_trained("vae", model.vae, args.out)
+    kinds, model = [some for some in stills_and_videos(rows) if some], KiwiEdit(nano_config(args))
+    load_trained("vae", model.vae, args.out).to(device)
     load_trained("mllm", model.mllm, args.out).to(device)
-    trainer = Trainer("dit", model.dit, args, 800, 1e-3, device)
+    latents = [encode_targets(model.vae, Path(args.data), some) for some in kinds]
+    flat = torch.cat([z.transpose(0, 1).flatten(1) for z in latents], dim=1)
+    statistics = {"mean": tuple(flat.mean(dim=1).tolist()), "std": tuple(flat.std(dim=1).tolist())}
+    model.vae.config = replace(model.vae.config, **statistics)
+    model.config = replace(model.config, vae=model.vae.config)
     timesteps = FlowMatch().timesteps(1000)
 
-    def loss_of(generator):
-        kind = list(latents)[trainer.step % len(latents)]
-        wanted = torch.randint(len(rows[kind]), (args.batch or 64,), generator=generator)
-        clean = (latents[kind][wanted] - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
-        clean = clean.to(device, torch.bfloat16)
+    def loss_of(step, generator):
+        kind = step % len(kinds)
+        wanted = torch.randint(len(kinds[kind]), (args.batch or 64,), generator=generator)
+        clean = model.vae.normalise(latents[kind][wanted]).to(device, torch.bfloat16)
         t = timesteps[torch.randint(1000, (len(wanted),), generator=generator)].to(device)
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         with torch.no_grad():
-            features = caption_features(model.mllm, [rows[kind][i]["target_caption"] for i in wanted])
-        return model.training_loss(clean, model.dit.text_embedding(features.to(clean)), t, noise=noise), {}
+            features = caption_features(model.mllm, [kinds[kind][i]["target_caption"] for i in wanted])
+        return model.training_loss(clean, model.dit.text_embedding(features.to(clean)), t, noise=noise)
 
-    done = trainer.run(loss_of)
+    done = train("dit", model.dit, args, device, 800, 1e-3, loss_of)
     model.save(Path(args.out) / "weights")
     print(f"write       {args.out}/weights: what train.py --weights starts from")
     return done
 
 
-def pretrain(args):
-    from nano.sharpen import pretrain_decoder  # which builds on this file
+class Patches(nn.Module):
+    """Real (above 1) or decoded (below -1), for overlapping patches of 22 pixels: (N, 3, H, W) -> (N, 1, H/4, W/4)."""
 
+    def __init__(self, width=40):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(6, width, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(width, 2 * width, 4, 2, 1), nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * width, 2 * width, 3, 1, 1), nn.LeakyReLU(0.2), nn.Conv2d(2 * width, 1, 3, 1, 1),
+        )  # fmt: skip
+        for layer in self.layers[::2]:
+            nn.init.kaiming_normal_(layer.weight, 0.2)  # torch's own is so small that the decoder outruns it
+
+    def forward(self, x):
+        fine = x - F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        return self.layers(torch.cat([x, 6 * fine], dim=1))
+
+
+def amplitudes(x):
+    """|FFT| of overlapping 8x8 windows of (N, 3, H, W)."""
+    window = torch.hann_window(8, periodic=False, device=x.device)
+    f = torch.fft.rfft2(x.unfold(2, 8, 4).unfold(3, 8, 4) * window * window[:, None])
+    return (f.real.square() + f.imag.square() + 1e-4).sqrt()
+
+
+def laplacians(x):
+    """Mean |Laplacian| of overlapping 4x4 windows of (N, 3, H, W)."""
+    p = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    y = 4 * x - p[..., :-2, 1:-1] - p[..., 2:, 1:-1] - p[..., 1:-1, :-2] - p[..., 1:-1, 2:]
+    return F.avg_pool2d((y.square() + 1e-4).sqrt(), 4, 2)
+
+
+def frames_of(video):
+    return video.transpose(1, 2).flatten(0, 1)  # (B * T, 3, H, W)
+
+
+def distance(output, target, certain):
+    """certain (B,): how much each clip's pixels count."""
+    certain, error = certain.view(-1, 1, 1, 1, 1), output - target
+    a, b, grid = frames_of(output), frames_of(target), F.pixel_unshuffle(frames_of(error), 4).unflatten(1, (3, 16))
+    grid = F.avg_pool3d(grid, (1, 4, 4))  # (N, 3, 16, ...): the mean error at each place of a 4x4 raster
+    halves = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+    terms = [
+        (1, certain * error),
+        (0.5, F.avg_pool2d(frames_of(error), 4)),
+        *((0.2, certain * error.diff(dim=axis)) for axis in (2, 3, 4) if target.shape[axis] > 1),
+        (0.75, amplitudes(a) - amplitudes(b)),
+        (1, laplacians(a) - laplacians(b)),
+        *((1.5, (laplacians(x) - laplacians(y)).mean(dim=(2, 3))) for x, y in ((a, b), halves)),  # a blur lacks detail
+        (8, grid - grid.mean(dim=2, keepdim=True)),  # a raster is the cheapest detail
+    ]
+    return sum(weight * term.abs().mean() for weight, term in terms)
+
+
+@torch.no_grad()
+def edits_of(model, folder, rows):
+    """((latents of the truth, of the model's own edit), the truth's frames) of each row; of clips the start."""
+    caught, items = [], []
+    model.decode_fitting = lambda latents, *_: caught.append(latents) or torch.zeros(9999, 1)
+    for row in tqdm(rows, desc="edit", mininterval=5):
+        source, target, ref, _ = read_case(folder, row)
+        model.edit(source, row["prompt"], ref, seed=row["index"])
+        items.append(((model.encode_frames(target)[0, :, :2], caught.pop()[0, :, :2]), target[:5]))
+    return items
+
+
+def pretrain_decoder(args, rows, device):
+    """-> decoder.safetensors, which `ship` lays over the weights. Stills on two steps of three, clips on the third."""
+    out, judge = Path(args.out), Path(args.out) / "patches.pt"
+    model = KiwiEdit.from_pretrained(args.weights, device, torch.float32)
+    stills, clips = (edits_of(model, Path(args.data), some) for some in stills_and_videos(rows[:1300]))  # a second each
+    vae, patches = model.vae, Patches().to(device)
+    trained = nn.ModuleDict({"conv2": vae.conv2, "decoder": vae.decoder})
+    optimiser = torch.optim.AdamW(patches.parameters(), 1e-3, (0.5, 0.95), weight_decay=0)
+    if judge.is_file():
+        patches.load_state_dict(torch.load(judge, weights_only=True, map_location=device))
+
+    def loss_of(step, generator):
+        group = clips if clips and step % 3 == 2 else stills
+        count = args.batch or (4 if group is clips else 16)
+        wanted = torch.randint(len(group), (count,), generator=generator)
+        edit = torch.randint(2, (count,), generator=generator)
+        z = torch.stack([group[i][0][e] for i, e in zip(wanted, edit)]).to(device)
+        target = batch_of([frames for _, frames in group], wanted).to(device)
+        output = decoded(vae, vae.denormalise(z).bfloat16()).float()
+        real, fake = patches(frames_of(target)), patches(frames_of(output.detach()))
+        optimiser.zero_grad()
+        (F.relu(1 - real).mean() + F.relu(1 + fake).mean()).backward()
+        optimiser.step()
+        loss, doubt = distance(output, target, 1 - 0.7 * edit.to(device)), -patches(frames_of(output)).mean()
+        if step < 40:  # the discriminator first; then half as strong as the distance
+            return loss
+        pull, push = (torch.autograd.grad(x, output, retain_graph=True)[0].norm() for x in (loss, doubt))
+        return loss + 0.5 * pull / push.clamp_min(1e-12) * doubt
+
+    done = train("decoder", trained, args, device, 1500, 8e-4, loss_of)
+    with whole_file(judge) as path:
+        torch.save(patches.state_dict(), path)
+    tensors = {f"vae.{name}": value.bfloat16().contiguous() for name, value in trained.state_dict().items()}
+    with whole_file(out / "decoder.safetensors") as path:
+        save_file(tensors, path)
+    print(f"write       {out}/decoder.safetensors: `ship` lays it over {args.weights}")
+    return done
+
+
+def pretrain(args):
     Path(args.out).mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     parts = {"vae": pretrain_vae, "mllm": pretrain_mllm, "dit": pretrain_dit, "decoder": pretrain_decoder}

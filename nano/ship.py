@@ -11,8 +11,7 @@ import torch
 from load import began_with, find_checkpoint, only_weights
 from media import whole_folder
 from model import KiwiEdit
-from nano.assets import PACKAGES
-from nano.data import read_truth, read_world
+from nano.data import PACKAGES, read_truth, read_world
 from nano.evaluate import NOT_EVALUATED
 from report import table
 
@@ -26,10 +25,11 @@ def ship(args):
     if not checkpoint.is_file():
         raise FileNotFoundError(f"{checkpoint}: give a run of train.py, or the weights.safetensors of its checkpoint")
     only_weights(out, also=("example", "MODEL_CARD.md"))
-    world, rows = read_world(data), {row["index"]: row for row in read_truth(data) if row["kind"] != "image"}
+    world, rows = read_world(data, "test"), {row["index"]: row for row in read_truth(data) if row["kind"] != "image"}
     if args.example not in rows:
         raise ValueError(f"--example {args.example}: not the index of a video in {data}/truth.jsonl")
-    row, phases = rows[args.example], phases_of(checkpoint, Path(args.weights))
+    row = rows[args.example]
+    phases = [["phase", "runs", "steps", "samples", "seconds"], *phases_of(checkpoint, Path(args.weights))]
     model = KiwiEdit.from_pretrained(checkpoint, dtype=torch.float32, base=args.weights)
     clip = world["frames"], world["size"], world["size"], world["fps"]
     model.config = replace(model.config, trained=clip, steps=args.steps, ref_guidance=args.ref_guidance)
@@ -44,7 +44,7 @@ def ship(args):
         megabytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
         card = CARD.read_text().format(
             **world, example=args.example, steps=args.steps, ref_guidance=args.ref_guidance, made_by=args.made_by,
-            prompt=row["prompt"], phases=phases, evaluation=NOT_EVALUATED, megabytes=megabytes,
+            prompt=row["prompt"], phases=table(phases), evaluation=NOT_EVALUATED, megabytes=megabytes,
             millions=sum(parts.values()) / 1e6, parts=", ".join(f"{name} {count:,}" for name, count in parts.items()),
             licences="\n".join(f"- {name} {version}: {text}" for name, (version, text, _) in PACKAGES.items()),
         )  # fmt: skip
@@ -53,35 +53,24 @@ def ship(args):
 
 
 def phases_of(checkpoint, weights):
-    """What was trained up to a checkpoint, as a Markdown table, as far as the files are still there. Weights that were
-    shipped themselves bring the rows of their card; runs of one phase are added up."""
-    phases = {}
-
-    def add(phase, *numbers):
-        phases[phase] = [a + b for a, b in zip(phases.get(phase, [0] * 4), map(int, numbers))]
-
-    def add_pretrained(folder, *parts):
-        for part in parts:
-            if (path := folder / f"{part}.pt").is_file():
-                state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-                add(f"pretrain {part}", 1, state["step"], 0, round(state["seconds"]))
-
-    add_pretrained(weights.parent, "vae", "mllm", "dit")
+    """What was trained up to a checkpoint, as far as the files are still there: the parts that `pretrain` made, or the
+    rows that shipped weights have in their card, and each run of train.py from then on."""
     if (card := weights / "MODEL_CARD.md").is_file():
-        for line in card.read_text().splitlines():
-            if line.startswith(("| pretrain ", "| train.py ")):
-                add(*line.strip("| ").split(" | "))
-    for folder, begun in reversed(list(checkpoints_before(checkpoint.parent))):
-        done = json.loads((folder / "train.json").read_text())["counts"]
-        add(f"train.py stage {begun['stage']}", 1, done["step"], done["samples"], round(done["seconds"]))
-    add_pretrained(checkpoint.parent, "decoder")
-    return table([["phase", "runs", "steps", "samples", "seconds"], *([phase, *n] for phase, n in phases.items())])
-
-
-def checkpoints_before(folder):
-    """(A checkpoint's folder, what its run began with), then the last one of the run it started from, and so on."""
+        lines = [line for line in card.read_text().splitlines() if line.startswith(("| pretrain ", "| train.py "))]
+        before = [line.strip("| ").split(" | ") for line in lines]
+    else:
+        before = pretrained(weights.parent, "vae", "mllm", "dit")
+    runs, folder = [], checkpoint.parent
     while (folder / "train.json").is_file():
-        begun = began_with(folder.parent)
-        yield folder, begun
+        begun, done = began_with(folder.parent), json.loads((folder / "train.json").read_text())["counts"]
+        runs.insert(0, [f"train.py stage {begun['stage']}", 1, done["step"], done["samples"], round(done["seconds"])])
         started = Path(begun["weights"] or "")
         folder = max(started.glob("step-*"), default=started)
+    return [*before, *runs, *pretrained(checkpoint.parent, "decoder")]
+
+
+def pretrained(folder, *parts):
+    for part in parts:
+        if (path := folder / f"{part}.pt").is_file():
+            state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+            yield [f"pretrain {part}", 1, state["step"], 0, round(state["seconds"])]

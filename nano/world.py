@@ -6,15 +6,16 @@
       -> frames uint8 (T, H, W, 3) before and after, and the edited region bool (T, H, W)
 
 Drawn with torch at twice the size and averaged: camera motion, soft shadows, occlusion. (seed, split, index) decide an
-edit. Objects, photographs and wordings of the test split never occur in training, except that a text can only ask for
-a thing whose name training has heard, or for a new pair of a known colour and a known shape. Training alone sees
-recoloured photographs and things, and heaps of leaves as places: nano learned fifteen plain photographs by heart.
+edit, so the order in which random numbers are taken is part of the world. Objects, photographs and wordings of the test
+split never occur in training, except that a text can only ask for a thing whose name training has heard, or for a new
+pair of a known colour and a known shape. Training alone sees recoloured photographs and things, and heaps of leaves as
+places: nano learned fifteen plain photographs by heart.
 """
 
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -30,54 +31,90 @@ TASKS = {
     "ref_video": ("subject", "background_ref", "subject", "subject_add"),
 }
 MIXTURE = ("image", "video", "ref_video", "image")  # as the paper's third stage: 2:1:1
-COLOURS = {
-    "red": (0.85, 0.12, 0.12), "green": (0.15, 0.65, 0.2), "blue": (0.15, 0.3, 0.85), "yellow": (0.98, 0.85, 0.1),
-    "orange": (0.98, 0.5, 0.05), "purple": (0.5, 0.15, 0.7), "pink": (0.98, 0.5, 0.7), "white": (0.96, 0.96, 0.96),
-    "black": (0.08, 0.08, 0.09), "brown": (0.45, 0.27, 0.12), "turquoise": (0.1, 0.75, 0.75), "grey": (0.5, 0.5, 0.52),
-}  # fmt: skip
 WORDINGS = json.loads(Path(__file__).with_name("wordings.json").read_text())
+COLOURS, PLACES = WORDINGS["colours"], WORDINGS["places"]  # of a name its rgb in [0, 1]; its x, y from the middle
 SPRITE = 128  # pixels a side of a stored sprite
 TEST_SHARE = 6  # one name in six is held out
+SHADOW = 0.35
 
 
 @dataclass
 class Sprite:
     name: str
     look: str  # which artist drew it: one name has several looks
-    levels: list  # premultiplied RGBA (4, n, n) float in [0, 1], n = 128, 64, 32, 16
+    levels: list  # premultiplied RGBA (4, n, n) float in [0, 1], n = 128, 64, 32, 16: no warp has to skip pixels
 
 
 @dataclass
 class Photo:
     name: str  # what an instruction calls it, e.g. "a forest"
-    image: object  # (3, H, W) float in [0, 1]
+    image: torch.Tensor  # (3, H, W) float in [0, 1]
     panorama: bool = False  # equirectangular, or flat and repeated without end
 
 
 @dataclass
+class Thing:
+    sprite: Sprite
+    path: torch.Tensor  # (T, 4): x, y in frame widths from the middle, size in frame widths, angle
+    flip: bool = False
+
+
+@dataclass
+class Scene:
+    photo: Photo
+    view: tuple  # where the camera starts: (yaw, pitch, field of view) or (x, y, scale), and whether it is mirrored
+    camera: torch.Tensor  # (T, 3): x, y in frame widths, and zoom
+    things: list
+
+
+@dataclass
+class Edit:
+    kind: str  # the CSV it goes to
+    task: str
+    prompt: str  # an entry of wordings.json, its blanks filled
+    source: Scene
+    target: Scene
+    style: str | None = None  # a key of STYLES: the target is the source, restyled
+    ref: torch.Tensor | None = None  # (3, n, n)
+    changed: tuple = ()  # indices of the things that differ in (source, target), None where there is none
+    new: Sprite | None = None  # what a change or addition brings
+
+
+def of_split(names, split):
+    """The names of a split. Held out is one in TEST_SHARE, by the order of their hashes: the same on every machine."""
+    ranked = sorted(set(names), key=lambda name: hashlib.sha256(name.encode()).digest())
+    held = len(ranked) // TEST_SHARE
+    return sorted(ranked[:held] if split == "test" else ranked[held:])
+
+
+def in_colour(name):
+    """Whether a name says a colour, as those of all shapes do and those of a few emoji ("green book")."""
+    return name.split()[0] in COLOURS
+
+
+@dataclass
 class Library:
-    sprites: dict = field(default_factory=dict)  # name -> [Sprite], the first is the look that its name alone calls for
-    photos: list = field(default_factory=list)
+    sprites: dict  # name -> [Sprite], the first is the look that its name alone calls for
+    photos: list
 
     def names(self, split):
-        held = held_out(self.sprites)
-        return sorted(name for name in self.sprites if (name in held) == (split == "test"))
+        return of_split(self.sprites, split)
 
     def photos_of(self, split):
         """The split's photographs, and apart from them its textures: (panoramas, flat ones)."""
         groups = [[p for p in self.photos if p.panorama == panorama] for panorama in (True, False)]
-        held = [held_out([p.name for p in group]) for group in groups]
-        return [[p for p in group if (p.name in names) == (split == "test")] for group, names in zip(groups, held)]
+        names = [of_split([p.name for p in group], split) for group in groups]
+        return [[p for p in group if p.name in some] for group, some in zip(groups, names)]
 
-
-def held_out(names):
-    """One name in TEST_SHARE, by the order of their hashes: known without a list, the same on every machine."""
-    ranked = sorted(set(names), key=lambda name: hashlib.sha256(name.encode()).digest())
-    return set(ranked[: len(ranked) // TEST_SHARE])
+    def nameable(self, split):
+        """What a text may call for: the split's coloured shapes, and common things that training has heard of."""
+        shapes = [name for name in self.names(split) if in_colour(name) and len(self.sprites[name]) == 2]
+        known = self.names("train")
+        return shapes, [name for name in WORDINGS["common"] if name in known]
 
 
 def pyramid(image):
-    """A sprite and its halves, so that no warp has to skip pixels."""
+    """A sprite and its halves."""
     levels = [image]
     while levels[-1].shape[-1] > 16:
         levels.append(F.avg_pool2d(levels[-1][None], 2)[0])
@@ -120,12 +157,11 @@ def draw_shapes():
         alpha = (0.5 - distance * SPRITE).clamp(0, 1)
         rim = (0.5 - (distance + 0.09) * SPRITE).clamp(0, 1)
         for colour, rgb in COLOURS.items():
-            rgb = torch.tensor(rgb).view(3, 1, 1)
+            name, rgb = f"{colour} {shape}", torch.tensor(rgb).view(3, 1, 1)
             shaded = rgb * (0.95 - 0.3 * y) + 0.25 * (-((x + 0.3) ** 2 + (y + 0.35) ** 2) * 8).exp()
             striped = rgb * rim + (1 - rim) * (0.25 + 0.5 * (1 - rgb)) - 0.2 * ((x + y) * 14).sin().gt(0.3) * rim
-            for look, body in (("shaded", shaded), ("striped", striped)):
-                levels = pyramid(torch.cat([body.clamp(0, 1) * alpha, alpha[None]]))[1:]  # drawn at twice the size
-                sprites.setdefault(f"{colour} {shape}", []).append(Sprite(f"{colour} {shape}", look, levels))
+            layers = (torch.cat([body.clamp(0, 1) * alpha, alpha[None]]) for body in (shaded, striped))
+            sprites[name] = [Sprite(name, look, pyramid(x)[1:]) for look, x in zip(("shaded", "striped"), layers)]
     return sprites
 
 
@@ -137,42 +173,52 @@ def draw_textures(count=48, size=256):
         g = torch.Generator().manual_seed(i)
         colours = torch.rand(3, 3, generator=g)
         colours = 0.15 + 0.7 * colours.lerp(colours.mean(dim=1, keepdim=True), 0.45)  # no louder than photographs
+        first, second, third = colours.view(3, 3, 1, 1)
         spectrum = torch.fft.rfft2(torch.randn(2, size, size, generator=g))
         steep = 1.8 + torch.rand(1, generator=g).item()
-        field_ = torch.fft.irfft2(spectrum / (frequency + 4 / size**2) ** (steep / 2), s=(size, size))
-        a, b = (field_ / field_.std(dim=(1, 2), keepdim=True)).mul(1.2).sigmoid()[:, None]
-        image = colours[0].view(3, 1, 1) * a + colours[1].view(3, 1, 1) * (1 - a)
-        image = image * (0.4 + 0.6 * b) + colours[2].view(3, 1, 1) * 0.4 * (1 - b)
+        clouds = torch.fft.irfft2(spectrum / (frequency + 4 / size**2) ** (steep / 2), s=(size, size))
+        a, b = (clouds / clouds.std(dim=(1, 2), keepdim=True)).mul(1.2).sigmoid()[:, None]
+        image = (first * a + second * (1 - a)) * (0.4 + 0.6 * b) + third * 0.4 * (1 - b)
         photos.append(Photo(f"texture {i}", image.clamp(0, 1)))
     return photos
 
 
-def wave(phase, soft):
-    return ((2 * math.pi * phase).sin() * soft / 4).clamp(-0.5, 0.5) + 0.5
+@lru_cache(maxsize=1)  # a worker draws many clips
+def load_library(folder=None):
+    """Shapes and textures and, if `folder` has them, emoji and photographs. FileNotFoundError before `nano assets`."""
+    path = Path(folder or "", "index.json")
+    if folder and not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: fill the folder with `python -m nano assets {folder}`")
+    library = Library(draw_shapes(), draw_textures())
+    if not folder:
+        return library
+    index, images = json.loads(path.read_text()), load_file(path.with_name("assets.safetensors"))
+    for entry, image in zip(index["sprites"], images["sprites"]):
+        sprite = Sprite(entry["name"], entry["look"], pyramid(image.float() / 255))
+        library.sprites.setdefault(sprite.name, []).append(sprite)
+    panoramas = [Photo(e["name"], image.float() / 255, True) for e, image in zip(index["photos"], images["photos"])]
+    library.photos = panoramas + library.photos[: len(panoramas)]
+    return library
 
 
-PATTERNS = {  # words of two named colours, and the share of the second on a grid; soft: how wide an edge is
-    "plain": ("a plain {a} wall", lambda x, y, soft: torch.zeros_like(x)),
-    "stripes": ("{a} and {b} stripes", lambda x, y, soft: wave(4 * x, soft)),
-    "checkerboard": ("a checkerboard of {a} and {b}", lambda x, y, soft: (wave(2 * x, soft) - wave(2 * y, soft)).abs()),
-    "dots": ("{b} dots on {a}", lambda x, y, soft: ((4 * x % 1 - 0.5) ** 2 + (4 * y % 1 - 0.5) ** 2).sqrt().sub(0.3)
-             .mul(-soft / 2).clamp(-0.5, 0.5) + 0.5),
-    "gradient": ("a smooth gradient from {a} to {b}", lambda x, y, soft: (1 - (2 * math.pi * y).cos()) / 2),
-}  # fmt: skip
+def pick(rng, options):
+    return options[rng.integers(len(options))]
 
 
-def pattern_photo(rng, split, size=128):
-    """A seamless pattern whose words belong to the split: a background that words alone describe to the pixel."""
-    while True:
-        kind = pick(rng, list(PATTERNS))
-        first, second = (list(COLOURS)[i] for i in rng.choice(len(COLOURS), 2, replace=False))
-        words, mix = PATTERNS[kind]
-        name = words.format(a=first, b=second)
-        if kind == "plain" or (hashlib.sha256(name.encode()).digest()[0] % TEST_SHARE == 0) == (split == "test"):
-            break
-    y, x = pixel_grid(size)
-    a, b, mix = *(torch.tensor(COLOURS[c]).view(3, 1, 1) for c in (first, second)), mix(x, y, size / 8)
-    return Photo(name, a * (1 - mix) + b * mix)
+def recoloured(rng, thing):
+    """A photograph or a sprite whose colours are turned about the grey axis, more or less of them, and exposed anew."""
+    turn, much, light = rng.normal(0, 0.8), rng.uniform(0.4, 1.3), rng.uniform(0.6, 1.25)
+    grey, cross = torch.full((3, 3), 1 / 3), torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]])
+    turned = math.cos(turn) * (torch.eye(3) - grey) + math.sin(turn) / 3**0.5 * cross
+    matrix = light * (grey + much * turned)
+
+    def recolour(image):  # premultiplied, if there is alpha: linear all the same
+        colours, alpha = torch.einsum("ij,jhw->ihw", matrix, image[:3]), image[3:]
+        return torch.cat([torch.minimum(colours.relu(), alpha), alpha]) if len(alpha) else colours.clamp(0, 1)
+
+    if isinstance(thing, Photo):
+        return replace(thing, image=recolour(thing.image))
+    return replace(thing, look=f"{thing.look}, recoloured", levels=[recolour(level) for level in thing.levels])
 
 
 def draw_leaves(rng, skins, size=128):
@@ -186,92 +232,61 @@ def draw_leaves(rng, skins, size=128):
     palette = torch.from_numpy(palette.mean(axis=1, keepdims=True) * 0.5 + palette * 0.5)[..., None, None]
     grain = F.interpolate(pick(rng, skins).image[None], (size, size), mode="bilinear", antialias=True)[0]
     grain = grain - grain.mean(dim=(1, 2), keepdim=True)
-    smallest, largest, upright = float(rng.uniform(0.03, 0.12)), 0.32, rng.random() < 0.5
+    smallest, largest, upright = rng.uniform(0.03, 0.12), 0.32, rng.random() < 0.5
     covered = 2 * math.pi * smallest**2 * math.log(largest / smallest)  # by one leaf, on average
     image = palette[0] + grain
     for _ in range(int(3 / covered)):
-        middle_x, middle_y, tone = (float(v) for v in rng.random(3))
-        radius = min(largest, smallest * (1 - float(rng.random())) ** -0.5)
-        angle, flatness = 0.0 if upright else float(rng.uniform(0, math.pi)), float(rng.uniform(1, 2.5))
+        middle_x, middle_y, tone = rng.random(3).tolist()
+        radius = min(largest, smallest * (1 - rng.random()) ** -0.5)
+        angle, flatness = 0.0 if upright else rng.uniform(0, math.pi), rng.uniform(1, 2.5)
         cos, sin = math.cos(angle), math.sin(angle)
         dx, dy = (x - middle_x + 0.5) % 1 - 0.5, (y - middle_y + 0.5) % 1 - 0.5
         u, v = cos * dx + sin * dy, flatness * (cos * dy - sin * dx)
         distance = torch.hypot(u, v) if rng.random() < 0.5 else torch.maximum(u.abs(), v.abs())
         alpha = ((radius - distance) * size + 0.5).clamp(0, 1)
-        colour = palette[int(tone * 5)] + float(rng.normal(0, 0.06))
-        body = colour + 0.15 * v / radius + float(rng.uniform(0, 1)) * grain
-        image = image + alpha * (body - image)
+        colour = palette[int(tone * 5)] + rng.normal(0, 0.06)
+        image = image + alpha * (colour + 0.15 * v / radius + rng.uniform(0, 1) * grain - image)
     return Photo("texture of leaves", image.clamp(0, 1))
 
 
-def colour_matrix(rng):
-    """(3, 3): colours turned about the grey axis, more or less of them, and another exposure."""
-    turn, much, light = float(rng.normal(0, 0.8)), float(rng.uniform(0.4, 1.3)), float(rng.uniform(0.6, 1.25))
-    grey, cos, sin = torch.full((3, 3), 1 / 3), math.cos(turn), math.sin(turn) / 3**0.5
-    cross = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]])
-    return light * (grey + much * (cos * (torch.eye(3) - grey) + sin * cross))
+def wave(phase, soft):
+    return ((2 * math.pi * phase).sin() * soft / 4).clamp(-0.5, 0.5) + 0.5
 
 
-def recoloured(rng, thing):
-    """A photograph or a sprite in other colours."""
-    matrix = colour_matrix(rng)
-
-    def turned(image):  # premultiplied, if there is alpha: linear all the same
-        colours, alpha = torch.einsum("ij,jhw->ihw", matrix, image[:3]), image[3:]
-        return torch.cat([torch.minimum(colours.relu(), alpha), alpha]) if len(alpha) else colours.clamp(0, 1)
-
-    if isinstance(thing, Photo):
-        return replace(thing, image=turned(thing.image))
-    return replace(thing, look=f"{thing.look}, recoloured", levels=[turned(level) for level in thing.levels])
+PATTERNS = {  # words of two named colours, and the share of the second on a grid; soft: how wide an edge is
+    "a plain {a} wall": lambda x, y, soft: torch.zeros_like(x),
+    "{a} and {b} stripes": lambda x, y, soft: wave(4 * x, soft),
+    "a checkerboard of {a} and {b}": lambda x, y, soft: (wave(2 * x, soft) - wave(2 * y, soft)).abs(),
+    "{b} dots on {a}": lambda x, y, soft: ((4 * x % 1 - 0.5) ** 2 + (4 * y % 1 - 0.5) ** 2).sqrt().sub(0.3)
+    .mul(-soft / 2).clamp(-0.5, 0.5) + 0.5,
+    "a smooth gradient from {a} to {b}": lambda x, y, soft: (1 - (2 * math.pi * y).cos()) / 2,
+}  # fmt: skip
 
 
-@lru_cache(maxsize=1)  # a worker draws many clips
-def load_library(folder=None):
-    """Shapes and textures and, if `folder` has them, emoji and photographs. FileNotFoundError before `nano assets`."""
-    library = Library(draw_shapes(), draw_textures())
-    if folder is None:
-        return library
-    path = Path(folder) / "index.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: fill the folder with `python -m nano assets {folder}`")
-    index, images = json.loads(path.read_text()), load_file(path.with_name("assets.safetensors"))
-    for entry, image in zip(index["sprites"], images["sprites"]):
-        name = entry["name"]
-        library.sprites.setdefault(name, []).append(Sprite(name, entry["look"], pyramid(image.float() / 255)))
-    panoramas = [Photo(e["name"], image.float() / 255, True) for e, image in zip(index["photos"], images["photos"])]
-    library.photos = panoramas + library.photos[: len(panoramas)]
-    return library
-
-
-@dataclass
-class Thing:
-    sprite: Sprite
-    path: object  # (T, 4) float32: x, y in frame widths from the middle, size in frame widths, angle
-    flip: bool = False
-
-
-@dataclass
-class Scene:
-    photo: Photo
-    view: tuple  # where the camera starts: (yaw, pitch, field of view) or (x, y, scale), and whether it is mirrored
-    camera: object  # (T, 3) float32: x, y in frame widths, and zoom
-    things: list
-
-
-def pick(rng, options):
-    return options[int(rng.integers(len(options)))]
+def pattern_photo(rng, split, size=128):
+    """A seamless pattern whose words belong to the split: a background that words alone describe to the pixel."""
+    while True:
+        words = pick(rng, list(PATTERNS))
+        first, second = (list(COLOURS)[i] for i in rng.choice(len(COLOURS), 2, replace=False))
+        name = words.format(a=first, b=second)
+        held_out = hashlib.sha256(name.encode()).digest()[0] % TEST_SHARE == 0
+        if "plain" in words or held_out == (split == "test"):
+            break
+    y, x = pixel_grid(size)
+    a, b = (torch.tensor(COLOURS[colour]).view(3, 1, 1) for colour in (first, second))
+    share = PATTERNS[words](x, y, size / 8)
+    return Photo(name, a * (1 - share) + b * share)
 
 
 def smooth_path(rng, frames, amount):
     """(T,) a drift, a swing or no motion at all, of about `amount`."""
     time = torch.linspace(0, 1, frames)
-    kind = rng.random()
-    size = float(rng.uniform(-amount, amount))
+    kind, size = rng.random(), rng.uniform(-amount, amount)
     if kind < 0.3:
         return torch.zeros(frames)
     if kind < 0.7:
         return size * (time - 0.5)
-    return size / 2 * (2 * math.pi * (float(rng.uniform(0.5, 1.2)) * time + float(rng.random()))).sin()
+    return size / 2 * (2 * math.pi * (rng.uniform(0.5, 1.2) * time + rng.random())).sin()
 
 
 def draw_camera(rng, frames):
@@ -280,19 +295,22 @@ def draw_camera(rng, frames):
     x, y, zoom = torch.zeros(frames), torch.zeros(frames), torch.ones(frames)
     time = torch.linspace(0, 1, frames)
     if 0.25 < kind < 0.6:
-        x, y = float(rng.uniform(-0.25, 0.25)) * (time - 0.5), float(rng.uniform(-0.1, 0.1)) * (time - 0.5)
+        x, y = rng.uniform(-0.25, 0.25) * (time - 0.5), rng.uniform(-0.1, 0.1) * (time - 0.5)
     elif 0.6 <= kind < 0.8:
-        zoom = 1 + float(rng.uniform(0.1, 0.35)) * (time if rng.random() < 0.5 else 1 - time)
+        zoom = 1 + rng.uniform(0.1, 0.35) * (time if rng.random() < 0.5 else 1 - time)
     elif kind >= 0.8:
         x, y = (torch.from_numpy(rng.normal(0, 0.008, frames).cumsum().astype("float32")) for _ in "xy")
     return torch.stack([x, y, zoom], dim=1)
 
 
 def draw_view(rng, photo, split):
-    if photo.panorama:  # training looks up and down too: fifteen panoramas have few views straight ahead
-        ranges = ((-180, 180), (-30, 25), (50, 95)) if split == "train" else ((-180, 180), (-8, 6), (65, 85))
-        return (*(float(rng.uniform(*limits)) for limits in ranges), bool(rng.integers(2)))
-    return float(rng.random()), float(rng.random()), float(rng.uniform(0.5, 0.8)), bool(rng.integers(2))
+    if not photo.panorama:
+        ranges = (0, 1), (0, 1), (0.5, 0.8)
+    elif split == "test":
+        ranges = (-180, 180), (-8, 6), (65, 85)
+    else:  # training looks up and down too: fifteen panoramas have few views straight ahead
+        ranges = (-180, 180), (-30, 25), (50, 95)
+    return *(rng.uniform(*limits) for limits in ranges), bool(rng.integers(2))
 
 
 def draw_things(rng, sprites, frames):
@@ -301,14 +319,14 @@ def draw_things(rng, sprites, frames):
     order = rng.permutation(2 if len(sprites) < 3 else 4)
     things = []
     for sprite, slot in zip(sprites, order):
-        x, y = slots[slot] if len(sprites) > 1 else (float(rng.uniform(-0.22, 0.22)), float(rng.uniform(-0.1, 0.2)))
-        x, y = (v + float(rng.uniform(-0.06, 0.06)) for v in (x, y))
-        size = float(rng.uniform(0.34, 0.5)) * (1.15 if len(sprites) == 1 else 1.0)
+        x, y = slots[slot] if len(sprites) > 1 else (rng.uniform(-0.22, 0.22), rng.uniform(-0.1, 0.2))
+        x, y = x + rng.uniform(-0.06, 0.06), y + rng.uniform(-0.06, 0.06)
+        size = rng.uniform(0.34, 0.5) * (1.15 if len(sprites) == 1 else 1.0)
         path = [
             (x + smooth_path(rng, frames, 0.22)).clamp(-0.33, 0.33),
             (y + smooth_path(rng, frames, 0.12)).clamp(-0.33, 0.33),
             size * (1 + smooth_path(rng, frames, 0.25)),
-            float(rng.uniform(-0.15, 0.15)) + smooth_path(rng, frames, 0.5),
+            rng.uniform(-0.15, 0.15) + smooth_path(rng, frames, 0.5),
         ]
         things.append(Thing(sprite, torch.stack(path, dim=1), bool(rng.integers(2))))
     return things
@@ -355,9 +373,6 @@ def render_thing(thing, camera, size, shadow=False):
     return F.grid_sample(image.expand(len(grid), -1, -1, -1), grid, align_corners=False)
 
 
-SHADOW = 0.35
-
-
 def render(scene, size):
     """A scene's frames (T, 3, size, size) and, of each thing, the share of a pixel that it or its shadow changes
     and the share that is visible, each (T, 1, size, size). Drawn at twice the size and averaged."""
@@ -377,9 +392,9 @@ def grey(x):
     return (x * x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(dim=1, keepdim=True)
 
 
-def blurred(x, radius):
+def blurred(x):
     for _ in range(3):
-        x = F.avg_pool2d(F.pad(x, (radius,) * 4, mode="replicate"), 2 * radius + 1, stride=1)
+        x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     return x
 
 
@@ -392,11 +407,6 @@ def tinted(x, *rgb):
     return x * x.new_tensor(rgb).view(3, 1, 1)
 
 
-def pixelated(x):
-    cell = x.shape[-1] // 16
-    return F.interpolate(F.avg_pool2d(x, cell), scale_factor=cell, mode="nearest")
-
-
 STYLES = {
     "night": lambda x: tinted(x**1.3, 0.28, 0.34, 0.62),
     "a black and white film": lambda x: ((grey(x) - 0.5) * 1.15 + 0.5).expand_as(x),
@@ -404,91 +414,19 @@ STYLES = {
     "sunset": lambda x: tinted(x, 1.15, 0.72, 0.5) + x.new_tensor([0.1, 0.03, 0.0]).view(3, 1, 1),
     "winter": lambda x: tinted(0.45 * x + 0.55 * grey(x), 0.85, 0.95, 1.1) * 0.7 + 0.3,
     "a pencil sketch": lambda x: (0.97 - 2.5 * edges(x)).expand_as(x),
-    "pixel art": pixelated,
-    "a comic book": lambda x: (blurred(x, 1) * 3.999).floor() / 3 * (1 - 1.6 * edges(x)).clamp(0.1, 1),
+    "pixel art": lambda x: F.interpolate(F.avg_pool2d(x, x.shape[-1] // 16), x.shape[2:], mode="nearest"),
+    "a comic book": lambda x: (blurred(x) * 3.999).floor() / 3 * (1 - 1.6 * edges(x)).clamp(0.1, 1),
     "a photographic negative": lambda x: 1 - x,
-    "a misty morning": lambda x: 0.42 * blurred(x, 1) + 0.5,
+    "a misty morning": lambda x: 0.42 * blurred(x) + 0.5,
     "an infrared camera": lambda x: tinted(grey(x), 1.6, 0, 0) + tinted((grey(x) * 2 - 0.6).clamp(0, 1), 0, 0.9, 0)
     + tinted(1 - grey(x), 0, 0, 0.8),
     "a neon sign": lambda x: 0.15 * tinted(x, 0.6, 0.3, 1) + 2.2 * tinted(edges(x), 0.3, 1, 0.95),
-}  # fmt: skip
-
-PLACES = {
-    "on the left": (-0.26, 0.08), "on the right": (0.26, 0.08), "in the middle": (0.0, 0.05),
-    "at the top": (0.0, -0.25), "at the bottom": (0.0, 0.27), "in the top left corner": (-0.27, -0.26),
-    "in the top right corner": (0.27, -0.26), "in the bottom left corner": (-0.27, 0.27),
-    "in the bottom right corner": (0.27, 0.27),
 }  # fmt: skip
 
 
 def article(name):
     plural = name.endswith("s") and not name.endswith(("ss", "us"))
     return f"{'some' if plural else 'an' if name[0] in 'aeio' else 'a'} {name}"
-
-
-@dataclass
-class Edit:
-    """One example: the scene before and after, and the words for it."""
-
-    kind: str  # the CSV it goes to
-    task: str
-    prompt: str  # an entry of wordings.json, its blanks filled
-    source: Scene
-    target: Scene
-    style: str | None = None  # a key of STYLES: the target is the source, restyled
-    ref: object = None  # (3, n, n) float
-    changed: tuple = ()  # indices of the things that differ in (source, target), None where there is none
-    new: Sprite | None = None  # what a change or addition brings
-
-
-def in_colour(name):
-    """Whether a name says a colour, as those of all shapes do and those of a few emoji ("green book")."""
-    return name.split()[0] in COLOURS
-
-
-def nameable(library, split):
-    """What a text may call for: the split's coloured shapes, and common things."""
-    shapes = [n for n in library.names(split) if in_colour(n) and len(library.sprites[n]) == 2]
-    known = library.names("train")
-    return shapes, [name for name in WORDINGS["common"] if name in known]
-
-
-def draw_photo(rng, library, split, but=""):
-    panoramas, textures = library.photos_of(split)
-    if split == "train" and rng.random() < 0.25:
-        return draw_leaves(rng, textures)
-    photos = panoramas if panoramas and rng.random() < 0.7 else textures
-    photo = pick(rng, [p for p in photos if p.name != but])
-    return recoloured(rng, photo) if split == "train" and rng.random() < 0.6 else photo
-
-
-def draw_sprite(rng, library, split, name):
-    """A look of a name; in training sometimes one that nobody drew. A name that says a colour keeps it."""
-    sprite = pick(rng, library.sprites[name])
-    return recoloured(rng, sprite) if split == "train" and not in_colour(name) and rng.random() < 0.4 else sprite
-
-
-def draw_scene(rng, library, split, frames):
-    names = library.names(split)
-    emoji = [n for n in names if not in_colour(n)] or names
-    count = int(rng.choice([1, 2, 3], p=[0.45, 0.4, 0.15]))
-    chosen = []
-    while len(chosen) < count:
-        name = pick(rng, emoji if rng.random() < 0.75 else names)
-        if name not in chosen:
-            chosen.append(name)
-    things = draw_things(rng, [draw_sprite(rng, library, split, name) for name in chosen], frames)
-    photo = draw_photo(rng, library, split)
-    return Scene(photo, draw_view(rng, photo, split), draw_camera(rng, frames), things)
-
-
-def nameable_sprite(rng, library, split, without):
-    shapes, common = nameable(library, split)
-    while True:
-        names = common if common and rng.random() < 0.6 else shapes
-        sprite = library.sprites[pick(rng, names)][0]
-        if sprite.name not in without:
-            return sprite
 
 
 def show_reference(rng, thing, size):
@@ -501,99 +439,129 @@ def show_reference(rng, thing, size):
     return torch.tensor(paper, dtype=torch.float32).view(3, 1, 1) * (1 - layer[3:]) + layer[:3]
 
 
-def draw_edit(library, split, seed, index, frames, size):
-    """Clip `index` of a data set: everything about it is drawn from (seed, split, index)."""
-    rng = np.random.default_rng([seed, split == "test", index])
-    kind = MIXTURE[index % len(MIXTURE)]
-    task = pick(rng, TASKS[kind])
-    scene = draw_scene(rng, library, split, 1 if kind == "image" else frames)
-    edit = Edit(kind, task, "", scene, scene)
-    words = {"clip": "picture" if kind == "image" else "video"}
-    if task == "style":
-        edit.style = words["s"] = pick(rng, list(STYLES))
-    elif task.startswith("background"):
-        words["p"] = change_background(rng, edit, library, split, size)
-    elif task in ("add", "subject_add"):
-        words |= add_thing(rng, edit, library, split)
-    else:
-        words |= change_thing(rng, edit, library, split)
-    if task.startswith("subject"):
-        edit.ref = show_reference(rng, edit.target.things[edit.changed[1]], 2 * size)
-    edit.prompt = pick(rng, WORDINGS[split][task]).format(**words)
-    return edit
-
-
-def redraw_edit(library, world, index):
-    """Clip `index` of a data set as its world.json says that it is drawn: the same each time."""
-    return draw_edit(library, world["split"], world["seed"], index, world["frames"], world["size"])
-
-
-def change_background(rng, edit, library, split, size):
-    """A pattern that words describe, or a photograph with another view of it as the reference -> its name."""
-    scene = edit.source
-    if edit.task == "background":
-        photo, view = pattern_photo(rng, split), (0.0, 0.0, 0.7, False)
-    else:
-        photo = draw_photo(rng, library, split, but=scene.photo.name)
-        view = draw_view(rng, photo, split)
-    edit.target = Scene(photo, view, scene.camera, scene.things)
-    if edit.task == "background_ref":
-        x, y, zoom = *rng.uniform(-0.08, 0.08, 2), rng.uniform(0.85, 1.0)
-        camera = scene.camera[:1] * torch.tensor([1, 1, 0]) + torch.tensor([[x, y, zoom]], dtype=torch.float32)
-        edit.ref = render_background(Scene(photo, view, camera, []), 2 * size)[0]
-    return photo.name
-
-
-def new_thing(rng, edit, library, split, path):
-    """What an edit brings, which is nowhere in the scene -> the thing on a path, and what the instruction calls it."""
-    present = [thing.sprite.name for thing in edit.source.things]
-    if edit.task.startswith("subject"):  # the picture tells: any thing in any look, on either side
-        name = pick(rng, [name for name in library.names(split) if name not in present])
-        edit.new = draw_sprite(rng, library, split, name)
-        return Thing(edit.new, path, bool(rng.integers(2))), name
-    edit.new = nameable_sprite(rng, library, split, present)
-    return Thing(edit.new, path), article(edit.new.name)
-
-
-def add_thing(rng, edit, library, split):
-    """Put a new thing at a place with a name, which others leave free -> the words for both."""
-    scene, place = edit.source, pick(rng, list(PLACES))
-    path = torch.tensor([*PLACES[place], 0.4, 0.0]).repeat(len(scene.camera), 1)
-    thing, name = new_thing(rng, edit, library, split, path)
-    others = [t for t in scene.things if ((t.path[:, :2] - path[:, :2]).norm(dim=1) > 0.3).all()]
-    edit.source = replace(scene, things=others)
-    edit.target = replace(scene, things=[*others, thing])
-    edit.changed = (None, len(others))
-    return {"w": place, "b": name}
-
-
 def stands_out(things, which):
     """Where one thing is, seen from the others on the first frame: "on the left" of all, ..., or in the middle."""
     places = torch.stack([thing.path[0, :2] for thing in things])
     ahead = places[which] - torch.cat([places[:which], places[which + 1 :]])
     right, below = ahead.unbind(dim=1)
     sides = {"on the left": -right, "on the right": right, "at the top": -below, "at the bottom": below}
-    side, lead = max(((side, float(by.min())) for side, by in sides.items()), key=lambda found: found[1])
-    return side if lead > 0.05 else "in the middle"
+    side = max(sides, key=lambda side: sides[side].min())
+    return side if sides[side].min() > 0.05 else "in the middle"
 
 
-def change_thing(rng, edit, library, split):
-    """Remove one of the things, or put a new one on its path -> the words for them. The new one starts upright and
-    turns as the old one does: one look does not show how askew an old thing is. The words say which of several: always
-    in the test split, whose names training never heard, and three times in four in training, so that names count."""
-    things = list(edit.source.things)
-    which = int(rng.integers(len(things)))
-    old, edit.changed, words = things[which], (which, None), {"a": things[which].sprite.name}
-    if len(things) > 1 and (split == "test" or rng.random() < 0.75):
-        words["a"] += " " + stands_out(things, which)
-    if edit.task == "remove":
-        things.pop(which)
-    else:
-        path = old.path - old.path[:1] * torch.tensor([0, 0, 0, 1])
-        things[which], words["b"] = new_thing(rng, edit, library, split, path)
-        edit.changed = (which, which)
-    edit.target = replace(edit.source, things=things)
-    return words
+@dataclass
+class Artist:
+    """Draws an edit's parts from the library, with the dice of one clip."""
+
+    rng: np.random.Generator
+    library: Library
+    split: str
+    size: int
+
+    def photo(self, but=""):
+        panoramas, textures = self.library.photos_of(self.split)
+        training = self.split == "train"
+        if training and self.rng.random() < 0.25:
+            return draw_leaves(self.rng, textures)
+        photos = panoramas if panoramas and self.rng.random() < 0.7 else textures
+        photo = pick(self.rng, [p for p in photos if p.name != but])
+        return recoloured(self.rng, photo) if training and self.rng.random() < 0.6 else photo
+
+    def sprite(self, name):
+        """A look of a name; in training sometimes one that nobody drew. A name that says a colour keeps it."""
+        sprite = pick(self.rng, self.library.sprites[name])
+        strange = self.split == "train" and not in_colour(name) and self.rng.random() < 0.4
+        return recoloured(self.rng, sprite) if strange else sprite
+
+    def scene(self, frames):
+        names = self.library.names(self.split)
+        emoji = [name for name in names if not in_colour(name)] or names
+        count, chosen = self.rng.choice([1, 2, 3], p=[0.45, 0.4, 0.15]), []
+        while len(chosen) < count:
+            name = pick(self.rng, emoji if self.rng.random() < 0.75 else names)
+            if name not in chosen:
+                chosen.append(name)
+        things = draw_things(self.rng, [self.sprite(name) for name in chosen], frames)
+        photo = self.photo()
+        return Scene(photo, draw_view(self.rng, photo, self.split), draw_camera(self.rng, frames), things)
+
+    def new_thing(self, edit, path):
+        """Something that is nowhere in the scene, on a path -> the thing, and what the instruction calls it."""
+        present = [thing.sprite.name for thing in edit.source.things]
+        if edit.task.startswith("subject"):  # the picture tells: any thing in any look, on either side
+            name = pick(self.rng, [name for name in self.library.names(self.split) if name not in present])
+            edit.new = self.sprite(name)
+            return Thing(edit.new, path, bool(self.rng.integers(2))), name
+        shapes, common = self.library.nameable(self.split)
+        while edit.new is None or edit.new.name in present:
+            names = common if common and self.rng.random() < 0.6 else shapes
+            edit.new = self.library.sprites[pick(self.rng, names)][0]
+        return Thing(edit.new, path), article(edit.new.name)
+
+    # Each changes the target and returns the words for the blanks of the instruction.
+
+    def restyle(self, edit):
+        edit.style = pick(self.rng, list(STYLES))
+        return {"s": edit.style}
+
+    def move(self, edit):
+        """To a pattern that words describe, or to a photograph, another view of which is the reference."""
+        if edit.task == "background":
+            edit.target = replace(edit.source, photo=pattern_photo(self.rng, self.split), view=(0.0, 0.0, 0.7, False))
+        else:
+            photo = self.photo(but=edit.source.photo.name)
+            edit.target = replace(edit.source, photo=photo, view=draw_view(self.rng, photo, self.split))
+            pose = [[*self.rng.uniform(-0.08, 0.08, 2), self.rng.uniform(0.85, 1.0)]]
+            camera = edit.source.camera[:1] * torch.tensor([1, 1, 0]) + torch.tensor(pose, dtype=torch.float32)
+            edit.ref = render_background(replace(edit.target, camera=camera), 2 * self.size)[0]
+        return {"p": edit.target.photo.name}
+
+    def add(self, edit):
+        """At a place with a name, which others leave free."""
+        scene, place = edit.source, pick(self.rng, list(PLACES))
+        path = torch.tensor([*PLACES[place], 0.4, 0.0]).repeat(len(scene.camera), 1)
+        thing, name = self.new_thing(edit, path)
+        others = [t for t in scene.things if ((t.path[:, :2] - path[:, :2]).norm(dim=1) > 0.3).all()]
+        edit.source, edit.target = replace(scene, things=others), replace(scene, things=[*others, thing])
+        edit.changed = (None, len(others))
+        return {"w": place, "b": name}
+
+    def change(self, edit):
+        """Remove one of the things, or put a new one on its path, which starts upright and turns as the old one does:
+        one look does not show how askew an old thing is. The words say which of several: always in the test split,
+        whose names training never heard, and three times in four in training, so that names count."""
+        things = list(edit.source.things)
+        which = int(self.rng.integers(len(things)))
+        old, words = things.pop(which), {}
+        name = old.sprite.name
+        if things and (self.split == "test" or self.rng.random() < 0.75):
+            name += " " + stands_out(edit.source.things, which)
+        if edit.task != "remove":
+            thing, words["b"] = self.new_thing(edit, old.path - old.path[:1] * torch.tensor([0, 0, 0, 1]))
+            things.insert(which, thing)
+        edit.target, edit.changed = replace(edit.source, things=things), (which, which if edit.new else None)
+        return words | {"a": name}
+
+
+def draw_edit(library, split, seed, index, frames, size):
+    """Clip `index` of a data set: everything about it is drawn from (seed, split, index)."""
+    rng = np.random.default_rng([seed, split == "test", index])
+    artist, kind = Artist(rng, library, split, size), MIXTURE[index % len(MIXTURE)]
+    task = pick(rng, TASKS[kind])
+    scene = artist.scene(1 if kind == "image" else frames)
+    edit = Edit(kind, task, "", scene, scene)
+    changes = {"style": artist.restyle, "background": artist.move, "background_ref": artist.move, "add": artist.add,
+               "subject_add": artist.add}  # fmt: skip
+    words = changes.get(task, artist.change)(edit)
+    if task.startswith("subject"):
+        edit.ref = show_reference(rng, edit.target.things[edit.changed[1]], 2 * size)
+    edit.prompt = pick(rng, WORDINGS[split][task]).format(clip="picture" if kind == "image" else "video", **words)
+    return edit
+
+
+def redraw_edit(library, world, index):
+    """Clip `index` of a data set as its world.json says that it is drawn: the same each time."""
+    return draw_edit(library, world["split"], world["seed"], index, world["frames"], world["size"])
 
 
 def to_uint8(frames):
@@ -609,13 +577,12 @@ def draw_frames(edit, size):
     if edit.style:
         return to_uint8(source), to_uint8(STYLES[edit.style](source)), torch.ones_like(source[:, 0], dtype=torch.bool)
     target, touched_target, _ = render(edit.target, size)
-    if edit.task in ("background", "background_ref"):
-        share = 1 - sum(visible, torch.zeros_like(source[:, :1]))
+    if edit.changed:
+        shares = [t[i] for t, i in zip((touched, touched_target), edit.changed) if i is not None]
     else:
-        before, after = edit.changed
-        share = sum(t[i] for t, i in ((touched, before), (touched_target, after)) if i is not None)
+        shares = [1 - sum(visible, torch.zeros_like(source[:, :1]))]
     source, target = to_uint8(source), to_uint8(target)
-    region = (share[:, 0] > 1 / 512) | (source != target).any(dim=-1)  # a smaller share may still tip a rounding
+    region = (sum(shares)[:, 0] > 1 / 512) | (source != target).any(dim=-1)  # a smaller share may still tip a rounding
     return source, target, region
 
 

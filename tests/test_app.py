@@ -22,77 +22,61 @@ needs_page = pytest.mark.skipif(
 )
 
 
-class Browser:
-    """Chromium driven by its DevTools protocol over a pipe: no library between."""
+@pytest.fixture
+def page(tmp_path):
+    """The page in a browser, driven over pipes (DevTools protocol) -> wait(script): the script's value, once true."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, HOUSE / "app.py", "--port", str(port)]
+    server = subprocess.Popen(command, cwd=HOUSE, stdout=subprocess.PIPE, text=True)
+    assert "page " in server.stdout.readline()
+    (answers, out), (into, questions) = os.pipe(), os.pipe()
+    flags = f"--headless --no-sandbox --disable-gpu --user-data-dir={tmp_path} --remote-debugging-pipe about:blank"
+    command = ["bash", "-c", f"exec {CHROMIUM} {flags} 3<&{into} 4>&{out}"]
+    browser = subprocess.Popen(command, pass_fds=(into, out), stderr=subprocess.DEVNULL)
+    os.close(out)
 
-    def __init__(self, folder):
-        (read_here, answers), (questions, self.write) = os.pipe(), os.pipe()
-        flags = f"--headless --no-sandbox --disable-gpu --user-data-dir={folder} --remote-debugging-pipe about:blank"
-        command = f"exec {CHROMIUM} {flags} 3<&{questions} 4>&{answers}"
-        self.process = subprocess.Popen(
-            ["bash", "-c", command], pass_fds=(questions, answers), stderr=subprocess.DEVNULL
-        )
-        os.close(questions), os.close(answers)
-        self.read, self.number, self.session = os.fdopen(read_here, "rb"), 0, None
+    def ask(method, session=None, **params):
+        message = {"id": 1, "method": method, "params": params} | ({"sessionId": session} if session else {})
+        os.write(questions, json.dumps(message).encode() + b"\0")
+        while "id" not in (answer := json.loads(b"".join(iter(lambda: os.read(answers, 1) or exit("ended"), b"\0")))):
+            pass  # an event
+        return answer["result"]
 
-    def ask(self, method, **params):
-        self.number += 1
-        message = {"id": self.number, "method": method, "params": params}
-        message |= {"sessionId": self.session} if self.session else {}
-        os.write(self.write, json.dumps(message).encode() + b"\0")
-        while True:
-            answer = json.loads(b"".join(iter(lambda: self.read.read(1) or exit("chromium ended"), b"\0")))
-            if answer.get("id") == self.number:
-                return answer["result"]
+    target = ask("Target.createTarget", url=f"http://127.0.0.1:{port}")["targetId"]
+    session = ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
 
-    def open(self, url):
-        target = self.ask("Target.createTarget", url=url)["targetId"]
-        self.session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-
-    def wait(self, script, seconds=120):
-        """The value of a script once it is true."""
+    def wait(script, seconds=120):
         for _ in range(3 * seconds):
-            if value := self.ask("Runtime.evaluate", expression=script, returnByValue=True)["result"].get("value"):
+            result = ask("Runtime.evaluate", session, expression=script, returnByValue=True)["result"]
+            if value := result.get("value"):
                 return value
             time.sleep(1 / 3)
         raise AssertionError(f"not true after {seconds} s: {script}")
 
-
-@pytest.fixture
-def page(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    command = [sys.executable, HOUSE / "app.py", "--port", str(port)]
-    server = subprocess.Popen(command, cwd=HOUSE, stdout=subprocess.PIPE, text=True)
-    assert "page " in server.stdout.readline()
-    browser = Browser(tmp_path)
-    try:
-        browser.open(f"http://127.0.0.1:{port}")
-        yield browser
-    finally:
-        browser.process.kill(), server.terminate()
-        browser.process.wait(), server.wait()
+    yield wait
+    for process in (browser, server):
+        process.kill()
+        process.wait()
 
 
 @needs_page
 def test_the_bundled_example_is_edited_by_two_clicks(page, tmp_path):
-    page.wait("!!document.querySelector('#example tbody tr')")
-    page.wait("(document.querySelector('#example tbody tr').click(), true)")
+    page("!!document.querySelector('#example tbody tr')")
+    page("(document.querySelector('#example tbody tr').click(), true)")
     loaded = "[...document.querySelectorAll('%s video')].filter(v => v.readyState > 1).map(v => v.src)"
-    page.wait("document.querySelector('textarea').value.startsWith('Substitute') && " + loaded % "body" + ".length")
-    page.wait("(document.querySelector('#go').click(), true)")
-    page.wait(loaded % "#result" + ".length == 2")
+    page("document.querySelector('textarea').value.startsWith('Substitute') && " + loaded % "body" + ".length")
+    page("(document.querySelector('#go').click(), true)")
+    page(loaded % "#result" + ".length == 2")
     clips = []
-    for address in page.wait(loaded % "#result"):
+    for address in page(loaded % "#result"):
         (tmp_path / "clip.mp4").write_bytes(base64.b64decode(address.partition(",")[2]))
         clips.append(read_clip(tmp_path / "clip.mp4").frames.float())
     assert clips[0].shape == clips[1].shape == (9, 64, 64, 3)
     changed = (clips[0] - clips[1]).abs().mean(dim=(0, 3))
     assert changed[24:44, 20:44].mean() > 4 * changed[-12:].mean(), "the sun became something else, the sea stayed"
-    page.wait(
-        "(r => (r.value = 20, r.dispatchEvent(new Event('input')), true))(document.querySelector('#result input'))"
-    )
-    assert page.wait("document.querySelectorAll('#result video')[1].style.clipPath") == "inset(0px 0px 0px 20%)"
+    page("(r => (r.value = 20, r.dispatchEvent(new Event('input')), true))(document.querySelector('#result input'))")
+    assert page("document.querySelectorAll('#result video')[1].style.clipPath") == "inset(0px 0px 0px 20%)"
 
 
 def test_the_page_is_for_this_computer_alone_and_its_flags_parse_without_torch():

@@ -90,7 +90,7 @@ def test_the_figures_of_readme_and_docs_are_those_of_the_committed_benchmark():
     quoted = 0
     for path in (HOUSE / "bench").glob("*.json"):
         for section, results in json.loads(path.read_text()).items():
-            if section in ("dit", "vae", "memory", "roofline", "weights8", "few", "long", "mask"):
+            if section in ("dit", "vae", "memory", "roofline", "weights8", "few", "long"):
                 quoted += 1
                 assert table(results["rows"]) in PROSE, f"{section} of {path.name}: paste its table"
     assert quoted >= 5

@@ -1,29 +1,26 @@
 """Tests of nano/"""
 
 import csv
+import hashlib
 import json
+import math
 import re
 import sys
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
 import judge
 import train
 from command import one_line
 from conftest import HOUSE, close, randomise, small_edit
-from connectors import MLLMConfig, MLLMEncoder
+from connectors import MLLMConfig
 from dit import DiTConfig
-from lora import inject_lora
 from media import read_clip, read_image
 from model import FlowMatch, KiwiConfig, KiwiEdit
-from nano import assets, data, evaluate, pretrain, ship, world
-from nano.__main__ import main, parse_arguments
-
-AHEAD = {"on the left": (-1, 0), "on the right": (1, 0), "at the top": (0, -1), "at the bottom": (0, 1)}
+from nano import data, evaluate, pretrain, ship, world
+from nano.__main__ import main
 
 
 def nano(*words):
@@ -35,9 +32,10 @@ def library():
     return world.load_library()
 
 
-def edits_of(library, split, count, seed=0, size=64):
-    """The first edits of a world whose clips have 5 frames."""
-    return [world.draw_edit(library, split, seed, i, 5, size) for i in range(count)]
+@pytest.fixture(scope="session")
+def edits(library):
+    """The first edits of a world whose clips have 5 frames, by split."""
+    return {s: [world.draw_edit(library, s, 0, i, 5, 64) for i in range(140)] for s in ("train", "test")}
 
 
 def same_files(a, b):
@@ -45,33 +43,41 @@ def same_files(a, b):
     return len(files) if all((a / name).read_bytes() == (b / name).read_bytes() for name in files) else 0
 
 
-# The world
-
-
 def test_the_world_is_the_same_whoever_draws_it_and_its_tables_are_those_of_the_real_data(tmp_path, nano_data):
     nano("data", tmp_path, "--clips", 16, "--frames", 5, "--workers", 2)
     assert same_files(nano_data, tmp_path) == 4 * 4 + 4 * 3 + 8 * 3 + 5
     for kind, count in {"image": 8, "video": 4, "ref_video": 4}.items():
-        rows = list(csv.DictReader((nano_data / f"{kind}.csv").open()))
-        columns = ["src_video", "tgt_video", "prompt"] + ["ref_image"] * (kind == "ref_video")
-        assert len(rows) == count and list(rows[0]) == columns and rows[0]["prompt"]
-        source, target = (read_clip(nano_data / rows[0][c]) for c in columns[:2])
+        columns, *rows = csv.reader((nano_data / f"{kind}.csv").open())
+        assert columns == ["src_video", "tgt_video", "prompt"] + ["ref_image"] * (kind == "ref_video")
+        source, target = (read_clip(nano_data / name) for name in rows[0][:2])
         assert source.frames.shape == target.frames.shape == (1 if kind == "image" else 5, 64, 64, 3)
-        assert source.still == (kind == "image")
-        assert kind != "ref_video" or read_image(nano_data / rows[0]["ref_image"]).shape == (128, 128, 3)
+        assert source.still == (kind == "image") and len(rows) == count and rows[0][2]
+        assert kind != "ref_video" or read_image(nano_data / rows[0][3]).shape == (128, 128, 3)
 
 
-def test_outside_the_mask_nothing_changes_and_inside_something_does(library, nano_data):
-    for edit in edits_of(library, "train", 40):
+def test_an_edit_is_the_same_in_every_version_of_the_code(edits):
+    told = [[e.prompt, world.describe(e.target), world.boxes(e.target)] for split in edits.values() for e in split]
+    assert hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16] == "f70cf4cf463059de"
+    drawn = [[*world.draw_frames(e, 32)[:2], e.ref] for split in edits.values() for e in split[:24]]
+    light = [round(float(x.float().mean() * (1 if x.max() > 1 else 255))) for d in drawn for x in d if x is not None]
+    assert hashlib.sha256(json.dumps(light).encode()).hexdigest()[:16] == "8f23139459bb0ea3"
+
+
+def test_outside_the_mask_nothing_changes_and_inside_something_does(edits, nano_data):
+    for edit in edits["train"][:32]:
         source, target, region = world.draw_frames(edit, 64)
         assert torch.equal(source[~region], target[~region]), edit.prompt
         assert (source[region] != target[region]).float().mean() > 0.2, edit.prompt
-        if edit.task in ("add", "change", "remove", "subject", "subject_add"):
+        if edit.changed:
             assert 0.01 < region.float().mean() < 0.5, edit.prompt
+        if edit.task == "remove" and len(edit.source.things) == 1:
+            rows, columns = ((world.render(edit.source, 64)[2][0][0, 0] > 0.5).nonzero() / 64).unbind(dim=1)
+            ((left, top, right, bottom),) = world.boxes(edit.source).values()
+            assert left - 0.05 < columns.min() and columns.max() < right + 0.05, "the box encloses the thing"
+            assert top - 0.05 < rows.min() and rows.max() < bottom + 0.05
     for row in data.read_truth(nano_data):
-        source, target = (data.read_frames(nano_data / row[c]).int() for c in ("src_video", "tgt_video"))
-        region = data.read_mask(nano_data / row["mask"], 64)
-        assert region.all() or (source - target)[~region].abs().float().mean() < 2, "the codec's share"
+        source, target, _, region = data.read_case(nano_data, row)
+        assert region.all() or (source.int() - target.int())[~region].abs().float().mean() < 2, "the codec's share"
 
 
 def test_tables_are_of_this_world_alone(tmp_path, monkeypatch):
@@ -80,7 +86,7 @@ def test_tables_are_of_this_world_alone(tmp_path, monkeypatch):
     assert len(list(tmp_path.glob("*.csv"))) == 3
     nano(*small, 1)
     assert [path.name for path in tmp_path.glob("*.csv")] == ["image.csv"]
-    monkeypatch.setattr(data, "write_share", lambda *told: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(data.Clips, "__getitem__", lambda *told: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         nano(*small, 4, "--seed", 1)
     assert [path.name for path in tmp_path.glob("*.*")] == ["world.json"], "half drawn over another: no tables"
@@ -90,14 +96,19 @@ def test_tables_are_of_this_world_alone(tmp_path, monkeypatch):
         nano(*small, 1)
 
 
-def test_what_is_tested_was_never_trained_on(library):
-    def seen(edits):
-        things = {thing.sprite.name for e in edits for thing in e.source.things}
-        photos = {scene.photo.name for e in edits for scene in (e.source, e.target) if "plain" not in scene.photo.name}
-        return things | photos | {e.new.name for e in edits if e.new} | {e.prompt for e in edits}
-
-    train, test = (seen(edits_of(library, split, 200)) for split in ("train", "test"))
-    assert not train & test and len(test) > 220
+def test_what_is_tested_was_never_trained_on_and_training_alone_sees_strange_colours(edits, library):
+    own = {id(photo) for photo in library.photos} | {id(look) for looks in library.sprites.values() for look in looks}
+    seen, strange = {}, {}
+    for split, some in edits.items():
+        scenes = [scene for e in some for scene in (e.source, e.target)]
+        things = [thing.sprite for scene in scenes for thing in scene.things]
+        seen[split] = {scene.photo.name for scene in scenes if "plain" not in scene.photo.name}
+        seen[split] |= {thing.name for thing in things} | {e.prompt for e in some}
+        groups = [e.source.photo for e in some], things
+        strange[split] = [sum(id(one) not in own for one in group) / len(group) for group in groups]
+    assert not seen["train"] & seen["test"] and len(seen["test"]) > 160
+    assert strange["test"] == [0, 0] and 0.5 < strange["train"][0] < 0.9
+    assert strange["train"][1] == 0, "a coloured shape keeps the colour of its name"
 
 
 def test_wordings_have_the_blanks_that_edits_fill_and_the_held_out_are_no_rearranged_ones():
@@ -113,69 +124,6 @@ def test_wordings_have_the_blanks_that_edits_fill_and_the_held_out_are_no_rearra
             assert blanks <= found <= blanks | set("b" if "subject" in task else ""), wording
         assert not [(a, b) for a in wordings for b in test[task] if telling(b) <= telling(a)]
         assert len(set(wordings)) == len(wordings) >= 64 and len(test[task]) == 4
-
-
-def test_training_alone_sees_other_colours_and_heaps_of_leaves(library):
-    own = {id(photo) for photo in library.photos} | {id(look) for looks in library.sprites.values() for look in looks}
-    strange = {}
-    for split in ("train", "test"):
-        scenes = [edit.source for edit in edits_of(library, split, 60)]
-        places, things = [s.photo for s in scenes], [thing.sprite for s in scenes for thing in s.things]
-        strange[split] = [sum(id(one) not in own for one in group) / len(group) for group in (places, things)]
-    assert strange["test"] == [0, 0] and 0.5 < strange["train"][0] < 0.9
-    assert strange["train"][1] == 0, "a coloured shape keeps the colour of its name"
-    rng, sprite = np.random.default_rng(0), library.sprites["red star"][0]
-    for old, new in zip(sprite.levels, world.recoloured(rng, sprite).levels):
-        assert torch.equal(old[3], new[3]) and (new[:3] <= new[3:]).all() and new.min() >= 0
-        assert (old[:3] - new[:3]).abs().max() > 0.1
-    leaves = world.draw_leaves(rng, library.photos_of("train")[1]).image
-    seam, inner = (leaves[:, 0] - leaves[:, -1]).abs().mean(), (leaves[:, 1:] - leaves[:, :-1]).abs().mean()
-    assert seam < 3 * inner and 0 <= leaves.min() and leaves.max() <= 1
-
-
-def test_the_truth_follows_from_what_is_shown_and_said(library):
-    said = {"train": [], "test": []}
-    for split in said:
-        for edit in edits_of(library, split, 120, seed=3):
-            things = edit.source.things
-            assert edit.kind != "image" or edit.source.camera.tolist() == [[0, 0, 1]], "it does not show where it goes"
-            if edit.new:
-                thing = edit.target.things[edit.changed[1]]
-                assert thing.path[0, 3] == 0, "how askew the old thing stood cannot be told"
-                assert thing.flip is False or edit.ref is not None, "words do not say which side"
-            if edit.task in ("change", "remove", "subject") and len(things) > 1:
-                name = things[edit.changed[0]].sprite.name
-                side = next((side for side in (*AHEAD, "in the middle") if f"{name} {side}" in edit.prompt), None)
-                said[split].append(side is not None)
-                if side in AHEAD:
-                    lead = [float(thing.path[0, :2] @ torch.tensor(AHEAD[side]).float()) for thing in things]
-                    assert lead.index(max(lead)) == edit.changed[0], edit.prompt
-    assert all(said["test"]) and len(said["test"]) > 10, "nobody has heard the names of its things"
-    assert 0 < sum(said["train"]) < len(said["train"]), "names count too"
-
-
-def test_a_reference_shows_the_side_that_is_meant(library):
-    arrow = library.sprites["red arrow"][0]  # its head, the heavier half, is on the right
-    for seed, flip in [(seed, flip) for seed in range(8) for flip in (False, True)]:
-        thing = world.Thing(arrow, torch.tensor([[0.0, 0.0, 0.4, 0.0]]), flip)
-        shown = world.show_reference(np.random.default_rng(seed), thing, 64)
-        columns = ((shown - shown[:, :1, :1]).abs().amax(dim=0) > 0.1).sum(dim=0)
-        first, last = columns.nonzero()[[0, -1], 0]
-        left, right = columns[first : last + 1].chunk(2)
-        assert (right.sum() < left.sum()) == flip
-
-
-def test_a_box_encloses_the_thing_as_it_is_drawn(library):
-    scenes = [e.source for e in edits_of(library, "train", 60) if e.task == "remove" and len(e.source.things) == 1]
-    for scene in scenes:
-        rows, columns = ((world.render(scene, 64)[2][0][0, 0] > 0.5).nonzero() / 64).unbind(dim=1)
-        ((left, top, right, bottom),) = world.boxes(scene).values()
-        assert left - 0.05 < columns.min() and columns.max() < right + 0.05, scene
-        assert top - 0.05 < rows.min() and rows.max() < bottom + 0.05, scene
-    assert len(scenes) > 3
-
-
-# Pretraining, shipping
 
 
 def run_pretrain(part, data, out, *more):
@@ -203,16 +151,10 @@ def test_clips(tmp_path_factory):
     return folder
 
 
-def train_from(weights, nano_data, run_):
-    words = ["--config", "nano", "--stage", 3, "--data", nano_data, "--weights", weights, "--workers", 0, "--out", run_]
-    train.main([*map(str, words), "--set", "steps=1", "global_batch=2"])
-    return run_ / "step-000001/weights.safetensors"
-
-
 def test_pretraining_in_pieces_is_one_training(tmp_path, nano_data, pretrained):
     with pytest.raises(SystemExit, match="75"):
         run_pretrain("vae", nano_data, tmp_path, "--minutes", 0)
-    with pytest.raises(ValueError, match="begun with other seed"):
+    with pytest.raises(ValueError, match="begun with .*seed.: 0"):
         run_pretrain("vae", nano_data, tmp_path, "--seed", 1)
     first = torch.load(tmp_path / "vae.pt", weights_only=True)
     run_pretrain("vae", nano_data, tmp_path)
@@ -224,11 +166,11 @@ def test_pretraining_in_pieces_is_one_training(tmp_path, nano_data, pretrained):
 
 
 def test_an_answer_s_word_is_read_off_before_the_model_sees_it(monkeypatch, qwen_folder):
-    encoder, seen = randomise(MLLMEncoder(MLLMConfig(str(qwen_folder), dit_dim=16, num_image_queries=3))), []
-    monkeypatch.setattr(F, "cross_entropy", lambda logits, wanted: seen.append((logits, wanted)) or logits.sum())
-    still = torch.zeros(1, 56, 56, 3, dtype=torch.uint8)
+    speaker = randomise(pretrain.Speaker(MLLMConfig(str(qwen_folder), dit_dim=16, num_image_queries=3)))
+    still, seen = torch.zeros(1, 56, 56, 3, dtype=torch.uint8), []
+    monkeypatch.setattr(F, "cross_entropy", lambda *given: seen.append(given))
     for answer in ("ab", "xb"):
-        pretrain.answer_loss(encoder, [(still, "Describe this.", None, answer)])
+        pretrain.answer_loss(speaker, [(still, "Describe this.", None, answer)])
     (a, wanted_a), (x, wanted_x) = seen
     assert wanted_a[0] != wanted_x[0] and torch.equal(wanted_a[1:], wanted_x[1:])
     assert close(a[0], x[0], 1e-5) and not close(a[1], x[1], 1e-3)
@@ -236,7 +178,8 @@ def test_an_answer_s_word_is_read_off_before_the_model_sees_it(monkeypatch, qwen
 
 def test_a_small_denoiser_learns_two_edits_by_heart(library):
     """Both of the same picture: only the context tells them apart. Latents are the pixels of 4x4 cells."""
-    edit = next(e for e in edits_of(library, "train", 200, 1, 32) if e.kind == "image" and "plain" in e.prompt)
+    some = (world.draw_edit(library, "train", 1, i, 5, 32) for i in range(200))
+    edit = next(e for e in some if e.kind == "image" and "plain" in e.prompt)
     source, changed, _ = world.draw_frames(edit, 32)
     pictures = [x.permute(0, 3, 1, 2).float() / 127.5 - 1 for x in (source, changed, 255 - source)]  # (1, 3, 32, 32)
     before, *targets = (F.pixel_unshuffle(x, 4)[:, :, None] for x in pictures)  # (1, 48, 1, 8, 8)
@@ -244,28 +187,15 @@ def test_a_small_denoiser_learns_two_edits_by_heart(library):
     dit = DiTConfig(64, 128, 2, 1, 48, 48, freq_dim=32, text_dim=8, patch_size=(1, 1, 1))
     model = KiwiEdit(KiwiConfig(dit, None, None))
     optimiser = torch.optim.AdamW(model.parameters(), 4e-3, (0.9, 0.98))
+    batch = [torch.cat([x] * 4) for x in (clean, contexts, before)]
     for _ in range(150):
         t = FlowMatch().timesteps(1000)[torch.randint(1000, (8,))]
-        model.training_loss(*(x.repeat(4, *[1] * (x.ndim - 1)) for x in (clean, contexts)), t,
-                            before.repeat(4, 1, 1, 1, 1)).backward()  # fmt: skip
+        model.training_loss(*batch[:2], t, batch[2]).backward()
         optimiser.step()
         optimiser.zero_grad()
     result = model.denoise(torch.randn_like(clean), contexts, before, steps=10)
     error, copied = ((x - clean).square().flatten(1).mean(dim=1) for x in (result, before))
     assert (error < copied / 3).all(), (error, copied)
-
-
-def test_a_checkpoint_ships_as_small_weights_that_edit(tmp_path, pretrained, test_clips):
-    model = KiwiEdit.from_pretrained(pretrained / "weights", dtype=torch.float32)
-    inject_lora(model.mllm.model.language_model, 4, ("q_proj",))
-    lora = {k: v + 0.1 for k, v in model.mllm.model.language_model.state_dict().items() if ".lora_" in k}
-    trained = {f"mllm.model.language_model.{k}": v for k, v in lora.items()}
-    save_file({**trained, "dit.head.head.bias": model.dit.head.head.bias + 1}, tmp_path / "step.safetensors")
-    run_ship(tmp_path / "step.safetensors", pretrained / "weights", test_clips, tmp_path / "shipped")
-    assert sum(path.stat().st_size for path in (tmp_path / "shipped").rglob("*.*")) < 32e6
-    shipped = KiwiEdit.from_pretrained(tmp_path / "shipped", dtype=torch.float32)
-    assert close(shipped.dit.head.head.bias, model.dit.head.head.bias + 1, 1e-2)
-    assert tuple(shipped.config.trained) == (5, 64, 64, 8) and small_edit(shipped).shape == (6, 32, 64, 3)
 
 
 def test_a_decoder_is_trained_alone_over_weights_that_exist(tmp_path, nano_data, test_clips):
@@ -275,15 +205,20 @@ def test_a_decoder_is_trained_alone_over_weights_that_exist(tmp_path, nano_data,
     old, new = (KiwiEdit.from_pretrained(folder).state_dict() for folder in (nano_weights, tmp_path / "shipped"))
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert {".".join(name.split(".")[:2]) for name in changed} == {"vae.conv2", "vae.decoder"}
-    assert "| pretrain decoder | " in card
+    assert "| train.py stage 3 | 13 | 38602 | 1235264 | 64164 |" in card and "| pretrain decoder | 1 | 2 | 0 |" in card
 
 
-def test_what_ships_is_the_same_each_time_and_its_card_has_every_run_and_the_evaluation(
+def test_what_ships_is_the_same_each_time_and_its_card_has_the_runs_and_the_evaluation(
     tmp_path, nano_data, pretrained, test_clips
 ):
-    checkpoint = train_from(pretrained / "weights", nano_data, tmp_path / "run")
-    card, _ = (run_ship(checkpoint, pretrained / "weights", test_clips, tmp_path / name) for name in "ab")
+    weights, run_ = pretrained / "weights", tmp_path / "run"
+    words = ["--config", "nano", "--stage", 3, "--data", nano_data, "--weights", weights, "--out", run_]
+    train.main([*map(str, words), "--set", "steps=1", "global_batch=2", "workers=0"])
+    card, _ = (run_ship(run_, weights, test_clips, tmp_path / name) for name in "ab")
     assert same_files(tmp_path / "a", tmp_path / "b") == 12
+    assert sum(path.stat().st_size for path in (tmp_path / "a").rglob("*.*")) < 32e6
+    shipped = KiwiEdit.from_pretrained(tmp_path / "a", dtype=torch.float32)
+    assert tuple(shipped.config.trained) == (5, 64, 64, 8) and small_edit(shipped).shape == (6, 32, 64, 3)
     assert "| pretrain vae | 1 | 2 |" in card and "| train.py stage 3 | 1 | 1 | 2 |" in card
     row = data.read_truth(test_clips)[2]
     assert (tmp_path / "a/example/prompt.txt").read_text().strip() == row["prompt"]
@@ -292,44 +227,38 @@ def test_what_ships_is_the_same_each_time_and_its_card_has_every_run_and_the_eva
     assert (tmp_path / "eval.md").read_text().strip() in (tmp_path / "a/MODEL_CARD.md").read_text()
     measures = [case["measures"] for case in json.loads((tmp_path / "eval.json").read_text())["cases"]]
     assert [len(m) for m in measures] == [3, 3, 4, 3], "one of them has a reference, and is edited without it too"
-    more = train_from(tmp_path / "a", nano_data, tmp_path / "more")
-    again = run_ship(more, tmp_path / "a", test_clips, tmp_path / "c")
-    assert "| pretrain vae | 1 | 2 |" in again and "| train.py stage 3 | 2 | 2 | 4 |" in again, "runs are added up"
 
 
-def test_a_card_counts_every_run_before_from_whatever_folder_it_is_written(tmp_path):
+def test_a_card_has_every_run_before_from_whatever_folder_it_is_written(tmp_path):
     for run_, began in (("1", {}), ("2", {"weights": "../1"})):
         checkpoint = tmp_path / run_ / "step-000005"
         checkpoint.mkdir(parents=True)
         (checkpoint / "train.json").write_text('{"counts": {"step": 5, "samples": 10, "seconds": 3}}')
-        args = {"stage": 3, "weights": began and "runs/1"}
+        args = {"stage": int(run_), "weights": began and "runs/1"}
         (tmp_path / run_ / "config.json").write_text(json.dumps({"args": args, "began": began}))
-    rows = ship.phases_of(checkpoint / "weights.safetensors", tmp_path).splitlines()
-    assert rows[2:] == ["| train.py stage 3 | 2 | 10 | 20 | 6 |"]
+    rows = ship.phases_of(checkpoint / "weights.safetensors", tmp_path)
+    assert rows == [["train.py stage 1", 1, 5, 10, 3], ["train.py stage 2", 1, 5, 10, 3]]
 
 
-# How good they are
-
-
-def test_a_perfect_edit_is_recognised_and_sharp_and_the_source_and_a_blur_are_not(library):
-    for index, edit in list(enumerate(edits_of(library, "test", 40)))[::3]:
+def test_a_perfect_edit_is_recognised_and_sharp_and_the_source_and_a_blur_are_not(edits, library):
+    for index, edit in list(enumerate(edits["test"][:40]))[::5]:
         source, target, region = world.draw_frames(edit, 64)
         measures = evaluate.measure(target, target, region)
         assert measures["psnr_in"] == pytest.approx(60) and measures["ssim_in"] == pytest.approx(1)
         assert evaluate.measure(source, target, region)["psnr_in"] < 40
         if edit.new or edit.task == "remove":
-            assert all(evaluate.recognise(edit, library, "test", target, region, index).values())
-            assert not all(evaluate.recognise(edit, library, "test", source, region, index).values())
-    target = world.draw_frames(edits_of(library, "test", 4)[3], 64)[1]
+            assert all(evaluate.recognise(edit, library, target, region, index).values())
+            assert not all(evaluate.recognise(edit, library, source, region, index).values())
+    target = world.draw_frames(edits["test"][3], 64)[1]
     region = torch.ones(target.shape[:3], dtype=torch.bool).tril()
     blur = F.avg_pool2d(target.mT.float(), (1, 3), 1, (0, 1), count_include_pad=False).mT.to(torch.uint8)
     truth, soft = ([evaluate.measure(result, target, region)] for result in (target, blur))
     assert evaluate.sharpness(truth, "in") == 1 == evaluate.sharpness(truth, "out")
-    assert evaluate.sharpness(soft, "in") < 0.8 and evaluate.sharpness([], "in") is None
+    assert evaluate.sharpness(soft, "in") < 0.8 and math.isnan(evaluate.sharpness([], "in"))
 
 
 def test_bench_writes_what_judge_reads_and_eval_wants_held_out_clips(tmp_path, nano_data):
-    nano("bench", tmp_path, "--items", 2, "--frames", 5)
+    nano("bench", tmp_path, "--items", 2, "--frames", 5, "--workers", 1)
     items = judge.read_bench("refvie", tmp_path / "refvie_bench.yaml", tmp_path / "edits")
     assert len(items) == 2 and all(item.source.is_file() and item.ref.is_file() for item in items)
     with pytest.raises(ValueError, match="of the train split"):
@@ -338,12 +267,12 @@ def test_bench_writes_what_judge_reads_and_eval_wants_held_out_clips(tmp_path, n
 
 def test_reports_are_compared_case_by_case_over_their_seeds(tmp_path, capsys):
     for name, gain in (("a0", 3.0), ("a1", 1.0), ("b0", 0.0)):
-        measures = [{"edit": {"psnr_in": 20 + 5 * i + gain, "right": i > 0}} for i in range(3)]
+        measures = [{"edit": {"psnr_in": 20 + 5 * i + gain, "right": i > 0}} for i in range(12)]
         cases = [{"index": i, "task": "add", "measures": m} for i, m in enumerate(measures)]
         (tmp_path / name).mkdir()
         (tmp_path / name / "eval.json").write_text(json.dumps({"cases": cases}))
     nano("compare", tmp_path / "a0", tmp_path / "a1", "--to", tmp_path / "b0")
-    assert "| add | 3 | +2.00 [+2.00, +2.00] | +0.0% [+0.0%, +0.0%] |" in capsys.readouterr().out
+    assert "| add | 12 | 2.00 [2.00, 2.00] | 0.000 [0.000, 0.000] |" in capsys.readouterr().out
 
 
 def test_the_walkthrough_prints_what_it_says(monkeypatch, capsys):
@@ -357,28 +286,22 @@ def test_the_walkthrough_prints_what_it_says(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    ("data x --assets .", "nano assets"), ("pretrain vae --data x --out y", "nano data"),
-    ("eval --weights w --data x --out y", "nano data"),
+    ("data x --size 50", "multiple of 32"), ("data x --frames 8", "4k + 1"), ("data x --assets .", "nano assets"),
+    ("pretrain vae --data x --out y", "nano data"), ("eval --weights w --data x --out y", "nano data"),
     ("ship c --weights w --data x --example 1 --made-by m --out y", "give a run"),
 ])  # fmt: skip
-def test_what_nano_cannot_do_is_said_in_one_line(tmp_path, monkeypatch, arguments, says):
+def test_what_nano_cannot_do_is_said_in_one_line(tmp_path, monkeypatch, capsys, arguments, says):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["nano", *arguments.split()])
     with pytest.raises(SystemExit) as exit_, one_line("nano"):
         main()
-    assert says in exit_.value.code and "\n" not in exit_.value.code
-
-
-@pytest.mark.parametrize("flags, says", [("--size 50", "multiple of 32"), ("--frames 8", "4k + 1")])
-def test_wrong_sizes_are_refused_while_parsing(capsys, flags, says):
-    with pytest.raises(SystemExit):
-        parse_arguments(["data", "x", *flags.split()])
-    assert says in capsys.readouterr().err
+    told = capsys.readouterr().err if exit_.value.code == 2 else exit_.value.code
+    assert says in told.strip().splitlines()[-1]
 
 
 def test_an_archive_that_is_not_the_checked_one_is_refused(tmp_path):
     (tmp_path / "pmndrs-assets-1.7.0.tgz").write_bytes(b"other")
     with pytest.raises(ValueError, match="not the archive"):
-        assets.fetch_package("@pmndrs/assets", tmp_path)
-    assert assets.plain_name({"name": "DOG FACE", "category": "Animals & Nature"}) == "dog"
-    assert assets.plain_name({"name": "Clock Face One Oclock", "category": "Travel & Places"}) is None
+        data.fetch_package("@pmndrs/assets", tmp_path)
+    assert data.plain_name({"name": "DOG FACE", "category": "Animals & Nature"}) == "dog"
+    assert data.plain_name({"name": "Clock Face One Oclock", "category": "Travel & Places"}) is None
