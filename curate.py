@@ -5,6 +5,7 @@
       -> Ground      box, mask     of the new object, or of the foreground before a new background
       -> Synthesize  ref_image     the object cut out on white, or the background without its foreground
       -> Verify      verdict       does the reference show what the edit brought? and its feature
+      -> Guard                     is it a picture of a benchmark?
       -> what a person rejected leaves; de-duplication over all that is left, best first
       -> ref_video.csv, video.csv, image.csv, refvie/chunk_*.parquet, funnel, statistics, page.html
 
@@ -17,22 +18,20 @@ The paper's pipeline was never released; prompts and thresholds that it does not
 import argparse
 import dataclasses
 import json
-import math
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from command import number, one_line
+from stages import with_settings
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: busy-waiting threads slow small steps tenfold
 
 EXAMPLES = """examples:
   python curate.py pairs.csv --out out/refvie                                    # no weights, about two seconds a pair
   python curate.py ditto/ openve.csv --out out/refvie --models paper             # the paper's models, one GPU
-  torchrun --nproc-per-node 8 curate.py ditto/ --out out/refvie --models paper   # eight
   python curate.py out/refvie --out out/strict --min-ref-score 9                 # other thresholds, nothing paid twice
-  python curate.py pairs.csv --out out/refvie --rejects rejects.json             # what was rejected on page.html
 
 A run that was stopped or killed continues when the same command is given again; so does one whose tables have grown.
 """
@@ -57,22 +56,8 @@ class Settings:
     page: int = 400  # records on page.html, half of them rejected ones
     seed: int = 0
 
-    def __post_init__(self):
-        least = {"fps": 0, "min_side": 0, "shard_rows": 0, "page": 0, "max_aspect": 1}
-        for name, low in least.items():
-            if not low < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be above {low}")
-
 
 MODELS = ("scorer", "grounder", "segmenter", "editor", "verifier", "embedder")
-
-
-def setting(text):
-    """ "name=value" -> (name, value), of the type of its default."""
-    (name, sign, value), types = text.partition("="), {field.name: field.type for field in dataclasses.fields(Settings)}
-    if not sign or name not in types:
-        raise argparse.ArgumentTypeError(f"{name}: give name=value with one of {', '.join(types)}")
-    return name, types[name](value)
 
 
 def parse_arguments(argv=None):
@@ -82,32 +67,25 @@ def parse_arguments(argv=None):
         epilog=f"{EXAMPLES}\n--set, with defaults:\n{defaults}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("pairs", nargs="*", metavar="PAIRS", help="tables (.csv .parquet .json .jsonl), folders of Ditto-1M, ReCo, "
-        "Sparkle or RefVIE, or another run's --out")  # fmt: skip
-    add("--out", metavar="DIR", help="the ledger and the result; the same again resumes")
+    add, score = parser.add_argument, {"type": number(0, 10, float), "metavar": "0..10"}
+    add("pairs", nargs="+", metavar="PAIRS", help="tables (.csv .parquet .json .jsonl), folders of sets, runs' --out")
+    add("--out", metavar="DIR", required=True, help="the ledger and the result; the same again resumes")
     add("--base-path", metavar="DIR", help="what paths in the tables start from (default: the table's folder)")
     add("--models", choices=("classical", "paper"), default="classical", help="default %(default)s")
-    score = {"type": number(0, 10, float), "metavar": "0..10"}
     add("--min-score", default=6.0, **score, help="for instruction tuning (default %(default)s)")
     add("--min-ref-score", default=8.0, **score, help="to get a reference (default %(default)s)")
-    add("--guard", metavar="DIR", help="a benchmark's pictures and clips, e.g. RefVIE-Bench: a record whose reference "
-        "or first frame resembles one is rejected")  # fmt: skip
+    add("--guard", metavar="DIR", help="pictures and clips of a benchmark: what resembles one is rejected")
     add("--rejects", metavar="FILE", help="rejects.json of page.html: these records leave the result")
-    add("--max-bad", type=number(0, 1, float), default=0.2, metavar="0..1", help="stop when a larger share of the "
-        "records fails, at least 20 (default %(default)s)")  # fmt: skip
+    add("--max-bad", type=number(0, 1, float), default=0.2, metavar="0..1", help="stop when more fail, at least 20")
     add("--retry-failed", action="store_true", help="try again what failed: no network, no memory, a missing file")
     add("--engine", choices=("local", "ray"), default="local", help="ray: many machines; pip install 'ray[data]'")
     add("--workers", type=number(1, 9999), default=2, help="records at a time; with ray also actors (default 2)")
     add("--device", metavar="NAME", help="default: cuda if there is one")
     add("--prompts", metavar="FILE", help="EditScore's vie_prompts.py (default: from pip install editscore)")
-    add("--show-prompts", action="store_true", help="print what the models are asked, and stop")
-    add("--set", nargs="*", action="extend", default=[], type=setting, metavar="NAME=VALUE", help="see below")
+    add("--set", nargs="*", action="extend", default=[], metavar="NAME=VALUE", help="see below")
     args = parser.parse_args(argv)
-    if not args.show_prompts and not (args.pairs and args.out):
-        parser.error("say which pairs, and where to: curate.py pairs.csv --out out/refvie")
     try:
-        vars(args).update(dataclasses.asdict(Settings(**dict(args.set))))
+        vars(args).update(dataclasses.asdict(with_settings(Settings(), args.set)))
     except ValueError as error:
         parser.error(str(error))
     args.duplicate = args.duplicate or (0.99 if args.models == "paper" else 0.96)
@@ -123,145 +101,154 @@ import importlib
 import shlex
 import shutil
 import threading
-import time
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
+from datetime import timedelta
 from itertools import islice
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from curators import KINDS, Rejected, box_of, ended, frame_at
-from curators.pairs import Reader, Seen, tables_of
+from curators import KINDS, Rejected, box_of, ended
+from curators.pairs import Reader, tables_of
 from curators.result import read_rejects, write_results
 from data import FILES, inside, read_reference
-from ledger import Ledger, is_open, journal, only_run, parsed
+from ledger import Ledger, appended, is_open, locked, parsed
 from media import measure, read_image, write_image, write_text
 from parallel import pick_device, rank_and_world
 from vlm import Barred, Malformed, TryAgain, has_secret
 
 # one record's fault, not the run's
 FORESEEN = (ValueError, OSError, RuntimeError, ArithmeticError, LookupError, TypeError, TryAgain, Malformed)
+GPUS = {"classical": 0, "paper": 1}  # of an actor of Ray
+FREE = "pairs out engine workers retry_failed device rejects page max_bad set".split()  # what no record depends on
 
 
 def read_all(args, ledger):
     """The tables into shards of records, once; rows that were appended since become more shards."""
+    free = FREE if args.models == "paper" else [*FREE, *MODELS]
+    settings = {key: value for key, value in vars(args).items() if key not in free}
+    told = ledger.told or {"shards": [], "bases": [], "settings": settings}
+    for key in settings:
+        if told["settings"].get(key) != settings[key]:
+            raise ValueError(
+                f"{ledger.out} was made with {key} {told['settings'].get(key)!r}, not {settings[key]!r}: "
+                f"give another --out; {ledger.out} as its input keeps what was paid for"
+            )
     tables = [file for source in args.pairs for _, file, _ in tables_of(source)]
     state = {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in tables}
-    told = ledger.told or {"shards": [], "bases": []}
     if told.get("state") != state:
-        known, sizes, reader = Seen(), list(told["shards"]), Reader(args, told["bases"])
-        for shard in range(len(sizes)):
-            for row in ledger.rows("read", shard):
-                known.add(row["id"])
-        records = tqdm(reader, desc="read", unit=" records", mininterval=1)
-        fresh = (row for row in records if known.add(row["id"]))
-        while rows := list(islice(fresh, args.shard_rows)):
-            ledger.write("read", len(sizes), rows)
-            sizes.append(len(rows))
+        sizes = list(told["shards"])
+        known = (row["id"] for shard in range(len(sizes)) for row in ledger.rows("read", shard))
+        reader = Reader(args, told["bases"], known)
+        rows = iter(tqdm(reader, desc="read", unit=" records", mininterval=1))
+        while shard := list(islice(rows, args.shard_rows)):
+            ledger.write("read", len(sizes), shard)
+            sizes.append(len(shard))
         if gone := sum(sizes) - reader.number:
             raise ValueError(f"{gone} records of {ledger.out} are gone from the tables, or changed: give another --out")
-        if reader.unknown and args.models == "classical":
-            print(f"kinds       {reader.unknown} records are of unknown kind: no edit_type, no English keyword")
-        write_text(ledger.folder / "settings.json", json.dumps(settings_of(args), indent=1))
-        told = {"shards": sizes, "bases": reader.bases, "state": state, "copies": reader.copies}
-    if told.get("stages") != (names := [stage.__name__.lower() for stage in PIPELINE]):
-        write_text(ledger.folder / "read.json", json.dumps(told | {"stages": names}))
-
-
-FREE = "pairs out engine workers retry_failed device show_prompts rejects page max_bad set".split()
-
-
-def settings_of(args):
-    """What the records of a folder depend on."""
-    free = FREE if args.models == "paper" else [*FREE, *MODELS]
-    return {key: value for key, value in vars(args).items() if key not in free}
-
-
-def same_settings(args, ledger):
-    """A folder's records were made with one set of settings; ValueError that names the one that differs."""
-    path, settings = ledger.folder / "settings.json", settings_of(args)
-    before = parsed(path.read_text()) if path.is_file() else settings
-    if changed := [key for key in settings | before if before.get(key) != settings.get(key)]:
-        raise ValueError(
-            f"{ledger.out} was made with {changed[0]} {before.get(changed[0])!r}, not {settings.get(changed[0])!r}: "
-            f"give another --out; {ledger.out} as its input keeps what was paid for"
-        )
+        print(f"kinds       {reader.unknown} of {reader.number} records are of unknown kind: neither type nor keyword")
+        told |= {"shards": sizes, "bases": reader.bases, "state": state, "copies": reader.copies}
+    write_text(ledger.folder / "read.json", json.dumps(told | {"stages": ledger.stages[1:-1]}))
 
 
 def load_models(args):
     return getattr(importlib.import_module(f"curators.{args.models}"), args.models.capitalize())(args)
 
 
-class Stage:
-    """Records -> what they become. `one` gives a record's new columns or raises Rejected; several threads call it."""
+class Budget:
+    """How many records may fail: --max-bad of those tried, counted over all stages of this process."""
 
-    def __init__(self, args, bases):
-        self.args, self.bases, self.loaded, self.barred = args, bases, None, None
-        self.name, self.lock = type(self).__name__.lower(), threading.Lock()
-        self.gpus = 1 if args.models == "paper" else 0
+    def __init__(self, most):
+        self.most, self.tried, self.bad = most, 0, 0
+
+    def add(self, row):
+        self.tried += 1
+        self.bad += (failed := row.get("status") == "failed")
+        if failed and self.bad >= 20 and self.bad > self.most * self.tried:
+            raise ValueError(
+                f"{self.bad} of {self.tried} records failed, more than --max-bad {self.most:g} allows; the last in "
+                f"`{row['stage']}`: {row['reason']}; mend that and add --retry-failed, or raise --max-bad"
+            )
+
+
+class Stage:
+    """A step of all records, from ledger to ledger. `one` gives a record's new columns or raises Rejected; several
+    threads call it. Models are loaded for the first record that asks: a run read again may ask nothing."""
+
+    def __init__(self, args, ledger, budget):
+        self.args, self.ledger, self.budget, self.bases = args, ledger, budget, ledger.told["bases"]
+        self.name, self.loaded, self.lock = type(self).__name__.lower(), None, threading.Lock()
+        self.setup()
 
     def setup(self):
-        """Load what `one` needs; called once, before the first record."""
+        """Load what `one` needs besides `models`."""
 
     def one(self, row):
         raise NotImplementedError
 
-    @property
-    def models(self):
-        """The models of --models, loaded for the first record that asks: a run read again may ask nothing."""
-        with self.lock:
-            if self.loaded is None and self.barred is None:
-                try:
-                    self.loaded = load_models(self.args)
-                    self.loaded.setup(self.name)
-                except FORESEEN as error:
-                    self.barred = Barred(f"{self.name}: {error}")
-            if self.barred:  # loading takes minutes: those that wait need not fail one by one
-                raise self.barred
-        return self.loaded
+    def run(self, shard, progress=lambda count: None):
+        """A shard from wherever it was; each record is written down as soon as it is done. What ends the run, Ctrl-C
+        too, is raised after all that were begun are done: they may have been paid for. A second Ctrl-C leaves them."""
+        before = self.ledger.stages[self.ledger.stages.index(self.name) - 1]
+        rows = [row for row in self.ledger.rows(before, shard) if is_open(row)]
+        over, writing = threading.Event(), threading.Lock()
+        with appended(self.ledger.path(self.name, shard, ".part")) as (lines, write):
+            done = {row["id"]: row for row in lines}
+            for row in lines:
+                self.budget.add(row)
+            progress(len(done))
+            waiting = iter([row for row in rows if row["id"] not in done])
 
-    def __call__(self, rows):
-        """Yield id and new columns of each record as it is done. What ends the run, Ctrl-C too, is raised after all
-        that were begun are done: they may have been paid for. A second Ctrl-C leaves them."""
-        rows, busy, ends, pool = iter(rows), set(), None, ThreadPoolExecutor(self.args.workers)
-        try:
-            while True:
-                room = 0 if ends else 2 * self.args.workers - len(busy)
-                busy |= {pool.submit(self.guarded, row) for row in islice(rows, room)}
-                if not busy:
-                    break
+            def work():
                 try:
-                    done, busy = wait(busy, return_when=FIRST_COMPLETED)
-                except KeyboardInterrupt as stop:
-                    if ends:
-                        raise
-                    done, ends = set(), stop
-                    print("\nnote        the records under way are finished; Ctrl-C once more leaves them",
-                          file=sys.stderr)  # fmt: skip
-                for future in done:
-                    if error := future.exception():
-                        ends = ends or error
-                    else:
-                        yield future.result()
-                if ends:
-                    busy = {future for future in busy if not future.cancel()}
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-        if ends:
-            raise ends
+                    while not over.is_set() and (row := next(waiting, None)):
+                        found = self.guarded(row)
+                        with writing:
+                            write(found)
+                            done[row["id"]] = found
+                            progress(1)
+                            self.budget.add(found)
+                except BaseException:
+                    over.set()
+                    raise
+
+            pool = ThreadPoolExecutor(self.args.workers)
+            try:
+                for worker in wait([pool.submit(work) for _ in range(self.args.workers)]).done:
+                    worker.result()
+            except KeyboardInterrupt:
+                print("\nnote        records under way are finished; Ctrl-C once more leaves them", file=sys.stderr)
+                raise
+            finally:
+                over.set()
+                pool.shutdown()
+        self.ledger.write(self.name, shard, [done[row["id"]] for row in rows])
 
     def guarded(self, row):
         try:
             return {"id": row["id"], **self.one(row)}
         except Rejected as reason:
             return {"id": row["id"], **reason.found, **ended(self.name, "rejected", reason)}
-        except Barred:
-            raise
         except FORESEEN as error:
-            if any(getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for e in (error, error.__context__)):
-                raise  # a full disk is no record's fault; MediaErrors have it as their context
+            full = (getattr(e, "errno", None) == errno.ENOSPC for e in (error, error.__context__))
+            if isinstance(error, Barred) or any(full):  # no record's fault; MediaErrors have theirs as context
+                raise
             return {"id": row["id"], **ended(self.name, "failed", error)}
+
+    @property
+    def models(self):
+        with self.lock:
+            if self.loaded is None:
+                try:
+                    models = load_models(self.args)
+                    models.setup(self.name)
+                except FORESEEN as error:  # loading takes minutes: those that wait need not fail one by one
+                    models = Barred(f"{self.name}: {error}")
+                self.loaded = models
+        if isinstance(self.loaded, Barred):
+            raise self.loaded
+        return self.loaded
 
     def file(self, row, key):
         """A record's file: a clip below its base, a mask or reference below --out."""
@@ -284,8 +271,7 @@ class Score(Stage):
     def one(self, row):
         found = {}
         if "frames" not in row:  # a missing source is no good for tuning either, whoever scored the pair
-            _, shape = (measure(path) for path in self.clips(row))
-            found |= dict(zip(("frames", "height", "width"), shape))
+            found["frames"] = [measure(path)[0] for path in self.clips(row)][1]
         if "edit_score" not in row:
             found["frame_scores"] = [round(s, 3) for s in self.models.score(*self.clips(row), row)]
             found["edit_score"] = round(sum(found["frame_scores"]) / len(found["frame_scores"]), 3)
@@ -294,34 +280,27 @@ class Score(Stage):
         if not found["tuning"]:
             raise Rejected(f"score {score:g} is below {self.args.min_score:g}", found)
         if kind not in KINDS and not (kind == "unknown" and self.args.models == "paper"):  # a grounder will say it
-            raise Rejected(no_reference(kind), found)
+            raise Rejected(f"no reference for {kind} edits", found)
         if score < self.args.min_ref_score:
             text = f"score {score:g} is below {self.args.min_ref_score:g}, enough for instruction tuning only"
             raise Rejected(text, found)
         return found
 
 
-WHY = {"remove": "a removal leaves nothing to show", "style": "a style is no object", "unknown": "its kind is unknown"}
-
-
-def no_reference(kind):
-    return f"no reference for this kind of edit: {WHY.get(kind, 'neither object nor background')}"
-
-
 class Ground(Stage):
     """Where the new object is, or the foreground before a new background: box, mask, key frame."""
 
     def one(self, row):
-        if "mask" in row or "given_ref" in row or "ref_image" in row:
+        if row.keys() & {"mask", "given_ref_image", "ref_image"}:
             return {}
         if isinstance(row.get("given_mask"), str) and self.file(row, "given_mask").is_file():
-            mask, key, more = frame_at(self.file(row, "given_mask"), 0)[..., 0] > 127, 0, {}
+            mask, key, more = read_image(self.file(row, "given_mask"))[..., 0] > 127, 0, {}
             box = row.get("box") or (box_of(mask) if mask.any() else [0, 0, 1, 1])
         else:
             box, mask, key, more = self.models.ground(*self.clips(row), row)
         area = mask.float().mean().item()
         if (kind := more.get("kind", row["kind"])) not in KINDS:
-            raise Rejected(no_reference(kind), more)
+            raise Rejected(f"no reference for {kind} edits", more)
         if area < 2e-4:
             raise Rejected("the mask is empty", more)
         if area > 0.8:
@@ -339,9 +318,9 @@ class Synthesize(Stage):
             self.check(*row["ref_size"])
             return {}
         name, path = self.place("refs", row, ".jpg")
-        if "given_ref" in row:
-            given = row["given_ref"]
-            image = read_reference(str(self.file(row, "given_ref")) if isinstance(given, str) else tuple(given))
+        if "given_ref_image" in row:
+            given = row["given_ref_image"]
+            image = read_reference(str(self.file(row, "given_ref_image")) if isinstance(given, str) else tuple(given))
         else:
             mask = read_image(self.file(row, "mask"))[..., 0] > 127
             image = self.models.synthesize(*self.clips(row), mask, row)
@@ -370,12 +349,37 @@ class Verify(Stage):
             raise Rejected(f"the reference does not show the edit: {known.get('verdict_reason', '')}", found)
         if "feature" not in row:
             found["feature"] = pack(self.models.embed([read_image(self.file(row, "ref_image"))])[0])
-        if self.args.guard and "source_feature" not in row:
-            found["source_feature"] = pack(self.models.embed([frame_at(self.file(row, "src_video"), 0)])[0])
         return found
 
 
-PIPELINE = [Score, Ground, Synthesize, Verify]  # another stage: one line here; all else is derived from the list
+class Guard(Stage):
+    """With --guard: does the reference or the first frame resemble a picture of a benchmark?"""
+
+    def setup(self):
+        self.files = guard_files(self.args.guard) if self.args.guard else []
+        self.theirs = [self.models.embed([read_image(file)])[0] for file in tqdm(self.files, desc="guard")]
+
+    def one(self, row):
+        for key in ("src_video", "ref_image") if self.files else ():
+            near = torch.stack(self.theirs) @ self.models.embed([read_image(self.file(row, key))])[0]  # (files,)
+            if near.max() > self.args.duplicate:
+                name = self.files[near.argmax()].relative_to(self.args.guard)
+                raise Rejected(f"resembles {name} of the benchmark", {"tuning": False})
+        return {}
+
+
+TEXTS = ".txt .md .csv .tsv .json .jsonl .yaml .yml .parquet .html .py .zip".split()
+
+
+def guard_files(folder):
+    """The pictures and clips of a benchmark: every file that is no text."""
+    files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.suffix.lower() not in TEXTS]
+    if not files:
+        raise ValueError(f"--guard {folder}: no pictures or clips there")
+    return files
+
+
+PIPELINE = [Score, Ground, Synthesize, Verify, Guard]  # another stage: one line here; all else is derived from the list
 
 
 def pack(feature):
@@ -387,67 +391,75 @@ def unpack(text):
     return np.frombuffer(base64.b64decode(text), dtype=np.float16)
 
 
-class Budget:
-    """How many records may fail: --max-bad of those tried, counted over all stages of this process."""
+def run_local(args, ledger, rank, world):
+    """Stage after stage, so that one stage's models are loaded at a time; this process has every world-th shard."""
+    sizes, threads, budget = ledger.told["shards"], torch.get_num_threads(), Budget(args.max_bad)
+    torch.set_num_threads(max(1, threads // args.workers))  # records share the cores
+    for name, make in zip(ledger.stages[1:], PIPELINE):
+        if todo := ledger.todo(name, range(rank, len(sizes), world)):
+            stage, total = make(args, ledger, budget), sum(sizes[shard] for shard in todo)
+            with tqdm(total=total, desc=name, unit=" records", mininterval=1, disable=rank > 0) as bar:
+                for shard in todo:
+                    stage.run(shard, bar.update)
+            stage = None  # its models go before others come
+            torch.cuda.empty_cache()
+    torch.set_num_threads(threads)
 
-    def __init__(self, most):
-        self.most, self.tried, self.bad = most, 0, 0
 
-    def add(self, row):
-        self.tried += 1
-        self.bad += (failed := row.get("status") == "failed")
-        if failed and self.bad >= 20 and self.bad > self.most * self.tried:
-            raise ValueError(
-                f"{self.bad} of {self.tried} records failed, more than --max-bad {self.most:g} allows; the last in "
-                f"`{row['stage']}`: {row['reason']}; mend that and add --retry-failed, or raise --max-bad"
-            )
+class Actor:
+    """What Ray Data calls, with the numbers of shards."""
+
+    def __init__(self, make, *known):
+        self.stage = make(*known)
+
+    def __call__(self, batch):
+        for shard in self.stage.ledger.todo(self.stage.name, batch["shard"].tolist()):
+            self.stage.run(shard)
+        return batch
 
 
-def run_shard(stage, before, ledger, shard, budget, bar=None):
-    """One stage over one shard, from wherever it was. before: the stage whose records it takes."""
-    rows = [row for row in ledger.rows(before, shard) if is_open(row)]
-    with journal(ledger.part(stage.name, shard)) as (done, add):
-        for row in done.values():
-            budget.add(row)
-        waiting = [row for row in rows if row["id"] not in done]
-        bar is None or bar.update(len(rows) - len(waiting))
-        for row in stage(waiting):
-            add(row)
-            done[row["id"]] = row
-            budget.add(row)
-            bar is None or bar.update()
-    ledger.write(stage.name, shard, [done[row["id"]] for row in rows])
+def run_ray(args, ledger):
+    """One stage at a time, a pool of up to --workers actors; all machines see --out and the data under one path."""
+    try:
+        import ray
+    except ImportError:
+        raise ValueError("--engine ray needs Ray Data; pip install 'ray[data]'") from None
+    theirs, gpus = ray.is_initialized(), GPUS[args.models]
+    try:
+        for name, make in zip(ledger.stages[1:], PIPELINE):
+            if shards := ledger.todo(name, range(len(ledger.told["shards"]))):
+                if not ray.is_initialized():
+                    ray.init(log_to_driver=False, logging_level="ERROR")
+                data = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
+                pool = {"num_gpus": gpus, "num_cpus": 1 if gpus else 0.25, "batch_size": 1}
+                pool |= {"concurrency": (1, min(args.workers, len(shards)))}
+                data = data.map_batches(Actor, fn_constructor_args=(make, args, ledger, Budget(args.max_bad)), **pool)
+                for _ in tqdm(data.iter_batches(batch_size=1), total=len(shards), desc=f"ray {name}", unit="shard"):
+                    pass
+    except ray.exceptions.RayError as error:
+        raise ValueError(f"--engine ray: {getattr(error, 'cause', None) or error}") from None
+    finally:
+        if not theirs:
+            ray.shutdown()
 
 
 @torch.no_grad()
-def deduplicate(features, order, threshold, block=2048, known_from=0.9, device="cpu"):
+def deduplicate(features, order, threshold, block=2048, device="cpu"):
     """Which records stand for which: features (N, D) of length 1, in any order; `order` (N,) best first.
 
     A record goes only if it is closer than `threshold` to one that is kept, so a chain of small steps does not collapse
     into its best end. -> of each record the kept one it belongs to (itself if kept), int64 (N,), and its cosine to the
-    nearest kept one before it, float32 (N,), which is exact above `known_from` and -1 or more below.
-
-    Blocks against blocks, N^2 D FLOP if all are kept. On their main axes the first quarter of two vectors, and the
-    product of what length is left, bound their cosine from above: where the bound passes, the cosine is computed.
+    nearest kept one before it, float32 (N,), -1 without one. Blocks against blocks, N^2 D FLOP if all are kept.
     """
-    features = on_main_axes(torch.as_tensor(features).to(device))
-    total, width = features.shape
-    head, least = max(width // 4, 1), min(known_from, threshold)
-    short = torch.cat([features[:, :head], features[:, head:].norm(dim=1, keepdim=True)], dim=1)
-    kept, number = torch.empty(total, dtype=torch.int64, device=device), 0
-    belongs, nearest = np.arange(total), np.full(total, -1.0, np.float32)
-    for start in tqdm(range(0, total, block), desc="deduplicate", unit="block", mininterval=1, disable=total <= block):
-        rows = torch.from_numpy(order[start : start + block]).to(device)
-        best, place = torch.full((len(rows),), -1.0, device=device), rows.clone()
-        for low in range(0, number, block):
-            others = kept[low : low + block][: number - low]
-            near = ((short[rows] @ short[others].T).amax(dim=1) > least).nonzero()[:, 0]
-            if len(near):
-                value, index = (features[rows[near]] @ features[others].T).max(dim=1)
-                closer = value > best[near]
-                place[near[closer]], best[near[closer]] = others[index[closer]], value[closer]
-        among = (features[rows] @ features[rows].T).cpu().numpy()
-        best, place, rows, new = *(x.cpu().numpy() for x in (best, place, rows)), []  # new: kept of this block
+    belongs, nearest, kept = np.arange(len(order)), np.full(len(order), -1.0, np.float32), []
+    for start in tqdm(range(0, len(order), block), desc="deduplicate", unit="block", mininterval=1):
+        rows = order[start : start + block]
+        own = features[rows].to(device).float()  # (block, D)
+        best, place = nearest[rows], belongs[rows]
+        for others, theirs in kept:
+            value, index = (x.cpu().numpy() for x in (own @ theirs.T).max(dim=1))
+            best, place = np.maximum(value, best), np.where(value > best, others[index], place)
+        among, new = (own @ own.T).cpu().numpy(), []  # new: kept of this block
         for i in range(len(rows)):
             if new:
                 j = new[int(among[i, new].argmax())]
@@ -457,42 +469,30 @@ def deduplicate(features, order, threshold, block=2048, known_from=0.9, device="
                 new.append(i)
                 place[i] = rows[i]
         belongs[rows], nearest[rows] = place, best
-        kept[number : number + len(new)] = torch.from_numpy(rows[new]).to(device)
-        number += len(new)
+        if new:
+            kept.append((rows[new], own[new]))
     return belongs, nearest
-
-
-def on_main_axes(features, sample=20_000):
-    """Features (N, D), float32, turned so that the axes along which they vary most come first; cosines stay."""
-    features = features.float()
-    some = features[:: max(1, len(features) // sample)]
-    return features @ torch.linalg.eigh(some.T @ some).eigenvectors.flip(1)
 
 
 def deduplicate_all(args, ledger, rejects):
     """The last step, over all shards: what a person rejected leaves, a benchmark's pictures, copies of a kept one."""
-    made_with = {"rejects": rejects, "shards": ledger.told["shards"], "stages": ledger.told["stages"]}
-    path = ledger.folder / "deduplicate.json"
-    if ledger.all_done("deduplicate") and path.is_file() and parsed(path.read_text()) == made_with:
+    told, path, shards = ledger.told, ledger.folder / "deduplicate/made.json", range(len(ledger.told["shards"]))
+    made_with = {"rejects": rejects, "shards": told["shards"], "stages": told["stages"]}
+    if not ledger.todo("deduplicate", shards) and path.is_file() and parsed(path.read_text()) == made_with:
         return
-    shutil.rmtree(ledger.folder / "deduplicate", ignore_errors=True)
-    shards, resembled = range(len(ledger.told["shards"])), guard_of(args)
+    for old in (ledger.folder / "deduplicate", ledger.out / "refvie"):
+        shutil.rmtree(old, ignore_errors=True)
     opened = lambda shard: (row for row in ledger.rows(ledger.stages[-2], shard) if is_open(row))
     ids, scores, features, decided = [], [], [], {}
     for row in (row for shard in shards for row in opened(shard)):
         if row["id"] in rejects:
             decided[row["id"]] = {"tuning": False, **ended("person", "rejected", rejects[row["id"]])}
-        elif name := resembled(row):
-            reason = f"resembles {name} of the benchmark"
-            decided[row["id"]] = {"tuning": False, **ended("deduplicate", "rejected", reason)}
         else:
             ids.append(row["id"])
             scores.append(row["edit_score"])
             features.append(unpack(row["feature"]))
     if ids:
-        matrix = torch.from_numpy(np.stack(features))
-        features.clear()
-        order = np.argsort(-np.array(scores), kind="stable")
+        matrix, order = torch.from_numpy(np.stack(features)), np.argsort(-np.array(scores), kind="stable")
         belongs, nearest = deduplicate(matrix, order, args.duplicate, device=pick_device(args.device))
         for key, kept, cosine in zip(ids, (ids[i] for i in belongs), nearest.tolist()):
             same = ended("deduplicate", "rejected", f"the reference is that of {kept} again (cosine {cosine:.3f})")
@@ -503,127 +503,8 @@ def deduplicate_all(args, ledger, rejects):
     write_text(path, json.dumps(made_with))
 
 
-def guard_of(args):
-    """-> a function: of a record the picture of the benchmark that its reference or first frame resembles, or None."""
-    if not args.guard:
-        return lambda row: None
-    files, models = benchmark_files(args.guard), load_models(args)
-    models.setup("guard")
-    pictures = (read_image(path) for path in tqdm(files, desc="guard", mininterval=1))
-    theirs = np.stack([models.embed([picture])[0].numpy() for picture in pictures])
-
-    def resembled(row):
-        for own in ("source_feature", "feature"):
-            near = theirs @ unpack(row[own]).astype(np.float32)
-            if near.max() > args.duplicate:
-                return files[near.argmax()].relative_to(args.guard).as_posix()
-        return None
-
-    return resembled
-
-
-PICTURES = ".png .jpg .jpeg .webp .bmp .gif .tif .tiff .avif .heic .mp4 .m4v .mov .webm .mkv .avi".split()
-
-
-def benchmark_files(folder):
-    """The pictures and clips of a benchmark; other files are named, for a clip among them would not be guarded."""
-    found = [path for path in sorted(Path(folder).rglob("*")) if path.is_file()]
-    files = [path for path in found if path.suffix.lower() in PICTURES]
-    if not files:
-        raise ValueError(f"--guard {folder}: no pictures or clips there")
-    other = sorted({path.suffix.lower() or path.name for path in found} - set(PICTURES))
-    print(f"guard       {len(files)} pictures and clips of {folder}; not read: {', '.join(other) or 'nothing'}")
-    return files
-
-
-def run_local(args, ledger, bases, rank, world):
-    """Stage after stage, so that one stage's models are loaded at a time; this process has every world-th shard."""
-    sizes, threads, budget = ledger.told["shards"], torch.get_num_threads(), Budget(args.max_bad)
-    torch.set_num_threads(max(1, threads // args.workers))  # records share the cores
-    for before, make in zip(ledger.stages, PIPELINE):
-        stage = make(args, bases)
-        own = range(rank, len(sizes), world)  # and what this process wrote in the stage before
-        if not (todo := [i for i in own if ledger.done(before, i) and not ledger.done(stage.name, i)]):
-            continue
-        stage.setup()
-        total = sum(sizes[shard] for shard in todo)
-        with tqdm(total=total, desc=stage.name, unit=" records", mininterval=1, disable=rank > 0) as bar:
-            for shard in todo:
-                run_shard(stage, before, ledger, shard, budget, bar)
-        stage.loaded = stage = None  # its models go before others come
-        torch.cuda.empty_cache()
-    torch.set_num_threads(threads)
-
-
-class ShardWorker:
-    """What Ray Data calls: a stage on the shards whose numbers come by, from ledger to ledger."""
-
-    def __init__(self, make, before, args, bases, stages):
-        self.stage, self.before, self.ledger = make(args, bases), before, Ledger(args.out, stages)
-        self.budget = Budget(args.max_bad)
-        self.stage.setup()
-
-    def __call__(self, batch):
-        for shard in batch["shard"].tolist():
-            if not self.ledger.done(self.stage.name, shard):
-                run_shard(self.stage, self.before, self.ledger, shard, self.budget)
-        return batch
-
-
-def run_ray(args, ledger, bases):
-    """One stage at a time, a pool of up to --workers actors; all machines see --out and the data under one path."""
-    try:
-        import ray
-    except ImportError:
-        raise ValueError("--engine ray needs Ray Data; pip install 'ray[data]'") from None
-    theirs = ray.is_initialized()
-    try:
-        for before, make in zip(ledger.stages, PIPELINE):
-            stage = make(args, bases)
-            shards = [i for i in range(len(ledger.told["shards"])) if not ledger.done(stage.name, i)]
-            if not shards:
-                continue
-            if not ray.is_initialized():
-                ray.init(log_to_driver=False, logging_level="ERROR")
-            data = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
-            data = data.map_batches(
-                ShardWorker, fn_constructor_args=(make, before, args, bases, ledger.stages[1:]), batch_size=1,
-                num_gpus=stage.gpus, num_cpus=1 if stage.gpus else 0.25,
-                concurrency=(1, min(args.workers, len(shards))),
-            )  # fmt: skip
-            for _ in tqdm(data.iter_batches(batch_size=1), total=len(shards), desc=f"ray {stage.name}", unit="shard"):
-                pass
-    except ray.exceptions.RayError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ValueError(f"--engine ray: {lines[-1] if lines else type(error).__name__}") from None
-    finally:
-        if not theirs:
-            ray.shutdown()
-
-
-def reopen_all(ledger, rank, world):
-    for shard in range(rank, len(ledger.told["shards"]), world):
-        ledger.reopen_failed(shard)
-    if world > 1:  # else the first could find all shards done that another is about to open again
-        import torch.distributed as dist
-
-        dist.init_process_group("gloo")
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def wait_for(ready, what):
-    """Poll until ready() is true; torchrun ends everybody when one process dies."""
-    if not ready():
-        print(f"wait        for {what}")
-    while not ready():
-        time.sleep(0.2)
-
-
 def main(argv=None):
     args = parse_arguments(argv)
-    if args.show_prompts:
-        return importlib.import_module("curators.paper").show_prompts(args.prompts)
     if given := [name for name in MODELS if has_secret(getattr(args, name))]:
         raise ValueError(f"--set {given[0]}: no user, password or query in an address; put the key into OPENAI_API_KEY")
     rank, world = rank_and_world()
@@ -631,38 +512,37 @@ def main(argv=None):
         raise ValueError("--engine ray finds its own processes: start it without torchrun")
     args.out = str(Path(args.out).resolve())
     ledger = Ledger(args.out, [*(stage.__name__.lower() for stage in PIPELINE), "deduplicate"])
-    with only_run(ledger, rank):
-        rejects = read_rejects(args.rejects)  # fail before days of work, not after them
-        if rank == 0:
-            same_settings(args, ledger)
-            for path in benchmark_files(args.guard) if args.guard else ():
+    with locked(ledger.folder / f"lock.{rank}"):
+        meet = lambda: None
+        if world > 1:  # torchrun ends all when one dies
+            torch.distributed.init_process_group("gloo", timeout=timedelta(days=20))
+            meet = torch.distributed.barrier
+        rejects = read_rejects(args.rejects)
+        if rank == 0:  # fail before days of work, not after them
+            for path in guard_files(args.guard) if args.guard else ():
                 read_image(path)
             read_all(args, ledger)
-        wait_for(lambda: ledger.told, "the tables")
-        same_settings(args, ledger)  # on every rank
-        bases = ledger.told["bases"]
-        if args.retry_failed:
-            reopen_all(ledger, rank, world)
-        todo = [stage for stage in ledger.stages[1:-1] if not ledger.all_done(stage)]
-        if rank == 0 and args.models == "paper" and todo:
-            load_models(args).preflight(todo)  # a gated model is found out now, not after days of scoring
-        run_ray(args, ledger, bases) if args.engine == "ray" else run_local(args, ledger, bases, rank, world)
-        if rank > 0:
-            return
-        wait_for(lambda: ledger.all_done(ledger.stages[-2]), "the other processes")
-        deduplicate_all(args, ledger, rejects)
-        text, counts, common = write_results(args, ledger, bases, rejects)
-    report(args, text, counts, common)
+            shards = range(len(ledger.told["shards"]))
+            for shard in shards if args.retry_failed else ():
+                ledger.reopen_failed(shard)
+            if todo := [stage for stage in ledger.stages[1:-1] if ledger.todo(stage, shards)]:
+                load_models(args).preflight(todo)  # a gated model is found out now, not after days of scoring
+        meet()
+        run_ray(args, ledger) if args.engine == "ray" else run_local(args, ledger, rank, world)
+        meet()
+        if rank == 0:
+            deduplicate_all(args, ledger, rejects)
+            report(args, *write_results(args, ledger, rejects))
 
 
-def report(args, text, counts, common):
-    names = [f"{name}, " for name in (*FILES.values(), "refvie") if (Path(args.out) / name).exists()]
-    print(f"{text}\nwrite       {args.out}/{''.join(names)}funnel.md, statistics.json; look at page.html")
-    if sum(number for (_, status, _), number in counts.reasons.items() if status == "failed") == counts.total:
-        raise ValueError(f"not one of {counts.total} records could be worked on; see above why; then --retry-failed")
-    if counts.kinds:
-        print(f"train       python train.py --stage 3 --ref-csv {shlex.quote(args.out)}/ref_video.csv --base-path "
-              f"{shlex.quote(common)} --data DIR")  # fmt: skip
+def report(args, funnel, common):
+    written = [name for name in (*FILES.values(), "refvie", "statistics.json") if (Path(args.out) / name).exists()]
+    print(f"{funnel.markdown()}\nwrite       {args.out}: {', '.join(written)}, funnel.md; look at page.html")
+    if funnel.failed == funnel.total:
+        raise ValueError(f"not one of {funnel.total} records could be worked on; see above why; then --retry-failed")
+    if funnel.kinds:
+        where = f"--ref-csv {shlex.quote(args.out)}/ref_video.csv --base-path {shlex.quote(common)}"
+        print(f"train       python train.py --stage 3 {where} --data DIR")
     else:
         print("train       nothing: not one quadruplet was kept; the table above says why")
 

@@ -85,7 +85,7 @@ def load_weights(module, state_dict, partial=False, device=None, dtype=None):
     """
     names = {ours: name for name in state_dict if (ours := our_name(name))}
     ranks = {n.split(".lora_A.")[0]: state_dict[name].shape[0] for n, name in names.items() if ".lora_A." in n}
-    for name, child in list(module.named_modules()):  # LoRA of the rank that the weights have, where they have it
+    for name, child in list(module.named_modules()):
         if name in ranks and type(child) is nn.Linear:
             give_lora(child, ranks[name])
     own = module.state_dict(keep_vars=True)

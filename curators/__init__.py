@@ -6,6 +6,7 @@ paper names: a plain twin and a heavy one with the same methods, each about one 
     embed([picture, ...]) -> (N, D) of length 1          preflight(): is everything there? setup(stage): load it
 """
 
+import math
 from functools import lru_cache
 from itertools import islice
 
@@ -52,3 +53,11 @@ def box_of(mask):
     rows, columns = mask.any(dim=1).nonzero()[:, 0], mask.any(dim=0).nonzero()[:, 0]
     (height, width), (y1, y2), (x1, x2) = mask.shape, rows[[0, -1]].tolist(), columns[[0, -1]].tolist()
     return [x1 / width, y1 / height, (x2 + 1) / width, (y2 + 1) / height]
+
+
+def around(picture, box, margin=0.1):
+    """The part of a picture (H, W, C) around a box [x1, y1, x2, y2] in 0..1."""
+    height, width = picture.shape[:2]
+    x, y = margin * (box[2] - box[0]), margin * (box[3] - box[1])
+    left, top = max(int((box[0] - x) * width), 0), max(int((box[1] - y) * height), 0)
+    return picture[top : math.ceil((box[3] + y) * height), left : math.ceil((box[2] + x) * width)].contiguous()

@@ -18,20 +18,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from curators import Rejected, box_of, frame_at, moments
+from curators import Rejected, around, box_of, frame_at, moments
 from media import MediaError, decode, open_media, read_image, resize
 from metrics import as_float, as_uint8, lab, luma, otsu
+from vlm import within
 
 LOOKS = 12  # frames of a clip that are looked at
 LOOK_PIXELS, CUT_PIXELS, FILL_PIXELS = 320 * 180, 640 * 360, 1280 * 720
 UNCHANGED, CHANGED = 8.0, 16.0  # CIELAB units: a VAE's trace stays below the first; above the second all is edit
 ALIKE = 6.0  # CIELAB units between the colours of one thing at two moments
-COLOURS = {  # names -> sRGB
-    "red": (190, 30, 40), "orange": (235, 125, 30), "yellow": (235, 210, 50), "gold": (205, 160, 50),
-    "golden": (205, 160, 50), "green": (50, 130, 60), "blue": (40, 80, 180), "purple": (120, 50, 150),
-    "pink": (235, 150, 180), "brown": (110, 70, 45), "black": (25, 25, 28), "white": (240, 240, 240),
-    "grey": (128, 128, 128), "gray": (128, 128, 128), "silver": (185, 185, 190), "blonde": (215, 190, 140),
-    "platinum": (220, 210, 190), "snowy": (230, 235, 240),
+COLOURS = {  # sRGB
+    "red": (190, 30, 40), "orange": (235, 125, 30), "yellow": (235, 210, 50), "golden": (205, 160, 50),
+    "green": (50, 130, 60), "blue": (40, 80, 180), "purple": (120, 50, 150), "pink": (235, 150, 180),
+    "brown": (110, 70, 45), "black": (25, 25, 28), "white": (240, 240, 240), "grey": (128, 128, 128),
+    "gray": (128, 128, 128), "silver": (185, 185, 190), "blonde": (215, 190, 140),
 }  # fmt: skip
 
 
@@ -42,8 +42,7 @@ def frames_at(path, wanted, max_pixels):
     with open_media(path) as (container, stream):
         for number, (_, rgb) in enumerate(islice(decode(path, container, stream), wanted[-1] + 1)):
             if number in wanted:
-                scale = min(1.0, math.sqrt(max_pixels / (rgb.shape[0] * rgb.shape[1])))
-                frames.append(resize(rgb[None], [max(8, round(side * scale)) for side in rgb.shape[:2]])[0])
+                frames.append(resize(rgb[None], within(*rgb.shape[:2], max_pixels, 1))[0])
                 indices.append(number)
     if not frames:
         raise MediaError(f"{path}: has no frames")
@@ -55,32 +54,29 @@ def key_frame(path, index, max_pixels):
     return frames_at(path, (index,), max_pixels)[0][0]
 
 
-def look_at_pair(source, target, max_pixels=LOOK_PIXELS):
+def look_at_pair(source, target):
     """The same moments of both clips, at the target's size -> source, target float (T, 3, H, W), indices."""
     shared = moments(source, target)
     wanted = tuple(round(i) for i in np.linspace(0, shared - 1, min(LOOKS, shared)))
-    (a, _), (b, indices) = (frames_at(path, wanted, max_pixels) for path in (source, target))
+    (a, _), (b, indices) = (frames_at(path, wanted, LOOK_PIXELS) for path in (source, target))
     count = min(len(a), len(b))  # a file may hold fewer frames than it declares
     if abs(math.log(a.shape[1] / a.shape[2] * b.shape[2] / b.shape[1])) > 0.05:
-        sizes = [f"{x.shape[2]}x{x.shape[1]}" for x in (b, a)]
-        raise MediaError(f"{target}: is {sizes[0]} where its source is {sizes[1]}, another aspect")
+        raise MediaError(f"{target}: has another aspect than its source")
     return as_float(resize(a[:count], b.shape[1:3])), as_float(b[:count]), indices[:count]
 
 
 def difference(source, target):
-    """CIELAB distance of each pixel, averaged over 3x3 -> (T, H, W)."""
+    """CIELAB distance of each pixel, averaged over 3x3 -> (T, H, W), and the value that splits what changed from what
+    stayed (Otsu's, kept within UNCHANGED and CHANGED)."""
     apart = 100 * (lab(source) - lab(target)).square().sum(dim=1).sqrt()
-    return F.avg_pool2d(apart[:, None], 3, 1, 1, count_include_pad=False)[:, 0]
+    apart = F.avg_pool2d(apart[:, None], 3, 1, 1, count_include_pad=False)[:, 0]
+    return apart, min(max(otsu(apart.clamp(max=60), 60, 60), UNCHANGED), CHANGED)
 
 
-def split_value(values):
-    """Otsu's threshold between what stayed and what changed, kept within UNCHANGED and CHANGED."""
-    return min(max(otsu(values.clamp(max=60), 60, 60), UNCHANGED), CHANGED)
-
-
-def body(apart, kind):
+def body(source, target, kind):
     """What is to be masked, bool (T, H, W): the changed region, or before a new background what stayed."""
-    return clean(apart > split_value(apart), 0.25) if kind == "subject" else clean(apart < split_value(apart), 0.12)
+    apart, split = difference(source, target)
+    return clean(apart > split, 0.25) if kind == "subject" else clean(apart < split, 0.12)
 
 
 def regions(mask):
@@ -96,7 +92,7 @@ def regions(mask):
     low = np.searchsorted(ends, starts[above] + width + 1, "left")
     high = np.searchsorted(starts, ends[above] + width + 1, "right")
     a = np.repeat(above, high - low)
-    b = np.arange(len(a)) - np.repeat(np.cumsum(high - low) - (high - low), high - low) + np.repeat(low, high - low)
+    b = np.arange(len(a)) - np.repeat(np.cumsum(high - low) - high, high - low)
     label = np.arange(len(starts))
     while (label[a] != label[b]).any():
         smaller = np.minimum(label[a], label[b])
@@ -108,19 +104,13 @@ def regions(mask):
     return out
 
 
-def large_regions(mask, least=0.1, pixels=4):
-    """A mask (T, H, W) without specks: of each frame the regions of at least `least` of the largest, and `pixels`."""
+def large_regions(mask, least):
+    """A mask (T, H, W) without specks: of each frame the regions of at least `least` of the largest, and 4 pixels."""
     labels = regions(mask)
     count = torch.bincount(labels.flatten())
     count[0] = 0
     size = count[labels]  # (T, H, W)
-    return mask & (size >= (least * size.amax(dim=(1, 2), keepdim=True)).clamp_min(pixels))
-
-
-def parts(mask, least=0.2):
-    """How many regions of a mask (H, W) have at least `least` of the largest's size."""
-    count = torch.bincount(regions(mask[None]).flatten())[1:]
-    return int((count >= least * count.max()).sum()) if len(count) else 0
+    return mask & (size >= (least * size.amax(dim=(1, 2), keepdim=True)).clamp_min(4))
 
 
 def without_holes(mask):
@@ -135,19 +125,9 @@ def grow(mask, n):
     return (F.max_pool2d(F.max_pool2d(x, (2 * n + 1, 1), 1, (n, 0)), (1, 2 * n + 1), 1, (0, n)) > 0).view(mask.shape)
 
 
-def close(mask, n):
-    """A mask without gaps of 2n pixels."""
-    return ~grow(~grow(mask, n), n)
-
-
-def blur(x, n):
-    """Box means over 2n + 1 pixels, borders counted right."""
-    mean = lambda y, size, pad: F.avg_pool2d(y, size, 1, pad, count_include_pad=False)
-    return mean(mean(x, (2 * n + 1, 1), (n, 0)), (1, 2 * n + 1), (0, n))
-
-
-def clean(mask, least=0.1):
+def clean(mask, least):
     """Large regions without their holes; gaps of 2 % of the frame are closed first, bridges of a pixel cut."""
+    close = lambda mask, n: ~grow(~grow(mask, n), n)
     if gap := min(mask.shape[1:]) // 60:
         mask = close(~close(~close(mask, 1), 1), gap)
     return without_holes(large_regions(mask, least))
@@ -165,6 +145,29 @@ def resized(mask, size):
 
 def overlap(a, b):
     return (a & b).sum().item() / max((a | b).sum().item(), 1)
+
+
+def blur(x, n):
+    """Box means over 2n + 1 pixels, borders counted right."""
+    mean = lambda y, size, pad: F.avg_pool2d(y, size, 1, pad, count_include_pad=False)
+    return mean(mean(x, (2 * n + 1, 1), (n, 0)), (1, 2 * n + 1), (0, n))
+
+
+def whole_object(frame, mask, change):
+    """The mask of one whole object in a frame uint8 (H, W, 3), from the mask of what changed and how much that was,
+    (h, w), 1 on the border to what stayed. Rejected, for what is broken."""
+    if (number := len(regions(large_regions(mask[None], 0.2)).unique()) - 1) > 1:
+        raise Rejected(f"the edit is in {number} large parts")
+    mask = resized(large_regions(mask[None], 1.0)[0], frame.shape[:2])
+    found = by_colour(frame, mask)
+    if (share := overlap(found, mask)) < 0.6:
+        raise Rejected(f"colours and difference disagree about the object's outline (IoU {share:.2f})")
+    found = by_colour(frame, mask, stretched(change[None, None], mask.shape)[0, 0].clamp(0.1, 10).log())
+    x1, y1, x2, y2 = box_of(found)
+    contact = sum(int(side.sum()) for side in (found[0], found[-1], found[:, 0], found[:, -1]))
+    if contact > 0.4 * (found.any(0).sum() + found.any(1).sum()) or x2 - x1 == 1 or y2 - y1 == 1:
+        raise Rejected("the frame's border cuts the object off")
+    return found
 
 
 def by_colour(frame, mask, evidence=0.0):
@@ -195,58 +198,34 @@ def like(frame, inside, outside, bins=12):
     return (share[0] / share[1]).log()
 
 
-def cut_out(frame, mask, margin=0.05):
+def cut_out(frame, mask):
     """The masked object of a frame uint8 (H, W, 3) on white, tightly cropped, uint8. mask: bool (h, w), of any size.
 
-    Its border moves to the nearest edge of the picture by a guided filter (He et al., 2010); colours of the rim are
-    those of the object alone, estimated from blurs of both sides (Forte, 2021).
+    Colours of the rim are those of the object alone, estimated from blurs of both sides (Forte, 2021).
     """
-    height, width = frame.shape[:2]
-    soft = stretched(mask[None, None].float(), (height, width))
-    x1, y1, x2, y2 = box_of(soft[0, 0] > 0.5)
-    pad = margin * max((x2 - x1) * width, (y2 - y1) * height)
-    left, right = max(int(x1 * width - pad), 0), min(math.ceil(x2 * width + pad), width)
-    top, bottom = max(int(y1 * height - pad), 0), min(math.ceil(y2 * height + pad), height)
-    colour = as_float(frame[None, top:bottom, left:right])
-    radius = max(1, round(height / mask.shape[0]))
-    alpha = guided(soft[..., top:bottom, left:right], luma(colour), radius).sub(0.35).div(0.4).clamp(0, 1)
-    own = own_colour(own_colour(colour, alpha, 45), alpha, 3, colour)
+    soft = stretched(mask[None, None].float(), frame.shape[:2])
+    cropped = lambda x: around(x, box_of(soft[0, 0] > 0.5), 0.05)
+    colour, alpha = as_float(cropped(frame)[None]), cropped(soft[0].permute(1, 2, 0)).permute(2, 0, 1)[None]
+    alpha = blur(alpha, max(1, round(frame.shape[0] / mask.shape[0]))).sub(0.35).div(0.4).clamp(0, 1)
+    own = colour
+    for radius in (45, 3):
+        front = blur(own * alpha, radius) / (blur(alpha, radius) + 1e-5)
+        back = blur(colour * (1 - alpha), radius) / (blur(1 - alpha, radius) + 1e-5)
+        own = (front + alpha * (colour - alpha * front - (1 - alpha) * back)).clamp(0, 1)
     return as_uint8(own * alpha + (1 - alpha))[0]
 
 
-def own_colour(start, alpha, radius, colour=None):
-    """Foreground colours (1, 3, H, W) of a picture that mixes foreground and background by alpha."""
-    colour = start if colour is None else colour
-    inside, outside = blur(alpha, radius), blur(1 - alpha, radius)
-    front, back = blur(start * alpha, radius) / (inside + 1e-5), blur(colour * (1 - alpha), radius) / (outside + 1e-5)
-    return (front + alpha * (colour - alpha * front - (1 - alpha) * back)).clamp(0, 1)
-
-
-def guided(x, guide, radius, strength=1e-3):
-    """x (1, 1, H, W) smoothed, but not across the edges of `guide` (1, 1, H, W)."""
-    mean = lambda y: blur(y, radius)
-    a = (mean(guide * x) - mean(guide) * mean(x)) / (mean(guide * guide) - mean(guide) ** 2 + strength)
-    return mean(a) * guide + mean(mean(x) - a * mean(guide))
-
-
 def without_foreground(frame, foreground):
-    """A frame uint8 (H, W, 3) with its foreground, bool (H, W), filled from like surroundings. Rejected if that is more
-    than 20 % of the picture."""
-    if foreground.float().mean() > 0.2:
-        raise Rejected(f"{foreground.float().mean():.0%} of the background is never seen")
-    hole = grow(foreground, max(4, min(foreground.shape) // 50))[None, None]  # shadows, soft rims
-    return as_uint8(filled(as_float(frame[None]), hole))[0]
-
-
-def filled(picture, hole):
-    """A picture (1, 3, H, W) whose hole, bool (1, 1, H, W), shows copies of like surroundings, which overlap.
+    """A frame uint8 (H, W, 3) whose foreground, bool (H, W), shows copies of like surroundings, which overlap. Rejected
+    if that is more than 20 % of the picture.
 
     From coarse to fine: each cell of a grid takes the place of the cell whose 5x5 neighbours look most alike, at about
     the same height (after Wexler et al., 2007); then the hole's pixels come from there, three cells wide.
     """
-    if not hole.any():
-        return picture
-    out = from_surroundings(picture, ~hole)
+    if foreground.float().mean() > 0.2:
+        raise Rejected(f"{foreground.float().mean():.0%} of the background is never seen")
+    hole = grow(foreground, max(4, min(foreground.shape) // 50))[None, None]  # shadows, soft rims
+    out = from_surroundings(as_float(frame[None]), ~hole)
     for cells in (40, 80, 160):
         size = max(1, max(hole.shape) // cells)
         grid = [side // size for side in hole.shape[2:]]
@@ -256,7 +235,7 @@ def filled(picture, hole):
             source = like_cells(small, gap)
             small = torch.where(gap, copied(small, source, 1), small)
         out = torch.where(hole, stretched(copied(whole, source, size), hole.shape[2:]), out)
-    return out
+    return as_uint8(out)[0]
 
 
 def like_cells(small, gap):
@@ -295,23 +274,18 @@ def ramp(value, low, high):
     return min(max((value - low) / (high - low), 0.0), 1.0)
 
 
-def named_colour(prompt):
-    """The colour that the instruction asks for, CIELAB (3,), or None: the first named after "with" or "into"."""
-    words = re.findall("[a-z]+", prompt[:2000].lower())
-    cut = next((i for i, word in enumerate(words) if word in ("with", "into", "to")), 0)
-    for before, word in zip(["", *words], words[:]):
-        if word in COLOURS and word in words[cut:]:
-            light = {"dark": 0.4, "deep": 0.6}.get(before, 1.0)
-            return 100 * lab(torch.tensor(COLOURS[word]).view(1, 3, 1, 1) * light / 255)[0, :, 0, 0]
-    return None
-
-
 def colours(pixels, ways=8):
     """The colours of pixels (N, 3) in 0..1 as quantiles along some directions of CIELAB (ways, 20): the mean difference
     of two such tables is the (sliced) earth mover's distance of the two sets of colours."""
     directions = F.normalize(torch.randn(3, ways, generator=torch.Generator().manual_seed(0)), dim=0)
     values = 100 * lab(pixels.T[None, :, None])[0, :, 0].T @ directions  # (N, ways)
     return torch.quantile(values[:: max(1, len(values) // 20000)], torch.linspace(0.025, 0.975, 20), dim=0).T
+
+
+def drift(clip, where):
+    """How far the colours within a mask move from one look to the next, CIELAB units: a thing keeps its colours."""
+    tables = [colours(frame[:, mask].T) for frame, mask in zip(clip, where) if mask.sum() > 20]
+    return sum((a - b).abs().mean().item() for a, b in zip(tables, tables[1:])) / max(len(tables) - 1, 1)
 
 
 def inked(picture):
@@ -326,68 +300,33 @@ def layout(picture, mask, size=32):
     return 100 * lab(shown(picture))[0], shown(mask[None].float())[0, 0] > 0.5
 
 
-def apart_in_layout(a, b, both):
-    """Mean CIELAB distance of two `layout`s (3, h, w) where both have a mask."""
-    return (a - b).square().sum(0).sqrt()[both].mean().item() if both.any() else 99.0
-
-
 class Classical:
     def __init__(self, args):
         self.args = args
 
-    def preflight(self, stages):
-        """Nothing can be missing."""
-
     def setup(self, stage):
-        """Nothing is to be loaded."""
+        """Nothing is to be loaded, or missing."""
+
+    preflight = setup
 
     def score(self, source_path, target_path, row):
         """Of each moment 10 sqrt(SC PQ): EditScore's formula with what can be measured in their places."""
         source, target, _ = look_at_pair(source_path, target_path)
-        apart = difference(source, target)
-        changed = apart > split_value(apart)
+        apart, split = difference(source, target)
+        changed = apart > split
         whole = clean(changed, 0.25)
-        area = whole.float().mean(dim=(1, 2))
-        usual, swapped = area.median().item(), self.exchanged(source, target, whole, row)
-        steady = ramp(drift(target, whole) - drift(source, whole), 12, 1)
-        moment = lambda t: (row["kind"], source[t], target[t], apart[t], changed[t], whole[t], usual)
-        return [10 * swapped * math.sqrt(steady * self.fit(*moment(t))) for t in range(len(apart))]
-
-    def fit(self, kind, source, target, apart, changed, whole, usual):
-        """How strong and how well placed an edit is at one moment, 0..1."""
-        area = whole.float().mean().item()
-        strength = 1 - math.exp(-(apart[whole].mean().item() if whole.any() else 0.0) / 8)
-        left = apart[~whole].square().mean().sqrt().item() if not whole.all() else 99.0
-        if kind == "style":
-            edges = torch.stack([luma(x[None]).diff(dim=-1).flatten().abs() for x in (source, target)])
-            kept = torch.corrcoef(edges)[0, 1].nan_to_num().item()
-            return strength * ramp(area, 0.05, 0.6) * (0.4 + 0.6 * ramp(kept, 0.0, 0.6))
-        if kind == "background":
-            return strength * ramp(area, 0.05, 0.3) * ramp(1 - area, 0.0, 0.05)
-        together = (changed & whole).sum().item() / max(changed.sum().item(), 1)  # the rest is scattered about
-        stays, size = math.exp(-((left / 14) ** 2)), min(ramp(area, 0.85, 0.5), ramp(area, 0.0, 0.001))
-        present = ramp(area, 0.1 * usual, 0.4 * usual) if usual else 0.0
-        return strength * min(stays, ramp(together, 0.3, 0.9), size) * present
-
-    def exchanged(self, source, target, whole, row):
-        """0.3 where the source has the colour that the words ask for and the target lost it, else 1."""
-        wanted = named_colour(row["prompt"])
-        if wanted is None or row["kind"] not in ("subject", "background") or not whole.any():
-            return 1.0
-        near = []
-        for clip in (source, target):
-            pixels = 100 * lab(clip).permute(0, 2, 3, 1)[whole]
-            near.append(torch.quantile((pixels - wanted).norm(dim=1)[:: max(1, len(pixels) // 20000)], 0.25).item())
-        return 0.3 if near[0] < 20 and near[0] + 15 < near[1] else 1.0
+        usual, steady = whole.float().mean(dim=(1, 2)).median().item(), drift(target, whole) - drift(source, whole)
+        common = ramp(steady, 12, 1) * exchanged(source, target, whole, row) ** 2
+        moment = zip(source, target, apart, changed, whole)
+        return [10 * math.sqrt(common * fit(row["kind"], *looks, usual)) for looks in moment]
 
     def ground(self, source_path, target_path, row):
         """-> box, mask (H, W), index of the frame in which it is best seen, no more columns."""
         source, target, indices = look_at_pair(source_path, target_path)
-        apart, subject = difference(source, target), row["kind"] == "subject"
-        masks = body(apart, row["kind"])
+        masks, subject = body(source, target, row["kind"]), row["kind"] == "subject"
         if "box" in row:
-            within = torch.zeros_like(masks)
             x1, y1, x2, y2 = (round(v * side) for v, side in zip(row["box"], masks.shape[:0:-1] * 2))
+            within = torch.zeros_like(masks)
             within[:, y1:y2, x1:x2] = True
             masks = masks & within
         area = masks.float().mean(dim=(1, 2))
@@ -402,7 +341,8 @@ class Classical:
             raise Rejected(f"{area[best]:.0%} of the frame stayed: no background edit")
         frame, mask = key_frame(target_path, indices[best], CUT_PIXELS), masks[best]
         if subject:
-            mask = whole_object(frame, mask, apart[best] / split_value(apart))
+            apart, split = difference(source, target)
+            mask = whole_object(frame, mask, apart[best] / split)
         else:
             mask = resized(mask, frame.shape[:2])
             mask = mask | by_colour(frame, mask)
@@ -418,96 +358,80 @@ class Classical:
     def verify(self, source_path, target_path, ref_path, row):
         """Does the reference show the edit, upright and whole, and is it there at other moments? (bool, reason)"""
         source, target, indices = look_at_pair(source_path, target_path)
-        masks, subject = body(difference(source, target), row["kind"]), row["kind"] == "subject"
-        place = masks if subject else ~masks
-        picture = as_float(read_image(ref_path)[None])[0]
-        ink = inked(picture) if subject else torch.ones(picture.shape[1:], dtype=torch.bool)
-        if not ink.any() or not place.any():
-            return False, "nothing is shown"
-        if "given_ref" not in row and row.get("key") in indices:
-            wrong = self.in_place(target_path, picture, ink, row)
+        subject, given = row["kind"] == "subject", "given_ref_image" in row
+        picture, place = as_float(read_image(ref_path)[None])[0], body(source, target, row["kind"]) == subject
+        if given:
+            best = int(place.float().mean(dim=(1, 2)).argmax())
+            frame, where = target[best], place[best]
         else:
-            wrong = broken(picture, ink, target, place)
-        if wrong:
-            return False, wrong
+            frame = as_float(key_frame(target_path, row["key"], CUT_PIXELS)[None])[0]
+            mask = resized(read_image(f"{self.args.out}/{row['mask']}")[..., 0] > 127, frame.shape[1:])
+            where = mask if subject else ~grow(mask, 9)
+        ink = inked(picture) if subject else resized(where, picture.shape[1:])
         seen = [i for i in range(len(indices)) if place[i].any()]
+        if not ink.any() or not where.any() or not seen:
+            return False, "nothing is shown"
+        if wrong := misplaced(picture, ink, frame, where, given):
+            return False, wrong
         others = [i for i in seen if indices[i] != row.get("key")] or seen
         wanted = colours(picture[:, ink].T)
         after, before = (colours(torch.cat([clip[i][:, place[i]].T for i in others])) for clip in (target, source))
         near, far = ((wanted - x).abs().mean().item() for x in (after, before))
-        limit = 4 * ALIKE if "given_ref" in row else min(ALIKE, far)  # another picture of the thing, in another light
+        limit = 4 * ALIKE if given else min(ALIKE, far)  # another picture of the thing, in another light
         return near < limit, f"colours {near:.0f} from the edit's, {far:.0f} from the source's (CIELAB)"
-
-    def in_place(self, target_path, picture, ink, row):
-        """What is wrong with a reference that was cut out of the key frame, held against that frame, or None."""
-        frame = as_float(key_frame(target_path, row["key"], CUT_PIXELS)[None])[0]
-        mask = resized(read_image(f"{self.args.out}/{row['mask']}")[..., 0] > 127, frame.shape[1:])
-        where = mask if row["kind"] == "subject" else torch.ones_like(mask)
-        if not where.any():
-            return "the mask is empty"
-        (seen, outline), (shown, ink) = layout(frame, where), layout(picture, ink)
-        if row["kind"] == "background":
-            new = F.interpolate(grow(mask, 9)[None, None].float(), ink.shape, mode="area")[0, 0] == 0
-            outline, ink = outline & new, ink & new
-        distance, same = apart_in_layout(seen, shown, outline & ink), overlap(outline, ink)
-        if distance > 14 or same < 0.8:
-            return f"it is not what stands in its place (CIELAB {distance:.0f}, outline {same:.2f})"
-        return None
 
     def embed(self, images):
         return torch.stack([look_feature(image) for image in images])
 
 
-def whole_object(frame, mask, change):
-    """The mask of one whole object in a frame uint8 (H, W, 3), from the mask of what changed and how much that was,
-    (h, w), 1 on the border to what stayed. Rejected, for what is broken."""
-    if (number := parts(mask)) > 1:
-        raise Rejected(f"the edit is in {number} large parts")
-    mask = resized(large_regions(mask[None], 1.0)[0], frame.shape[:2])
-    found = by_colour(frame, mask)
-    if (share := overlap(found, mask)) < 0.6:
-        raise Rejected(f"colours and difference disagree about the object's outline (IoU {share:.2f})")
-    found = by_colour(frame, mask, stretched(change[None, None], mask.shape)[0, 0].clamp(0.1, 10).log())
-    x1, y1, x2, y2 = box_of(found)
-    contact = sum(int(side.sum()) for side in (found[0], found[-1], found[:, 0], found[:, -1]))
-    if contact > 0.4 * (found.any(0).sum() + found.any(1).sum()) or x2 - x1 == 1 or y2 - y1 == 1:
-        raise Rejected("the frame's border cuts the object off")
-    return found
+def fit(kind, source, target, apart, changed, whole, usual):
+    """How strong and how well placed an edit is at one moment, 0..1."""
+    area = whole.float().mean().item()
+    strength = 1 - math.exp(-(apart[whole].mean().item() if whole.any() else 0.0) / 8)
+    if kind == "style":
+        edges = torch.stack([luma(x[None]).diff(dim=-1).flatten().abs() for x in (source, target)])
+        kept = torch.corrcoef(edges)[0, 1].nan_to_num().item()
+        return strength * ramp(area, 0.05, 0.6) * (0.4 + 0.6 * ramp(kept, 0.0, 0.6))
+    if kind == "background":
+        return strength * ramp(area, 0.05, 0.3) * ramp(1 - area, 0.0, 0.05)
+    left = apart[~whole].square().mean().sqrt().item() if not whole.all() else 99.0
+    together = (changed & whole).sum().item() / max(changed.sum().item(), 1)  # the rest is scattered about
+    stays, size = math.exp(-((left / 14) ** 2)), min(ramp(area, 0.85, 0.5), ramp(area, 0.0, 0.001))
+    present = ramp(area, 0.1 * usual, 0.4 * usual) if usual else 0.0
+    return strength * min(stays, ramp(together, 0.3, 0.9), size) * present
 
 
-def broken(picture, ink, target, place):
-    """What is wrong with a reference that came with the pair: noise, or upside down; None if nothing is found."""
+def exchanged(source, target, whole, row):
+    """0.3 where the source has the colour that the words name last and the target lost it, else 1."""
+    named = [word for word in re.findall("[a-z]+", row["prompt"][:2000].lower()) if word in COLOURS]
+    if not named or row["kind"] not in ("subject", "background") or not whole.any():
+        return 1.0
+    wanted = 100 * lab(torch.tensor(COLOURS[named[-1]]).view(1, 3, 1, 1) / 255)[0, :, 0, 0]
+    apart = [(100 * lab(clip).permute(0, 2, 3, 1)[whole] - wanted).norm(dim=1) for clip in (source, target)]
+    before, after = (torch.quantile(x[:: max(1, len(x) // 20000)], 0.25).item() for x in apart)
+    return 0.3 if before < 20 and before + 15 < after else 1.0
+
+
+def misplaced(picture, ink, frame, where, given):
+    """What is wrong with a reference (3, h, w), drawn where `ink` is true, if it shows what the mask `where` shows of a
+    frame (3, H, W), or None. given: it came with the pair, another picture of the same."""
+    (seen, outline), (shown, drawn) = layout(frame, where), layout(picture, ink)
+    apart = lambda a, b, both: (a - b).square().sum(0).sqrt()[both].mean().nan_to_num(99.0).item()
+    upright, turned = apart(seen, shown, outline & drawn), apart(seen, shown.flip(1), outline & drawn.flip(0))
+    same, turned_same = overlap(outline, drawn), overlap(outline, drawn.flip(0))
     fine = luma(F.interpolate(picture[None], (128, 128), mode="area"))
-    if fine.diff(dim=-1).abs().mean() > 0.7 * fine.std().clamp_min(0.01):
+    if given and fine.diff(dim=-1).abs().mean() > 0.7 * fine.std().clamp_min(0.01):
         return "it is noise"
-    best = int(place.float().mean(dim=(1, 2)).argmax())
-    (seen, outline), (shown, ink) = layout(target[best], place[best]), layout(picture, ink)
-    upright = apart_in_layout(seen, shown, outline & ink)
-    turned = apart_in_layout(seen, shown.flip(1), outline & ink.flip(0))
-    return f"it is upside down (CIELAB {turned:.0f} against {upright:.0f})" if turned < 0.7 * upright else None
+    if turned < 0.7 * upright if given else turned_same > same + 0.1:
+        return f"it is upside down (CIELAB {turned:.0f} against {upright:.0f})"
+    if not given and (upright > 14 or same < 0.8):
+        return f"it is not what stands in its place (CIELAB {upright:.0f}, outline {same:.2f})"
+    return None
 
 
-def drift(clip, where):
-    """How far the colours within a mask move from one look to the next, CIELAB units: a thing keeps its colours."""
-    tables = [colours(frame[:, mask].T) for frame, mask in zip(clip, where) if mask.sum() > 20]
-    return sum((a - b).abs().mean().item() for a, b in zip(tables, tables[1:])) / max(len(tables) - 1, 1)
-
-
-def look_feature(image, size=16):
-    """What a reference looks like, (D,) of length 1: its layout in CIELAB, most of its mean taken away.
-
-    Shown is what lies within two standard deviations of its ink, so that a white margin, a resize or a JPEG's noise
-    around the object move nothing.
-    """
-    picture = stretched(as_float(image[None]), (64, 64), antialias=True).clamp(0, 1)
-    ink = (0.92 - picture.amin(dim=1)[0]).clamp_min(1e-12).sqrt()
-    axis = (torch.arange(64) + 0.5) / 32 - 1
-    spread = []
-    for weight in (ink.sum(dim=0), ink.sum(dim=1)):  # along x, along y
-        middle = (weight * axis).sum() / weight.sum()
-        spread.append((2 * ((weight * (axis - middle) ** 2).sum() / weight.sum()).sqrt(), middle))
-    (x, right), (y, down) = spread
-    window = torch.tensor([[[x, 0, right], [0, y, down]]])
-    grid = F.affine_grid(window, (1, 3, 2 * size, 2 * size), align_corners=False)
-    seen = lab(F.avg_pool2d(F.grid_sample(picture, grid, padding_mode="border", align_corners=False), 2))[0]
+def look_feature(image):
+    """What a reference looks like, (D,) of length 1: its layout in CIELAB, most of its mean taken away."""
+    picture = stretched(as_float(image[None]), (64, 64), antialias=True).clamp(0, 1)[0]
+    ink = picture.amin(dim=0) < 0.92
+    seen, _ = layout(picture, ink if ink.any() else ~ink, 16)
     return F.normalize((seen - 0.75 * seen.mean(dim=(1, 2), keepdim=True)).flatten(), dim=0)

@@ -1,9 +1,9 @@
 """The records of all inputs: tables, the published sets as they lie on disk, another run.
 
     row -> id (hash of source, target, prompt), name, src_video, tgt_video, prompt, base (the folder of its paths),
-           kind, edit_type, and what the row brings: edit_score, frame_scores, box, given_mask, given_ref
+           kind, edit_type, and what the row brings: edit_score, box, given_mask, given_ref_image
 
-Another set: its columns in SETS, its layout in `tables_of`. One bad row costs itself: a record that failed at reading.
+Another set is a line of SETS. One bad row costs itself: a record that failed at reading.
 """
 
 import csv
@@ -14,36 +14,36 @@ import shutil
 import sqlite3
 from pathlib import Path
 
-from curators import KINDS
+from curators import KINDS, ended
 from data import COLUMNS, below, has_columns, inside, parquet_file, row_group
-from ledger import Ledger, parsed
+from ledger import Ledger, parsed, reopened
 from media import whole_file
 from vlm import sound
 
 PAIR = COLUMNS["video"]  # src_video, tgt_video, prompt
-SETS = {  # their columns for these, and the licence to print
-    "pairs": (PAIR, None),
-    "RefVIE": (PAIR, None),
-    "Sparkle": (PAIR, "CC-BY-4.0"),
-    "ReCo": (PAIR, "CC-BY-NC-SA-4.0"),
-    "Ditto-1M": (("source_path", "edited_path", "instruction"), "CC-BY-NC-SA-4.0"),
-    "OpenVE-3M": (("original_video", "video", "prompt"), "CC-BY-NC-4.0"),
+SETS = {  # name: the tables in its folder, their columns for PAIR, the licence to print
+    "table": (None, PAIR, None),
+    "Ditto-1M": ("training_metadata/*.json", ("source_path", "edited_path", "instruction"), "CC-BY-NC-SA-4.0"),
+    "ReCo": ("*/*_data_configs.json", ("src_video", "tar_video", "instruction_final_refine"), "CC-BY-NC-SA-4.0"),
+    "OpenVE-3M": (None, ("original_video", "video", "prompt"), "CC-BY-NC-4.0"),
+    "Sparkle": ("prompts/*_train.csv", PAIR, "CC-BY-4.0"),
+    "RefVIE": ("chunk_*.parquet", PAIR, None),
 }
-TYPES = {  # edit types of the sets -> kinds
+TYPES = {  # kinds: edit types of the sets
     "subject": "subject change add replace local_change local_add local_modification subject_add",
     "background": "background background_change background_replacement background_ref location season time",
-    "remove": "remove local_remove", "style": "style global_style style_transfer",
+    "remove": "remove local_remove",
+    "style": "style global_style style_transfer",
     "other": "creative_edit camera_edit subtitle_edit subtitles_edit",
-}  # fmt: skip
-TYPES = {name: kind for kind, names in TYPES.items() for name in names.split()}
+}
 VERBS = {
     "remove": "remove delete erase eliminate omit hide discard clear wipe",
     "style": "apply restyle stylize stylise reimagine",
     "whole": "change turn transform convert make render give redraw repaint",
     "subject": "add insert put place attach replace swap exchange substitute dress paint draw introduce include switch "
     "set shift",
-}  # fmt: skip
-VERBS = {word: kind for kind, words in VERBS.items() for word in words.split()}
+}
+TYPES, VERBS = ({word: kind for kind, words in names.items() for word in words.split()} for names in (TYPES, VERBS))
 PLACES = set("background backdrop surroundings scenery environment".split())
 WHOLE = set("video clip scene image picture photo footage everything it this all".split())
 STYLES = set("style aesthetic painting watercolor watercolour cartoon anime sketch filter mood".split())
@@ -51,7 +51,7 @@ STYLES = set("style aesthetic painting watercolor watercolour cartoon anime sket
 
 def kind_of(edit_type, prompt):
     """The kind of an edit by its type, else by English keywords around the instruction's first verb: in linear time."""
-    if known := TYPES.get((edit_type or "").strip().lower().replace(" ", "_")):
+    if known := TYPES.get(edit_type.strip().lower().replace(" ", "_")):
         return known
     words = re.findall("[a-z]+", prompt[:2000].lower())
     at = next((i for i, word in enumerate(words) if word in VERBS), None)
@@ -73,15 +73,14 @@ def tables_of(source):
         return [(None, path, path.parent)]
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such file or folder")
-    if (path / "ledger" / "read.json").is_file():
-        return [("run", path / "ledger" / "read.json", path)]
-    layouts = {"training_metadata/*.json": "Ditto-1M", "*/*_data_configs.json": "ReCo",
-               "prompts/*_train.csv": "Sparkle", "chunk_*.parquet": "RefVIE"}  # fmt: skip
-    for pattern, name in layouts.items():
+    if (path / "ledger/read.json").is_file():
+        return [("run", path / "ledger/read.json", path)]
+    patterns = {name: pattern for name, (pattern, *_) in SETS.items() if pattern}
+    for name, pattern in patterns.items():
         if found := sorted(path.glob(pattern)):
             return [(name, file, path) for file in found]
-    raise ValueError(f"{path}: no folder of Ditto-1M (training_metadata/), ReCo (*/*_data_configs.json), Sparkle "
-                     "(prompts/*_train.csv), RefVIE (chunk_*.parquet) or a run; give a table")  # fmt: skip
+    known = ", ".join(f"{name} ({pattern})" for name, pattern in patterns.items())
+    raise ValueError(f"{path}: no folder of {known}, nor of a run; give a table")
 
 
 def read_lines(path):
@@ -106,7 +105,7 @@ def read_lines(path):
             reader = csv.DictReader(file, strict=True)
             try:
                 for line in reader:
-                    ragged = any(line.pop(None, None) or ())
+                    ragged = any(line.pop(None, ()))
                     wrong = "more fields than columns; quote a prompt with commas"
                     yield f"line {reader.line_num}", wrong if ragged else line
             except (csv.Error, UnicodeDecodeError) as error:
@@ -117,167 +116,142 @@ def read_lines(path):
 
 
 def reco_line(line, task):
-    """A line of ReCo by our names: its clips lie under <task>/src_videos and <task>/tar_videos."""
-    below = lambda name, folder: name if name.startswith(f"{task}/") else f"{task}/{folder}/{Path(name).name}"
-    first = lambda value: value[0] if isinstance(value, list) and value else value
-    source, mask = line.get("src_video"), first(line.get("video_masks"))
-    target = line.get("tar_video") or source
-    prompt = next((line[key] for key in ("instruction_final_refine", "instruction", "prompt") if line.get(key)), None)
-    if not isinstance(source, str) or not isinstance(target, str):
-        return {"prompt": prompt}
-    return {"src_video": below(source, "src_videos"), "tgt_video": below(target, "tar_videos"), "prompt": prompt,
-            "edit_type": task, "name": f"reco_{task}_{Path(source).stem}",
-            "mask": below(mask, "video_masks") if isinstance(mask, str) else None}  # fmt: skip
-
-
-class Seen:
-    """Ids that were read and the number of their base, on disk: memory stays constant."""
-
-    def __init__(self):
-        self.table = sqlite3.connect("")
-        self.table.execute("create table seen (id text primary key, base int) without rowid")
-
-    def add(self, key, base=0):
-        """-> is it new?"""
-        return self.table.execute("insert or ignore into seen values (?, ?)", (key, base)).rowcount == 1
-
-    def base(self, key):
-        return (self.table.execute("select base from seen where id = ?", (key,)).fetchone() or [None])[0]
+    """A line of ReCo with paths from its folder, <task>/src_videos and so on, and its task as type."""
+    line = {"edit_type": task, "name": f"reco_{task}_{Path(str(line.get('src_video'))).stem}", **line}
+    mask = line.get("video_masks")
+    line["mask"] = mask[0] if isinstance(mask, list) and mask else mask
+    for key, folder in (("src_video", "src_videos"), ("tar_video", "tar_videos"), ("mask", "video_masks")):
+        if isinstance(line.get(key), str) and not line[key].startswith(f"{task}/"):
+            line[key] = f"{task}/{folder}/{Path(line[key]).name}"
+    return line
 
 
 def hashed(*texts):
-    return hashlib.sha256("\0".join(map(sound, texts)).encode()).hexdigest()[:16]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
 class Reader:
-    """The records of all inputs. `bases` are the folders that their paths start from; `number` counts records, `copies`
-    exact duplicates, `unknown` edits of unknown kind.
+    """The records of all inputs that are not in the ledger yet, whose ids are `known`. `bases`: the folders that paths
+    start from; number: of records, copies: exact duplicates, unknown: edits of unknown kind.
 
     Nothing is opened but the tables: a missing clip is one failed record when it is its turn.
     """
 
-    def __init__(self, args, bases=()):
-        self.args, self.bases, self.seen, self.licences = args, list(bases), Seen(), set()
+    def __init__(self, args, bases=(), known=()):
+        self.args, self.bases, self.licences = args, list(bases), set()
         self.number = self.copies = self.unknown = 0
+        self.seen = sqlite3.connect("")  # ids and their bases, on disk: memory stays constant
+        self.seen.execute("create table seen (id text primary key, base int) without rowid")
+        self.seen.executemany("insert into seen values (?, null)", ((key,) for key in known))
 
     def __iter__(self):
-        for row in self.rows():
-            if self.seen.base(row["id"]) not in (None, row["base"]):  # the same names below another folder
-                row["id"] = hashed(row["id"], self.bases[row["base"]])
-            if self.seen.add(row["id"], row["base"]):
-                self.number += 1
-                yield row
-            else:
-                self.copies += 1
+        for source in self.args.pairs:
+            for name, file, folder in tables_of(source):
+                rows = self.of_run(folder.resolve()) if name == "run" else self.of_table(name, file, folder)
+                yield from filter(self.is_new, rows)
         if not self.number:
             raise ValueError(f"{', '.join(self.args.pairs)}: no pairs")
 
-    def rows(self):
-        for source in self.args.pairs:
-            for name, file, folder in tables_of(source):
-                yield from self.of_run(folder.resolve()) if name == "run" else self.of_table(name, file, folder)
+    def is_new(self, row):
+        while held := self.seen.execute("select base from seen where id = ?", (row["id"],)).fetchone():
+            if held[0] == row["base"]:
+                self.copies += 1
+                return False
+            if held[0] is None:
+                break
+            row["id"] = hashed(row["id"], self.bases[row["base"]])  # the same names below another folder
+        self.number += 1
+        self.seen.execute("insert or replace into seen values (?, ?)", (row["id"], row["base"]))
+        return held is None
 
     def base(self, folder):
         """The number of a folder that paths start from."""
-        folder = str(Path(folder).resolve())
+        folder = str(Path(self.args.base_path or folder).resolve())
         if folder not in self.bases:
-            if unsound := [path for path in (folder, self.args.out) if sound(path) != path]:
-                raise ValueError(f"{sound(unsound[0])}: its name is no UTF-8 text, which no table can hold; rename it")
             self.bases.append(folder)
         return self.bases.index(folder)
 
     def of_table(self, name, file, folder):
-        number = self.base(self.args.base_path or folder)
+        base = self.base(folder)
         for place, line in read_lines(file):
             fields = line if isinstance(line, dict) else {}
-            if name == "ReCo" and fields:
-                fields = reco_line(fields, file.parent.name)
             if name is None and fields:  # the first line decides what the table is
-                name = next((key for key, (columns, _) in SETS.items() if set(columns) <= fields.keys()), None)
+                name = next((key for key, (_, columns, _) in SETS.items() if set(columns) <= fields.keys()), None)
                 if name is None:
                     has_columns(file, PAIR, list(fields))  # raises: it has not
-            columns, licence = SETS[name or "pairs"]
+            _, columns, licence = SETS[name or "table"]
             if licence and name not in self.licences:
                 self.licences.add(name)
                 print(f"licence     {name}: {licence}")
+            if name == "ReCo":
+                fields = reco_line(fields, file.parent.name)
             if name == "Sparkle":
                 fields = fields | {"edit_type": "background"}
             texts = {key: fields.get(column) for key, column in zip(PAIR, columns)}
             sane = {key: sound(value) if isinstance(value, str) else "" for key, value in texts.items()}
             given = next((fields[key] for key in ("name", "id", "iid", "task") if fields.get(key)), "")
-            row = {"id": hashed(*sane.values()), "name": sound(str(given)), **sane, "base": number}
-            empty = [f"{key} is empty, or no text" for key in PAIR if texts[key] != row[key] or not row[key].strip()]
-            wrong = [line] if isinstance(line, str) else empty
+            row = {"id": hashed(*sane.values()), "name": sound(str(given)), **sane, "base": base}
+            where, wrong = f"{file}, {place}", [line] if isinstance(line, str) else []
+            wrong += [f"{key} is empty, or no text" for key in PAIR if texts[key] != sane[key] or not sane[key].strip()]
             try:
                 if wrong:
-                    raise ValueError(f"{file}, {place}: {wrong[0]}")
-                yield row | self.start(row, fields, f"{file}, {place}")
+                    raise ValueError(f"{where}: {wrong[0]}")
+                yield row | self.brought(row, fields, where)
             except ValueError as error:
-                key = hashed(f"{file.name}, {place}", row["id"])
-                yield row | {"kind": "unknown", "id": key, "status": "failed", "stage": "read", "reason": str(error)}
+                key = hashed(file.name, place, row["id"])
+                yield row | {"kind": "unknown", "id": key, **ended("read", "failed", error)}
 
-    def start(self, row, fields, place):
-        """What a row brings, and its kind. ValueError for a path that leaves its base."""
-        found = brought(fields)
-        for name in (row["src_video"], row["tgt_video"], found.get("given_mask"), found.get("given_ref")):
+    def brought(self, row, fields, where):
+        """What a row brings of the stages' work, and its kind; a CSV's numbers and lists are read as JSON. ValueError
+        for a path that leaves its base."""
+        score, box = (parsed(v) if isinstance(v, str) else v for v in (fields.get("edit_score"), fields.get("box")))
+        number = lambda value, high: type(value) in (int, float) and 0 <= value <= high
+        found = {"edit_score": score} if number(score, 10) else {}
+        four = isinstance(box, list) and len(box) == 4 and all(number(value, 1) for value in box)
+        if four and box[0] < box[2] and box[1] < box[3]:
+            found["box"] = box
+        for key in ("mask", "ref_image"):
+            if isinstance(fields.get(key), str | list) and fields[key]:
+                found["given_" + key] = fields[key]
+        for name in (row["src_video"], row["tgt_video"], found.get("given_mask"), found.get("given_ref_image")):
             if isinstance(name, str):
-                inside(self.bases[row["base"]], name, place)
+                inside(self.bases[row["base"]], name, where)
         given = next((fields[key] for key in ("edit_type", "edited_type") if isinstance(fields.get(key), str)), "")
-        kind = kind_of(given, row["prompt"] if self.args.models == "classical" or "given_ref" in found else "")
-        if "given_ref" in found and kind not in KINDS:
+        reference = "given_ref_image" in found
+        kind = kind_of(given, row["prompt"] if self.args.models == "classical" or reference else "")
+        if reference and kind not in KINDS:
             kind = "subject"
         self.unknown += kind == "unknown"
         return found | {"edit_type": given, "kind": kind}
 
     def of_run(self, folder):
         """The records of another run with all that was paid for; what its thresholds decided is decided again."""
-        told, theirs = (parsed((folder / f"ledger/{name}.json").read_text()) for name in ("read", "settings"))
-        own = {"paper": self.args.embedder}.get(self.args.models)
-        same_models = (theirs.get("models"), theirs.get("embedder")) == (self.args.models, own)
-        ledger, out = Ledger(folder, told["stages"]), os.path.abspath(self.args.out)
-        numbers = [self.base(self.args.base_path or base) for base in told["bases"]]
+        told = parsed((folder / "ledger/read.json").read_text())
+        own = self.args.embedder if self.args.models == "paper" else None
+        same_models = [told["settings"].get(key) for key in ("models", "embedder")] == [self.args.models, own]
+        ledger, numbers = Ledger(folder, told["stages"]), [self.base(base) for base in told["bases"]]
         for shard in range(len(told["shards"])):
             reached = next(stage for stage in reversed(ledger.stages) if ledger.done(stage, shard))
             for row in ledger.rows(reached, shard):
                 if not same_models:
-                    row.pop("feature", None), row.pop("source_feature", None)
-                adopt(row, str(folder), out)
+                    row.pop("feature", None)
+                for name in (row[key] for key in ("mask", "ref_image") if key in row):
+                    adopt(below(str(folder), name, row["id"]), below(self.args.out, name, row["id"]))
                 row["base"] = numbers[row["base"]]
-                if "status" in row:
-                    again = row["stage"] == "score" if row["status"] == "rejected" else self.args.retry_failed
-                    if again and row["stage"] != "read":
-                        row = {key: value for key, value in row.items() if key not in ("status", "stage", "reason")}
-                    else:
-                        row["tuning"] = row.get("tuning", False) and row.get("edit_score", -1) >= self.args.min_score
+                again = row.get("stage") == "score" and row["status"] == "rejected"
+                if again or row.get("status") == "failed" and self.args.retry_failed and row["stage"] != "read":
+                    row = reopened(row)
+                elif "status" in row:
+                    row["tuning"] = row.get("tuning", False) and row.get("edit_score", -1) >= self.args.min_score
                 yield row
 
 
-def brought(fields):
-    """What a table's row brings of the stages' work; a CSV's numbers and lists are read as JSON."""
-    known = {key: fields.get(key) for key in ("edit_score", "frame_scores", "box")}
-    score, scores, box = (parsed(value) if isinstance(value, str) else value for value in known.values())
-    number = lambda v, high: type(v) in (int, float) and 0 <= v <= high
-    several = lambda v, high: isinstance(v, list) and all(number(x, high) for x in v)
-    out = {"edit_score": score} if number(score, 10) else {}
-    if several(scores, 10):
-        out["frame_scores"] = scores
-    if several(box, 1) and len(box) == 4 and box[0] < box[2] and box[1] < box[3]:
-        out["box"] = box
-    for key, name in (("mask", "given_mask"), ("ref_image", "given_ref")):
-        if isinstance(fields.get(key), str | list) and fields[key]:
-            out[name] = fields[key]
-    return out
-
-
-def adopt(row, theirs, out):
-    """Take over the pictures that another run made for a record: a link if the disk allows, else a copy."""
-    for name in (row[key] for key in ("mask", "ref_image") if key in row):
-        source, target = below(theirs, name, row["id"]), below(out, name, row["id"])
-        os.makedirs(os.path.dirname(target), exist_ok=True)
+def adopt(source, target):
+    """Take over a picture that another run made: a link if the disk allows, else a copy."""
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    if not os.path.exists(target):
         try:
             os.link(source, target)
-        except FileExistsError:
-            pass
         except OSError:
             with whole_file(target) as temporary:
                 shutil.copyfile(source, temporary)

@@ -24,70 +24,47 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
+import vlm
 from connectors import PIXEL_MEAN, PIXEL_STD
-from curators import KINDS, Rejected, box_of, frame_at, moments
-from curators.classical import grow, inked, large_regions
-from ledger import parsed
+from curators import KINDS, Rejected, around, box_of, frame_at, moments
+from curators.classical import grow, inked, large_regions, resized
 from load import local_path
+from lora import read_lora, updates
 from media import frame_rate, open_media, pad_reference, read_image, resize, write_image
 from metrics import as_float
 from parallel import pick_device
-from vlm import (
-    Asker,
-    Local,
-    Malformed,
-    NoRedirect,
-    OpenAICompatible,
-    Settings,
-    json_objects,
-    key_of,
-    sampled_frames,
-    sound,
-)
+from vlm import Malformed
 
-PROMPTS = {
-    "ground": (
-        "The image is a frame of a video that was edited by this instruction: {prompt}\n{what}\n"
-        'Answer with JSON only: {{"kind": {kinds}, "bbox_2d": [x1, y1, x2, y2], "label": "<what it is, in brief>"}}. '
-        "If it is not to be seen, give an empty bbox_2d."
-    ),
-    "subject": "Find the one object that the edit has brought or changed, as it now looks.",
-    "background": "The background was replaced. Find the foreground that stands before it: one box around all of it.",
-    "unknown": (
-        "First say what kind of edit that is: subject (an object was added or replaced), background (the background "
-        "was replaced), remove, style or other. Then find the object that it brought, or before a new background the "
-        "foreground."
-    ),
-    "extract": (
-        "The picture shows the {label}, cut out of a video frame. Show it alone and complete on a plain white "
-        "background, with nothing else in the picture. Keep its colours, material and details exactly as they are."
-    ),
-    "clear": (
-        "The {label} in this picture is painted over in plain grey. Fill the grey area with the background that would "
-        "be seen there, without shadows or reflections of it. Change nothing else."
-    ),
-    "verify": (
-        "The first image is a frame of a video that was edited by this instruction: {prompt}\n"
-        "The second image is meant to show {meant}\n"
-        'Answer with JSON only: {{"reason": "<one sentence>", "match": true or false}}'
-    ),
-    "verify_subject": (
-        "the object that the edit brought. Is it the same object, of the same colour, shape and material, the right "
-        "way up, alone and complete enough to be recognised?"
-    ),
-    "verify_background": (
-        "the new background without any foreground. Is it the same place in the same style and light, the right way "
-        "up, with nothing left of the foreground and no smears?"
-    ),
+GROUND = (
+    "The image is a frame of a video that was edited by this instruction: {prompt}\n"
+    "First say what kind of edit that is: subject (an object was added or replaced), background (the background was "
+    "replaced), remove, style or other. Then find the one object that the edit has brought or changed, as it now "
+    "looks, or before a new background the foreground that stands before it: one box around all of it.\n"
+    'Answer with JSON only: {{"kind": {kinds}, "bbox_2d": [x1, y1, x2, y2], "label": "<what it is, in brief>"}}. '
+    "If it is not to be seen, give an empty bbox_2d."
+)
+SYNTHESIZE = {
+    "subject": "The picture shows the {label}, cut out of a video frame. Show it alone and complete on a plain white "
+    "background, with nothing else in the picture. Keep its colours, material and details exactly as they are.",
+    "background": "The {label} in this picture is painted over in plain grey. Fill the grey area with the background "
+    "that would be seen there, without shadows or reflections of it. Change nothing else.",
 }
-TYPES = {"numbers": {"type": "array", "items": {"type": "number"}}, "text": {"type": "string"},
-         "truth": {"type": "boolean"}}  # fmt: skip
-schema = lambda **fields: {"type": "object", "properties": {name: TYPES[kind] for name, kind in fields.items()}}
-SCORES = schema(reasoning="text", score="numbers")
-BOX = schema(kind="text", label="text", bbox_2d="numbers")
-VERDICT = schema(reason="text", match="truth")
+VERIFY = (
+    "The first image is a frame of a video that was edited by this instruction: {prompt}\n"
+    "The second image is meant to show {meant}\n"
+    'Answer with JSON only: {{"reason": "<one sentence>", "match": true or false}}'
+)
+MEANT = {
+    "subject": "the object that the edit brought. Is it the same object, of the same colour, shape and material, the "
+    "right way up, alone and complete enough to be recognised?",
+    "background": "the new background without any foreground. Is it the same place in the same style and light, the "
+    "right way up, with nothing left of the foreground and no smears?",
+}
+NUMBERS, TEXT = {"type": "array", "items": {"type": "number"}}, {"type": "string"}
+SCORES = {"type": "object", "properties": {"reasoning": TEXT, "score": NUMBERS}}
+BOX = {"type": "object", "properties": {"kind": TEXT, "label": TEXT, "bbox_2d": NUMBERS}}
+VERDICT = {"type": "object", "properties": {"reason": TEXT, "match": {"type": "boolean"}}}
 STEPS = {False: (40, 4.0), True: (4, 1.0)}  # of the editor, without and with a Lightning LoRA: steps, guidance
 
 
@@ -110,123 +87,81 @@ def editscore_prompts(path=None):
     return {"success": f"{context}\n{rule}\n{success}", "quality": f"{context}\n{quality}"}
 
 
-def show_prompts(path=None):
-    for name, prompt in PROMPTS.items():
-        print(f"--- {name}\n{prompt.replace('{{', '{').replace('}}', '}')}\n")
-    try:
-        for name, prompt in editscore_prompts(path).items():
-            print(f"--- EditScore, {name}\n{prompt}\n")
-    except ValueError as error:
-        print(f"--- EditScore\n{error}")
+def answered(text, key, sane, what):
+    """The JSON objects of an answer whose `key` is sane. Malformed without one: a failed parse is a failed record,
+    never a middling score."""
+    if found := [found for found in vlm.json_objects(text) if sane(found.get(key))]:
+        return found
+    raise Malformed(f"no {what} in the answer: {' '.join(text.split())[:120]!r}")
 
 
-def number_list(text, count, high):
-    """The inside of a JSON list -> its numbers; None unless there are `count`, from 0 to `high`."""
-    found = parsed(f"[{text}]")
+def numbers(value, count, high):
     sane = lambda v: type(v) in (int, float) and 0 <= v <= high  # true and false are ints to isinstance
-    return found if found and len(found) == count and all(map(sane, found)) else None
+    return isinstance(value, list) and len(value) == count and all(map(sane, value))
 
 
-def malformed(what, text):
-    return Malformed(f"no {what} in the answer: {' '.join(text.split())[:120]!r}")
+def read_scores(text):
+    """A judge's answer -> the smaller of its two scores."""
+    found = answered(text, "score", lambda value: numbers(value, 2, 25), "pair of scores from 0 to 25")
+    return float(min(found[-1]["score"]))
 
 
-def read_scores(text, highest=25):
-    """A judge's answer, whole JSON or cut off after its scores -> the smaller of two. Malformed: a failed parse is a
-    failed record, never a middling score."""
-    lists = re.findall(r"score\W{0,6}\[([^\]]*)\]", text, re.IGNORECASE)
-    scores = number_list(lists[-1], 2, highest) if lists else None
-    if scores is None:
-        raise malformed(f"pair of scores from 0 to {highest}", text)
-    return float(min(scores))
-
-
-def read_box(text, size=(1000, 1000)):
-    """A grounder's answer -> box [x1, y1, x2, y2] in 0..1, label, kind or None; of several boxes the largest.
-
-    size: what coordinates count, (width, height): 1000 for Qwen3-VL; of the resized picture for Qwen2.5-VL. Malformed
-    without a box; Rejected for a box that is no object's.
-    """
-    word = lambda key, piece: re.search(rf"{key}[\"']?\s*:\s*([\"'])(.{{1,80}}?)\1\s*(?:[,}}\]]|$)", piece)
-    boxes = []
-    for piece in text.split("{"):  # a cut off list of objects has whole ones, too
-        inside = re.search(r"bbox\w*[\"']?\s*:\s*\[([^\]]*)\]", piece)
-        if four := inside and number_list(inside[1], 4, math.inf):
-            x1, y1, x2, y2 = (min(v / side, 1) for v, side in zip(four, size * 2))
-            label = word("label", piece)
-            boxes.append((max(x2 - x1, 0) * max(y2 - y1, 0), [x1, y1, x2, y2], label[2].strip() if label else ""))
-    if not boxes and re.search(r"\[\s*\]", text):
-        raise Rejected("the grounder sees nothing of the kind")
-    if not boxes:
-        raise malformed("box", text)
-    area, box, label = max(boxes, key=lambda found: found[0])
-    if area < 1e-3:
-        raise Rejected(f"the box {[round(v, 3) for v in box]} is empty or tiny")
-    if area > 0.95:
-        raise Rejected("the box is the whole frame")
-    kind = word("kind", text)
-    return box, sound(label) or "object", kind and kind[2]
+def read_box(text):
+    """A grounder's answer, whose coordinates count to 1000 -> box [x1, y1, x2, y2] in 0..1, label, kind or None; of
+    several boxes the largest. Rejected for a box that is no object's."""
+    found = answered(text, "bbox_2d", lambda value: value == [] or numbers(value, 4, math.inf), "box")
+    boxes = [[min(side / 1000, 1) for side in one["bbox_2d"] or [0] * 4] for one in found]
+    areas = [max(x2 - x1, 0) * max(y2 - y1, 0) for x1, y1, x2, y2 in boxes]
+    best = areas.index(max(areas))
+    if not 1e-3 < areas[best] < 0.95:
+        raise Rejected(f"the grounder's box {boxes[best]} is empty, tiny or the whole frame")
+    return boxes[best], vlm.sound(str(found[best].get("label") or "object"))[:80], found[best].get("kind")
 
 
 def read_verdict(text):
-    """A verifier's answer -> (bool, reason). Malformed if it does not say."""
-    for found in reversed(list(json_objects(text))):
-        match = str(found.get("match")).strip().lower()  # JSON's true, or the word
-        if match in ("true", "yes", "false", "no"):
-            return match in ("true", "yes"), sound(str(found.get("reason", "")))[:200]
-    raise malformed("verdict", text)
+    """A verifier's answer -> (bool, reason)."""
+    words = {"true": True, "yes": True, "false": False, "no": False}  # JSON's true, or the word
+    said = lambda value: str(value).strip().lower()
+    found = answered(text, "match", lambda value: said(value) in words, "verdict")[-1]
+    return words[said(found["match"])], vlm.sound(str(found.get("reason", "")))[:200]
 
 
 def open_model(name, args, device):
     """A model to ask: http://HOST/v1#MODEL, or a folder or hub id, BASE+ADAPTER with a LoRA. ValueError."""
-    settings = Settings(device=device, max_pixels=1280 * 720, max_tokens=512, deadline=120.0, as_user=True,
-                        concurrency=args.workers)  # fmt: skip
-    if is_address(name):
-        return OpenAICompatible(served(name), replace(settings, endpoint=name.partition("#")[0]))
-    base, _, adapter = name.partition("+")
-    asked = Local(local_path(base), settings)
-    if adapter:
-        add_adapter(asked.mllm, local_path(adapter))
-    return asked
-
-
-def is_address(name):
-    return name.startswith(("http://", "https://"))
+    settings = vlm.Settings(max_pixels=1280 * 720, max_tokens=512, deadline=120.0, as_user=True)
+    settings = replace(settings, device=device, concurrency=args.workers)
+    if name.startswith("http"):
+        model = vlm.OpenAICompatible(served(name), replace(settings, endpoint=name.partition("#")[0]))
+    else:
+        base, _, adapter = name.partition("+")
+        model = vlm.Local(local_path(base), settings)
+        if adapter:
+            add_adapter(model.mllm, local_path(adapter))
+    return vlm.Asker(model, settings)
 
 
 def served(name):
     """The model of an OpenAI-compatible server: that of ADDRESS#MODEL, or the only one. ValueError."""
     address, _, model = name.partition("#")
-    key = key_of("OPENAI_API_KEY")
+    key = vlm.key_of("OPENAI_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         request = urllib.request.Request(f"{address.rstrip('/')}/models", headers=headers)
-        with urllib.request.build_opener(NoRedirect).open(request, timeout=30) as answer:
+        with urllib.request.build_opener(vlm.NoRedirect).open(request, timeout=30) as answer:
             names = [entry["id"] for entry in json.load(answer)["data"]]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{address}: no OpenAI-compatible server answers there ({error}); start it") from None
     if (model or len(names) != 1) and model not in names:
         raise ValueError(f"{address}: serves {len(names)} models, {', '.join(names[:8])}: say which, {address}#MODEL")
-    if re.search("qwen2[._]5.vl", model or names[0], re.IGNORECASE):
-        raise ValueError(
-            f"{address}: Qwen2.5-VL counts boxes in pixels of a size that only its server knows: serve Qwen3-VL"
-        )
     return model or names[0]
 
 
 def add_adapter(module, folder):
     """Merge a LoRA (adapter_config.json, adapter_model.safetensors) into a model's weights as peft would: alphas by
-    pattern, rslora. ValueError for other kinds of adapter, or if some of it finds no place."""
+    pattern, rslora. ValueError if some of it finds no place."""
     config = json.loads((folder / "adapter_config.json").read_text())
-    if config.get("peft_type", "LORA") != "LORA" or config.get("use_dora") or config.get("modules_to_save"):
-        raise ValueError(f"{folder}: only LoRA adapters without DoRA or modules_to_save are read")
-    tensors = load_file(folder / "adapter_model.safetensors")
     weights = {name.removesuffix(".weight"): p for name, p in module.named_parameters() if name.endswith(".weight")}
-    lower = {name: name.replace(".lora_A.", ".lora_B.") for name in tensors if ".lora_A." in name}
-    if other := tensors.keys() ^ {*lower, *lower.values()}:
-        raise ValueError(f"{folder}: not pairs of lora_A and lora_B alone ({', '.join(sorted(other)[:3])})")
-    for a, b in lower.items():
-        layer = a.split(".lora_A.")[0]
+    for layer, parts in read_lora(folder / "adapter_model.safetensors").items():
         tail = re.search(r"((language_model|visual)\.)?(layers|blocks|merger|deepstack_merger_list)\..*", layer)
         places = [name for name in weights if tail and name.endswith(tail[0])]
         if "visual" not in layer:  # names of transformers 4 leave out language_model.; both towers have layers
@@ -234,9 +169,9 @@ def add_adapter(module, folder):
         if len(places) != 1:
             raise ValueError(f"{folder}: {layer} has {len(places)} places in {type(module).__name__}, not one")
         alphas = [v for key, v in (config.get("alpha_pattern") or {}).items() if re.fullmatch(rf"(.*\.)?{key}", layer)]
-        alpha, rank = [*alphas, config["lora_alpha"]][0], len(tensors[a])
-        factor = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        weights[places[0]].data += (factor * tensors[b].float() @ tensors[a].float()).to(weights[places[0]])
+        alpha, rank = [*alphas, config["lora_alpha"]][0], len(parts["lora_A.weight"])
+        parts["alpha"] = torch.tensor(alpha * math.sqrt(rank) if config.get("use_rslora") else float(alpha))
+        weights[places[0]].data += updates(folder, layer, parts)["weight"].to(weights[places[0]])
 
 
 def open_editor(name, device):
@@ -284,55 +219,47 @@ def clip_features(model, images):
     return F.normalize(getattr(out, "pooler_output", out).float(), dim=-1).cpu()
 
 
-NEEDS = {"score": ["scorer"], "ground": ["grounder", "segmenter"], "synthesize": ["editor"],
-         "verify": ["verifier", "embedder"], "guard": ["embedder"]}  # fmt: skip
+NEEDS = {
+    "score": ["scorer"], "ground": ["grounder", "segmenter"], "synthesize": ["editor"],
+    "verify": ["verifier", "embedder"], "guard": ["embedder"],
+}  # fmt: skip
 
 
 class Paper:
     """The models of one stage at a time; several threads ask them."""
 
     def __init__(self, args):
-        self.args, self.device, self.lock, self.askers = args, pick_device(args.device), threading.Lock(), {}
+        self.args, self.device, self.lock = args, pick_device(args.device), threading.Lock()
 
     def preflight(self, stages):
-        """ValueError or FileNotFoundError for what is missing, before days of work: models (SAM 3 is gated), packages,
-        servers, EditScore's words."""
+        """ValueError for what is missing, before days of work: models (SAM 3 is gated), packages, servers, words."""
         if "score" in stages:
             editscore_prompts(self.args.prompts)
-        if "synthesize" in stages:
-            try:
-                import torchvision  # noqa: F401
-                from diffusers import QwenImageEditPlusPipeline  # noqa: F401
-            except ImportError as error:
-                raise ValueError(
-                    f"--models paper makes references with diffusers ({error}); pip install diffusers pillow "
-                    f"torchvision torch=={torch.__version__.partition('+')[0]}"
-                ) from None
+        if "synthesize" in stages and not all(map(importlib.util.find_spec, ("diffusers", "torchvision", "PIL"))):
+            raise ValueError("--models paper makes references with diffusers: pip install diffusers pillow torchvision")
         for need in (need for stage in stages for need in NEEDS.get(stage, ())):
             name = getattr(self.args, need)
-            try:
-                for part in [name] if is_address(name) else name.split("+"):
-                    served(part) if is_address(part) else reachable(part)
-            except (ValueError, OSError) as error:
-                raise ValueError(f"--set {need}={name}: {error}") from None
+            model = served(name) if name.startswith("http") else name
+            for part in () if name.startswith("http") else name.split("+"):
+                check_model(part, f"--set {need}={name}")
+            if need == "grounder" and re.search("qwen2[._]5.vl", model, re.IGNORECASE):
+                raise ValueError(f"--set grounder={name}: Qwen2.5-VL counts boxes in pixels of its own; take Qwen3-VL")
 
     def setup(self, stage):
         from transformers import CLIPModel, Sam3TrackerModel
 
         whole = lambda kind: lambda name: kind.from_pretrained(local_path(name)).to(self.device).eval()
+        openers = {"segmenter": whole(Sam3TrackerModel), "embedder": whole(CLIPModel)}
+        openers["editor"] = lambda name: open_editor(name, self.device)
         asked = lambda name: open_model(name, self.args, self.device)
-        openers = {"segmenter": whole(Sam3TrackerModel), "embedder": whole(CLIPModel),
-                   "editor": lambda name: open_editor(name, self.device)}  # fmt: skip
         for need in NEEDS.get(stage, ()):
             setattr(self, need, openers.get(need, asked)(getattr(self.args, need)))
         if stage == "score":
             self.words = editscore_prompts(self.args.prompts)
 
-    def ask(self, model, prompt, images, read, schema):
+    def ask(self, asker, prompt, images, read, schema):
         """read(the answer) to a prompt about images, uint8 (H, W, 3) by label. A server that was busy, or whose answer
         cannot be read, is asked again."""
-        with self.lock:
-            asker = self.askers.setdefault(id(model), Asker(model, model.settings))
         with tempfile.TemporaryDirectory() as folder:
             media = [(label, Path(folder) / f"{label}.jpg") for label in images]
             for label, path in media:
@@ -345,7 +272,7 @@ class Paper:
         moments(source_path, target_path)
         with open_media(target_path) as (_, stream):
             rate = float(frame_rate(stream))
-        frames = [sampled_frames(path, self.args.fps, rate, 1280 * 720)[0] for path in (source_path, target_path)]
+        frames = (vlm.sampled_frames(path, self.args.fps, rate, 1280 * 720)[0] for path in (source_path, target_path))
         pairs = list(zip(*frames))
         first = len(pairs) // 2
         scores = {first: self.pair_score(*pairs[first], row["prompt"])}
@@ -359,17 +286,15 @@ class Paper:
         return math.sqrt(success * self.ask(self.scorer, quality, {"edited": target}, read_scores, SCORES)) * 10 / 25
 
     def ground(self, source_path, target_path, row):
+        """-> box, mask (H, W), index of its frame, label and kind."""
         frame, more, box = frame_at(target_path, 0), {}, row.get("box")
         if box is None:
-            absolute = isinstance(self.grounder, Local) and self.grounder.positions_a_second  # Qwen2.5-VL
-            size = tuple(self.grounder.seen_size(*frame.shape[:2])[::-1]) if absolute else (1000, 1000)
             known = row["kind"] in KINDS
             kinds = f'"{row["kind"]}"' if known else '"subject", "background", "remove", "style" or "other"'
-            prompt = PROMPTS["ground"].format(prompt=row["prompt"], what=PROMPTS[row["kind"]], kinds=kinds)
-            read = lambda said: read_box(said, size)
-            box, more["label"], kind = self.ask(self.grounder, prompt, {"frame": frame}, read, BOX)
+            prompt = GROUND.format(prompt=row["prompt"], kinds=kinds)
+            box, more["label"], kind = self.ask(self.grounder, prompt, {"frame": frame}, read_box, BOX)
             if not known:
-                more["kind"] = kind or "unknown"
+                more["kind"] = str(kind or "unknown")
         with self.lock:
             mask = segment(self.segmenter, frame, box)
         x1, y1, x2, y2 = (round(v * side) for v, side in zip(box, mask.shape[::-1] * 2))
@@ -381,25 +306,31 @@ class Paper:
         """The editor's picture of what the mask leaves; its generator starts from the record's id."""
         from PIL import Image
 
-        frame, label = frame_at(target_path, row["key"]), row.get("label", "object")
-        mask = F.interpolate(mask[None, None].float(), frame.shape[:2])[0, 0] > 0.5
+        frame = frame_at(target_path, row["key"])
+        mask = resized(mask, frame.shape[:2])
         soft = grow(mask, max(1, min(mask.shape) // 180))[..., None]
         if row["kind"] == "subject":
-            frame = around(torch.where(soft, frame, torch.tensor(255, dtype=torch.uint8)), box_of(mask))
+            frame = around(torch.where(soft, frame, torch.tensor(255, dtype=torch.uint8)), box_of(mask), 0.1)
         else:
             frame = torch.where(soft, torch.tensor(128, dtype=torch.uint8), frame)
-        prompt = PROMPTS["extract" if row["kind"] == "subject" else "clear"].format(label=label)
+        prompt = SYNTHESIZE[row["kind"]].format(label=row.get("label", "object"))
         steps, guidance = STEPS["+" in self.args.editor]
-        generator = torch.Generator().manual_seed((int(row["id"], 16) + 1_000_003 * self.args.seed) % 2**63)
-        with self.lock:  # without a negative prompt the pipeline leaves guidance out in silence
-            made = self.editor(image=[Image.fromarray(frame.numpy())], prompt=prompt, negative_prompt=" ",
-                               true_cfg_scale=guidance, num_inference_steps=steps, generator=generator)  # fmt: skip
+        seed = (int(row["id"], 16) + 1_000_003 * self.args.seed) % 2**63
+        known = {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(seed)}
+        known |= {"true_cfg_scale": guidance, "negative_prompt": " "}  # without it guidance is left out in silence
+        with self.lock:
+            made = self.editor(image=[Image.fromarray(frame.numpy())], prompt=prompt, **known)
         image = torch.from_numpy(np.array(made.images[0].convert("RGB")))
-        return trimmed(image) if row["kind"] == "subject" else image
+        if row["kind"] == "background":
+            return image
+        ink = inked(as_float(image[None])[0])
+        if not ink.any():
+            raise Rejected("the editor's picture is empty")
+        return around(image, box_of(large_regions(ink[None], 0.01)[0]), 0.05)
 
     def verify(self, source_path, target_path, ref_path, row):
         images = {"edited": frame_at(target_path, row.get("key", 0)), "reference": read_image(ref_path)}
-        prompt = PROMPTS["verify"].format(prompt=row["prompt"], meant=PROMPTS[f"verify_{row['kind']}"])
+        prompt = VERIFY.format(prompt=row["prompt"], meant=MEANT[row["kind"]])
         return self.ask(self.verifier, prompt, images, read_verdict, VERDICT)
 
     def embed(self, images):
@@ -407,24 +338,8 @@ class Paper:
             return clip_features(self.embedder, images)
 
 
-def around(frame, box, margin=0.1):
-    """The part of a frame (H, W, 3) around a box [x1, y1, x2, y2] in 0..1."""
-    height, width = frame.shape[:2]
-    x, y = margin * (box[2] - box[0]), margin * (box[3] - box[1])
-    left, top = max(int((box[0] - x) * width), 0), max(int((box[1] - y) * height), 0)
-    return frame[top : math.ceil((box[3] + y) * height), left : math.ceil((box[2] + x) * width)].contiguous()
-
-
-def trimmed(image, margin=0.05):
-    """A picture of an object on white, uint8 (H, W, 3), tightly cropped. Rejected if it is empty."""
-    ink = inked(as_float(image[None])[0])
-    if not ink.any():
-        raise Rejected("the editor's picture is empty")
-    return around(image, box_of(large_regions(ink[None], 0.01)[0]), margin)
-
-
-def reachable(name):
-    """Is a folder there, or a hub id in the cache or to be had? Nothing is downloaded. FileNotFoundError."""
+def check_model(name, where):
+    """Is a folder there, or a hub id in the cache or to be had? Nothing is downloaded. ValueError."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     files = ("config.json", "model_index.json", "adapter_config.json")
@@ -433,8 +348,5 @@ def reachable(name):
     try:
         HfApi().auth_check(name)
     except Exception as error:  # the hub client raises many kinds, from DNS to gated repositories
-        reason = str(error).strip().split("\n")[0][:160]
-        raise FileNotFoundError(
-            f"{name} is no folder, and not to be had from the hub ({reason}); for a gated model ask for access on its "
-            "page, then `hf auth login`"
-        ) from None
+        gated = "for a gated model ask for access on its page, then `hf auth login`"
+        raise ValueError(f"{where}: {name} is no folder, nor to be had from the hub; {gated} ({error})") from None
