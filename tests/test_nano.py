@@ -212,8 +212,8 @@ def test_what_ships_is_the_same_each_time_and_its_card_has_the_runs_and_the_eval
     tmp_path, nano_data, pretrained, test_clips
 ):
     weights, run_ = pretrained / "weights", tmp_path / "run"
-    words = ["--config", "nano", "--stage", 3, "--data", nano_data, "--weights", weights, "--workers", 0, "--out", run_]
-    train.main([*map(str, words), "--set", "steps=1", "global_batch=2"])
+    words = ["--config", "nano", "--stage", 3, "--data", nano_data, "--weights", weights, "--out", run_]
+    train.main([*map(str, words), "--set", "steps=1", "global_batch=2", "workers=0"])
     card, _ = (run_ship(run_, weights, test_clips, tmp_path / name) for name in "ab")
     assert same_files(tmp_path / "a", tmp_path / "b") == 12
     assert sum(path.stat().st_size for path in (tmp_path / "a").rglob("*.*")) < 32e6
