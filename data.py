@@ -14,7 +14,7 @@ import os
 import random
 import re
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -48,7 +48,7 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from media import GRID, MediaError, pictures, read_frames, read_image, usable_frames, working_size
+from media import GRID, MediaError, nearest_size, pictures, read_frames, read_image, usable_frames, working_size
 
 FILES = {"image": "image.csv", "video": "video.csv", "ref": "ref_video.csv"}
 PAIR = ("src_video", "tgt_video", "prompt")
@@ -88,6 +88,14 @@ def find_tables(folders, kind):
         names = ", ".join(map(str, folders))
         raise FileNotFoundError(f"{names}: has no {FILES[kind]}, which this stage needs; or give it by --{kind}-csv")
     return found
+
+
+def kind_of(path):
+    """The kind of data of a table, by what it has."""
+    if path.suffix == ".parquet":
+        return "ref" if "ref_image_bytes" in parquet_file(path).schema_arrow.names else "video"
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        return "ref" if "ref_image" in re.findall(r"\w+", file.readline()) else "video"
 
 
 def read_table(path, kind, base=None):
@@ -149,8 +157,7 @@ def csv_lines(path, columns=()):
 
 
 def has_columns(path, columns, found):
-    absent = [name for name in columns if name not in found]
-    if absent:
+    if absent := [name for name in columns if name not in found]:
         raise ValueError(f"{path}: has no column {', '.join(absent)}; it has {', '.join(map(str, found))}")
 
 
@@ -171,10 +178,10 @@ READERS = {".csv": read_csv, ".parquet": read_parquet}
 def parquet_file(path):
     try:
         from pyarrow.parquet import ParquetFile
+
+        return ParquetFile(path)
     except ImportError:
         raise ValueError(f"{path}: reading parquet needs pyarrow; pip install pyarrow") from None
-    try:
-        return ParquetFile(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: is not a parquet file ({str(error).splitlines()[0]})") from None
 
@@ -199,40 +206,10 @@ def read_reference(ref):
     if isinstance(ref, str):
         return read_image(ref)
     path, group, row = ref
-    content = reference_bytes(path, group)[row].as_py()
+    content, where = reference_bytes(path, group)[row].as_py(), f"{path}, row {row} of group {group}"
     if not content:
-        raise MediaError(f"{path}, row {row} of group {group}: has no ref_image_bytes")
-    return read_image(f"{path}, row {row} of group {group}", content)
-
-
-def bucket(shape, max_frames, max_pixels):
-    """The shape (T, h, w) at which a clip (frames, height, width) is trained.
-
-    A clip above max_pixels takes the nearest of a few aspects, so that batches fill, in the largest size of it.
-    """
-    frames, height, width = shape
-    if height * width > max_pixels:
-        aspect = min(ASPECTS, key=lambda a: abs(math.log(a * width / height)))
-        return usable_frames(frames, max_frames), *largest_size(aspect, max_pixels)
-    return usable_frames(frames, max_frames), *working_size(height, width, max_pixels)
-
-
-@lru_cache(maxsize=64)
-def largest_size(aspect, max_pixels):
-    """(h, w) on the grid with the largest area that a crop leaves of an aspect: 832x480 for 16:9 of 409,600 pixels."""
-    sides = range(GRID, max_pixels // GRID + 1, GRID)
-    sizes = [(h, max_pixels // h // GRID * GRID) for h in sides] + [(max_pixels // w // GRID * GRID, w) for w in sides]
-    kept = lambda h, w: min(h / w / aspect, w * aspect / h)
-    return max(((h, w) for h, w in sizes if h and w), key=lambda size: size[0] * size[1] * kept(*size))
-
-
-def fill_buckets(shapes, max_frames, max_pixels):
-    """Shapes of rows (a text: left out) -> {shape of training: [row numbers]}."""
-    buckets = defaultdict(list)
-    for number, shape in enumerate(shapes):
-        if not isinstance(shape, str):
-            buckets[bucket(shape, max_frames, max_pixels)].append(number)
-    return dict(buckets)
+        raise MediaError(f"{where}: has no ref_image_bytes")
+    return read_image(where, content)
 
 
 def read_pair(row, shape):
@@ -242,6 +219,29 @@ def read_pair(row, shape):
 
 
 # The order of the data
+
+
+def bucket(shape, max_frames, max_pixels):
+    """The shape (T, h, w) at which a clip (frames, height, width) is trained.
+
+    A clip above max_pixels takes the nearest of a few aspects, so that batches fill, in the largest size of it: 832x480
+    for 16:9 of 409,600 pixels.
+    """
+    frames, height, width = shape
+    frames = usable_frames(frames, max_frames)
+    if height * width <= max_pixels:
+        return frames, *working_size(height, width, max_pixels)
+    aspect = min(ASPECTS, key=lambda a: abs(math.log(a * width / height)))
+    return frames, *nearest_size(round(10_000 * aspect), 10_000, max_pixels, GRID, power=1)
+
+
+def fill_buckets(shapes, max_frames, max_pixels):
+    """Shapes of rows (a text: left out) -> {shape of training: [row numbers]}."""
+    buckets = defaultdict(list)
+    for number, shape in enumerate(shapes):
+        if not isinstance(shape, str):
+            buckets[bucket(shape, max_frames, max_pixels)].append(number)
+    return dict(buckets)
 
 
 class Mixture:
@@ -254,58 +254,45 @@ class Mixture:
 
     def __init__(self, buckets, ratio, size, seed):
         self.buckets, self.size, self.seed = buckets, size, seed
-        self.pattern = interleave(ratio)
+        # {"image": 2, "video": 1} -> ["image", "video", "image"]: whole shares, spread evenly
+        moments = [((i + 0.5) / share, kind) for kind, share in ratio.items() for i in range(share)]
+        self.pattern = [kind for _, kind in sorted(moments, key=lambda moment: moment[0])]
         self.orders = {}  # what was shuffled last: (kind, epoch) -> batches, (kind, epoch, shape) -> rows
 
     def __getitem__(self, number):
         turn, place = divmod(number, len(self.pattern))
         kind = self.pattern[place]
         number = turn * self.pattern.count(kind) + self.pattern[:place].count(kind)  # among this kind's
-        epoch = self.epoch_of(kind, number)
-        shape, i = self.batches(kind, epoch)[number - self.batches_before(kind, epoch)]
+        epoch = number * self.size // sum(map(len, self.buckets[kind].values()))  # or a later one, for batches are cut
+        while self.batches_before(kind, epoch + 1) <= number:
+            epoch += 1
+        batches = self.shuffled(self.batches(kind, epoch), kind, epoch)
+        shape, i = batches[number - self.batches_before(kind, epoch)]
         return kind, shape, [self.row(kind, shape, j) for j in range(i * self.size, (i + 1) * self.size)]
 
     def batches_before(self, kind, epoch):
         return sum(epoch * len(rows) // self.size for rows in self.buckets[kind].values())
 
-    def epoch_of(self, kind, number):
-        """The epoch in which the kind's batch `number` is complete."""
-        total = sum(map(len, self.buckets[kind].values()))
-        epoch = number * self.size // total  # not past it: each floor in batches_before loses less than one batch
-        while self.batches_before(kind, epoch + 1) <= number:
-            epoch += 1
-        return epoch
-
     def batches(self, kind, epoch):
-        """The epoch's batches (shape, number in the shape's bucket), shuffled."""
-
-        def found():
-            for shape, rows in self.buckets[kind].items():
-                for i in range(epoch * len(rows) // self.size, (epoch + 1) * len(rows) // self.size):
-                    yield shape, i
-
-        return self.shuffled(found, kind, epoch)
+        """Yield (shape, number in the shape's bucket) of the batches that are complete in this epoch."""
+        for shape, rows in self.buckets[kind].items():
+            for i in range(epoch * len(rows) // self.size, (epoch + 1) * len(rows) // self.size):
+                yield shape, i
 
     def row(self, kind, shape, j):
         """Row j of a bucket's endless row of shuffled epochs."""
         rows = self.buckets[kind][shape]
         epoch, place = divmod(j, len(rows))
-        return self.shuffled(lambda: rows, kind, epoch, shape)[place]
+        return self.shuffled(rows, kind, epoch, shape)[place]
 
     def shuffled(self, values, kind, epoch, *more):
-        """What `values()` gives, in the order of an epoch; orders of epochs long past are dropped."""
+        """Values in the order of an epoch; orders of epochs long past are dropped."""
         key = (kind, epoch, *more)
         if key not in self.orders:
             self.orders = {k: order for k, order in self.orders.items() if k[0] != kind or k[1] >= epoch - 1}
-            order = self.orders[key] = list(values())
+            order = self.orders[key] = list(values)
             random.Random(f"{self.seed} {key}").shuffle(order)
         return self.orders[key]
-
-
-def interleave(ratio):
-    """{"image": 2, "video": 1} -> ["image", "video", "image"]: whole shares, spread evenly."""
-    moments = [((i + 0.5) / share, kind) for kind, share in ratio.items() for i in range(share)]
-    return [kind for _, kind in sorted(moments, key=lambda moment: moment[0])]
 
 
 class Curriculum:
@@ -334,46 +321,34 @@ class Pairs(torch.utils.data.Dataset):
 
     def __getitem__(self, n):
         mixture, kind, shape, numbers = self.curriculum[n]
-        batch = {"kind": kind, "shape": shape, "bad": [], "prompts": [], "paths": [], "pictures": [], "seen": []}
-        batch["numbers"] = list(range(n * len(numbers), (n + 1) * len(numbers)))
+        counted = list(range(n * len(numbers), (n + 1) * len(numbers)))
+        batch = {"kind": kind, "shape": shape, "numbers": counted, "bad": []}
         try:
-            for number in numbers:
-                self.add(batch, mixture.buckets[kind][shape], number)
+            samples = [self.sample(batch, mixture.buckets[kind][shape], number) for number in numbers]
         except (ValueError, OSError) as error:  # a worker's exception would come with its traceback
             return {"fatal": str(error)}
-        return batch
+        return batch | dict(zip(("prompts", "paths", "pictures", "seen"), map(list, zip(*samples))))
 
-    def add(self, batch, bucket, number):
-        """Add a row, or the next in its bucket that can be read."""
-        for candidate in from_row(bucket, number):
-            row = self.tables[batch["kind"]][candidate]
+    def sample(self, batch, bucket, number):
+        """(prompt, path, pictures, seen) of a row, or of the next in its bucket that can be read."""
+        for _ in bucket:
+            row = self.tables[batch["kind"]][number]
             try:
-                pictures, seen = self.read(row, batch["shape"])
+                return row.prompt, row.target, *self.read(row, batch["shape"])
             except MediaError as error:
                 batch["bad"].append((row.target, str(error)))
-                continue
-            new = {"prompts": row.prompt, "paths": row.target, "pictures": pictures, "seen": seen}
-            for name, value in new.items():
-                batch[name].append(value)
-            return
-        what, last = f"{len(bucket)} samples of {batch['kind']} {batch['shape']}", batch["bad"][-1][1]
-        raise MediaError(f"none of the {what} can be read; the last: {last}")
+            number = bucket[(bucket.index(number) + 1) % len(bucket)]
+        what = f"{len(bucket)} samples of {batch['kind']} {batch['shape']}"
+        raise MediaError(f"none of the {what} can be read; the last: {batch['bad'][-1][1]}")
 
     def read(self, row, shape):
         target, source, ref = read_pair(row, shape)
         return (target, source, ref), self.resize(source, ref)
 
 
-def from_row(bucket, number):
-    """A row's number and then those after it in its bucket, round to the one before."""
-    yield number
-    start = bucket.index(number)
-    yield from bucket[start + 1 :] + bucket[:start]
-
-
-def fingerprint(rows, more=None):
-    """Rows, in their order, and what else is to be the same, as a short text."""
-    return digest([[(r.source, r.target, r.prompt, r.ref) for r in rows], more])[:16]
+def fingerprint(rows):
+    """Rows, in their order, as a short text."""
+    return digest([(r.source, r.target, r.prompt, r.ref) for r in rows])[:16]
 
 
 def digest(value):
@@ -394,48 +369,35 @@ def main(argv=None):
         sys.exit(f"data.py: {faults} rows have faults")
 
 
-def kind_of(path):
-    """The kind of data of a table, by what it has."""
-    if path.suffix == ".parquet":
-        return "ref" if "ref_image_bytes" in parquet_file(path).schema_arrow.names else "video"
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        return "ref" if re.search(r'(^|,)"?ref_image"?(,|$)', file.readline().strip()) else "video"
-
-
 def check_table(path, base):
-    """Decode every pair of a table, print its faults and a summary -> the number of faulty rows."""
-    rows = read_table(path, kind_of(path), base)
-    shapes, faults = Counter(), 0
+    """Decode every pair of a table and print its faults -> the number of faulty rows."""
+    rows, faulty = read_table(path, kind_of(path), base), 0
     with ThreadPoolExecutor(4) as pool:
-        for row, (shape, found) in tqdm(zip(rows, pool.map(check_row, rows)), total=len(rows), desc=path.name):
-            shapes[shape] += 1
-            faults += bool(found)
-            for fault in found:
+        for row, faults in tqdm(pool.map(check_row, rows), path.name, len(rows)):
+            faulty += bool(faults)
+            for fault in faults:
                 tqdm.write(f"{row.target}: {fault}")
-    print(f"{path}: {len(rows)} rows, {faults} with faults")
-    shapes.pop(None, None)
-    for (frames, height, width), count in shapes.most_common(10):
-        print(f"  {count:>8} of {frames} frames of {width}x{height}")
-    return faults
+    print(f"{path}: {len(rows)} rows, {faulty} with faults")
+    return faulty
 
 
 def check_row(row):
-    """(shape (frames, height, width) of the target or None, what is wrong with the row)."""
+    """(row, what is wrong with it)."""
     try:
         sizes = [[tuple(rgb.shape[:2]) for rgb in pictures(path)] for path in (row.source, row.target)]
         if row.ref:
             read_reference(row.ref)
     except MediaError as error:
-        return None, [str(error)]
+        return row, [str(error)]
     (before, h, w), (frames, height, width) = ((len(shown), *shown[-1]) for shown in sizes)
-    found = []
-    if before != frames:
-        found.append(f"has {frames} frames, its source {before}: only the shorter length is trained")
-    if abs(math.log(h / w * width / height)) > 0.05:
-        found.append(f"is {width}x{height}, its source {w}x{h}: their crops will not match")
-    if min(height, width) < GRID:
-        found.append(f"is {width}x{height}: each side needs at least {GRID}")
-    return (frames, height, width), found
+    wrong = {
+        f"has {frames} frames, its source {before}: only the shorter length is trained": before != frames,
+        f"is {width}x{height}, its source {w}x{h}: their crops will not match": not 0.95
+        < h * width / w / height
+        < 1.05,
+        f"is {width}x{height}: each side needs at least {GRID}": min(height, width) < GRID,
+    }
+    return row, [fault for fault, found in wrong.items() if found]
 
 
 if __name__ == "__main__":

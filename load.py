@@ -4,7 +4,7 @@
     -> `load_weights` -> parameters; every name is accounted for
 
 Layouts: what `KiwiEdit.save` wrote; the released diffusers folders; a released training checkpoint over Wan's and
-Qwen's own folders; a run of train.py over what it began with. Dialects: the spellings of all of them, in one table.
+Qwen's own folders; a run of train.py over what it began with. Dialects: the spellings of all of them, in DIALECTS.
 """
 
 import json
@@ -21,7 +21,7 @@ from torch import nn
 
 from connectors import MLLMConfig, read_json
 from dit import DiTConfig
-from lora import LoRALinear, replace_modules
+from lora import LoRALinear, replace_modules, to_wan
 from vae import VAEConfig
 
 WAN_BASE = "Wan-AI/Wan2.2-TI2V-5B"
@@ -33,7 +33,8 @@ HUB_BASES = {
 }
 QWEN_BASE = "Qwen/Qwen2.5-VL-3B-Instruct"
 
-# Released spellings and ours. The first that matches is applied, then the next, on whole dotted names; ours match none.
+# Released spellings and ours, but of diffusers' DiT (`lora.to_wan`). Each in its turn is applied to whole dotted names;
+# ours match none.
 DIALECTS = [(re.compile(pattern), ours) for pattern, ours in (
     # training checkpoints
     (r"^pipe\.", ""),
@@ -48,20 +49,6 @@ DIALECTS = [(re.compile(pattern), ours) for pattern, ours in (
     # Qwen2.5-VL as published
     (r"^(mllm\.)?visual\.", r"\1model.visual."),
     (r"^(mllm\.)?model\.(layers|embed_tokens|norm)\.", r"\1model.language_model.\2."),
-    # the diffusers layout's transformer
-    (r"^(dit\.)?condition_embedder\.(text|time)_embedder\.linear_1\.", r"\1\2_embedding.0."),
-    (r"^(dit\.)?condition_embedder\.(text|time)_embedder\.linear_2\.", r"\1\2_embedding.2."),
-    (r"^(dit\.)?condition_embedder\.time_proj\.", r"\1time_projection.1."),
-    (r"^(dit\.)?proj_out\.", r"\1head.head."),
-    (r"^(dit\.)?scale_shift_table$", r"\1head.modulation"),
-    (r"^((?:dit\.)?blocks\.\d+)\.scale_shift_table$", r"\1.modulation"),
-    (r"^((?:dit\.)?blocks\.\d+)\.norm2\.", r"\1.norm3."),
-    (r"^((?:dit\.)?blocks\.\d+)\.attn1\.", r"\1.self_attn."),
-    (r"^((?:dit\.)?blocks\.\d+)\.attn2\.", r"\1.cross_attn."),
-    (r"_attn\.to_([qkv])\.", r"_attn.\1."),
-    (r"_attn\.to_out\.0\.", "_attn.o."),
-    (r"^((?:dit\.)?blocks\.\d+)\.ffn\.net\.0\.proj\.", r"\1.ffn.0."),
-    (r"^((?:dit\.)?blocks\.\d+)\.ffn\.net\.2\.", r"\1.ffn.2."),
 )]  # fmt: skip
 
 
@@ -71,23 +58,20 @@ def our_name(name):
         return None
     for pattern, ours in DIALECTS:
         name = pattern.sub(ours, name)
-    return name
+    part = "dit." if name.startswith("dit.") else ""
+    return part + to_wan(name.removeprefix(part))
 
 
-RELEASED = [(re.compile(pattern), theirs) for pattern, theirs in (
-    (r"^source_embedder\.", "vae_condition."),
-    (r"^ref_embedder\.", "ref_vae_condition."),
-    (r"^mllm\.connector\.", "mllm.connetor."),
-    (r"^(mllm\.\w+_queries)$", r"\1.q"),
-    (r"^mllm\.model\.", "mllm.model.model."),
-)]  # fmt: skip
+RELEASED = {"source_embedder.": "vae_condition.", "ref_embedder.": "ref_vae_condition.",
+            "mllm.connector.": "mllm.connetor.", "mllm.model.": "mllm.model.model."}  # fmt: skip
 
 
 def released_name(name):
     """The way back: our name of a parameter -> its name in a released training checkpoint."""
-    for pattern, theirs in RELEASED:
-        name = pattern.sub(theirs, name)
-    return name
+    for ours, theirs in RELEASED.items():
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return f"{name}.q" if name.endswith("_queries") else name
 
 
 def load_weights(module, state_dict, partial=False, device=None, dtype=None):
@@ -97,58 +81,34 @@ def load_weights(module, state_dict, partial=False, device=None, dtype=None):
     in `dtype` where given, others are filled. LoRA tensors inject LoRA where the module has none.
     state_dict: a mapping from names to tensors, read one at a time.
     partial: names may be missing, as in a checkpoint of the trained parameters alone. -> the missing names.
-    ValueError that lists missing, unexpected and misshapen names.
+    ValueError that lists missing and unexpected names, or names a tensor of another size.
     """
-    names, misshapen = {}, []
-    for name in state_dict:
-        ours = our_name(name)
-        if ours in names:
-            raise ValueError(f"two names for {ours}: {names[ours]} and {name}")
-        if ours is not None:
-            names[ours] = name
-    adopt_lora(module, {ours: state_dict[name].shape for ours, name in names.items() if ".lora_A." in ours})
+    names = {ours: name for name in state_dict if (ours := our_name(name))}
+    ranks = {n.split(".lora_A.")[0]: state_dict[name].shape[0] for n, name in names.items() if ".lora_A." in n}
+    lora = lambda n, child: LoRALinear(child, ranks[n]) if n in ranks and type(child) is nn.Linear else None
+    replace_modules(module, lora)  # of the rank that the weights have, where they have it
     own = module.state_dict(keep_vars=True)
-    missing = sorted(own.keys() - names.keys())
-    unexpected = sorted(names[n] for n in names.keys() - own.keys())
+    missing, unexpected = sorted(own.keys() - names.keys()), sorted(names[n] for n in names.keys() - own.keys())
     if unexpected or (missing and not partial):
         wrong = listed("missing", [] if partial else missing) + listed("unexpected", unexpected)
         raise ValueError(f"weights do not fit {type(module).__name__}: {wrong}")
     for ours, name in names.items():
-        value = state_dict[name]
-        if value.shape != own[ours].shape:
-            misshapen.append(f"{name} {tuple(value.shape)}, expected {tuple(own[ours].shape)}")
-        elif own[ours].is_meta:
-            set_parameter(module, ours, value.to(device=device, dtype=dtype or value.dtype))
+        value, parameter = state_dict[name], own[ours]
+        if value.shape != parameter.shape:
+            sizes = f"{tuple(value.shape)}, expected {tuple(parameter.shape)}"
+            raise ValueError(f"weights do not fit {type(module).__name__}: {name} is of another size: {sizes}")
+        if parameter.is_meta:
+            parent, _, leaf = ours.rpartition(".")
+            value = nn.Parameter(value.to(device, dtype or value.dtype), requires_grad=parameter.requires_grad)
+            setattr(module.get_submodule(parent), leaf, value)
         else:
-            with torch.no_grad():
-                own[ours].copy_(value)
-    if misshapen:
-        raise ValueError(f"weights do not fit {type(module).__name__}: {listed('of another size', misshapen)}")
+            parameter.data.copy_(value)
     return missing
 
 
-def adopt_lora(module, shapes):
-    """Inject LoRA of the rank a checkpoint has, exactly where it has it."""
-    ranks = {name.split(".lora_A.")[0]: shape[0] for name, shape in shapes.items()}
-
-    def with_lora(name, child):
-        return LoRALinear(child, ranks[name]) if name in ranks and type(child) is nn.Linear else None
-
-    replace_modules(module, with_lora)
-
-
-def set_parameter(module, name, value):
-    """Replace a parameter, which may be on the meta device."""
-    parent, _, leaf = name.rpartition(".")
-    parameter = nn.Parameter(value, requires_grad=module.get_parameter(name).requires_grad)
-    setattr(module.get_submodule(parent), leaf, parameter)
-
-
 def listed(what, names, show=12):
-    if not names:
-        return ""
     more = f" and {len(names) - show} more" if len(names) > show else ""
-    return f"{len(names)} {what}: {', '.join(names[:show])}{more}. "
+    return f"{len(names)} {what}: {', '.join(names[:show])}{more}. " if names else ""
 
 
 class TensorFiles(Mapping):
@@ -168,32 +128,25 @@ class TensorFiles(Mapping):
         or, with `over`, gives way. ValueError where two files of the layer hold the same tensor."""
         layer = {}
         for path in paths:
-            for name in self.open(path, "cpu").keys():
-                if self.about_8_bits(path, name):
-                    continue
-                ours = our_name(prefix + name)
-                if ours in layer:
-                    raise ValueError(f"{layer[ours][0]} and {path} both hold {name}: remove the stale one")
-                if ours is not None:
+            for name in self.open(path).keys():
+                module, _, part = name.rpartition(".")
+                if part in ("scale_weight", "weight_scale"):
+                    self.scales[path, f"{module}.weight"] = name
+                elif part == "comfy_quant":
+                    stored = json.loads(bytes(self.open(path).get_tensor(name).tolist()))["format"]
+                    if not stored.startswith(("float8", "int8")):
+                        raise ValueError(f"{path}: {module} is stored as {stored}, not read here; take fp8 or 16 bits")
+                elif part not in ("scale_input", "input_scale", "scaled_fp8") and (ours := our_name(prefix + name)):
+                    if ours in layer:
+                        raise ValueError(f"{layer[ours][0]} and {path} both hold {name}: remove the stale one")
                     layer[ours] = (path, name)
         self.places = {**self.places, **layer} if over else {**layer, **self.places}
         return self
 
-    def about_8_bits(self, path, name):
-        """Whether a tensor is not a parameter, but says how one is stored. ValueError for a format unknown here."""
-        layer, _, part = name.rpartition(".")
-        if part in ("scale_weight", "weight_scale"):
-            self.scales[path, f"{layer}.weight"] = name
-        elif part == "comfy_quant":
-            stored = json.loads(bytes(self.open(path, "cpu").get_tensor(name).tolist()))["format"]
-            if not stored.startswith(("float8", "int8")):
-                raise ValueError(f"{path}: {layer} is stored as {stored}, which is not read here; take fp8 or 16 bits")
-        return part in ("scale_weight", "weight_scale", "comfy_quant", "scale_input", "input_scale", "scaled_fp8")
-
     def drop(self, names):
         self.places = {name: place for name, place in self.places.items() if name not in names}
 
-    def open(self, path, device):
+    def open(self, path, device="cpu"):
         if (path, device) not in self.handles:
             self.handles[path, device] = open_tensors(path, device)
         return self.handles[path, device]
@@ -209,7 +162,7 @@ class TensorFiles(Mapping):
 
     def shape(self, name):
         path, inner = self.places[name]
-        file = self.open(path, "cpu")
+        file = self.open(path)
         return tuple(file[inner].shape if isinstance(file, dict) else file.get_slice(inner).get_shape())
 
     def __iter__(self):
@@ -222,8 +175,6 @@ class TensorFiles(Mapping):
 def open_tensors(path, device):
     """Open a .safetensors file, or a .pth of tensors, mapped and not read. ValueError if it is damaged."""
     try:
-        if path.suffix == ".gguf":
-            raise ValueError("GGUF is not read here; take .safetensors")
         if path.suffix == ".safetensors":
             return safe_open(path, framework="pt", device=device)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -285,24 +236,24 @@ def local_path(path):
 
 
 def from_dict(cls, values, where):
-    """A config dataclass from JSON; an unknown key is an error that names it."""
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: expected the fields of {cls.__name__}, got {values!r}")
-    unknown = sorted(values.keys() - cls.__dataclass_fields__.keys())
-    if unknown:
-        raise ValueError(f"{where}: unknown key {', '.join(unknown)} in {cls.__name__}")
+    """A config dataclass from JSON. ValueError where a key is unknown, or a text stands where a number belongs."""
     try:
         return cls(**values)
-    except TypeError as error:  # a text where a number belongs
+    except TypeError as error:
         raise ValueError(f"{where}: {cls.__name__}: {error}") from None
+
+
+# Layouts
 
 
 def read_fields(path, base=None, qwen=None, usual_base=WAN_BASE):
     """(fields of a KiwiConfig, TensorFiles) of weights in any layout; `model.read_weights` is what others call."""
     path = path and local_path(path)
     checkpoint = path and find_checkpoint(path)
-    if path and path.is_dir():
-        path = checkpoint / "weights.safetensors" if checkpoint else single_file(path)
+    if checkpoint and path.is_dir():
+        path = checkpoint / "weights.safetensors"
+    elif path and not (path / "config.json").is_file() and len(found := list(path.glob("*.safetensors"))) == 1:
+        path = found[0]  # a released training checkpoint as it comes from the hub
     if path is None or path.is_file():
         return read_layers(path, checkpoint, base, qwen, usual_base)
     if base or qwen:
@@ -314,26 +265,104 @@ def read_fields(path, base=None, qwen=None, usual_base=WAN_BASE):
     raise FileNotFoundError(f"{path}: neither a nanoKiwi folder (config.json) nor a diffusers one (transformer/)")
 
 
-def single_file(folder):
-    """The one .safetensors of a folder without a config, as a released training checkpoint comes from the hub; else the
-    folder."""
-    found = sorted(folder.glob("*.safetensors"))
-    return found[0] if len(found) == 1 and not (folder / "config.json").is_file() else folder
-
-
 def read_layers(path, checkpoint, base, qwen, usual_base):
     """A file of trained parameters (or None) over the weights it was trained from."""
     path and open_tensors(path, "cpu")  # fail fast before downloading a base
-    base = None if checkpoint and base is None else local_path(base or usual_base)
-    if base and not (base / "transformer").is_dir() and written_as(base) != "nanokiwi":  # Wan's own folder
-        fields, files = read_training_checkpoint(path, base, local_path(qwen or QWEN_BASE))
+    if checkpoint and base is None:
+        fields, files = read_beginning(checkpoint.parent, qwen)
     else:
-        fields, files = read_fields(base, qwen=qwen) if base else read_beginning(checkpoint.parent, qwen)
-        if path:
-            files.add(path, over=True)
-            trained = {name: count for name, count in mllm_sizes(files).items() if count}
-            fields = fields | {"mllm": fields["mllm"] and replace(fields["mllm"], **trained)}
-    return (as_trained(fields, checkpoint) if checkpoint else fields), files
+        base = local_path(base or usual_base)
+        if not (base / "transformer").is_dir() and written_as(base) != "nanokiwi":  # Wan's own folder
+            return read_training_checkpoint(path, checkpoint, base, local_path(qwen or QWEN_BASE))
+        fields, files = read_fields(base, qwen=qwen)
+    if path:
+        files.add(path, over=True)
+        trained = {name: count for name, count in mllm_sizes(files).items() if count}
+        fields = fields | {"mllm": fields["mllm"] and replace(fields["mllm"], **trained)}
+    return as_trained(fields, checkpoint), files
+
+
+def read_training_checkpoint(path, checkpoint, base, qwen):
+    """Fields and files of a released training checkpoint over the weights it was trained from."""
+    files = TensorFiles().add(*[path] if path else [])
+    wan = read_json(base / "config.json")
+    known = {k: v for k, v in wan.items() if k in DiTConfig.__dataclass_fields__}
+    files.add(*tensor_files(base, "diffusion_pytorch_model*.safetensors"), prefix="dit.")
+    files.add(tensor_files(base, "Wan2.*_VAE.safetensors", "Wan2.*_VAE.pth")[0], prefix="vae.")
+    files.add(*tensor_files(qwen, "model*.safetensors"), prefix="mllm.")
+    dit = DiTConfig(**known, bf16_timesteps=True)
+    sizes = mllm_sizes(files)
+    sizes["max_ref_tokens"] = sizes["num_ref_queries"]  # so it is in every release: 768 of 5B, 384 of 14B
+    mllm = MLLMConfig(str(qwen), dit_dim=dit.dim, **sizes)
+    return as_trained({"dit": dit, "vae": vae_config(files), "mllm": mllm}, checkpoint), files
+
+
+def read_diffusers_folder(folder):
+    """Fields and files of linyq/kiwi-edit-5b-*-diffusers."""
+    files = TensorFiles()
+    files_of = {"transformer": "dit.", "vae": "vae.", "source_embedder": "source_embedder.", "mllm_encoder": "mllm."}
+    if any((folder / "ref_embedder").glob("*.safetensors")):  # instruct-only weights may have its config alone
+        files_of["ref_embedder"] = "ref_embedder."
+    configs = {name: read_json(folder / name / "config.json") for name in files_of}
+    for name, prefix in files_of.items():
+        files.add(*tensor_files(folder / name, "*.safetensors"), prefix=prefix)
+    t, v, m = configs["transformer"], configs["vae"], configs["mllm_encoder"]
+    same = {name: t[name] for name in ("ffn_dim", "num_layers", "freq_dim", "text_dim", "patch_size", "eps")}
+    heads = t["num_attention_heads"]
+    dit = DiTConfig(dim=heads * t["attention_head_dim"], num_heads=heads, in_dim=t["in_channels"],
+                    out_dim=t["out_channels"], bf16_timesteps=True, **same)  # fmt: skip
+    sizes = mllm_sizes(files) | {"max_ref_tokens": m["max_object_token"], "max_frames": m["max_frames"]}
+    mllm = MLLMConfig(str(folder / "processor"), m["dit_dim"], max_pixels=m["max_pixels_per_frame"], **sizes)
+    vae = vae_config(files, v.get("latents_mean", ()), v.get("latents_std", ()))
+    pad_first = configs.get("ref_embedder", {}).get("ref_pad_first", False)
+    return {"dit": dit, "vae": vae, "mllm": mllm, "ref_pad_first": pad_first}, files
+
+
+def read_own_folder(folder):
+    path = folder / "config.json"
+    fields = typed(read_json(path), path)
+    if fields.pop("format", None) != "nanokiwi":
+        raise ValueError(f"{path}: not written by KiwiEdit.save")
+    if fields.get("mllm"):
+        inner = (folder / fields["mllm"].folder).resolve()
+        if folder.resolve() not in inner.parents:
+            raise ValueError(f"{path}: mllm.folder leads out of the weights folder")
+        fields["mllm"] = replace(fields["mllm"], folder=str(inner))
+    return fields, TensorFiles().add(*tensor_files(folder, "*.safetensors"))
+
+
+def typed(values, path):
+    """The fields of a KiwiConfig as JSON has them -> with their parts as dataclasses. ValueError."""
+    parts = (("dit", DiTConfig), ("vae", VAEConfig), ("mllm", MLLMConfig))
+    return values | {name: from_dict(cls, values[name], path) for name, cls in parts if values.get(name)}
+
+
+def mllm_sizes(files):
+    """The query counts that the weights have; 0 for a mode that was not trained yet."""
+    names = {mode: f"mllm.{mode}_queries" for mode in ("image", "video", "ref")}
+    return {f"num_{mode}_queries": files.shape(name)[0] if name in files.places else 0 for mode, name in names.items()}
+
+
+def vae_config(files, mean=(), std=()):
+    """The sizes of a Wan VAE, read off its tensors: Wan's VAE files come without a config."""
+    width = lambda name: files.shape(f"vae.{name}")[0]
+    try:
+        dim, pixels = files.shape("vae.encoder.conv1.weight")[:2]
+        resampled = [n for n in files if re.fullmatch(r"vae\.encoder\.downsamples\..*resample\.1\.weight", n)]
+        resampled.sort(key=lambda n: [int(part) for part in n.split(".") if part.isdigit()])
+        widths = [*(files.shape(n)[0] for n in resampled), width("encoder.head.0.gamma")]
+        return VAEConfig(
+            version={12: "2.2", 3: "2.1"}[pixels], dim=dim, dec_dim=width("decoder.head.0.gamma"),
+            z_dim=width("conv2.weight"), dim_mult=tuple(w // dim for w in widths),
+            num_res_blocks=int(resampled[0].split(".")[-4]),
+            temporal_downsample=tuple(n.replace("resample.1", "time_conv") in files.places for n in resampled),
+            mean=mean, std=std,
+        )  # fmt: skip
+    except KeyError as error:
+        raise ValueError(f"the VAE's weights are not those of Wan: {error} is missing or of another size") from None
+
+
+# Runs of train.py
 
 
 def began_with(run):
@@ -383,92 +412,10 @@ def find_checkpoint(path):
 def as_trained(fields, checkpoint):
     """The fields of a checkpoint's run (`--set model.source=... dit...`), with the VAE, the MLLM's folder and the query
     counts of `fields`; falls back to `fields` for foreign checkpoints."""
-    run = Path(checkpoint).absolute().parent
-    if written_as(run) != "nanokiwi run":
+    run = checkpoint and Path(checkpoint).absolute().parent
+    if not run or written_as(run) != "nanokiwi run":
         return fields
     trained = typed(read_json(run / "config.json")["model"], run / "config.json")
     own = ("folder", "num_image_queries", "num_video_queries", "num_ref_queries")
     mllm = replace(trained["mllm"], **{name: getattr(fields["mllm"], name) for name in own})
     return trained | {"vae": fields["vae"], "mllm": mllm}
-
-
-def typed(values, path):
-    """The fields of a KiwiConfig as JSON has them -> with their parts as dataclasses. ValueError for an unknown key."""
-    parts = (("dit", DiTConfig), ("vae", VAEConfig), ("mllm", MLLMConfig))
-    return values | {name: from_dict(cls, values[name], path) for name, cls in parts if values.get(name)}
-
-
-def read_own_folder(folder):
-    path = folder / "config.json"
-    fields = typed(read_json(path), path)
-    if fields.pop("format", None) != "nanokiwi":
-        raise ValueError(f"{path}: not written by KiwiEdit.save")
-    if fields.get("mllm"):
-        inner = (folder / fields["mllm"].folder).resolve()
-        if folder.resolve() not in inner.parents:
-            raise ValueError(f"{path}: mllm.folder leads out of the weights folder")
-        fields["mllm"] = replace(fields["mllm"], folder=str(inner))
-    return fields, TensorFiles().add(*tensor_files(folder, "*.safetensors"))
-
-
-def read_diffusers_folder(folder):
-    """Fields and files of linyq/kiwi-edit-5b-*-diffusers."""
-    files = TensorFiles()
-    files_of = {"transformer": "dit.", "vae": "vae.", "source_embedder": "source_embedder.", "mllm_encoder": "mllm."}
-    if any((folder / "ref_embedder").glob("*.safetensors")):  # instruct-only weights may have its config alone
-        files_of["ref_embedder"] = "ref_embedder."
-    configs = {name: read_json(folder / name / "config.json") for name in files_of}
-    for name, prefix in files_of.items():
-        files.add(*tensor_files(folder / name, "*.safetensors"), prefix=prefix)
-    t, v, m = configs["transformer"], configs["vae"], configs["mllm_encoder"]
-    dit = DiTConfig(
-        dim=t["num_attention_heads"] * t["attention_head_dim"],
-        ffn_dim=t["ffn_dim"], num_heads=t["num_attention_heads"],
-        num_layers=t["num_layers"], in_dim=t["in_channels"], out_dim=t["out_channels"], freq_dim=t["freq_dim"],
-        text_dim=t["text_dim"], patch_size=t["patch_size"], eps=t["eps"], bf16_timesteps=True,
-    )  # fmt: skip
-    sizes = mllm_sizes(files) | {"max_ref_tokens": m["max_object_token"], "max_frames": m["max_frames"]}
-    mllm = MLLMConfig(str(folder / "processor"), m["dit_dim"], max_pixels=m["max_pixels_per_frame"], **sizes)
-    vae = vae_config(files, v.get("latents_mean", ()), v.get("latents_std", ()))
-    pad_first = configs.get("ref_embedder", {}).get("ref_pad_first", False)
-    return {"dit": dit, "vae": vae, "mllm": mllm, "ref_pad_first": pad_first}, files
-
-
-def read_training_checkpoint(path, base, qwen):
-    """Fields and files of a released training checkpoint over the weights it was trained from."""
-    files = TensorFiles().add(*[path] if path else [])
-    wan = read_json(base / "config.json")
-    known = {k: v for k, v in wan.items() if k in DiTConfig.__dataclass_fields__}
-    files.add(*tensor_files(base, "diffusion_pytorch_model*.safetensors"), prefix="dit.")
-    files.add(tensor_files(base, "Wan2.*_VAE.safetensors", "Wan2.*_VAE.pth")[0], prefix="vae.")
-    files.add(*tensor_files(qwen, "model*.safetensors"), prefix="mllm.")
-    dit = DiTConfig(**known, bf16_timesteps=True)
-    sizes = mllm_sizes(files)
-    sizes["max_ref_tokens"] = sizes["num_ref_queries"]  # so it is in every release: 768 of 5B, 384 of 14B
-    mllm = MLLMConfig(str(qwen), dit_dim=dit.dim, **sizes)
-    return {"dit": dit, "vae": vae_config(files), "mllm": mllm}, files
-
-
-def mllm_sizes(files):
-    """The query counts that the weights have; 0 for a mode that was not trained yet."""
-    names = {mode: f"mllm.{mode}_queries" for mode in ("image", "video", "ref")}
-    return {f"num_{mode}_queries": files.shape(name)[0] if name in files.places else 0 for mode, name in names.items()}
-
-
-def vae_config(files, mean=(), std=()):
-    """The sizes of a Wan VAE, read off its tensors: Wan's VAE files come without a config."""
-    width = lambda name: files.shape(f"vae.{name}")[0]
-    try:
-        dim, pixels = files.shape("vae.encoder.conv1.weight")[:2]
-        resampled = [n for n in files if re.fullmatch(r"vae\.encoder\.downsamples\..*resample\.1\.weight", n)]
-        resampled.sort(key=lambda n: [int(part) for part in n.split(".") if part.isdigit()])
-        widths = [*(files.shape(n)[0] for n in resampled), width("encoder.head.0.gamma")]
-        return VAEConfig(
-            version={12: "2.2", 3: "2.1"}[pixels], dim=dim, dec_dim=width("decoder.head.0.gamma"),
-            z_dim=width("conv2.weight"), dim_mult=tuple(w // dim for w in widths),
-            num_res_blocks=int(resampled[0].split(".")[-4]),
-            temporal_downsample=tuple(n.replace("resample.1", "time_conv") in files.places for n in resampled),
-            mean=mean, std=std,
-        )  # fmt: skip
-    except KeyError as error:
-        raise ValueError(f"the VAE's weights are not those of Wan: {error} is missing or of another size") from None

@@ -134,17 +134,23 @@ UNSUPPORTED = {
     "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT",
     "lora_mid": "LoCon with a middle matrix", "reshape_weight": "a reshaped weight", "set_weight": "a replaced weight",
 }  # fmt: skip
-TO_WAN = [(re.compile(pattern), ours) for pattern, ours in (
-    (r"^(transformer|diffusion_model|model\.diffusion_model|base_model\.model|pipe\.dit|dit)\.", ""),
-    (r"\.attn1\.", ".self_attn."), (r"\.attn2\.", ".cross_attn."), (r"_attn\.to_([qkv])$", r"_attn.\1"),
-    (r"_attn\.to_out\.0$", "_attn.o"), (r"_attn\.to_out$", "_attn.o"), (r"\.ffn\.net\.0\.proj$", ".ffn.0"),
-    (r"\.ffn\.net\.2$", ".ffn.2"), (r"\.ffn\.fc_in$", ".ffn.0"), (r"\.ffn\.fc_out$", ".ffn.2"),
-    (r"^(blocks\.\d+)\.norm2$", r"\1.norm3"),
-    (r"^condition_embedder\.(text|time)_embedder\.linear_1$", r"\1_embedding.0"),
-    (r"^condition_embedder\.(text|time)_embedder\.linear_2$", r"\1_embedding.2"),
-    (r"^condition_embedder\.time_proj$", "time_projection.1"), (r"^proj_out$", "head.head"),
-    (r"^(blocks\.\d+)\.scale_shift_table$", r"\1.modulation"), (r"^scale_shift_table$", "head.modulation"),
+PREFIX = re.compile(r"^(transformer|diffusion_model|model\.diffusion_model|base_model\.model|pipe\.dit|dit)\.")
+TO_WAN = [(re.compile(rf"{pattern}(?=\.|$)"), ours) for pattern, ours in (
+    (r"\.attn1", ".self_attn"), (r"\.attn2", ".cross_attn"), (r"_attn\.to_([qkv])", r"_attn.\1"),
+    (r"_attn\.to_out(\.0)?", "_attn.o"), (r"^(blocks\.\d+)\.norm2", r"\1.norm3"),
+    (r"\.ffn\.(net\.0\.proj|fc_in)", ".ffn.0"), (r"\.ffn\.(net\.2|fc_out)", ".ffn.2"),
+    (r"^condition_embedder\.(text|time)_embedder\.linear_1", r"\1_embedding.0"),
+    (r"^condition_embedder\.(text|time)_embedder\.linear_2", r"\1_embedding.2"),
+    (r"^condition_embedder\.time_proj", "time_projection.1"), (r"^proj_out", "head.head"),
+    (r"^(blocks\.\d+)\.scale_shift_table", r"\1.modulation"), (r"^scale_shift_table", "head.modulation"),
 )]  # fmt: skip
+
+
+def to_wan(name):
+    """A layer or parameter of the DiT in diffusers' or FastVideo's spelling -> Wan's."""
+    for pattern, ours in TO_WAN:
+        name = pattern.sub(ours, name)
+    return name
 
 
 def wan_name(name, modules):
@@ -152,9 +158,7 @@ def wan_name(name, modules):
     if name.startswith("lora_unet_"):
         flat = name.removeprefix("lora_unet_").strip("_")
         return next((own for own in modules if own.replace(".", "_") == flat), flat)
-    for pattern, ours in TO_WAN:
-        name = pattern.sub(ours, name)
-    return name
+    return to_wan(PREFIX.sub("", name))
 
 
 def read_lora(path):

@@ -14,9 +14,8 @@ import math
 import os
 import shutil
 import sys
-import tempfile
 import threading
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -43,9 +42,8 @@ HDR = (16, 18)  # transfer functions PQ and HLG
 UNSPECIFIED = 2  # colour matrix
 SD_HEIGHT = 576  # above it players take BT.709 where a clip does not name its matrix
 IMAGE_CODECS = {".png": ("png", "rgb24"), ".jpg": ("mjpeg", "yuvj444p"), ".jpeg": ("mjpeg", "yuvj444p")}
-SOUND_RATE = 48000  # Hz
-MP4_AUDIO = ("aac", "mp3", "ac3", "eac3", "alac", "opus", "flac")  # copied; others become AAC
-TOO_FEW = "{}x{} pixels, shrunk to at most {} in all, are too few: each side needs at least {}"
+SOUND_RATE, SOUND_BITS = 48_000, 256_000  # a second
+LAYOUTS = {1: "mono", 6: "5.1"}  # by the number of channels; all others become stereo
 
 
 class MediaError(ValueError):
@@ -65,33 +63,28 @@ class Clip:
 
 
 def working_size(height: int, width: int, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """The size (h, w) at which a picture is edited: at most max_pixels, floored to multiples of 32. ValueError."""
+    """The size (h, w) at which a picture is edited: at most max_pixels, floored to multiples of 32 (perhaps 0)."""
     scale = max(math.sqrt(height * width / max_pixels), 1)
-    h, w = (int(side / scale) // GRID * GRID for side in (height, width))
-    if not h * w:
-        raise ValueError(TOO_FEW.format(width, height, max_pixels, GRID))
-    return h, w
+    return int(height / scale) // GRID * GRID, int(width / scale) // GRID * GRID
 
 
-def nearest_size(height: int, width: int, max_pixels: int, grid: int) -> tuple[int, int]:
-    """The size (h, w) for weights that know only small frames, where `working_size` could drop half of the pixels.
+@lru_cache(1024)
+def nearest_size(height: int, width: int, max_pixels: int, grid: int, power: int = 2) -> tuple[int, int]:
+    """The size (h, w) in multiples of `grid` that keeps most of a picture, where `working_size` could drop half of the
+    pixels: the largest product of its area and the share of the picture that its crop leaves, to that power.
 
-    Of all multiples of `grid` with at most max_pixels, none larger than the picture, the one with the largest product
-    of its area and the squared share of the picture that its crop leaves: 1280x704 gives 80x48 of 4096. ValueError
-    where a side is too short.
+    At most max_pixels and no larger than the picture: 1280x704 gives 80x48 of 4096. (0, 0) where a side is too short.
     """
     sizes = [(h, w) for h in range(grid, height + 1, grid) for w in range(grid, min(width, max_pixels // h) + 1, grid)]
-    if not sizes:
-        raise ValueError(TOO_FEW.format(width, height, max_pixels, grid))
 
     def worth(size):
         aspect = size[0] * width / (size[1] * height)
-        return size[0] * size[1] * min(aspect, 1 / aspect) ** 2
+        return size[0] * size[1] * min(aspect, 1 / aspect) ** power
 
-    return max(sizes, key=worth)
+    return max(sizes, key=worth, default=(0, 0))
 
 
-def usable_frames(count: int, max_frames: int = 81) -> int:
+def usable_frames(count: int, max_frames: int) -> int:
     """The largest 4k + 1 that is at most count and max_frames: the lengths the VAE takes."""
     return (min(count, max_frames) - 1) // 4 * 4 + 1
 
@@ -127,48 +120,39 @@ def pad_reference(image: torch.Tensor, size: tuple[int, int], shrink: float = 1.
 
 
 def read_clip(path, max_frames=81, max_pixels=MAX_PIXELS, max_fps=None, size_of=working_size, held=None) -> Clip:
-    """The first 4k + 1 (at most max_frames) frames of a video or image file, fitted to the working size; of
-    2 to 4 frames all.
+    """The first 4k + 1 (at most max_frames) frames of a video or image file, fitted to the working size; of 2 to 4
+    frames all, for one alone would be a picture.
 
     max_fps: a clip at about twice that rate gives every second frame, and so on. size_of: another rule than
     `working_size`, (height, width, max_pixels) -> (h, w). held: of a clip of more frames they stay in their file, a
     `FrameFile`. Frames are resized as they are decoded: memory is that of the result. MediaError where the file is
     missing, unreadable, corrupt, without pictures or too small.
     """
-    frames, count = [], 0
+    frames, count, size = [], 0, None
     with open_media(path) as (container, stream):
         fps = frame_rate(stream)
         stride = max(round(fps / max_fps), 1) if max_fps else 1
         for index, rgb in decode(path, container, stream):
-            if index == 0:
-                source_size = tuple(rgb.shape[:2])
-                try:
-                    size = size_of(*source_size, max_pixels)
-                except ValueError as error:
-                    raise MediaError(f"{path}: {error}") from None
+            if size is None:
+                height, width = rgb.shape[:2]
+                size = size_of(height, width, max_pixels)
+                if not all(size):
+                    raise MediaError(f"{path}: {width}x{height} pixels, at most {max_pixels} in all, are too few")
             if index % stride == 0:
                 count += 1
                 if held is None or count <= held:
-                    frames.append(fit_frames(rgb[None], size)[0])
+                    frames += fit_frames(rgb[None], size)
             if count == max_frames:
                 break
         still = is_picture(container) and count == 1
-        if not still and count < max_frames:
-            check_length(path, container, stream, index + 1, max_frames * stride)
-    if count > 4:  # of 2 to 4 one alone would be a picture
-        count = usable_frames(count, max_frames)
+        promised = shown_frames(container, stream)
+        # without a count of frames the length is the container's, whose sound may be longer
+        forgiven = max(2, promised // (50 if stream.frames else 10))
+        if not still and count < max_frames and index + 1 < promised - forgiven:
+            note(path, f"promises {promised} frames and has {index + 1}: is it cut off? Fetch it again for the rest")
+    count = usable_frames(count, max_frames) if count > 4 else count
     frames = torch.stack(frames[:count]) if count <= len(frames) else FrameFile(str(path), count, size, stride)
-    return Clip(frames, fps / stride, still, source_size, str(path))
-
-
-def check_length(path, container, stream, seen, wanted):
-    """Compare a file's frames with those that its header promises: a note, or MediaError below half of `wanted`."""
-    promised = shown_frames(container, stream)
-    if stream.frames and seen < min(promised, wanted) // 2:
-        raise MediaError(f"{path}: ends after {seen} of {promised} frames; fetch the file again")
-    # without a count of frames the length is the container's, whose sound may be longer
-    if seen < promised - max(2, promised // (50 if stream.frames else 10)):
-        note(path, f"promises {promised} frames and has {seen}: is it cut off? Fetch it again for the rest")
+    return Clip(frames, fps / stride, still, (height, width), str(path))
 
 
 @dataclass(frozen=True)
@@ -193,6 +177,17 @@ class FrameFile:
             yield fit_frames(rgb[None], self.size)[0]
 
 
+def read_frames(path, count: int, size: tuple[int, int]) -> torch.Tensor:
+    """The first `count` frames of a file, fitted to `size` (h, w): uint8 (count, h, w, 3).
+
+    One or two that its header promised and it does not have repeat the last. MediaError where more are missing.
+    """
+    frames = list(FrameFile(path, count, size))
+    if len(frames) < max(count - 2, 1):
+        raise MediaError(f"{path}: ends after {len(frames)} of {count} frames; fetch the file again")
+    return torch.stack(frames + frames[-1:] * (count - len(frames)))
+
+
 def pictures(path, content: bytes | None = None):
     """Yield the upright frames of a file (or its content), uint8 (H, W, 3), as `decode` does. MediaError."""
     with open_media(path, content) as (container, stream):
@@ -203,17 +198,6 @@ def pictures(path, content: bytes | None = None):
 def read_image(path, content: bytes | None = None) -> torch.Tensor:
     """A picture file (or its content), or the first frame of a video, as uint8 (H, W, 3). MediaError."""
     return next(pictures(path, content))
-
-
-def read_frames(path, count: int, size: tuple[int, int]) -> torch.Tensor:
-    """The first `count` frames of a file, fitted to `size` (h, w): uint8 (count, h, w, 3).
-
-    One or two that its header promised and it does not have repeat the last. MediaError where more are missing.
-    """
-    frames = [fit_frames(rgb[None], size)[0] for rgb in islice(pictures(path), count)]
-    if len(frames) < max(count - 2, 1):
-        raise MediaError(f"{path}: ends after {len(frames)} of {count} frames; fetch the file again")
-    return torch.stack(frames + frames[-1:] * (count - len(frames)))
 
 
 def measure(path, count=True) -> tuple[int, int, int, float]:
@@ -252,12 +236,11 @@ def picture_stream(path, container):
         raise MediaError(f"{path}: has no pictures (an audio file?); give a video or an image")
     if any(s.disposition & Disposition.dependent for s in streams):
         raise MediaError(f"{path}: a HEIC or AVIF in tiles, of which FFmpeg decodes one: convert it to JPEG or PNG")
-    first = streams[0]
-    if first.frames == 1:
-        first = next((s for s in streams if s.frames > 1), first)
-    if first.codec_context is None:
+    moving = [s for s in streams if s.frames > 1] if streams[0].frames == 1 else []
+    stream = [*moving, *streams][0]
+    if stream.codec_context is None:
         raise MediaError(f"{path}: FFmpeg has no decoder for it here; convert it to PNG or mp4")
-    return first
+    return stream
 
 
 def is_picture(container) -> bool:
@@ -274,12 +257,12 @@ def frame_rate(stream) -> Fraction:
     That is the stream's base rate, not its average: held and dropped pictures change only the latter. Where times are
     irregular, the rate of the median interval of the file's index.
     """
+    rates = [stream.guessed_rate, stream.base_rate, stream.average_rate]
     if stream.base_rate and stream.base_rate > MAX_RATE:
         times = sorted(entry.timestamp for entry in stream.index_entries)
         steps = sorted(b - a for a, b in zip(times, times[1:]) if b > a)
-        if len(steps) > 4 and (rate := 1 / (steps[len(steps) // 2] * stream.time_base)) <= MAX_RATE:
-            return rate
-    rates = (stream.guessed_rate, stream.base_rate, stream.average_rate)
+        if len(steps) > 4:
+            rates.insert(0, 1 / (steps[len(steps) // 2] * stream.time_base))
     return next((rate for rate in rates if rate and rate <= MAX_RATE), Fraction(25))
 
 
@@ -301,11 +284,9 @@ def decode(path, container, stream):
     A variable frame rate becomes a constant one: a frame stays until the next, of two in one tick the later wins.
     Above 576 lines a clip without a colour matrix is read as BT.709, as players do.
     """
-    fps, aspect = frame_rate(stream), stream.sample_aspect_ratio or 1
-    aspect = aspect if 0.25 < aspect < 4 else 1  # other numbers are mistakes
-    still, codec = is_picture(container), stream.codec_context
-    hd = not still and stream.height > SD_HEIGHT
+    fps, still, codec = frame_rate(stream), is_picture(container), stream.codec_context
     counted = container.format.name == "avi" and codec.has_b_frames  # AVI has decoding times only
+    hd = not still and stream.height > SD_HEIGHT
     if codec.color_trc in HDR:
         note(path, "is HDR and read without tone mapping: its colours will be dull; convert it to SDR")
     if stream.metadata.get("alpha_mode") == "1":
@@ -314,38 +295,30 @@ def decode(path, container, stream):
         stream.thread_type = "AUTO"
     if codec.name == "mjpeg":
         codec.options = {"err_detect": "explode"}  # or half a JPEG decodes to a half grey picture
-    held = start = time = None  # held: the last picture, shown from `tick` on until the next
-    tick = -1
+    held = start = time = None
+    tick = 0  # `held` is shown from here on until the next picture
     for frame in chain.from_iterable(map(decoded, container.demux(stream))):
+        due = tick if held is None else tick + 1
         if frame.is_corrupt:
-            raise MediaError(f"{path}: frame {tick + 1} is corrupt; re-encode or fetch the file again")
-        time = None if counted or frame.pts is None else frame.pts * stream.time_base
-        start = time if start is None else start
-        due = tick + 1 if time is None else round((time - start) * fps)
-        due = due if due >= tick else tick + 1  # where time goes back, frames are counted
-        for index in range(tick, due) if held is not None else ():
+            raise MediaError(f"{path}: frame {due} is corrupt; re-encode or fetch the file again")
+        if not counted and frame.pts is not None:
+            time = frame.pts * stream.time_base
+            start = time if start is None else start
+            timed = round((time - start) * fps)
+            due = timed if timed >= tick else due  # where time goes back, frames are counted
+        for index in range(tick, due):
             yield index, held
-        tick, held = due, upright_rgb(frame, aspect, hd)
+        tick, held = due, upright_rgb(frame, stream, hd)
     if held is None:
         raise MediaError(f"{path}: has no frames")
     if still and (alpha := alpha_of(container, stream)) is not None:
-        held = over_white(held, upright_rgb(alpha, aspect))
+        held = over_white(held, upright_rgb(alpha, stream))
     until = tick + 1
     if time is not None and not still:  # the last picture is held too, for its duration
         end = time + (frame.duration or 0) * stream.time_base
         until = max(until, min(round((end - start) * fps), shown_frames(container, stream)))
     for index in range(tick, until):
         yield index, held
-
-
-def alpha_of(container, stream):
-    """The frame of a HEIC's or AVIF's transparency, a grey picture of the same size beside it; None without one."""
-    for other in container.streams.video:
-        same_size = (other.width, other.height) == (stream.width, stream.height)
-        if other.index != stream.index and same_size and other.codec_context and other.format.name.startswith("gray"):
-            container.seek(0)
-            return next(container.decode(other), None)
-    return None
 
 
 def decoded(packet):
@@ -365,15 +338,26 @@ def decoded(packet):
     return frames
 
 
-def upright_rgb(frame, aspect=1, hd=False) -> torch.Tensor:
-    """A decoded frame as uint8 (H, W, 3): alpha over white, square pixels (aspect: width to height), rotated."""
+def alpha_of(container, stream):
+    """The frame of a HEIC's or AVIF's transparency, a grey picture of the same size beside it; None without one."""
+    for other in container.streams.video:
+        same_size = (other.width, other.height) == (stream.width, stream.height)
+        if other.index != stream.index and same_size and other.codec_context and other.format.name.startswith("gray"):
+            container.seek(0)
+            return next(container.decode(other), None)
+    return None
+
+
+def upright_rgb(frame, stream, hd=False) -> torch.Tensor:
+    """A decoded frame as uint8 (H, W, 3): alpha over white, square pixels, rotated. hd: BT.709 unless it says."""
     if any(c.is_alpha for c in frame.format.components) or frame.format.name == "pal8":
         rgba = torch.from_numpy(frame.to_ndarray(format="rgba"))
         rgb = over_white(rgba[..., :3], rgba[..., 3:])
     else:
         bt709 = hd and frame.colorspace == UNSPECIFIED and not frame.format.is_rgb
         rgb = torch.from_numpy(frame.to_ndarray(format="rgb24", src_colorspace="ITU709" if bt709 else None))
-    if aspect != 1:
+    aspect = stream.sample_aspect_ratio or 1  # of a pixel, width to height
+    if aspect != 1 and 0.25 < aspect < 4:  # other numbers are mistakes
         rgb = resize(rgb[None], (rgb.shape[0], round(rgb.shape[1] * aspect)))[0]
     turns = round(frame.rotation / 90) % 4
     return rgb.rot90(turns).contiguous() if turns else rgb  # rot90 copies, even for none
@@ -394,20 +378,14 @@ def note(path, text):
 
 
 def write_image(path, image: torch.Tensor):
-    """uint8 (H, W, 3) to a .png or .jpg file. MediaError for another ending."""
-    path = Path(path)
-    if path.suffix.lower() not in IMAGE_CODECS:
-        raise MediaError(f"{path}: a picture is written as {', '.join(IMAGE_CODECS)}")
-    name, pixel_format = IMAGE_CODECS[path.suffix.lower()]
-    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
-    try:
-        with whole_file(path) as temporary, av.open(str(temporary.absolute()), "w", format="image2pipe") as out:
-            stream = out.add_stream(name)
-            stream.height, stream.width, stream.pix_fmt = *image.shape[:2], pixel_format
-            stream.codec_context.qmin = stream.codec_context.qmax = 2  # of JPEG: the best
-            out.mux([*stream.encode(frame.reformat(format=pixel_format)), *stream.encode(None)])
-    except OSError as error:
-        raise unwritable(path, error) from None
+    """uint8 (H, W, 3) to a .png or .jpg file."""
+    name, pixel_format = IMAGE_CODECS[Path(path).suffix.lower()]
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24").reformat(format=pixel_format)
+    with whole_file(path) as temporary, av.open(str(temporary.absolute()), "w", format="image2pipe") as out:
+        stream = out.add_stream(name)
+        stream.height, stream.width, stream.pix_fmt = *image.shape[:2], pixel_format
+        stream.codec_context.qmin = stream.codec_context.qmax = 2  # of JPEG: the best
+        out.mux([*stream.encode(frame), *stream.encode(None)])
 
 
 def faithful_codec(frames):
@@ -419,130 +397,70 @@ def write_video(path, frames, fps, audio_from=None, codec=VIDEO_CODEC, count=Non
     """uint8 frames (T, H, W, 3), H and W even, to an h264 mp4 (BT.709) at `fps`. With `count` any iterable of so many
     frames (H, W, 3), which are written as they come.
 
-    audio_from: a file whose sound, if it has any, is kept for the length of the clip. Sound that cannot be kept
+    audio_from: a file whose sound, if it has any, is kept for the length of the clip, as AAC. Sound that cannot be kept
     is reported on stderr and never costs the video. codec: VIDEO_CODEC or EXACT_VIDEO_CODEC.
-    ValueError without frames, or for a rate of 0. MediaError where the file cannot be written.
     """
-    count = len(frames) if count is None else count
-    if not count or fps <= 0:
-        raise ValueError(f"{path}: a video of {count} frames at {fps} a second cannot be written")
-    fps = Fraction(fps).limit_denominator(1001000)
-    sound = soundtrack(audio_from, count / fps) if audio_from else None
-    try:
-        with whole_file(path) as temporary:
-            mux(temporary, iter(frames), fps, sound, *codec)
-    except OSError as error:
-        raise unwritable(path, error) from None
-
-
-def unwritable(path, error):
-    return MediaError(f"{path}: cannot be written ({error.strerror}); choose another place or make room")
-
-
-def mux(path, frames, fps, sound, pixel_format, options):
-    """Encode frames (H, W, 3) to an mp4 and copy the soundtrack, if any, beside them."""
-    first = next(frames)
-    options_mp4 = {"movflags": "faststart"}
-    with ExitStack() as stack:
-        out = stack.enter_context(av.open(str(Path(path).absolute()), "w", format="mp4", container_options=options_mp4))
+    fps, (pixel_format, options), sound = Fraction(fps).limit_denominator(1_001_000), codec, None
+    if audio_from is not None:
+        try:
+            sound = read_sound(audio_from, (len(frames) if count is None else count) / fps)
+        except Exception as error:
+            note(audio_from, f"keeps no sound ({getattr(error, 'strerror', None) or error})")
+    frames = iter(frames)
+    first, fast = next(frames), {"movflags": "faststart"}
+    with whole_file(path) as temporary, av.open(str(temporary.absolute()), "w", "mp4", container_options=fast) as out:
         video = out.add_stream("libx264", rate=fps, options=options)
         video.height, video.width, video.pix_fmt = *first.shape[:2], pixel_format
         context = video.codec_context
         context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709
         context.color_range = 1  # limited
         if sound:
-            source = stack.enter_context(av.open(sound)).streams.audio[0]
-            copy_packets(source, out, 0, math.inf)  # its stream is there before the first packet is written
+            track = out.add_stream("aac", rate=SOUND_RATE, layout=sound.layout.name, bit_rate=SOUND_BITS)
+            out.mux([*track.encode(sound), *track.encode(None)])
         for image in chain([first], frames):
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
             out.mux(video.encode(frame.reformat(format=pixel_format, dst_colorspace="ITU709")))
         out.mux(video.encode())
 
 
-def soundtrack(path, duration) -> io.BytesIO | None:
-    """The sound of a file for `duration` seconds from its first picture, as an mp4 in memory; None without sound.
+def read_sound(path, duration):
+    """The sound of a file for `duration` seconds from its first picture, in mono, stereo or 5.1, silent where it has
+    gaps: one av.AudioFrame of float32 at SOUND_RATE; None without sound.
 
-    What mp4 holds is copied, packet by packet; the rest becomes AAC, as does the sound of a transport stream, which may
-    change its channels on the way. Sound that cannot be kept is noted on stderr and never costs the video.
+    It is decoded into runs of frames of one kind that follow one another; each run is resampled and put at its time.
     """
-    memory = io.BytesIO()
-    try:
-        with av.open(str(Path(path).absolute())) as source:
-            sound = next(iter(source.streams.audio), None)
-            if sound is None:
-                return None
-            if sound.codec_context is None:
-                raise ValueError("FFmpeg has no decoder for it")
-            first = source.streams.video[0] if source.streams.video else sound
-            start = (first.start_time or 0) * first.time_base
-            with av.open(memory, "w", format="mp4") as out:
-                if sound.codec_context.name.removesuffix("float") in MP4_AUDIO and source.format.name != "mpegts":
-                    copy_packets(sound, out, start, duration)
-                else:
-                    encode_sound(source, sound, out, start, duration)
-    except Exception as error:
-        note(path, f"keeps no sound ({getattr(error, 'strerror', None) or error})")
+    with av.open(str(Path(path).absolute())) as source:
+        if not source.streams.audio:
+            return None
+        first, sound = (source.streams.video or source.streams.audio)[0], source.streams.audio[0]
+        start = (first.start_time or 0) * first.time_base
+        layout = av.AudioLayout(LAYOUTS.get(sound.layout.nb_channels, "stereo"))
+        runs, kind, end = [], None, 0  # runs: [(second at which it begins, frames)]; end: of the last, in seconds
+        try:
+            for frame in source.decode(sound):
+                at = end if frame.pts is None else frame.pts * frame.time_base - start
+                at = end if abs(at - end) < 0.012 else at  # some containers round times to 1 ms
+                if at >= duration:
+                    break
+                before, kind = kind, (frame.format.name, frame.layout.name, frame.sample_rate)
+                if kind != before or at != end:
+                    runs.append((at, []))
+                runs[-1][1].append(frame)
+                end = at + Fraction(frame.samples, frame.sample_rate)
+        except av.error.FFmpegError as error:
+            note(path, f"keeps {float(end):.1f} s of its sound ({error.strerror})")
+    out = np.zeros((layout.nb_channels, round(min(max(end, 0), duration) * SOUND_RATE)), np.float32)
+    for at, frames in runs:
+        resampler, place = av.AudioResampler("fltp", layout, SOUND_RATE), round(at * SOUND_RATE)
+        pieces = [piece.to_ndarray() for frame in (*frames, None) for piece in resampler.resample(frame)]
+        samples = np.concatenate(pieces, axis=1)[:, max(-place, 0) :]
+        part = out[:, max(place, 0) :][:, : samples.shape[1]]
+        part[:] = samples[:, : part.shape[1]]
+    if not out.size:
         return None
-    memory.seek(0)
-    return memory if memory.getbuffer().nbytes else None
-
-
-def copy_packets(sound, out, start, duration):
-    """Copy a sound stream's packets of `duration` seconds from `start` to a new stream of `out`."""
-    track = out.add_stream_from_template(sound)
-    for packet in sound.container.demux(sound):
-        if packet.pts is None:
-            continue
-        if packet.pts * packet.time_base - start >= duration:
-            break
-        offset = round(start / packet.time_base)
-        packet.pts, packet.dts, packet.stream = packet.pts - offset, packet.dts - offset, track
-        out.mux(packet)
-
-
-def encode_sound(source, sound, out, start, duration):
-    """Decode a sound stream and encode it as AAC, of one or two channels."""
-    layout = "mono" if sound.layout.nb_channels == 1 else "stereo"
-    samples = read_sound(source, sound, start, duration, layout)
-    if samples.shape[1]:
-        track = out.add_stream("aac", rate=SOUND_RATE, layout=layout)
-        frame = av.AudioFrame.from_ndarray(samples, "fltp", layout)
-        frame.sample_rate, frame.pts, frame.time_base = SOUND_RATE, 0, Fraction(1, SOUND_RATE)
-        out.mux([*track.encode(frame), *track.encode(None)])
-
-
-def read_sound(source, sound, start, duration, layout) -> np.ndarray:
-    """The sound of `duration` seconds from `start` as float32 (channels, samples), silence where it has gaps.
-
-    Samples follow one another while they are within 12 ms of their times, which some containers round to 1 ms.
-    """
-    out = np.zeros((av.AudioLayout(layout).nb_channels, round(duration * SOUND_RATE)), np.float32)
-    resampler, kind, place, end = None, None, 0, 0  # place: of the next sample; end: of all samples so far
-
-    def put(pieces):
-        nonlocal place, end
-        for piece in pieces:
-            first, place = place, place + piece.samples
-            part = out[:, max(first, 0) : max(place, 0)]
-            part[:] = piece.to_ndarray()[:, max(-first, 0) :][:, : part.shape[1]]
-            end = max(end, place)
-
-    try:
-        for frame in source.decode(sound):
-            at = place if frame.pts is None else round((frame.pts * frame.time_base - start) * SOUND_RATE)
-            if at >= out.shape[1]:
-                break
-            now = (frame.format.name, frame.layout.nb_channels, frame.sample_rate)
-            jumps = abs(at - place) > 0.012 * SOUND_RATE
-            if jumps or now != kind:  # at first, after a gap, and where its kind changes within the file
-                put(resampler.resample(None) if resampler else [])
-                place = at if jumps else place
-                kind, resampler = now, av.AudioResampler(format="fltp", layout=layout, rate=SOUND_RATE)
-            put(resampler.resample(frame))
-        put(resampler.resample(None) if resampler else [])
-    except av.error.FFmpegError as error:
-        note(source.name, f"keeps {end / SOUND_RATE:.1f} s of its sound ({error.strerror})")
-    return np.ascontiguousarray(out[:, :end])
+    whole = av.AudioFrame.from_ndarray(np.nan_to_num(out), "fltp", layout.name)  # the encoder refuses NaN
+    whole.sample_rate, whole.pts, whole.time_base = SOUND_RATE, 0, Fraction(1, SOUND_RATE)
+    return whole
 
 
 # Whole files
@@ -583,16 +501,3 @@ def whole_folder(folder):
         if old.exists() and not folder.exists():
             os.replace(old, folder)
         shutil.rmtree(old, ignore_errors=True)
-
-
-def writable(path):
-    """Check early, before minutes of work, that `path` can be written. MediaError if not."""
-    path = Path(path).resolve()
-    if path.is_dir():
-        raise MediaError(f"{path}: is a folder; give a file name for the result")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise unwritable(path, error) from None

@@ -29,64 +29,61 @@ PAGE_CODEC = ("yuv420p", {"crf": "28", "preset": "veryfast", "x264-params": "mbt
 REACH = 4  # pixels, the largest motion between two frames that block matching follows
 
 METRICS = {  # name: (better when, formula and range, what it cannot see)
-    "edit_strength": ("", "mean over 8x8 blocks of the RMS difference of their means, RGB levels 0..255",
-                      "whether the change is the one asked for; a moved object counts twice"),
-    "edited_area": ("", "share of blocks whose difference is above Otsu's threshold, kept within 6 to 20 levels; 0..1",
-                    "changes below the threshold, such as a faint tint"),
-    "preserved_psnr": ("higher", "PSNR over the other blocks after alignment, dB, at most 60; 0 if nothing was kept",
-                       "damage above the threshold counts as edit; doing less raises it: read it with edit_strength"),
-    "preserved_ssim": ("higher", "SSIM of the luma in 8x8 windows over the same blocks; 0 if nothing was kept",
-                       "the same; colour"),
-    "shift": ("lower", "pixels at the working size by which the whole edit is displaced, by phase correlation; 0 where "
-              "undoing it does not help", "zoom and rotation"),
-    "sharpness_kept": ("near 1", "mean |Laplacian| of the luma, edit to source, over the kept blocks",
-                       "whether the detail is the right one: noise is sharp"),
+    "edit_strength": ("", "RMS difference of 8x8 block means, RGB levels", "whether it is the change asked for"),
+    "edited_area": ("", "share of blocks that differ by more than Otsu's threshold, 6..20 levels", "a faint tint"),
+    "preserved_psnr": ("higher", "over the other blocks, aligned, dB, at most 60; 0 if none", "doing less raises it"),
+    "preserved_ssim": ("higher", "of the luma in 8x8 windows over the same blocks; 0 if none", "the same; colour"),
+    "shift": ("lower", "pixels by which the whole edit is displaced; 0 if undoing it does not help", "zoom, rotation"),
+    "sharpness_kept": ("near 1", "mean |Laplacian| of the luma, edit to source, kept blocks", "that noise is sharp"),
     "sharpness_edited": ("", "the same over the changed blocks", "a smooth thing asked for lowers it rightly"),
-    "frozen_share": ("lower", "share of moments at which the source moves and the edit stands still, 0..1",
-                     "a slowed motion; sources that stand still have none"),
-    "lag": ("near 0", f"frames by which the edit's motion comes late, -{LAGS}..{LAGS}; {LAGS} if nothing moves",
-            "clips whose motion repeats"),
-    "warp_error": ("lower", f"mean |luma| difference to the best match within {REACH} pixels in the frame before, over "
-                   "the changed blocks, levels", "slow boiling; fast motion counts as boiling"),
-    "flicker": ("", "mean |y(t-1) - 2 y(t) + y(t+1)| of the luma y, levels 0..255",
-                "blur, compression and freezing lower it: read it with sharpness and frozen_share"),
+    "frozen_share": ("lower", "share of moments at which only the source moves, 0..1", "a slowed motion"),
+    "lag": ("near 0", f"frames by which the motion comes late, +-{LAGS}; {LAGS} if nothing moves", "repeated motion"),
+    "warp_error": ("lower", f"levels of luma to the best match within {REACH} pixels a frame before, changed blocks",
+                   "slow boiling; fast motion counts as boiling"),
+    "flicker": ("", "mean |y(t-1) - 2 y(t) + y(t+1)| of the luma y, levels", "blur and freezing lower it"),
     "flicker_excess": ("", "flicker of the edit minus flicker of the source", "the same; motion that the edit stopped"),
-    "reference_similarity": ("higher", "mean exp(-d^2/2) over the edit's changed patches and the reference's; d: "
-                             "distance to the nearest of the other by colour and edges", "shape, identity, text"),
-    "reference_gain": ("higher", "reference_similarity minus the unedited source's in the same places; -1..1",
-                       "the same; a source that looked like the reference has little to gain"),
-    "crop_similarity": ("higher", "cosine of CLIP's features of the reference and of the edit's changed region, with "
-                        "--embedder", "the same thing in another pose; what stands around it"),
+    "reference_similarity": ("higher", "mean exp(-d^2/2) over the changed patches and the reference's; d: distance to "
+                             "the nearest of the other by colour and edges", "shape, identity, text"),
+    "reference_gain": ("higher", "the same minus the unedited source's, -1..1", "a source that looked like it before"),
+    "crop_similarity": ("higher", "cosine of CLIP's features of the reference and the changed region, with --embedder",
+                        "the same thing in another pose; what stands around it"),
 }  # fmt: skip
-WORST = {"preserved_psnr": 0.0, "preserved_ssim": 0.0}  # what an undefined value counts as
 
 
 def measure(source, edit, refs=()):
-    """All metrics of a clip: name -> number, or None where it does not apply (a still, no reference, nothing kept).
+    """All metrics of a clip: name -> number, or None where it does not apply (a still, no reference).
 
-    refs: the reference, if there is one, and after it wrong ones; the gain of these comes as "control_wrong_gains".
+    refs: its reference and perhaps another item's, whose gain comes as "wrong_reference_gain".
     """
     change = change_map(source, edit)
-    changed = changed_blocks(change)
-    out = dict.fromkeys(METRICS)
-    out["edit_strength"] = change.mean().item() * 255
-    out["edited_area"] = changed.float().mean().item()
-    y, x = luma(source), luma(edit)
-    out["shift"], out["preserved_psnr"], out["preserved_ssim"] = aligned_and_preserved(source, edit, y, x, changed)
-    y, x = y.mul_(255), x.mul_(255)
-    sharp, everywhere = [edges(v) for v in (y, x, blurred(x))], changed[::4] | True
-    out["sharpness_kept"], out["sharpness_edited"] = (ratio(sharp[1], sharp[0], w[::4]) for w in (~changed, changed))
-    out["control_blurred"] = ratio(sharp[2], sharp[1], everywhere)
+    changed, out = changed_blocks(change), dict.fromkeys(METRICS)
+    out["edit_strength"], out["edited_area"] = change.mean().item() * 255, changed.float().mean().item()
+    out["shift"], out["preserved_psnr"], out["preserved_ssim"] = aligned_and_preserved(source, edit, changed)
+    y, x = luma(source) * 255, luma(edit) * 255  # (T, 1, H, W)
+    before, after = edges(y), edges(x)
+    out["sharpness_kept"] = ratio(after, before, ~changed[::4])
+    out["sharpness_edited"] = ratio(after, before, changed[::4])
     if len(x) > 1:
-        out["frozen_share"], out["lag"] = frozen_share(y, x), lag(y, x)
-        out["warp_error"] = warp_error(x, changed)
-    out["flicker"], before = flicker(x), flicker(y)
-    out["flicker_excess"] = None if before is None else out["flicker"] - before
-    out["control_shuffled_flicker"] = flicker(shuffled(x))
-    scores = reference_scores(source, edit, change, refs) if refs else [(None, None)]
-    out["reference_similarity"], out["reference_gain"] = scores[0]
-    out["control_wrong_gains"] = [gain for _, gain in scores[1:]]
+        out["frozen_share"], out["lag"], out["warp_error"] = frozen_share(y, x), lag(y, x), warp_error(x, changed)
+    if len(x) > 2:
+        out["flicker"], out["flicker_excess"] = flicker(x), flicker(x) - flicker(y)
+    if refs:
+        (out["reference_similarity"], out["reference_gain"]), *others = reference_scores(source, edit, change, refs)
+        out |= {"wrong_reference_gain": others[0][1]} if others else {}
     return out
+
+
+def known_answers(source, copy, ref, measured):
+    """{what is known: whether it holds}. copy: the source as a lazy system would hand it in, re-encoded."""
+    change = change_map(source, copy)
+    known = {"edit_strength is above the re-encoded source's": measured["edit_strength"] > 255 * change.mean().item()}
+    if ref is not None:
+        gain = reference_scores(source, copy, change, [ref])[0][1]
+        known["reference_gain is above the re-encoded source's"] = measured["reference_gain"] > gain
+    if "wrong_reference_gain" in measured:
+        held = measured["reference_gain"] > measured["wrong_reference_gain"]
+        known["reference_gain is above that of another item's reference"] = held
+    return known
 
 
 def luma(x):
@@ -131,21 +128,21 @@ def otsu(values, bins, highest):
     return (between.argmax().item() + 1) * highest / bins
 
 
-def aligned_and_preserved(source, edit, y, x, changed):
+def aligned_and_preserved(source, edit, changed):
     """-> pixels by which the edit is displaced, and PSNR and SSIM over the kept blocks once that is undone."""
-    (dy, dx), shift = displacement(y[::4], x[::4]), 0.0
+    (dy, dx), shift = displacement(luma(source[::4]), luma(edit[::4])), 0.0
     margin = math.ceil((max(abs(dy), abs(dx)) + 0.01) / BLOCK) * BLOCK  # what came in at the edges is not there
     if math.hypot(dy, dx) >= 0.25 and 4 * margin < min(source.shape[2:]):
         inner = lambda x: x[..., margin:-margin, margin:-margin]
         few, back = inner(source[::4]), inner(moved_by(edit[::4], -dy, -dx))
         if psnr(few, back) > psnr(few, inner(edit[::4])) + 1:
             shift, source, edit = math.hypot(dy, dx), inner(source), inner(moved_by(edit, -dy, -dx))
-            y, x, changed = luma(source), luma(edit), changed_blocks(change_map(source, edit))
+            changed = changed_blocks(change_map(source, edit))
     if changed.float().mean() > 0.98:
-        return shift, None, None
-    pixels = F.pad((~changed).repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2),
-                   (0, source.shape[3] % BLOCK, 0, source.shape[2] % BLOCK))  # fmt: skip
-    return shift, psnr(source, edit, pixels), ssim(y, x, ~changed, BLOCK, BLOCK)
+        return shift, 0.0, 0.0
+    pixels = (~changed).repeat_interleave(BLOCK, 1).repeat_interleave(BLOCK, 2)
+    pixels = F.pad(pixels, (0, source.shape[3] % BLOCK, 0, source.shape[2] % BLOCK))
+    return shift, psnr(source, edit, pixels), ssim(luma(source), luma(edit), ~changed, BLOCK, BLOCK)
 
 
 def displacement(a, b):
@@ -155,14 +152,13 @@ def displacement(a, b):
     fa, fb = (torch.fft.rfft2((x[:, 0] - x.mean((1, 2, 3))[:, None, None]) * window) for x in (a, b))
     cross = fb * fa.conj()
     peak = torch.fft.irfft2((cross / cross.abs().clamp_min(1e-9)).mean(0), s=(height, width))
-    at = divmod(peak.argmax().item(), width)
+    y, x = divmod(peak.argmax().item(), width)
     found = []
-    for axis, size in enumerate((height, width)):
-        before, here, after = (peak[(at[0] + d) % height, at[1]] if axis == 0 else peak[at[0], (at[1] + d) % width]
-                               for d in (-1, 0, 1))  # fmt: skip
-        side = 1 if after > before else -1  # Foroosh et al., 2002
-        share = max(before, after) / (here + max(before, after)) if max(before, after) > 0 else 0.0
-        found.append((at[axis] + size // 2) % size - size // 2 + side * float(share))
+    for at, line in ((y, peak[:, x]), (x, peak[y])):
+        before, here, after = (line[(at + d) % len(line)].item() for d in (-1, 0, 1))
+        near = max(before, after, 0.0)
+        fraction = near / (here + near) if near else 0.0  # Foroosh et al., 2002
+        found.append((at + len(line) // 2) % len(line) - len(line) // 2 + (fraction if after > before else -fraction))
     return found
 
 
@@ -223,8 +219,8 @@ def warp_error(x, changed):
 
 
 def flicker(y):
-    """Mean |second difference in time| of the luma. None for fewer than 3 frames."""
-    return (y[2:] - 2 * y[1:-1] + y[:-2]).abs().mean().item() if len(y) > 2 else None
+    """Mean |second difference in time| of the luma."""
+    return (y[2:] - 2 * y[1:-1] + y[:-2]).abs().mean().item()
 
 
 def shuffled(frames):
@@ -333,40 +329,36 @@ def read_reference(path):
     return as_float(media.resize(image[None], [max(32, round(n * scale)) for n in image.shape[:2]]))
 
 
-def measure_files(source_path, edit_path, refs, beside, embed=None):
-    """`measure` of an edit, and two numbers of the re-encoded source, which every real edit should beat.
+def measure_files(source_path, edit_path, ref, wrong, beside, embed=None):
+    """-> `measure` and `known_answers` of an edit.
 
-    refs: paths, the true one first. embed: pictures -> features of length 1. Leaves small clips and posters,
-    <beside>_source and <beside>_edit, and <beside>_ref.jpg.
+    ref, wrong: paths of its reference and of another item's, or None. embed: pictures -> features of length 1. Leaves
+    small clips and posters for a page: <beside>_source and <beside>_edit, and <beside>_ref.jpg.
     """
     source, edit, fps = load_pair(source_path, edit_path)
-    pictures = [read_reference(ref) for ref in refs[:1]]
-    copy = write_small(beside, source, edit, fps, pictures)
-    for ref in refs[1:]:
-        with suppress(media.MediaError):  # one that is broken is its own item's trouble, and not this one's
-            pictures.append(read_reference(ref))
-    frames, (source, edit, copy) = edit, map(as_float, (source, edit, copy))
-    out, change = measure(source, edit, pictures), change_map(source, copy)
-    if embed and refs:
-        changed = changed_blocks(change_map(source, edit))
-        out["crop_similarity"] = crop_similarity(frames, changed, media.read_image(refs[0]), embed)
-    gain = reference_scores(source, copy, change, pictures[:1])[0][1] if pictures else None
-    return out | {"control_copy_strength": change.mean().item() * 255, "control_copy_gain": gain}
-
-
-def write_small(beside, source, edit, fps, pictures=()):
-    """Small clips and posters for a page -> the source as its small file has it: the unedited copy that a lazy system
-    would hand in."""
+    refs = [read_reference(ref)] if ref else []
+    with suppress(media.MediaError):  # if it is broken, that is its own item's trouble
+        refs += [read_reference(wrong)] if wrong else []
     beside.parent.mkdir(parents=True, exist_ok=True)
-    place = lambda name: beside.with_name(f"{beside.name}_{name}")
-    for name, frames in (("ref", pictures and as_uint8(pictures[0])), ("source", source), ("edit", edit)):
-        if len(frames):
-            media.write_image(place(f"{name}.jpg"), frames[len(frames) // 2])
-        if len(frames) > 1:
-            media.write_video(place(f"{name}.mp4"), frames, fps, codec=PAGE_CODEC)
-    if len(source) == 1:
-        return media.read_image(place("source.jpg"))[None]
-    return media.read_clip(place("source.mp4"), len(source), source[0].numel()).frames
+    if ref:
+        write_small(f"{beside}_ref", as_uint8(refs[0]), fps)
+    write_small(f"{beside}_edit", edit, fps)
+    copy = write_small(f"{beside}_source", source, fps)
+    frames, (source, edit, copy) = edit, map(as_float, (source, edit, copy))
+    out = measure(source, edit, refs)
+    if embed and ref:
+        changed = changed_blocks(change_map(source, edit))
+        out["crop_similarity"] = crop_similarity(frames, changed, media.read_image(ref), embed)
+    return out, known_answers(source, copy, refs[0] if ref else None, out)
+
+
+def write_small(path, frames, fps):
+    """A poster and, of more than one frame, a small clip for a page -> the frames (T, H, W, 3) as the file has them."""
+    media.write_image(f"{path}.jpg", frames[len(frames) // 2])
+    if len(frames) == 1:
+        return media.read_image(f"{path}.jpg")[None]
+    media.write_video(f"{path}.mp4", frames, fps, codec=PAGE_CODEC)
+    return media.read_clip(f"{path}.mp4", len(frames), frames[0].numel()).frames
 
 
 def write_damaged(path, damage, source_path, edit_path):

@@ -1,12 +1,11 @@
 """What every report is made of: a Markdown table, a line plot, and one HTML page from a jinja2 template.
 
-rows -> table(rows) -> "| a | b |"...       {name: [(x, y), ...]} -> plot(series) -> "<svg ...>"
+rows -> table(rows) -> "| a | b |"...       {name: [(x, y), ...]} -> plot(series, title, x) -> "<svg ...>"
 page("judge.html", title=..., ...) -> HTML; templates lie beside this file and extend page.html, the common style
 """
 
 import html
 import math
-from functools import cache
 from pathlib import Path
 
 COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2")
@@ -27,18 +26,13 @@ def grid(rows):
     return Markup(f'<div class="wide"><table>{body}</table></div>')
 
 
-@cache
-def templates():
+def page(template, **values):
+    """HTML of a template. Values are escaped; `grid` is at hand."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    return Environment(loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True,
-                       undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)  # fmt: skip
-
-
-def page(template, **values):
-    """HTML of a template: its name, or its text of several lines. Values are escaped; `plot` and `grid` are at hand."""
-    found = templates().from_string(template) if "\n" in template else templates().get_template(template)
-    return found.render(plot=plot, grid=grid, **values)
+    loader, strict = FileSystemLoader(Path(__file__).parent / "templates"), StrictUndefined
+    pages = Environment(loader=loader, autoescape=True, undefined=strict, trim_blocks=True, lstrip_blocks=True)
+    return pages.get_template(template).render(grid=grid, **values)
 
 
 def ticks(low, high, count=5):
@@ -48,34 +42,25 @@ def ticks(low, high, count=5):
     return [round(i * step, 10) for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def plot(series, title="", x="", y="", width=640, height=320, log=False):
-    """{name: [(x, y), ...]} -> an SVG line plot with axes and a legend. log: of the y axis."""
-    from markupsafe import Markup
-
-    height_of = (lambda v: math.log10(v)) if log else (lambda v: v)
-    lines = {name: [(a, height_of(b)) for a, b in points if math.isfinite(b) and (b > 0 or not log)]
-             for name, points in series.items()}  # fmt: skip
-    known = [point for points in lines.values() for point in points]
-    if not known:
-        return Markup(f"<p>{html.escape(title)}: nothing to plot</p>")
+def plot(series, title, x):
+    """{name: [(x, y), ...]} -> an SVG line plot with axes and a legend; x: the name of that axis."""
+    lines = {name: [(a, b) for a, b in points if math.isfinite(b)] for name, points in series.items()}
+    known = [point for points in lines.values() for point in points] or [(0, 0)]
     (x0, x1), (y0, y1) = ((min(v), max(v) if max(v) > min(v) else min(v) + 1) for v in zip(*known))
-    left, top, right, bottom = 56, 28, width - 12, height - 40
+    left, top, right, bottom = 56, 28, 628, 280
     px = lambda v: left + (v - x0) / (x1 - x0) * (right - left)
     py = lambda v: bottom - (v - y0) / (y1 - y0) * (bottom - top)
-    text = lambda a, b, words, more="": f'<text x="{a:.1f}" y="{b:.1f}" {more}>{html.escape(str(words))}</text>'
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-           'font-family="system-ui" font-size="12" fill="#444" style="max-width:100%;height:auto">']  # fmt: skip
+    text = lambda a, b, words, more: f'<text x="{a:.1f}" y="{b:.1f}" {more}>{html.escape(str(words))}</text>'
+    style = 'font-family="system-ui" font-size="12" fill="#444" style="max-width:100%;height:auto"'
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 640 320" width="640" {style}>']
     out.append(text(left, 16, title, 'font-size="14" fill="#111"'))
+    out.append(text((left + right) / 2, 314, x, 'text-anchor="middle"'))
+    out += [text(px(v), bottom + 16, f"{v:g}", 'text-anchor="middle"') for v in ticks(x0, x1)]
     for v in ticks(y0, y1):
         out.append(f'<path d="M{left} {py(v):.1f}H{right}" stroke="#ddd"/>')
-        out.append(text(left - 6, py(v) + 4, f"{10**v:.3g}" if log else f"{v:g}", 'text-anchor="end"'))
-    for v in ticks(x0, x1):
-        out.append(text(px(v), bottom + 16, f"{v:g}", 'text-anchor="middle"'))
-    out.append(text((left + right) / 2, height - 6, x, 'text-anchor="middle"'))
-    out.append(text(left, top - 2, y, 'font-size="11" fill="#888"') if y else "")
+        out.append(text(left - 6, py(v) + 4, f"{v:g}", 'text-anchor="end"'))
     for i, (name, points) in enumerate(lines.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        path = "L".join(f"{px(a):.1f} {py(b):.1f}" for a, b in points)
+        colour, path = COLOURS[i % len(COLOURS)], "L".join(f"{px(a):.1f} {py(b):.1f}" for a, b in points)
         out.append(f'<path d="M{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>' if points else "")
         out.append(text(right - 4, top + 14 * (i + 1), name, f'text-anchor="end" fill="{colour}"'))
-    return Markup("".join(out) + "</svg>")
+    return "".join(out) + "</svg>"

@@ -8,6 +8,7 @@ streams. Processes that torchrun starts share one edit (parallel.py).
 import argparse
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 from command import number, one_line
@@ -30,11 +31,8 @@ COMPARED_HEIGHT = 256  # pixels up to which a comparison is enlarged
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser(
-        description="Edit a video or a picture as an instruction says.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    doc, raw = "Edit a video or a picture as an instruction says.", argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, epilog=EXAMPLES, formatter_class=raw)
     add = parser.add_argument
     # fmt: off
     add("input", nargs="?", help="a video or picture file (without it and the instruction: the example of --weights)")
@@ -44,30 +42,30 @@ def parse_arguments(argv=None):
     add("-o", "--out", metavar="OUT", help="default: <input name>_edited.mp4 or .png; of the example out.mp4")
     add("--compare", action="store_true", help="also write source, references and edit side by side: <out>_compare")
     add("--weights", default=str(DEFAULT_WEIGHTS), metavar="PATH|HUB_ID", help="default: weights/nano")
+    add("--lora", nargs="+", default=[], metavar="FILE[:SCALE]", help="LoRA of the DiT, in any dialect, one or more")
+    add("--steps", type=number(1), help="denoising steps (default: 50; nano 2)")
+    add("--seed", type=number(0, 2**63 - 1), default=0, help="same seed, same result (default %(default)s)")
+    add("--frames", type=number(1), help="at most so many frames, from 5 on reduced to 4k + 1; more than the default "
+        "(81; nano 9) are edited in windows")
+    add("--max-pixels", type=number(1), help="larger frames are shrunk (default: 921600; nano 4096)")
+    add("--offload", action="store_true", help="keep on the GPU only the part at work")
+    add("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one)")
+    add = parser.add_argument_group("seldom needed").add_argument
     add("--base", metavar="PATH|HUB_ID", help="under a .safetensors or a run of train.py (default: what the run began "
         "with, else Wan-AI/Wan2.2-TI2V-5B)")
     add("--qwen", metavar="PATH|HUB_ID", help="likewise (default: the run's, else Qwen/Qwen2.5-VL-3B-Instruct)")
-    add("--ref-pad-first", action="store_true", help="a released training checkpoint whose name says pad_first: "
-        "references come before the clip")
-    add("--lora", nargs="+", default=[], metavar="FILE[:SCALE]", help="LoRA of the DiT, in any dialect, one or more")
+    add("--ref-pad-first", action="store_true", help="a released training checkpoint whose name says pad_first")
     add("--quantise", choices=("fp8", "int8", "w8a8"), help="linears in 8 bits: half the memory; w8a8: products too")
-    add("--steps", type=number(1), help="denoising steps (default: 50; nano 2)")
+    add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, on a CPU float32")
+    add("--tile", type=number(1), metavar="N", help="VAE: N x N latent pixels at once; the same result, less memory")
     add("--solver", choices=("euler", "ab2"), default="euler", help="ab2: as good in 3 of 4 steps (default euler)")
     add("--reuse", type=float, default=0.0, metavar="T", help="skip a forward while v is predicted to change by less "
         "than T, e.g. 0.02 (default: never)")
     add("--re-noise", type=timesteps, default=(), metavar="T,T,...", help="the steps of distilled weights, e.g. "
         "1000,757,522, noised anew at each")
+    add("--shift", type=float, default=5.0, help="shift of the noise schedule (default %(default)s)")
     add("--ref-guidance", type=number(1e-9, kind=float), metavar="G", help="above 1 the edit is more like the "
         "references than trained, in twice the time; 1 is as released (default: 1; nano 1.2)")
-    add("--shift", type=float, default=5.0, help="shift of the noise schedule (default %(default)s)")
-    add("--seed", type=number(0, 2**63 - 1), default=0, help="same seed, same result (default %(default)s)")
-    add("--frames", type=number(1), help="at most so many frames, from 5 on reduced to 4k + 1; more than the default "
-        "(81; nano 9) are edited in windows")
-    add("--max-pixels", type=number(1), help="larger frames are shrunk (default: 921600; nano 4096)")
-    add("--device", help="cuda, cuda:1, cpu, ... (default: cuda if there is one)")
-    add("--dtype", choices=("bfloat16", "float16", "float32"), help="default: bfloat16, on a CPU float32")
-    add("--offload", action="store_true", help="keep on the GPU only the part at work")
-    add("--tile", type=number(1), metavar="N", help="VAE: N x N latent pixels at once; the same result, less memory")
     # fmt: on
     argv = sys.argv[1:] if argv is None else argv
     if "--" in argv:  # argparse cannot intermix behind it
@@ -79,15 +77,6 @@ def timesteps(text):
     return tuple(float(part) for part in text.split(","))
 
 
-def file_and_scale(text):
-    """FILE:SCALE or FILE -> both."""
-    path, _, scale = text.rpartition(":")
-    try:
-        return (path, float(scale)) if path else (text, 1.0)
-    except ValueError:
-        return text, 1.0
-
-
 if __name__ == "__main__":
     parse_arguments()  # --help answers before torch is imported
 
@@ -95,18 +84,7 @@ import torch
 from tqdm import tqdm
 
 from lora import add_lora, quantise, read_lora
-from media import (
-    IMAGE_CODECS,
-    FrameFile,
-    MediaError,
-    fit_frames,
-    measure,
-    pad_reference,
-    read_image,
-    writable,
-    write_image,
-    write_video,
-)
+from media import FrameFile, MediaError, fit_frames, measure, pad_reference, read_image, write_image, write_video
 from model import FlowMatch, KiwiEdit, read_for, read_weights
 from parallel import Ranks, SharedFrames, Ulysses, pick_device, rank_and_world
 from sampler import Sampler
@@ -118,69 +96,72 @@ def main(argv=None):
     if rank:
         sys.stdout = open(os.devnull, "w")  # the first of several processes speaks
     # validate inputs before downloading 20 GB
-    check_values(args)
+    device, flow = pick_device(args.device), FlowMatch(args.shift)
     chosen = args.solver != "euler" or args.reuse or args.re_noise
-    flow, sampler = FlowMatch(args.shift), Sampler(args.solver, args.reuse, args.re_noise) if chosen else None
-    device, loras = pick_device(args.device), list(map(file_and_scale, args.lora))
-    if args.offload and device.type == "cpu":
-        raise ValueError("--offload moves parts between the CPU and a GPU, and there is no GPU; leave it out")
+    sampler = Sampler(args.solver, args.reuse, args.re_noise) if chosen else None
+    loras, refs = [file_and_scale(text) for text in args.lora], [read_image(path) for path in args.ref]
     for path, _ in loras:
         read_lora(path)
-    refs = [read_image(path) for path in args.ref]
     promised = measure(args.input, count=False)
     out, beside = places(args, still=not promised[3])
     clip = read_source(args, promised)
     mask = read_mask(args.mask, clip) if args.mask else None
     model = load(args, device, loras)
     ranks = share_edit(model, world) if world > 1 else None
-    with Progress() as progress, torch.no_grad():
-        edited = model.edit_stream(
-            clip.frames, args.instruction, refs or None, args.steps, args.seed, flow, args.tile,
-            device if args.offload else None, None if rank else progress, args.ref_guidance, sampler, mask,
-        )  # fmt: skip
-        long = isinstance(clip.frames, FrameFile)
-        edited = edited if long and not rank else list(edited)
-        if not rank:
-            write(out, edited, clip)
+    edited = model.edit_stream(
+        clip.frames, args.instruction, refs or None, args.steps, args.seed, flow, args.tile,
+        device if args.offload else None, None if rank else bars(), args.ref_guidance, sampler, mask,
+    )  # fmt: skip
+    if rank:
+        list(edited)
+    elif isinstance(clip.frames, FrameFile):
+        write(out, edited, clip)
+        edited = FrameFile(str(out), len(clip.frames), clip.frames.size)
+    else:
+        edited = list(edited)
+        write(out, edited, clip)
     if args.compare and not rank:
-        compare(beside, clip, refs, FrameFile(str(out), len(clip.frames), clip.frames.size) if long else edited)
+        compare(beside, clip, refs, edited)
     if ranks:
         ranks.leave()
 
 
 def with_example(args):
-    """The arguments as they are or, where there is neither clip nor instruction, those of the weights' example."""
-    if args.instruction is not None:
-        return args
-    if args.input is not None or not all(Path(path).is_file() for path in args.ref):
-        raise ValueError(
-            "a clip and an instruction are needed, and behind them --ref, which takes all that follows it, e.g. "
-            'in.mp4 "replace the car" --ref car.png; without any the bundled example is edited'
+    """The arguments as they are or, without clip and instruction, those of the weights' example."""
+    if args.instruction is None:
+        if args.input is not None or not all(Path(path).is_file() for path in args.ref):
+            raise ValueError(
+                "a clip and an instruction are needed, and behind them --ref, which takes all that follows it, e.g. "
+                'in.mp4 "replace the car" --ref car.png; without any the bundled example is edited'
+            )
+        folder = Path(args.weights) / "example"
+        if not (folder / "prompt.txt").is_file():
+            raise FileNotFoundError(f"{args.weights} has no example: give a clip and an instruction (see --help)")
+        args.input, args.instruction = str(folder / "source.mp4"), (folder / "prompt.txt").read_text()
+        args.ref = args.ref or [str(path) for path in folder.glob("reference.png")]
+        args.out, args.compare = args.out or "out.mp4", True
+        print(
+            f"example     {args.instruction.strip()}{' (reference: ' + ', '.join(args.ref) + ')' if args.ref else ''}"
         )
-    folder = Path(args.weights) / "example"
-    if not (folder / "prompt.txt").is_file():
-        raise FileNotFoundError(f"{args.weights} has no example: give a clip and an instruction (see --help)")
-    args.input, args.instruction = str(folder / "source.mp4"), (folder / "prompt.txt").read_text().strip()
-    args.ref = args.ref or [str(path) for path in folder.glob("reference.png")]
-    args.out, args.compare = args.out or "out.mp4", True
-    print(f"example     {args.instruction}{' (reference: ' + ', '.join(args.ref) + ')' if args.ref else ''}")
+    args.instruction = args.instruction.strip()
+    if not args.instruction:
+        raise ValueError('the instruction is empty: say what to change, e.g. "replace the car"')
+    args.instruction.encode()  # UnicodeEncodeError where the terminal is not set to UTF-8
     return args
 
 
-def check_values(args):
-    if not args.instruction.strip():
-        raise ValueError('the instruction is empty: say what to change, e.g. "replace the car"')
+def file_and_scale(text):
+    """FILE:SCALE or FILE -> both."""
+    path, _, scale = text.rpartition(":")
     try:
-        args.instruction.encode()
-    except UnicodeEncodeError:
-        raise ValueError("the instruction is not UTF-8 text: set the terminal to UTF-8") from None
-    if args.ref_guidance is not None and not args.ref:
-        raise ValueError("--ref-guidance is how far references are followed: give --ref, or leave it out")
+        return (path, float(scale)) if path else (text, 1.0)
+    except ValueError:
+        return text, 1.0
 
 
 def places(args, still):
-    """Where the edit and its comparison are written. MediaError where they cannot be, or would replace what is read."""
-    endings = tuple(IMAGE_CODECS) if still else (".mp4",)
+    """Where the edit and its comparison are written. An error where they cannot be, or would replace what is read."""
+    endings = (".png", ".jpg", ".jpeg") if still else (".mp4",)
     out = Path(args.out or f"{Path(args.input).stem}_edited{endings[0]}")
     if out.suffix.lower() not in endings:
         raise MediaError(f"{out}: a {'picture' if still else 'video'} is written as {', '.join(endings)}")
@@ -189,7 +170,8 @@ def places(args, still):
     for path in filter(None, (args.input, args.mask, *args.ref)):
         if Path(path).resolve() in written:
             raise MediaError(f"{path}: would be replaced by what is written; give another -o")
-    writable(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out.parent).close()  # fail before the minutes of an edit
     return out, beside
 
 
@@ -200,8 +182,7 @@ def read_source(args, promised):
     count, height, width, _ = clip.frames.shape
     if config.trained and (count, height, width) != (promised[0] or count, *promised[1:3]):
         frames, h, w, fps = config.trained
-        print(f"note        these weights know {frames} frames of {w}x{h} at {fps} fps only: "
-              f"{args.input}, {promised[2]}x{promised[1]}, is edited at the size that follows")  # fmt: skip
+        print(f"note        these weights know {frames} frames of {w}x{h} at {fps} fps only: it is edited at this size")
     rate = "" if clip.still else f", {float(clip.fps):g} fps"
     print(f"read        {args.input}: {count} frame{'s' * (count > 1)} of {width}x{height}{rate}")
     return clip
@@ -210,10 +191,10 @@ def read_source(args, promised):
 def read_mask(path, clip):
     """What may change, at the clip's size: a picture for all frames, or a clip."""
     count, *size = clip.frames.shape[:3]
-    total, *mask_size, fps = measure(path)
-    if tuple(mask_size) != tuple(clip.source_size):
-        mask_size, input_size = (f"{width}x{height}" for height, width in (mask_size, clip.source_size))
-        raise MediaError(f"{path}: {mask_size} pixels, and the input has {input_size}; give a mask of the input's size")
+    total, height, width, fps = measure(path)
+    if (height, width) != tuple(clip.source_size):
+        h, w = clip.source_size
+        raise MediaError(f"{path}: {width}x{height} pixels, and the input has {w}x{h}; give a mask of the input's size")
     if not fps:
         return fit_frames(read_image(path)[None], size).expand(count, -1, -1, -1)
     stride = max(round(fps / clip.fps), 1)
@@ -226,17 +207,15 @@ def load(args, device, loras):
     dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
     print(f"load        {args.weights} on {device}, {dtype}{', linears in ' + args.quantise if args.quantise else ''}")
     home = "cpu" if args.offload else device
+    first = "cpu" if args.quantise else home
     model = KiwiEdit.from_pretrained(
-        args.weights, "cpu" if args.quantise else home, getattr(torch, dtype), args.base, args.qwen, args.ref_pad_first
+        args.weights, first, getattr(torch, dtype), args.base, args.qwen, args.ref_pad_first
     )
     for path, scale in loras:
         print(f"lora        {add_lora(model.dit, path, scale)}")
     if args.quantise:
         quantise(model, args.quantise, home)
         model.to(home)
-    embedder = list(model.source_embedder.parameters())  # a source may come in without parameters of its own
-    if embedder and not any(parameter.any() for parameter in embedder):
-        print("note        these weights never saw the clip itself (stage 1?): little of it will stay")
     return model
 
 
@@ -251,22 +230,18 @@ def share_edit(model, world):
     return ranks
 
 
-class Progress:
-    """A tqdm bar for each phase of `KiwiEdit.edit`."""
+def bars():
+    """tell(phase, done, total) for `KiwiEdit.edit`: a tqdm bar for each phase."""
+    shown = {}
 
-    def __enter__(self):
-        self.phase, self.bar = None, None
-        return self
+    def tell(phase, done, total):
+        if phase not in shown:
+            shown[phase] = tqdm(total=total, desc=f"{phase:<10}", bar_format=BAR)
+        shown[phase].update(done - shown[phase].n)
+        if done == total:
+            shown[phase].close()
 
-    def __call__(self, phase, done, total):
-        if phase != self.phase:
-            self.__exit__()
-            self.phase, self.bar = phase, tqdm(total=total, desc=f"{phase:<10}", bar_format=BAR)
-        self.bar.update(done - self.bar.n)
-
-    def __exit__(self, *error):
-        if self.bar is not None:
-            self.bar.close()
+    return tell
 
 
 def compare(out, clip, refs, edited):

@@ -23,17 +23,17 @@ class Mean:
         missing = f" ({self.missing} missing)" if self.missing else ""
         if self.value is None:
             return f"–{missing}"
-        digits = 3 if abs(self.value) < 1 else 2
-        show = lambda *numbers: ", ".join(f"{number:.{digits}f}" for number in numbers)
+        show = lambda *numbers: ", ".join(f"{x:.{3 if abs(self.value) < 1 else 2}f}" for x in numbers)
         spread = f" [{show(self.low, self.high)}]" if self.low is not None else ""
-        return f"{show(self.value)}{spread or (f' ({show(*self.values)})' if len(self.values) > 1 else '')}{missing}"
+        spread = f" ({show(*self.values)})" if len(self.values) > 1 else spread
+        return f"{show(self.value)}{spread}{missing}"
 
 
 def mean_of(groups, missing=0, allow_missing=True):
     """The mean of the groups' means, with a 95 % bootstrap interval over items within each group.
 
-    groups: lists of one number an item (repeats averaged before: items, not answers, are what varies). No value where
-    a group is empty, or items are missing and averaging over failures is not allowed; no interval below 10 items.
+    groups: lists of one number an item. No value where a group is empty, or where items are missing and averaging over
+    failures is not allowed; no interval below 10 items.
     """
     if not groups or not all(groups) or (missing and not allow_missing):
         return Mean(None, missing=missing)
@@ -42,33 +42,39 @@ def mean_of(groups, missing=0, allow_missing=True):
         return Mean(value, missing=missing, values=tuple(groups[0]) if len(groups) == 1 else ())
     draw = np.random.default_rng(0)
     means = np.mean([np.array(g)[draw.integers(len(g), size=(2000, len(g)))].mean(1) for g in groups], axis=0)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Mean(value, float(low), float(high), missing)
+    return Mean(value, *np.quantile(means, [0.025, 0.975]).tolist(), missing)
 
 
-def wilson(share, count, z=1.96):
-    """A 95 % interval of a share."""
-    middle, half = share + z * z / 2 / count, z * math.sqrt(share * (1 - share) / count + (z / 2 / count) ** 2)
-    return (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
+def share_of(values, z=1.96):
+    """The mean of numbers in 0..1, with Wilson's 95 % interval."""
+    n = len(values)
+    if not n:
+        return Mean(None)
+    share = sum(values) / n
+    middle, half = share + z * z / 2 / n, z * math.sqrt(share * (1 - share) / n + (z / 2 / n) ** 2)
+    return Mean(share, (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n))
 
 
 def sign_test(wins, losses):
     """Two-sided p of so many wins and losses if both were as likely."""
-    n, tail = wins + losses, sum(math.comb(wins + losses, k) for k in range(min(wins, losses) + 1))
-    return min(1.0, 2 * tail / 2**n)
+    n = wins + losses
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(wins, losses) + 1)) / 2**n)
+
+
+def higher(x):
+    """Of each two items the sign of their difference: (n * (n - 1) / 2,)."""
+    return np.sign(np.subtract.outer(x, x))[np.triu_indices(len(x), 1)]
 
 
 def spearman(a, b):
     """Rank correlation with ties; None where one side does not vary or there are fewer than 3 pairs."""
     ra, rb = (np.sign(np.subtract.outer(x, x)).sum(axis=1) for x in (a, b))  # ranks, ties sharing theirs, up to scale
-    if len(ra) < 3 or ra.std() == 0 or rb.std() == 0:
-        return None
-    return float(np.corrcoef(ra, rb)[0, 1])
+    return None if len(ra) < 3 or ra.std() == 0 or rb.std() == 0 else float(np.corrcoef(ra, rb)[0, 1])
 
 
 def kendall(a, b):
     """Kendall's tau-b; None as `spearman`."""
-    da, db = (np.sign(np.subtract.outer(x, x))[np.triu_indices(len(x), 1)] for x in (a, b))  # of two items the higher
+    da, db = higher(a), higher(b)
     if len(a) < 3 or not da.any() or not db.any():
         return None
     return float((da * db).sum() / math.sqrt((da != 0).sum() * (db != 0).sum()))
@@ -76,13 +82,12 @@ def kendall(a, b):
 
 def pairwise(people, ours):
     """Of the pairs of items that people tell apart, the share that `ours` orders as they do; its ties count half."""
-    da, db = (np.sign(np.subtract.outer(x, x))[np.triu_indices(len(x), 1)] for x in (people, ours))
-    agreed = (da * db)[da != 0]
-    return float((agreed > 0).mean() + (agreed == 0).mean() / 2) if len(agreed) else None
+    da, db = higher(people), higher(ours)
+    return float((1 + da * db)[da != 0].mean() / 2) if da.any() else None
 
 
 def with_interval(f, a, b):
-    """f(a, b), with a 95 % bootstrap interval over items from 10 on."""
+    """f(a, b) as text, with a 95 % bootstrap interval over items from 10 on."""
     value = f(a, b)
     if value is None or len(a) < FEW:
         return "–" if value is None else f"{value:.2f}"

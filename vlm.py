@@ -10,7 +10,6 @@ for) and Barred (nothing more is to be sent). An answer that was cut off is Malf
 
 import base64
 import http.client
-import inspect
 import json
 import math
 import os
@@ -54,21 +53,18 @@ TOKENS = (  # per frame of a video, and per picture, at low, medium, high resolu
 )
 
 
-def tokens_of(model, resolution):
-    """-> about how many tokens a frame of a video costs, and a picture."""
-    at = ("low", "medium", "high").index(resolution)
-    return next((frame[at], picture[at]) for name, frame, picture in TOKENS if re.search(name, model))
-
-
-def frames_seen(path, fps):
-    """About how many frames of a file a model sees; 0 of a picture, 1 of what cannot be read."""
+def tokens_of(path, model, settings):
+    """About how many tokens a picture or a clip costs, from its header alone."""
+    at = ("low", "medium", "high").index(settings.resolution)
+    a_frame, a_picture = next((frame[at], picture[at]) for name, frame, picture in TOKENS if re.search(name, model))
     if path.suffix.lower() in PICTURES:
-        return 0
+        return a_picture
     try:
         with open_media(path) as (container, stream):
-            return max(1, round(shown_frames(container, stream) / frame_rate(stream) * fps))
+            frames = max(1, round(shown_frames(container, stream) / frame_rate(stream) * settings.fps))
     except MediaError:
-        return 1
+        frames = 1
+    return frames * (a_picture if model.startswith("openai:") and settings.send == "frames" else a_frame)
 
 
 @dataclass(frozen=True)
@@ -122,9 +118,6 @@ class Answer:
     tokens_out: int | None
     model: str | None  # who answered: providers redirect old names
 
-    def __post_init__(self):
-        self.text = sound(self.text)
-
 
 def sound(text):
     """Text that any file can hold: half of a surrogate pair, which JSON lets through, becomes "?"."""
@@ -153,26 +146,51 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
 def post(url, headers, body, deadline, secret=None, trusted=False):
     """POST JSON, get a JSON object, within `deadline` seconds. TryAgain, Barred or Unusable.
 
-    trusted: the server answered before, so a 403 is about this request alone. `secret` appears in no error.
+    trusted: the server answered before, so a 403 is about this request alone. What it says of `secret` becomes ***.
     """
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json", **headers})
-    hide = lambda text: text.replace(secret, "***") if secret else text
+    hide = lambda text: sound(without(secret, text))
     end = time.monotonic() + deadline
     try:
-        with urllib.request.build_opener(NoRedirect).open(request, timeout=deadline) as response:
-            answer = json.loads(read_all(response, end))
-    except urllib.error.HTTPError as error:
-        raise refusal(error, hide(error_text(error, end)), trusted) from None
-    except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+        try:
+            response = urllib.request.build_opener(NoRedirect).open(request, timeout=deadline)
+        except urllib.error.HTTPError as error:
+            response = error
+        with response:
+            text = read_all(response, end)
+    except (http.client.HTTPException, OSError) as error:
         reason, sent = getattr(error, "reason", error), not isinstance(error, urllib.error.URLError)
         if isinstance(reason, TimeoutError):
             raise TryAgain(f"no answer within {deadline:g} s", paid=True) from None
         raise TryAgain(hide(f"connection lost ({type(reason).__name__}: {reason})"), paid=sent) from None
+    if isinstance(response, urllib.error.HTTPError):
+        raise refusal(response, hide(" ".join(text.split())), trusted)
+    try:
+        answer = json.loads(hide(json.dumps(json.loads(text), ensure_ascii=False)))  # whatever way it was spelled
     except (ValueError, RecursionError):
         answer = None
     if not isinstance(answer, dict):
         raise TryAgain("the server's answer is not a JSON object", paid=True)
     return answer
+
+
+def without(secret, text):
+    """A text with *** in place of the key, as it is or as JSON spells it."""
+    for spelled in (secret, json.dumps(secret)[1:-1]) if secret else ():
+        text = text.replace(spelled, "***")
+    return text
+
+
+def read_all(response, end):
+    """The text of a response, piece by piece; TimeoutError at the monotonic time `end`."""
+    content = b""
+    while part := response.read1(1 << 16):
+        content += part
+        if time.monotonic() > end:
+            raise TimeoutError
+        if len(content) > ANSWER_LIMIT:
+            raise http.client.HTTPException(f"more than {ANSWER_LIMIT / 1e6:.0f} MB")
+    return content.decode("utf-8", "replace")
 
 
 def refusal(error, text, trusted):
@@ -201,30 +219,6 @@ def seconds_to_wait(header, text):
         return None
 
 
-def read_all(response, end):
-    """The body of a response, piece by piece; TimeoutError at the monotonic time `end`."""
-    parts, size = [], 0
-    while part := response.read1(1 << 16):
-        parts.append(part)
-        size += len(part)
-        if time.monotonic() > end:
-            raise TimeoutError
-        if size > ANSWER_LIMIT:
-            raise http.client.HTTPException(f"more than {ANSWER_LIMIT / 1e6:.0f} MB")
-    if size < int(response.headers.get("Content-Length") or 0):
-        raise http.client.IncompleteRead(b"".join(parts))
-    return b"".join(parts)
-
-
-def error_text(error, end):
-    """The body of an HTTP error, on one line."""
-    try:
-        with error:
-            return " ".join(read_all(error, end)[:100_000].decode("utf-8", "replace").split())
-    except (OSError, ValueError, http.client.HTTPException):
-        return "no text"
-
-
 def mime(path):
     kind = MIME.get(Path(path).suffix.lower())
     if kind is None:
@@ -232,15 +226,15 @@ def mime(path):
     return kind
 
 
-def data_uri(kind, content):
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
 def jpeg(image):
     """uint8 (H, W, 3) -> the bytes of a JPEG."""
     with tempfile.TemporaryDirectory() as folder:
         write_image(Path(folder) / "x.jpg", image)
         return (Path(folder) / "x.jpg").read_bytes()
+
+
+def data_uri(kind, content):
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def jpeg_uri(image):
@@ -269,39 +263,38 @@ def sampled_frames(path, fps, rate=None, max_pixels=FRAME_PIXELS):
     return torch.stack(frames), seconds
 
 
-DECODING = threading.Lock()
-
-
 @lru_cache(maxsize=256)
-def kept_uris(path, fps, state):
-    """The file as a data URI or, at fps, its frames; kept until its state changes."""
+def kept_uris(path, fps, changed):
     if fps is None:
         return [data_uri(mime(path), Path(path).read_bytes())]
     return [jpeg_uri(frame) for frame in sampled_frames(path, fps)[0]]
 
 
+DECODING = threading.Lock()
+
+
 def uris(path, fps=None):
-    """`kept_uris`, made by one thread while the others wait."""
-    state = os.stat(path)
+    """The file as a data URI or, at fps, its frames: made once for all questions, while other threads wait."""
     with DECODING:
-        return kept_uris(path, fps, (state.st_mtime_ns, state.st_size, state.st_ino))
+        return kept_uris(path, fps, os.stat(path).st_mtime_ns)
 
 
 class Server:
-    """What both kinds of server share."""
+    """What both kinds of server share: exchange(a question's body) -> Answer."""
 
     again = True  # another answer may be better
     trusted = False  # until it has answered
 
-    def __init__(self, model, settings, url, key):
-        self.model, self.settings, self.url, self.key, self.refused = model, settings, url, key, set()
+    def __init__(self, model, settings, url, key, headers):
+        self.model, self.settings, self.url, self.key, self.headers = model, settings, url, key, headers
+        self.refused = set()  # parameters
 
-    def exchange(self, headers, body, optional, text):
-        """Send a question -> Answer. optional: what a server may refuse; then it is left out from there on."""
+    def exchange(self, body, optional, text):
+        """optional: what a server may refuse; then it is left out from there on."""
         while True:
             asked = {name: value for name, value in optional.items() if name not in self.refused}
             try:
-                answer = post(self.url, headers, body | asked, self.settings.deadline, self.key, self.trusted)
+                answer = post(self.url, self.headers, body | asked, self.settings.deadline, self.key, self.trusted)
                 break
             except Unusable as error:
                 named = [name for name in asked if name in str(error)]
@@ -309,49 +302,40 @@ class Server:
                     raise
                 self.refused.update(named)
         self.trusted = True
-        hide = lambda text: text.replace(self.key, "***") if self.key else text  # JSON may have spelled it otherwise
-        tokens = list(self.tokens(answer))
+        tokens = [counted(answer.get(self.usage), names) for names in self.tokens]
         try:
             said, end, model = self.reply(answer)
-            found = Answer(hide(said), *tokens, model and hide(str(model)))
+            found = Answer(said, *tokens, model and str(model))
         except (AttributeError, TypeError, KeyError, IndexError):
-            reason = hide(f"the server's answer has another shape: {json.dumps(answer)[:200]}")
+            reason = f"the server's answer has another shape: {json.dumps(answer)[:200]}"
             raise Malformed(reason, Answer("", *tokens, None)) from None
         if end not in STOPS or not said:
-            raise Malformed(f"refused or cut off ({'no text' if end in STOPS else hide(str(end))})", found)
+            raise Malformed(f"refused or cut off ({'no text' if end in STOPS else end})", found)
         if found.tokens_in is not None and found.tokens_in <= len(text) / 3:
-            raise Unusable(f"{found.tokens_in} prompt tokens are no more than the text: the server dropped the videos; "
-                           "see --set send=video", found)  # fmt: skip
+            told = f"{found.tokens_in} prompt tokens are no more than the text: the server dropped the videos"
+            raise Unusable(f"{told}; see --set send=video", found)
         return found
 
-    def tokens(self, answer):
-        """Yield the tokens in and out that an answer counts, None where it does not say."""
-        usage, *kinds = self.usage
-        counted = answer.get(usage) if isinstance(answer.get(usage), dict) else {}
-        for names in kinds:
-            counts = [counted[name] for name in names if type(counted.get(name)) is int]
-            yield sum(counts) if counts else None
 
-
-def text_of(content):
-    """A message's content, a string or a list of parts -> its text, without what was only thought."""
-    if isinstance(content, list):
-        return "".join(p.get("text") or "" for p in content if p.get("type") in (None, "text", "output_text"))
-    return content or ""
+def counted(usage, names):
+    """The sum of these counts of tokens; None where the answer has none of them."""
+    counts = [usage[name] for name in names if type(usage.get(name)) is int] if isinstance(usage, dict) else []
+    return sum(counts) if counts else None
 
 
 class Gemini(Server):
     """Google's native generateContent, videos as inline data with an explicit frame rate."""
 
-    usage = "usageMetadata", ["promptTokenCount"], ["candidatesTokenCount", "thoughtsTokenCount"]
+    usage, tokens = "usageMetadata", (["promptTokenCount"], ["candidatesTokenCount", "thoughtsTokenCount"])
 
     def __init__(self, model, settings):
-        url = f"{(settings.endpoint or GEMINI).rstrip('/')}/models/{urllib.parse.quote(model)}:generateContent"
-        super().__init__(model, settings, url, key_of("GEMINI_API_KEY"))
-        if not self.key:
+        key, url = key_of("GEMINI_API_KEY"), urllib.parse.urlsplit(settings.endpoint or GEMINI)
+        if not key:
             raise ValueError("GEMINI_API_KEY is not set: export the key, or choose another --judge")
-        if not url.startswith("https://") and urllib.parse.urlsplit(url).hostname not in ("127.0.0.1", "localhost"):
+        if url.scheme != "https" and url.hostname not in ("127.0.0.1", "localhost"):
             raise ValueError(f"--endpoint {settings.endpoint}: the key goes over https only")
+        path = f"/models/{urllib.parse.quote(model)}:generateContent"
+        super().__init__(model, settings, url.geturl().rstrip("/") + path, key, {"x-goog-api-key": key})
 
     def ask(self, text, media, fps, schema=None):
         parts, size = [], 0
@@ -363,13 +347,12 @@ class Gemini(Server):
             size += len(part["inlineData"]["data"])
         if size > INLINE_LIMIT:
             raise Unusable(f"{size / 1e6:.0f} MB of videos are more than one request takes; re-encode them smaller")
-        config = {"responseMimeType": "application/json", "temperature": self.settings.temperature,
-                  "mediaResolution": f"MEDIA_RESOLUTION_{self.settings.resolution.upper()}"}  # fmt: skip
+        config = {"responseMimeType": "application/json", "temperature": self.settings.temperature}
+        config["mediaResolution"] = f"MEDIA_RESOLUTION_{self.settings.resolution.upper()}"
         if schema:
             config["responseSchema"] = {**schema, "propertyOrdering": list(schema["properties"])}
-        body = {"systemInstruction": {"parts": [{"text": text}]}, "contents": [{"role": "user", "parts": parts}],
-                "generationConfig": config}  # fmt: skip
-        return self.exchange({"x-goog-api-key": self.key}, body, {}, text)
+        contents = {"systemInstruction": {"parts": [{"text": text}]}, "contents": [{"role": "user", "parts": parts}]}
+        return self.exchange({**contents, "generationConfig": config}, {}, text)
 
     def reply(self, answer):
         """-> text, why it ended, who answered."""
@@ -383,12 +366,13 @@ class Gemini(Server):
 class OpenAICompatible(Server):
     """chat/completions; videos as frames at the given rate (any server), or as video_url (vLLM)."""
 
-    usage = "usage", ["prompt_tokens"], ["completion_tokens"]
+    usage, tokens = "usage", (["prompt_tokens"], ["completion_tokens"])
 
     def __init__(self, model, settings):
         if not settings.endpoint.startswith(("http://", "https://")):
             raise ValueError("--judge openai:... needs --endpoint, e.g. http://localhost:8000/v1")
-        super().__init__(model, settings, f"{settings.endpoint.rstrip('/')}/chat/completions", key_of("OPENAI_API_KEY"))
+        key, url = key_of("OPENAI_API_KEY"), f"{settings.endpoint.rstrip('/')}/chat/completions"
+        super().__init__(model, settings, url, key, {"Authorization": f"Bearer {key}"} if key else {})
 
     def ask(self, text, media, fps, schema=None):
         content = []
@@ -409,16 +393,16 @@ class OpenAICompatible(Server):
         body = {"model": self.model, "messages": messages}
         if self.settings.send == "video":
             body["mm_processor_kwargs"] = {"fps": fps}  # vLLM's name for the frame rate
-        return self.exchange({"Authorization": f"Bearer {self.key}"} if self.key else {}, body, optional, text)
+        return self.exchange(body, optional, text)
 
     def reply(self, answer):
+        """-> text without what was only thought, why it ended, who answered."""
         choice = (answer.get("choices") or [{}])[0]
         message = choice.get("message") or {}
-        return (
-            text_of(message.get("content")),
-            message.get("refusal") or choice.get("finish_reason"),
-            answer.get("model"),
-        )
+        text = message.get("content") or ""
+        if isinstance(text, list):
+            text = "".join(p.get("text") or "" for p in text if p.get("type") in (None, "text", "output_text"))
+        return text, message.get("refusal") or choice.get("finish_reason"), answer.get("model")
 
 
 QWEN = {  # patch, mean, std, time step in positions a second (None: a text stamp before each pair of frames)
@@ -437,104 +421,80 @@ class Local:
 
         kind = AutoConfig.from_pretrained(folder).model_type
         if kind not in QWEN:
-            raise ValueError(f"{folder}: a {kind} model; --judge local: takes {' or '.join(QWEN)}")
+            raise ValueError(f"{folder}: a {kind} model; expected {' or '.join(QWEN)}")
         self.patch, self.mean, self.std, self.positions_a_second = QWEN[kind]
         self.settings, self.device, self.model = settings, pick_device(settings.device), str(folder)
         self.waiting, self.turn = queue.SimpleQueue(), threading.Lock()
-        if not (folder / "tokenizer.json").is_file():
-            raise ValueError(f"{folder}: has no tokenizer.json; give the folder of a Qwen2.5-VL or Qwen3-VL model")
+        self.tokenizer = Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        self.tokenizer.encode_special_tokens = True  # an instruction's text is text, never a control token
+        self.token = lambda name: self.tokenizer.token_to_id(f"<|{name}|>")
         dtype = torch.float32 if self.device.type == "cpu" else torch.bfloat16
         self.mllm = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).to(self.device).eval()
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.tokenizer.encode_special_tokens = True  # an instruction's text is text, never a control token
 
     def ask(self, text, media, fps, schema=None):
-        try:
-            return self.answer(text, media, fps)
-        except torch.OutOfMemoryError:
-            raise Unusable(f"out of memory on {self.device}: give a smaller fps or another device") from None
-
-    def answer(self, text, media, fps):
         """Questions that wait while others are answered go through the model together."""
         own = Future()
         self.waiting.put((self.prepare(text, media, fps), own))
         with self.turn:
             if not own.done():
-                jobs = [self.waiting.get() for _ in range(self.waiting.qsize())]
-                self.settle(jobs)
-        if isinstance(said := own.result(), Malformed):
-            raise said
-        return said
+                self.settle([self.waiting.get() for _ in range(self.waiting.qsize())])
+        return own.result()
 
     def settle(self, jobs):
         """Answer the (prepared question, Future) together; where that fails one by one, each to its own thread."""
         try:
             said = self.answers([asked for asked, _ in jobs])
         except Exception as error:
-            if len(jobs) == 1:
-                return jobs[0][1].set_exception(error)
-            torch.cuda.empty_cache()
-            for job in jobs:
-                self.settle([job])
-        else:
-            for (_, future), answer in zip(jobs, said):
-                future.set_result(answer)
+            if isinstance(error, torch.OutOfMemoryError):
+                torch.cuda.empty_cache()
+                error = Unusable(f"out of memory on {self.device}: give a smaller fps or another device")
+            if len(jobs) > 1:
+                for job in jobs:
+                    self.settle([job])
+                return
+            said = [error]
+        for (_, future), answer in zip(jobs, said):
+            future.set_exception(answer) if isinstance(answer, Exception) else future.set_result(answer)
 
     @torch.no_grad()
     def answers(self, asked):
         """What `prepare` made of several questions, padded on the left -> an Answer or Malformed each, greedy."""
-        from transformers import DynamicCache
-
         longest, place = max(ids.shape[1] for ids, *_ in asked), lambda x: x.to(self.device)
         pad = lambda x: F.pad(x, (longest - x.shape[-1], 0))
-        ids = place(torch.cat([pad(ids) for ids, *_ in asked]))
-        mask = place(torch.cat([pad(torch.ones_like(ids)) for ids, *_ in asked]))
-        at = place(torch.cat([pad(positions) for _, positions, _ in asked], dim=1))
-        first = at.amax(dim=(0, 2))[:, None] + 1  # (B, 1): the position of the first new token
         names = {name for *_, pixels in asked for name in pixels}
-        step = {name: place(torch.cat([p[name] for *_, p in asked if name in p])) for name in names}
-        newer = "cache" in inspect.signature(self.mllm.forward).parameters
-        kept = {"cache" if newer else "past_key_values": DynamicCache(), "use_cache": True}
-        ends, said = torch.tensor([self.token("<|im_end|>"), self.token("<|endoftext|>")]), []
-        going = torch.ones(len(asked), dtype=torch.bool)
-        while going.any() and len(said) <= self.settings.max_tokens:
-            out = self.mllm(input_ids=ids, position_ids=at, attention_mask=mask, **kept, **step)
-            ids, step = out.logits[:, -1:].argmax(-1), {}  # (B, 1)
-            at, mask = (first + len(said)).expand(3, -1, -1), F.pad(mask, (0, 1), value=1)
-            said.append(ids[:, 0].cpu())
-            going &= ~torch.isin(said[-1], ends)
-        return [self.read(row, ends, own.shape[1]) for row, (own, *_) in zip(torch.stack(said, dim=1), asked)]
+        shown = {name: place(torch.cat([p[name] for *_, p in asked if name in p])) for name in names}
+        ends = [self.token("im_end"), self.token("endoftext")]
+        made = self.mllm.generate(
+            input_ids=place(torch.cat([pad(ids) for ids, *_ in asked])),  # (B, S)
+            attention_mask=place(torch.cat([pad(torch.ones_like(ids)) for ids, *_ in asked])),
+            position_ids=place(torch.cat([pad(positions) for _, positions, _ in asked], dim=1)),  # (3, B, S)
+            **shown, max_new_tokens=self.settings.max_tokens, do_sample=False, repetition_penalty=1.0,
+            eos_token_id=ends, pad_token_id=ends[1],
+        )  # fmt: skip
+        return [self.read(row.tolist(), ends, ids.shape[1]) for row, (ids, *_) in zip(made[:, longest:], asked)]
 
     def read(self, row, ends, tokens_in):
-        """Generated ids (n,) up to the first of `ends` -> Answer; without one Malformed."""
-        stop = torch.isin(row, ends).nonzero()[:, 0].tolist()
-        count = stop[0] if stop else self.settings.max_tokens
-        found = Answer(self.tokenizer.decode(row[:count].tolist()), tokens_in, count, self.model)
-        return found if stop else Malformed(f"cut off after {count} tokens; see --set max_tokens", found)
-
-    def token(self, name):
-        number = self.tokenizer.token_to_id(name)
-        if number is None:
-            raise ValueError(f"the judge's tokenizer.json has no token {name}: not a Qwen-VL model")
-        return number
+        """Generated ids up to the first of `ends` -> Answer; without one Malformed."""
+        count = next((i for i, token in enumerate(row) if token in ends), len(row))
+        found = Answer(sound(self.tokenizer.decode(row[:count])), tokens_in, count, self.model)
+        return found if count < len(row) else Malformed(f"cut off after {count} tokens; see --set max_tokens", found)
 
     def prepare(self, text, media, fps):
         """-> ids (1, S), positions (3, 1, S), and pixel values and grids by the model's names."""
         words = lambda s: self.tokenizer.encode(s, add_special_tokens=False).ids
         names = ("im_start", "im_end", "vision_start", "vision_end")
-        start, end, open_, close = ([self.token(f"<|{name}|>")] for name in names)
+        start, end, open_, close = ([self.token(name)] for name in names)
         system = [] if self.settings.as_user else start + words("system\n" + text) + end + words("\n")
-        pieces = [system + start + words("user\n")]
-        kinds = {"image": ([], []), "video": ([], [])}
+        pieces, patches, grids = [system + start + words("user\n")], {}, {}
         for label, path in media:
-            pieces.append(words(label + ": "))
             kind = mime(path).split("/")[0]
             frames, seconds = (read_image(path)[None], [0.0]) if kind == "image" else sampled_frames(path, fps)
             frames = resize(frames, self.seen_size(*frames.shape[1:3]))
-            patches, grid = patchify(frames, self.patch, self.mean, self.std)  # in the vision tower's order
-            kinds[kind][0].append(patches)
-            kinds[kind][1].append(grid)
-            pad = self.token(f"<|{kind}_pad|>")
+            made, grid = patchify(frames, self.patch, self.mean, self.std)  # in the vision tower's order
+            patches.setdefault(kind, []).append(made.to(self.mllm.dtype))
+            grids.setdefault(kind, []).append(grid)
+            pieces.append(words(label + ": "))
+            pad = self.token(f"{kind}_pad")
             if self.positions_a_second is None and kind == "video":
                 for t in range(grid[0]):
                     stamp = (seconds[2 * t] + seconds[min(2 * t + 1, len(seconds) - 1)]) / 2
@@ -543,12 +503,9 @@ class Local:
                 rate = (len(seconds) - 1) / seconds[-1] if seconds[-1] else 1.0
                 pieces += [open_, (pad, grid, (self.positions_a_second or 0) * 2 / rate), close]
         pieces.append((words(text) if self.settings.as_user else []) + end + words("\n") + start + words("assistant\n"))
-        pixels = {}
-        for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-            if kinds[kind][0]:
-                pixels[name] = torch.cat(kinds[kind][0]).to(next(self.mllm.parameters()).dtype)
-                pixels[f"{kind}_grid_thw"] = torch.tensor(kinds[kind][1])
-        return *lay_out(pieces), pixels
+        values = {"image": "pixel_values", "video": "pixel_values_videos"}
+        pixels = {values[kind]: torch.cat(made) for kind, made in patches.items()}
+        return *lay_out(pieces), pixels | {f"{kind}_grid_thw": torch.tensor(grid) for kind, grid in grids.items()}
 
     def seen_size(self, height, width):
         """[height, width] at which the model sees a picture of that size."""
@@ -590,51 +547,45 @@ class Asker:
                 if self.stop:
                     raise self.stop
                 note(event="sent")
-                began, answer = time.monotonic(), None
+                began, answer, value = time.monotonic(), None, None
                 try:
                     answer = self.model.ask(text, media, fps, schema)
                     value = read(spoken(answer.text))
                     self.heard, problem = True, None
                 except (TryAgain, ValueError, OSError) as error:
                     problem, answer = error, answer or getattr(error, "answer", None)
-                known = {"seconds": round(time.monotonic() - began, 2), "ok": problem is None}
-                known |= vars(answer) if answer else {}
+                told = {"value": value} if problem is None else {"error": str(problem)}
+                told |= {"seconds": round(time.monotonic() - began, 2), **(vars(answer) if answer else {})}
+                note(event="answer", ok=problem is None, perhaps_paid=getattr(problem, "paid", False), **told)
                 if problem is None:
-                    note(event="answer", value=value, **known)
                     return value
-                note(event="answer", error=str(problem), perhaps_paid=getattr(problem, "paid", False), **known)
                 tries += not getattr(problem, "busy", False)
-                self.weigh(problem, tries, until)
+                self.pause(self.next_try(problem, tries, until))
 
-    def weigh(self, problem, tries, until):
-        """Return, after a pause, where another try is worth it; raise the problem otherwise."""
+    def next_try(self, problem, tries, until):
+        """The monotonic time of the next try; raises the problem where none is worth it, or what stops them all."""
+        lost, busy, wait = isinstance(problem, TryAgain), getattr(problem, "busy", False), 0.0
+        if lost:
+            backoff = self.settings.wait * 2 ** max(tries - 1, 0) * (1 + random.random() / 4)
+            wait = backoff if problem.after is None else problem.after
+        then = time.monotonic() + wait
+        late, spent = then > until, tries >= self.settings.tries
+        self.unread += isinstance(problem, Malformed) and not self.heard
         if isinstance(problem, Barred):
             self.stop = problem
-        elif isinstance(problem, Malformed) and not self.heard:
-            self.unread += 1
-            if self.unread >= UNREAD:
-                self.stop = Barred(f"{UNREAD} answers, and none could be read ({problem}); choose another model")
-        lasting = isinstance(problem, Unusable) or not isinstance(problem, TryAgain | Malformed)
-        if self.stop or lasting or not self.model.again:
+        elif self.unread >= UNREAD:
+            self.stop = Barred(f"{UNREAD} answers, and none could be read ({problem}); choose another model")
+        elif busy and late:
+            told = f"the quota is used up for {wait:.0f} s more, beyond --set patience={self.settings.patience:g}"
+            self.stop = Barred(f"{told} ({problem}); run it again later")
+        elif lost and spent and not busy and not self.heard and not self.unread:
+            self.stop = Barred(f"the model cannot be reached ({problem}); check --endpoint, and that it is up")
+        lasting = not lost and type(problem) is not Malformed
+        if self.stop or late or spent or lasting or not self.model.again:
             raise self.stop or problem
-        if isinstance(problem, TryAgain):
-            wait = problem.after
-            if wait is None:
-                wait = self.settings.wait * 2 ** min(max(tries - 1, 0), 6) * (1 + random.random() / 4)
-            then = time.monotonic() + wait
-            if then > until:
-                if problem.busy:
-                    self.stop = Barred(f"the quota is used up for {wait:.0f} s more, beyond --set patience="
-                                       f"{self.settings.patience:g} ({problem}); run it again later")  # fmt: skip
-                raise self.stop or problem
-            if problem.busy:
-                self.not_before = max(self.not_before, then)  # everybody waits
-            elif tries < self.settings.tries:
-                self.pause(then)
-            elif not self.heard and not self.unread:
-                self.stop = Barred(f"the model cannot be reached ({problem}); check --endpoint, and that it is up")
-        if tries >= self.settings.tries:
-            raise self.stop or problem
+        if busy:
+            self.not_before = max(self.not_before, then)  # everybody waits
+        return then
 
     def pause(self, when):
         while not self.stop and (left := when - time.monotonic()) > 0:

@@ -2,7 +2,7 @@
 
     python -m bench.kernels    kernels: do they compile, compute the right numbers, how fast
     python -m bench.speed      the model beside diffusers, 8-bit weights, memory and roofline
-    python -m bench.solvers    fewer forwards and long clips on nano
+    python -m bench.solvers    fewer forwards, long clips and masks on nano
 
 Rows are saved one by one: what stops early (`timeout 150 python -m bench...` ends it with its processes) keeps what it
 measured.
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,7 +30,7 @@ def parse_arguments(program, sections, doc, argv=None):
     add("--repeat", type=int, default=7, help="turns of each measurement (default %(default)s)")
     add("--only", default="", metavar="TEXT", help="check, compile: only kernels with TEXT in their name")
     add("--arch", type=int, default=90, help="compile: compute capability, e.g. 80, 89, 90 (default %(default)s)")
-    add("--clips", type=int, default=6, help="few, long: moving clips (default %(default)s)")
+    add("--clips", type=int, default=6, help="few, long, mask: moving clips (default %(default)s)")
     add("--out", type=Path, default=HOUSE / "bench", help="folder of the results (default: bench/ of this repository)")
     return parser.parse_args(argv)
 
@@ -62,12 +63,27 @@ def save(folder, device, what, rows, program):
     path = folder / f"{slug}.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     date, command = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), f"python -m {program} {' '.join(sys.argv[1:])}"
-    results[what] = {"date": date, "device": device, "torch": torch.__version__, "command": command, "rows": rows}
+    results[what] = {
+        "date": date,
+        "device": device,
+        "torch": torch.__version__,
+        "command": command,
+        "rows": rows,
+    } | clocks()
     folder.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(results, indent=1).replace("NaN", "null") + "\n")
     os.replace(temporary, path)
     return path
+
+
+def clocks():
+    """MHz, watts and degrees of each GPU as a row is saved: a throttled card shows here."""
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu", "--format=csv,noheader"]
+    try:
+        return {"clocks": subprocess.check_output(query, text=True, timeout=9).splitlines()}
+    except (OSError, subprocess.SubprocessError):
+        return {}
 
 
 def table(rows):

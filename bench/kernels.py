@@ -159,7 +159,7 @@ def norm_rows(repeat, grid, heads, dtype, video, peak=None, ways=("forward", "ba
 ABSENT = {  # the norms' kernels are compiled with all of their arguments, and without these
     "rms_norm_rope_forward": [(), ("cos", "sin")],
     "rms_norm_rope_backward": [()],
-    "residual_norm_forward": [(), ("y", "gate", "new"), ("shift", "scale", "normed")],
+    "residual_norm_forward": [(), ("row_scale",), ("y", "gate", "new"), ("shift", "scale", "normed", "row_scale")],
     "residual_norm_backward": [(), ("y", "gate", "grad_new", "dy", "dgate"),
                                ("scale", "grad_normed", "dx", "dshift", "dscale")],
     "channel_norm_silu_forward": [()],
@@ -188,7 +188,7 @@ def compile_all(args):
             yield compile_one(args.arch, fused.compiled(name), label, constants | dict.fromkeys(without), options)
 
 
-FLOATS = ("lse", "delta", "cos", "sin", "dweight", "dgate", "dshift", "dscale")
+FLOATS = ("row_scale", "lse", "delta", "cos", "sin", "dweight", "dgate", "dshift", "dscale")
 INTEGERS = ("Lq", "Lk", "L", "HEADS", "rows", "clip", "skip", "size_class")
 
 
@@ -205,6 +205,8 @@ def compile_one(arch, kernel, label, constants, options):
         integer = name in INTEGERS or name.endswith("_stride")
         signature[name] = ("constexpr" if name in constants else "i32" if integer else "fp32" if number
                            else "*fp32" if name in FLOATS else "*bf16")  # fmt: skip
+        if name == "normed" and "row_scale" not in constants:
+            signature[name] = "*fp8e4nv"
         if signature[name] not in ("constexpr", "fp32") and name not in ("HEADS", "size_class"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}

@@ -1,23 +1,28 @@
-"""Fewer forwards and long clips, on held-out clips of nano's world: `python -m bench.solvers SECTION ...`
+"""Fewer forwards, long clips and masks, on held-out clips of nano's world: `python -m bench.solvers SECTION ...`
 
     few      forwards a clip, and PSNR of the edits to those of 100 Euler steps
     long     65 frames: windows that agree at each step beside windows by themselves
+    mask     PSNR in and outside of what the truth changes, with that as the mask and without
 
-long: PSNR to the truth in each quarter of the clip, and flicker: the change from frame to frame beyond the truth's, in
-levels of 255, where a blend of windows begins or ends and elsewhere. All windows are cross-faded.
+long: PSNR to the truth in each quarter of the clip; how far two windows differ in the frames that both show, before
+they are cross-faded; and flicker, the change from frame to frame beyond the truth's, where windows begin or end and
+elsewhere. Differences are in levels of 255. nano's windows begin with each latent frame, where one alone flickers too.
 """
 
 import bench
 
-NAMES = ("few", "long")
+NAMES = ("few", "long", "mask")
 args = bench.parse_arguments("bench.solvers", NAMES, __doc__) if __name__ == "__main__" else None
 
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from tempfile import TemporaryDirectory
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 
 from bench.measure import psnr
 from model import KiwiEdit
@@ -36,15 +41,15 @@ FEW = [
 
 @contextmanager
 def model_and_cases(args, frames=9):
-    """nano, and of each moving clip (source, prompt, reference or None, truth)."""
+    """nano, and of each moving clip (source, prompt, reference or None, truth, the edited region)."""
     model = KiwiEdit.from_pretrained(bench.HOUSE / "weights/nano", dtype=torch.float32)
     with TemporaryDirectory() as folder:
         asked = ["--clips", 2 * args.clips, "--frames", frames, "--split", "test", "--workers", 1]
         nano(["data", folder, *map(str, asked)])
         cases = []
         for row in [row for row in read_truth(folder) if row["kind"] != "image"][: args.clips]:
-            source, truth, ref, _ = read_case(Path(folder), row)
-            cases.append((source, row["prompt"], ref, truth))
+            source, truth, ref, region = read_case(Path(folder), row)
+            cases.append((source, row["prompt"], ref, truth, region))
         yield model, cases
 
 
@@ -61,31 +66,60 @@ def few(args):
                    "worst clip": min(results)}  # fmt: skip
 
 
-def by_themselves(edit, source, spans):
-    """Each window of a clip an edit of its own, cross-faded where they overlap."""
-    clips = (edit(source[4 * start : 4 * stop - 3]).clone() for start, stop in spans)
-    return torch.stack(list(crossfaded(clips, spans, 4)))
+def agreeing(model, *given):
+    """The windows of a long edit, (T, H, W, 3) each, before they are cross-faded."""
+    with patch("model.crossfaded", lambda clips, *rest: clips):
+        return list(model.edit_stream(*given))
+
+
+def by_themselves(model, source, *given):
+    """Likewise, each window an edit of its own."""
+    spans = windows((len(source) + 3) // 4, model.config.vae.latent_frames(model.config.window))
+    return [model.edit(source[4 * start : 4 * stop - 3], *given) for start, stop in spans]
+
+
+def flicker(edit, truth):
+    """Change from frame to frame beyond the truth's, where latent frames meet (windows begin and end there), and
+    elsewhere."""
+    changes = (edit.float() - truth.float()).diff(dim=0).abs().mean(dim=(1, 2, 3)).tolist()
+    return [mean(c for i, c in enumerate(changes) if i and (i % 4 in (0, 3)) == meet) for meet in (True, False)]
 
 
 def long(args):
     with model_and_cases(args, 65) as (model, cases):
         spans = windows(17, model.config.vae.latent_frames(model.config.window))
-        borders = {i for start, _ in spans[1:] for i in (4 * start - 1, 4 * start + 4)}  # the blend begins; it ends
-        alone = lambda source, *rest: by_themselves(lambda part: model.edit(part, *rest), source, spans)
-        for name, edit in {"windows that agree": model.edit, "by themselves, as much overlap": alone}.items():
-            quarters, jumps = [[], [], [], []], ([], [])
-            for source, prompt, ref, truth in cases:
-                result = edit(source, prompt, ref)
+        for name, edit in {"windows that agree": agreeing, "by themselves, as much overlap": by_themselves}.items():
+            quarters, apart, whole, alone = [[], [], [], []], [], [], []
+            for source, prompt, ref, truth, _ in cases:
+                clips = edit(model, source, prompt, ref)
+                apart += [(a[4:].float() - b[:5].float()).square().mean().item() for a, b in pairwise(clips)]
+                alone += [flicker(clip, truth[4 * start :][:9]) for clip, (start, _) in zip(clips, spans)]
+                result = torch.stack(list(crossfaded(iter(clips), spans, 4)))
+                whole.append(flicker(result, truth))
                 for i, quarter in enumerate(quarters):
                     part = slice(len(truth) * i // 4, len(truth) * (i + 1) // 4)
                     quarter.append(psnr(result[part], truth[part]))
-                error = result.float() - truth.float()
-                for i, change in enumerate(error.diff(dim=0).abs().mean(dim=(1, 2, 3)).tolist()):
-                    jumps[i not in borders].append(change)
-            dB = {f"quarter {i + 1} dB": mean(quarter) for i, quarter in enumerate(quarters)}
-            yield {"edit": name, **dB, "flicker at borders": mean(jumps[0]), "elsewhere": mean(jumps[1])}
+            row = {f"quarter {i + 1} dB": mean(quarter) for i, quarter in enumerate(quarters)}
+            row |= {"windows differ by": mean(apart) ** 0.5, "flicker at borders": mean(w[0] for w in whole)}
+            row |= {"elsewhere": mean(w[1] for w in whole), "there, one window": mean(a[0] for a in alone)}
+            yield {"edit": name, **row}
 
 
-SECTIONS = dict(zip(NAMES, (few, long)))
+def mask(args):
+    with model_and_cases(args) as (model, cases):
+        for name in ("no mask", "what the truth changes"):
+            rows = []
+            for source, prompt, ref, truth, region in cases:
+                if region.all():  # a style: nothing stays
+                    continue
+                result = model.edit(source, prompt, ref, mask=None if name == "no mask" else region)
+                far = F.max_pool2d(region.float(), 17, 1, 8) == 0  # 8 pixels from it
+                kept = float((result == source)[far].float().mean())
+                rows.append((psnr(result[region], truth[region]), psnr(result[~region], truth[~region]), kept))
+            means = map(mean, zip(*rows))
+            yield {"mask": name, **dict(zip(("inside dB", "outside dB", "equal far outside"), means))}
+
+
+SECTIONS = dict(zip(NAMES, (few, long, mask)))
 if __name__ == "__main__":
     bench.run("bench.solvers", args, SECTIONS)

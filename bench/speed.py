@@ -2,6 +2,7 @@
 
     dit       a step of the diffusion transformer beside diffusers' WanTransformer3DModel, the same random weights
     vae       encode and decode beside diffusers' AutoencoderKLWan, the same random weights; on a GPU peak memory too
+    profile   where the time of a DiT step and of a decoding goes, by class of kernel
     weights8  the bundled example with 8-bit DiT weights beside float32: bytes and PSNR
     memory    no device needed: peak of an edit at 480p and 720p by part, computed on tensors without storage
     roofline  no device needed: the least time of a 720p step on an H200, by part
@@ -14,10 +15,11 @@ small.
 
 import bench
 
-NAMES = ("dit", "vae", "weights8", "memory", "roofline")
+NAMES = ("dit", "vae", "profile", "weights8", "memory", "roofline")
 args = bench.parse_arguments("bench.speed", NAMES, __doc__) if __name__ == "__main__" else None
 
 import math
+import re
 import weakref
 from dataclasses import replace
 from importlib.util import find_spec
@@ -29,8 +31,19 @@ from torch.utils._pytree import tree_leaves
 import kernels
 from bench.measure import in_turns, on_gpu, peak_memory, psnr, relative_difference
 from dit import DiT, DiTConfig
+from kernels.linear import LARGEST, QuantLinear
+from lora import replace_modules
 from vae import VAE, VAEConfig
 
+CLASSES = {
+    "attention": "attn|attention|fmha|flash|softmax",
+    "convolution": "conv|fprop|implicit|winograd",
+    "matrix product": "gemm|mm$|matmul|cutlass|nvjet|xmma|linear",
+    "norm, RoPE, gate": "norm|residual",
+    "GELU, SiLU": "gelu|silu",
+    "copy": "copy|memcpy|memset|cat|fill|clone",
+    "rest": "",
+}
 GRIDS = {"480p": (21, 30, 52), "720p": (21, 44, 80)}  # latents of 81 frames, 832x480 and 1280x704, of Wan 2.2
 
 
@@ -88,12 +101,18 @@ def beside_diffusers(dtype, *makes):
     return [built(device, dtype, make) if i == 0 or find_spec("diffusers") else None for i, make in enumerate(makes)]
 
 
+def quantise_linears(blocks, kind):
+    replace_modules(blocks, lambda _, x: QuantLinear.from_linear(x, kind) if type(x) is torch.nn.Linear else None)
+
+
 def dit(args):
     if on_gpu():
         sizes = {f"{name}{ref}": (21 + (ref != ""), *GRIDS[name][1:]) for name in GRIDS for ref in ("", " + reference")}
         for name, grid in sizes.items():
             yield dit_row(args, name, DiTConfig(), grid, torch.bfloat16)
         yield dit_row(args, "720p, blocks compiled", DiTConfig(), GRIDS["720p"], torch.bfloat16, compiled=True)
+        for kind in LARGEST:
+            yield dit_row(args, f"720p, ours in {kind}", DiTConfig(), GRIDS["720p"], torch.bfloat16, kind=kind)
         return
     small = DiTConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=3, in_dim=16, out_dim=16)
     for dtype in (torch.float32, torch.bfloat16):
@@ -102,13 +121,15 @@ def dit(args):
 
 
 @torch.no_grad()
-def dit_row(args, name, config, grid, dtype, compiled=False):
+def dit_row(args, name, config, grid, dtype, compiled=False, kind=None):
     """A forward from latents and 512 text features, ours and diffusers', and ours with the context's keys kept."""
     from load import load_weights
 
     device = "cuda" if on_gpu() else "cpu"
     ours, theirs = beside_diffusers(dtype, lambda: DiT(config), lambda: diffusers_dit(config))
     theirs and load_weights(ours, theirs.state_dict())
+    if kind:
+        quantise_linears(ours.blocks, kind)
     x = torch.randn(1, config.in_dim, *grid, device=device, dtype=dtype)
     text = torch.randn(1, 512, config.text_dim, device=device, dtype=dtype)
     t = torch.tensor([500.0], device=device)
@@ -155,10 +176,29 @@ def vae_rows(args, config, size, dtype):
         yield row | {"relative difference": relative_difference(*runs.values())}
 
 
+def profile(args):
+    """ms of each class of CLASSES: kernels on a GPU, operators on a CPU."""
+    device, dtype, layers, grid = (
+        ("cuda", torch.bfloat16, 30, GRIDS["720p"]) if on_gpu() else ("cpu", None, 1, (2, 4, 4))
+    )
+    model = built(device, dtype or torch.float32, lambda: DiT(DiTConfig(num_layers=layers)))
+    decoder = built(device, dtype or torch.float32, lambda: VAE(VAEConfig()))
+    x, text = (torch.randn(1, *shape, device=device, dtype=dtype) for shape in ((48, *grid), (512, 3072)))
+    t, kept = torch.tensor([500.0], device=device), model.context_keys_values(text)
+    for part, run in (("DiT step", lambda: model(x, t, kept)), ("VAE decode", lambda: decoder.decode(x))):
+        run()
+        with torch.profiler.profile() as profiler:
+            run()
+        ms = dict.fromkeys(CLASSES, 0.0)
+        for event in profiler.key_averages():
+            name = next(name for name, pattern in CLASSES.items() if re.search(pattern, event.key.lower()))
+            ms[name] += (event.self_device_time_total if on_gpu() else event.self_cpu_time_total) / 1000
+        total = sum(ms.values())
+        yield from ({"part": part, "class": name, "ms": time, "share": time / total} for name, time in ms.items())
+
+
 def weights8(args):
     """PSNR of the edited example to that of float32 weights, in float32 arithmetic on a CPU; bfloat16: all of it."""
-    from kernels.linear import LARGEST, QuantLinear
-    from lora import replace_modules
     from media import read_image
     from model import KiwiEdit, read_for
 
@@ -166,8 +206,7 @@ def weights8(args):
     for kind in ("float32", "bfloat16", *LARGEST):
         model = KiwiEdit.from_pretrained(nano, "cpu", torch.bfloat16 if kind == "bfloat16" else torch.float32)
         if kind in LARGEST:
-            quantised = lambda _, x: QuantLinear.from_linear(x, kind) if type(x) is torch.nn.Linear else None
-            replace_modules(model.dit.blocks, quantised)
+            quantise_linears(model.dit.blocks, kind)
         size = sum(t.numel() * t.element_size() for t in model.dit.blocks.state_dict().values())
         clip = read_for(model.config, nano / "example" / "source.mp4", None, None).frames
         prompt, ref = (nano / "example" / "prompt.txt").read_text(), read_image(nano / "example" / "reference.png")
@@ -249,6 +288,6 @@ def roofline(args):
     yield {"part": "a step, at least", "TFLOP": "", "GB": "", "ms": total}
 
 
-SECTIONS = dict(zip(NAMES, (dit, vae, weights8, memory, roofline)))
+SECTIONS = dict(zip(NAMES, (dit, vae, profile, weights8, memory, roofline)))
 if __name__ == "__main__":
     bench.run("bench.speed", args, SECTIONS)

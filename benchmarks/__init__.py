@@ -21,9 +21,8 @@ from vlm import Malformed, json_objects, spoken
 
 ANSWER = """
 Think in one or two sentences, then answer with JSON alone, scores last, whole numbers from 1 to 5. No score may be
-above the first. {"reasoning": "...", FIELDS}
-
-The instruction of the edit was: {instruction}"""
+above the first. {"reasoning": "...", FIELDS}"""
+ASKED = "\n\nThe instruction of the edit was: {instruction}"
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,7 @@ class Bench:
             for name, anchors in self.task(item.task)["criteria"].items():
                 text += "\n".join(["", f"{name}:", *(f"{i}: {anchor}" for i, anchor in enumerate(anchors, 1)), ""])
             text += ANSWER.replace("FIELDS", ", ".join(f'"{name}": n' for name in self.criteria(item.task)))
-        elif "{instruction}" not in text:
-            text += "\n\nThe instruction of the edit was: {instruction}"
+        text += "" if "{instruction}" in text else ASKED
         return text.replace("{instruction}", item.instruction)
 
 
@@ -95,12 +93,10 @@ def open_bench(name, prompts=None):
     found, names = read_yaml(path), {f.name for f in fields(Bench)} - {"name", "prompts"}
     if not isinstance(found, dict) or not {"columns", "edit", "tasks"} <= found.keys() <= names:
         raise ValueError(f"{path}: expected columns, edit, tasks, and no more than {', '.join(sorted(names))}")
-    found = {"title": path.stem, **found, "prompts": read_yaml(prompts) if prompts else {}}
-    bench = Bench(path.stem, **found)
+    bench = Bench(path.stem, **{"title": path.stem, **found, "prompts": read_yaml(prompts) if prompts else {}})
     for task, told in bench.tasks.items():
-        for criterion, anchors in told["criteria"].items():
-            if not isinstance(anchors, list) or len(anchors) != 5:
-                raise ValueError(f"{path}: {task}, {criterion}: expected five anchors, for 1 to 5")
+        if not all(isinstance(anchors, list) and len(anchors) == 5 for anchors in told["criteria"].values()):
+            raise ValueError(f"{path}: {task}: expected five anchors, for 1 to 5, under each of its criteria")
     if not isinstance(bench.prompts, dict) or not all(isinstance(text, str) for text in bench.prompts.values()):
         raise ValueError(f"{prompts}: expected a mapping from tasks to templates")
     return bench
@@ -121,8 +117,6 @@ def read_bench(bench, path, edits, limit=None):
     """The items of a Bench, or of one by name, at most `limit`. ValueError where the file is not what --bench says."""
     bench = open_bench(bench) if isinstance(bench, str) else bench
     path, items, names = Path(path), [], {}
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; give the benchmark's YAML, CSV or JSON")
     for index, (place, key, row) in enumerate(rows_of(path)):
         texts = {ours: text_of(row, theirs, place) for ours, theirs in bench.columns.items()}
         task = texts["task"]
@@ -157,39 +151,32 @@ def source_of(path, name, place):
 
 def edit_of(bench, edits, index, key, texts, place):
     """Where the edit of an item lies: the benchmark's pattern, whose `*/` is a folder of any name, or missing."""
-    source = Path(texts["source"])
-    name = bench.edit.format(index=index, key=key, task=texts["task"], instruction=texts["instruction"],
-                             stem=source.stem, name=source.name)  # fmt: skip
+    source, given = Path(texts["source"]), {"index": index, "key": key, **texts}
+    name = bench.edit.format(**{**given, "stem": source.stem, "name": source.name})
     plain = inside(edits, name.replace("*/", ""), place)
     return next(iter(sorted(Path(edits).glob(name))), plain) if "*/" in bench.edit else plain
 
 
-def wrong_references(items, item):
-    """Up to 5 references of other items, those of the same task first, from the next item on, cyclically."""
-    if item.ref is None:
-        return []
+def wrong_reference(items, item):
+    """The next reference of another item, cyclically, of the same task if there is one; None without."""
     at = items.index(item)
-    others = [i for i in items[at + 1 :] + items[:at] if i.ref and i.ref != item.ref and i.ref.is_file()]
-    return [other.ref for other in sorted(others, key=lambda other: other.task != item.task)][:5]
+    others = [i for i in items[at + 1 :] + items[:at] if item.ref and i.ref not in (None, item.ref) and i.ref.is_file()]
+    return min(others, key=lambda other: other.task != item.task).ref if others else None
 
 
-def read_score(text):
+NUMBER = r"(?P<score>-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*(?P<of>\d+))?"
+# what may follow a score: not "2 of the hats", nor "3-4"
+END = r"(?![\d.]*\d|\s*(?:/|-|–|to|or)\s*\d)(?(of)|(?![ \t]+(?!stars?\b|points?\b|of 5\b)[a-z]))"
+
+
+def read_score(value):
     """ "4", 4, "4/5", "**4**", {"score": 4} -> 4. Malformed for anything but a whole number from 1 to 5."""
-    text = text.get("score", text) if isinstance(text, dict) else text
-    match = re.fullmatch(NUMBER, str(text).strip(" *_`\"'.,"))
-    if isinstance(text, bool) or not match or match[2] not in (None, "5") or float(match[1]) not in range(1, 6):
-        raise Malformed(f"{text!r} is not a whole number from 1 to 5")
-    return int(float(match[1]))
-
-
-NUMBER = r"(-?\d+(?:\.\d+)?)(?:\s*(?:/|out of)\s*(\d+))?"
-# not "2 of the hats", nor "3-4"
-LONE = r"(?![\d.]*\d|\s*(?:/|-|–|to|or)\s*\d)(?(2)|(?![ \t]+(?!stars?\b|points?\b|of 5\b)[a-z]))"
-
-
-def spelled(name):
-    """A pattern for a criterion's name as judges write it: "consistency_detail" in "Consistency & Detail"."""
-    return r"[\s_]+(?:(?:&|and)[\s_]+)?".join(map(re.escape, name.split("_")))
+    value = value.get("score", value) if isinstance(value, dict) else value
+    match = re.fullmatch(NUMBER, str(value).strip(" *_`\"'.,"))
+    whole = match and match["of"] in (None, "5") and float(match["score"]) in range(1, 6)
+    if not whole or isinstance(value, bool):
+        raise Malformed(f"{value!r} is not a whole number from 1 to 5")
+    return int(float(match["score"]))
 
 
 def read_answer(text, names):
@@ -202,17 +189,15 @@ def read_answer(text, names):
         flat = {re.sub(r"[^a-z]+", "_", str(k).lower()).strip("_"): v for k, v in found.items()}
         if all(name in flat for name in names):
             return {name: read_score(flat[name]) for name in names}
+    # "consistency_detail" in "Consistency & Detail"
+    spelled = {name: r"[\s_]+(?:(?:&|and)[\s_]+)?".join(map(re.escape, name.split("_"))) for name in names}
+    other = rf"(?:(?!^[#*\s\d.]*(?:{'|'.join(spelled.values())}))[\s\S])*?"  # anything up to the next heading
     scores = {}
-    heading = rf"^[#*\s\d.]*(?:{'|'.join(map(spelled, names))})"
-    for name in names:
-        given = re.finditer(rf"{spelled(name)}[^\n:=]{{0,60}}[:=][\s*_\"']*{NUMBER}{LONE}", text, re.IGNORECASE)
-        given = {m[0][m.start(1) - m.start() :] for m in given}
-        if not given:
-            for part in re.split(rf"(?im)(?={heading})", text):
-                if re.match(rf"(?i)[#*\s\d.]*{spelled(name)}[^\n]*\n", part):
-                    found = re.finditer(rf"(?im)^[\s*_-]*score[\s*_]*[:=][\s*_]*{NUMBER}{LONE}", part)
-                    given |= {m[0][m.start(1) - m.start() :] for m in found}
-        values = {read_score(value) for value in given}
+    for name, words in spelled.items():
+        beside = rf"{words}[^\n:=]{{0,60}}[:=][\s*_\"']*{NUMBER}{END}"
+        below = rf"^[#*\s\d.]*{words}[^\n]*\n{other}^[\s*_-]*score[\s*_]*[:=][\s*_]*{NUMBER}{END}"
+        given = re.findall(f"(?im){beside}", text) or re.findall(f"(?im){below}", text)
+        values = {read_score(f"{score}/{of}" if of else score) for score, of in given}
         if len(values) != 1:
             said = " ".join(text.split())[:120]
             raise Malformed(f"{name} is {'given twice' if values else 'missing'} in the answer: {said!r}")

@@ -19,7 +19,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import benchmarks
@@ -29,6 +28,7 @@ import stats
 import vlm
 from conftest import BLUE, GREEN, HOUSE, RED, score, smooth_clip, tiny_local_judge
 from connectors import lay_out
+from ledger import appended
 from media import open_media, read_clip, write_image, write_video
 from model import KiwiEdit
 
@@ -61,9 +61,9 @@ def refvie(tmp_path, refvie_original, monkeypatch):
     return Path(shutil.copytree(refvie_original, tmp_path / "refvie"))
 
 
-def lines_of(folder, out="out"):
-    lines = [json.loads(line) for line in (folder / out / "answers.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["event"] == "answer" and "metrics" not in line]
+def answers_of(folder):
+    lines = [json.loads(line) for line in (folder / "out" / "answers.jsonl").read_text().splitlines()]
+    return [line for line in lines if "value" in line]
 
 
 def report_of(folder, out="out", name="refvie"):
@@ -80,8 +80,8 @@ def good_answer(request, scores=(4, 3, 2)):
 
 
 def openai_says(content, reason="stop", tokens=9000, **more):
-    return {"choices": [{"message": {"content": content}, "finish_reason": reason}],
-            "usage": {"prompt_tokens": tokens, "completion_tokens": 7}, **more}  # fmt: skip
+    usage = {"prompt_tokens": tokens, "completion_tokens": 7}
+    return {"choices": [{"message": {"content": content}, "finish_reason": reason}], "usage": usage, **more}
 
 
 def gemini_says(text, reason="STOP", tokens=9000):
@@ -95,7 +95,7 @@ class Handler(BaseHTTPRequestHandler):
         gemini = self.path.endswith(":generateContent")
         text = body["systemInstruction"]["parts"][0]["text"] if gemini else body["messages"][0]["content"]
         parts = body["contents"][0]["parts"] if gemini else body["messages"][1]["content"]
-        request = {"path": self.path, "headers": dict(self.headers), "text": text, "parts": parts, "body": body}
+        request = {"headers": dict(self.headers), "text": text, "parts": parts, "body": body}
         with fake.lock:
             nth = sum(r["text"] == text for r in fake.requests)
             fake.requests.append(request)
@@ -130,7 +130,7 @@ class FakeJudge(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.say, self.requests, self.lock, self.over = say, [], threading.Lock(), threading.Event()
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def handle_error(self, *_):  # whoever hung up
         pass
@@ -141,35 +141,33 @@ class FakeJudge(ThreadingHTTPServer):
         self.server_close()
 
 
-@pytest.mark.parametrize("text", [
-    '{"reasoning": "ok", "instruction_compliance": 4, "consistency_detail": 3, "visual_quality": 2}',
-    'Sure!\n```json\n{"visual_quality": 2, "consistency_detail": "3/5", "instruction_compliance": "**4**"}\n```\nDone.',
-    '{"scores": {"Instruction Compliance": 4, "consistency detail": 3.0, "visual_quality": "2 out of 5"}}',
-    "Seen: 2 hats.\nVisual Quality & Stability: 2\n**Instruction Compliance**: **4/5**\nConsistency & Detail: 3",
-    '{"reasoning": "cut", "instruction_compliance": 4, "consistency_detail": 3, "visual_quality": 2',
-    "Instruction compliance: 4 stars\nConsistency detail: 3 of 5, good\nVisual quality: 2/5 poor",
-    '{"instruction_compliance": {"score": 4, "why": "x"}, "consistency_detail": {"score": "3/5"}, "visual_quality": 2}',
-    "### Instruction Compliance\n**Score:** 4/5\n## 2. Consistency Detail\nScore: 3\n**Visual Quality**\nScore: 2",
-])  # fmt: skip
-def test_an_answer_is_read_by_its_names_whatever_stands_around_the_numbers(text):
-    assert benchmarks.read_answer(text, NAMES) == dict(zip(NAMES, (4, 3, 2)))
+ALL_BUT_FIRST = "\nConsistency detail: 1\nVisual quality: 1"
 
 
 @pytest.mark.parametrize("text, says", [
+    ('{"reasoning": "ok", "instruction_compliance": 4, "consistency_detail": 3, "visual_quality": 2}', ""),
+    ('```json\n{"visual_quality": 2, "consistency_detail": "3/5", "instruction_compliance": "**4**"}\n```', ""),
+    ('{"scores": {"Instruction Compliance": 4, "consistency detail": 3.0, "visual_quality": "2 out of 5"}}', ""),
+    ("Seen: 2 hats.\nVisual Quality & Stability: 2\n**Instruction Compliance**: **4/5**\nConsistency & Detail: 3", ""),
+    ('{"reasoning": "cut", "instruction_compliance": 4, "consistency_detail": 3, "visual_quality": 2', ""),
+    ("Instruction compliance: 4 stars\nConsistency detail: 3 of 5, good\nVisual quality: 2/5 poor", ""),
+    ('{"instruction_compliance": {"score": 4}, "consistency_detail": {"score": "3/5"}, "visual_quality": 2}', ""),
+    ("### Instruction Compliance\n**Score:** 4/5\n## 2. Consistency Detail\n\nScore: 3\nVisual Quality\nScore: 2", ""),
     ('{"instruction_compliance": 6, "consistency_detail": 3, "visual_quality": 2}', "6 is not a whole"),
     ('{"instruction_compliance": 3.5, "consistency_detail": 3, "visual_quality": 2}', "3.5 is not a whole"),
     ('{"instruction_compliance": "8/10", "consistency_detail": 3, "visual_quality": 2}', "8/10. is not a whole"),
     ('{"instruction_compliance": true, "consistency_detail": 3, "visual_quality": 2}', "True is not a whole"),
     ('{"instruction_compliance": 4, "consistency_detail": 3, "visual_qu', "visual_quality is missing"),
     ("Visual quality: 3\nVisual quality: 4\nInstruction compliance: 4\nConsistency detail: 1", "given twice"),
-    ("Instruction compliance: 3-4\nConsistency detail: 1\nVisual quality: 1", "instruction_compliance is missing"),
-    ("Instruction compliance: 2 of the hats, so 4/5\nConsistency detail: 1\nVisual quality: 1", "is missing"),
-    ("Instruction compliance: 2/3 of the hats, so 4/5\nConsistency detail: 1\nVisual quality: 1", "2/3. is not a"),
-    ("Instruction compliance: -4\nConsistency detail: 1\nVisual quality: 1", "-4. is not a whole"), ("", "missing"),
+    (f"Instruction compliance: 3-4{ALL_BUT_FIRST}", "instruction_compliance is missing"),
+    (f"Instruction compliance: 2 of the hats, so 4/5{ALL_BUT_FIRST}", "instruction_compliance is missing"),
+    (f"Instruction compliance: 2/3 of the hats, so 4/5{ALL_BUT_FIRST}", "2/3. is not a"),
+    (f"Instruction compliance: -4{ALL_BUT_FIRST}", "-4. is not a whole"),
+    ("### Instruction compliance\nFine.\n### Consistency detail\nScore: 3\n## Visual quality\nScore: 2", "is missing"),
 ])  # fmt: skip
-def test_an_answer_without_a_possible_score_is_refused_and_never_guessed(text, says):
-    with pytest.raises(vlm.Malformed, match=says):
-        benchmarks.read_answer(text, NAMES)
+def test_an_answer_is_read_by_its_names_and_without_a_possible_score_never_guessed(text, says):
+    with pytest.raises(vlm.Malformed, match=says) if says else contextlib.nullcontext():
+        assert benchmarks.read_answer(text, NAMES) == dict(zip(NAMES, (4, 3, 2)))
 
 
 def test_what_a_judge_thinks_aloud_is_not_its_answer_and_a_winner_is_one():
@@ -179,10 +177,10 @@ def test_what_a_judge_thinks_aloud_is_not_its_answer_and_a_winner_is_one():
         assert set(benchmarks.read_answer(vlm.spoken(text), ("quality", "consistency")).values()) == {1}
     told = {"**Winner:** 2 (sharper)": "2", '{"winner": "tie"}': "tie", f"Winner: 1. {thought} Winner: 2": "2"}
     assert [benchmarks.read_winner(vlm.spoken(text))["winner"] for text in told] == list(told.values())
-    assert benchmarks.read_reason('<think>{"reasoning": "none"}</think>{"reasoning": "a hat"}') == "a hat"
     for text in ('{"winner": "1 or 2"}', '{"winner": "1/2"}', "winner: 1 and 2 are equal"):
         with pytest.raises(vlm.Malformed):
             benchmarks.read_winner(text)
+    assert benchmarks.read_reason('<think>{"reasoning": "none"}</think>{"reasoning": "a hat"}') == "a hat"
     parts = [{"text": "perhaps 5", "thought": True}, {"text": "4"}]
     assert vlm.Gemini.reply(None, {"candidates": [{"content": {"parts": parts}}]})[0] == "4"
 
@@ -204,21 +202,20 @@ def asked(fake, monkeypatch, kind="openai", times=1, **settings):
     return list(vlm.in_threads(ask, range(times), settings.concurrency)), lines
 
 
-GOOD, THOUGHT = "Quality: 4", "<think>… quality: 2 … Wait,"
+GOOD = "Quality: 4"
 CUT_OFF = {
-    "length": ("openai", openai_says(THOUGHT[7:], "length")), "thought": ("openai", openai_says(THOUGHT)),
-    "filter": ("openai", openai_says("Quality: 2", "content_filter")),
-    "MAX_TOKENS": ("gemini", gemini_says("Quality: 2", "MAX_TOKENS")),
-    "blocked": ("gemini", {"promptFeedback": {"blockReason": "OTHER"},
-                           "usageMetadata": {"promptTokenCount": 9000, "thoughtsTokenCount": 7}}),
-    "shape": ("openai", {"choices": "none", "usage": {"prompt_tokens": 9000, "completion_tokens": 7}}),
+    "length": openai_says("… quality: 2 … Wait,", "length"), "thought": openai_says("<think>… quality: 2 … Wait,"),
+    "filter": openai_says("Quality: 2", "content_filter"), "MAX_TOKENS": gemini_says("Quality: 2", "MAX_TOKENS"),
+    "blocked": {"promptFeedback": {"blockReason": "OTHER"},
+                "usageMetadata": {"promptTokenCount": 9000, "thoughtsTokenCount": 7}},
+    "shape": {"choices": "none", "usage": {"prompt_tokens": 9000, "completion_tokens": 7}},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind, said", CUT_OFF.values(), ids=CUT_OFF)
-def test_nothing_is_read_from_what_was_cut_off_and_its_tokens_are_counted(monkeypatch, kind, said):
+@pytest.mark.parametrize("said", CUT_OFF.values(), ids=CUT_OFF)
+def test_nothing_is_read_from_what_was_cut_off_and_its_tokens_are_counted(monkeypatch, said):
     with FakeJudge(lambda request, nth: said) as fake:
-        (problem,), lines = asked(fake, monkeypatch, kind, tries=1)
+        (problem,), lines = asked(fake, monkeypatch, "gemini" if "usageMetadata" in said else "openai", tries=1)
     assert isinstance(problem, vlm.Malformed) and not lines[1]["ok"]
     assert (lines[1]["tokens_in"], lines[1]["tokens_out"]) == (9000, 7)
 
@@ -230,12 +227,12 @@ def test_nothing_is_read_from_what_was_cut_off_and_its_tokens_are_counted(monkey
     (lambda n: n < 1 and b'{"choices": "none"}', 2, None),
     (lambda n: "I cannot help with that.", 5, "quality is missing"), (lambda n: (413, {}, b"big"), 1, "HTTP 413: big"),
     (lambda n: "dribble", 5, "no answer within"), (lambda n: b" " * 9_000_000, 5, "more than 4 MB"),
-    (lambda n: openai_says(GOOD, tokens=2), 1, "dropped the videos"),
+    (lambda n: openai_says(GOOD, tokens=2), 1, "dropped the videos"), (lambda n: (403, {}, b""), 1, "refuses"),
 ])  # fmt: skip
 def test_every_trouble_ends_in_the_right_score_or_in_a_report(monkeypatch, trouble, requests, says):
     say = lambda request, nth: trouble(nth) or openai_says(GOOD)
     with FakeJudge(say) as fake:
-        (found,), lines = asked(fake, monkeypatch, deadline=0.5 if trouble(0) in ("hang", "dribble") else 30.0)
+        (found,), lines = asked(fake, monkeypatch, deadline=0.3 if trouble(0) in ("hang", "dribble") else 30.0)
         assert len(fake.requests) == requests and len(lines) == 2 * requests
     assert re.search(says, str(found)) if says else found == 4
     assert lines[-1]["ok"] == (not says) and all(line["ok"] or line["error"] for line in lines[1::2])
@@ -255,12 +252,12 @@ def test_a_judge_that_will_not_answer_is_stopped_at_once_and_costs_no_more(monke
 
 
 def test_a_quota_costs_time_and_no_item(monkeypatch):
-    times, lock, details = [], threading.Lock(), {"error": {"details": [{"retryDelay": "0.31s"}]}}
+    times, lock, details = [], threading.Lock(), {"error": {"details": [{"retryDelay": "0.11s"}]}}
 
-    def say(request, nth):  # 5 requests every 0.3 s, and Google's way of saying when to come back
+    def say(request, nth):  # 9 requests every 0.1 s, and Google's way of saying when to come back
         with lock:
             now = time.monotonic()
-            if sum(now - t < 0.3 for t in times) >= 5:
+            if sum(now - t < 0.1 for t in times) >= 9:
                 return 429, {}, details
             times.append(now)
         return openai_says(GOOD)
@@ -272,58 +269,26 @@ def test_a_quota_costs_time_and_no_item(monkeypatch):
     assert seconds == [1.5, pytest.approx(90, abs=3), 34.07, None]
 
 
-def test_a_refused_parameter_is_left_out_and_a_refused_request_is_no_refused_key(monkeypatch):
-    def say(request, nth):
-        name = next((name for name in ("temperature", "response_format") if name in request["body"]), None)
-        said = (400, {}, f"unsupported parameter: {name}".encode()) if name else openai_says(GOOD)
-        return (403, {}, b"no") if request["text"] == "Grade 1" else said
-
-    with FakeJudge(say) as fake:
-        found, _ = asked(fake, monkeypatch, times=3, concurrency=1)
-        assert len(fake.requests) == 3 + 2 and found[::2] == [4, 4] and type(found[1]) is vlm.Unusable
-    with FakeJudge(lambda request, nth: (403, {}, b"no")) as fake:
-        assert type(asked(fake, monkeypatch)[0][0]) is vlm.Barred  # it never answered
+def test_a_parameter_that_a_server_refuses_is_left_out(monkeypatch):
+    refused = lambda request: "temperature" in request["body"] and (400, {}, b"unsupported: temperature")
+    with FakeJudge(lambda request, nth: refused(request) or openai_says(GOOD)) as fake:
+        assert asked(fake, monkeypatch, times=2)[0] == [4, 4] and len(fake.requests) == 3
 
 
 def test_a_key_goes_to_no_open_address_and_to_no_other_host_and_into_no_file(refvie, monkeypatch):
-    for url, says in (("http://example.com/v1", "https only"), ("https://me:p@host/v1", "no user, password or query"),
-                      ("https://host/v1?key=s3cret", "no user, password or query")):  # fmt: skip
-        with fails(says):
+    for url in ("http://example.com/v1", "https://me:p@host/v1", "https://host/v1?key=s3cret"):
+        with fails("https only|no user, password or query"):
             score(refvie, SimpleNamespace(url=url), judge_="gemini-x")
     with FakeJudge() as other, FakeJudge(lambda request, nth: (302, {"Location": other.url}, b"")) as fake:
         assert type(asked(fake, monkeypatch)[0][0]) is vlm.Unusable and not other.requests
-    echo = lambda request, nth: openai_says(good_answer(request).replace("as seen", KEY), model=KEY)
-    say = lambda request, nth: (413, {}, KEY.encode()) if number_of(request) == 1 else echo(request, nth)
-    with FakeJudge(say) as fake:
+    echo = lambda request: openai_says(good_answer(request).replace("as seen", KEY), model=KEY)
+    spelled = lambda request: json.dumps(echo(request)).replace("secret", "\\u0073ecret").encode()
+    says = [spelled, lambda request: (413, {}, KEY.encode()), echo]
+    with FakeJudge(lambda request, nth: says[number_of(request)](request)) as fake:
         score(refvie, fake, "--controls", 0, "--allow-missing")
         assert KEY in str(fake.requests[-1]["headers"])
     written = b"".join(path.read_bytes() for path in (refvie / "out").rglob("*") if path.is_file())
     assert b"HTTP 413: ***" in written and b"kkkk" not in written
-
-
-def test_a_question_that_waits_is_not_sent_when_the_run_stops():
-    asker = vlm.Asker(None, vlm.Settings())  # no model: sending would fail
-    asker.not_before = time.monotonic() + 20
-    threading.Timer(0.1, setattr, (asker, "stop", vlm.Barred("no such key"))).start()
-    with pytest.raises(vlm.Barred, match="no such key"):
-        asker.ask("", [], 1.0, str)
-    assert time.monotonic() < asker.not_before - 10
-
-
-@pytest.mark.parametrize("judge_", ["gemini-x", "openai:m"])
-def test_a_judge_gets_the_media_at_an_explicit_rate(refvie, judge_):
-    with FakeJudge() as fake:
-        score(refvie, fake, "--mode", "strict", "--controls", 0, judge_=judge_)
-        request = fake.requests[-1]
-    if judge_ == "gemini-x":
-        videos, config = [p for p in request["parts"] if "videoMetadata" in p], request["body"]["generationConfig"]
-        assert len(videos) == 2 and all(p["videoMetadata"] == {"fps": 4.0} for p in videos)
-        edits = [path.read_bytes() for path in (refvie / "edits").iterdir()]
-        assert base64.b64decode(videos[1]["inlineData"]["data"]) in edits
-        assert config["mediaResolution"] == "MEDIA_RESOLUTION_HIGH" and config["temperature"] == 0
-        assert config["responseSchema"]["propertyOrdering"][0] == "reasoning"
-    else:  # frames of the clips, which have 4 a second too, and the reference
-        assert len([p for p in request["parts"] if p["type"] == "image_url"]) == 1 + 2 * (8 + number_of(request))
 
 
 def test_who_answered_is_kept_and_another_endpoint_or_rate_is_asked_anew(refvie, monkeypatch, capsys):
@@ -337,32 +302,25 @@ def test_who_answered_is_kept_and_another_endpoint_or_rate_is_asked_anew(refvie,
         for server, more in ((elsewhere, ()), (elsewhere, ("--mode", "strict")), (fake, ())):
             score(refvie, server, "--controls", 0, *more)
         assert len(fake.requests) == 9 and len(elsewhere.requests) == 6
-        assert {line["model"] for line in lines_of(refvie)} == {"other-7b"}
+        last = elsewhere.requests[-1]  # the reference, and all frames of two clips that have 4 a second too
+        assert len([p for p in last["parts"] if p["type"] == "image_url"]) == 1 + 2 * (8 + number_of(last))
+        assert {line["model"] for line in answers_of(refvie)} == {"other-7b"}
         assert "Answered by other-7b, not by openai:m." in report_of(refvie)
-        score(refvie, fake, "--controls", 0, "--mode", "strict", "--name", "b", out="b")
+        score(refvie, fake, "--controls", 0, "--mode", "strict", out="b")
     capsys.readouterr()
     go("leaderboard", refvie / "out", refvie / "b")
-    said = capsys.readouterr().out
-    assert "| edits | openai:m | 3 | 3.00" in said and "| b | openai:m | 3 | 3.00" in said
-    assert "other asked than the first" in said
+    first, second = capsys.readouterr().out.splitlines()[2:]
+    assert "/out | openai:m | 3 | 3.00" in first and "other asked than the first" in second
 
 
-def test_a_dry_run_names_the_price_and_asks_and_measures_nothing(refvie, capsys, monkeypatch):
+def test_a_dry_run_tells_the_price_and_asks_and_measures_nothing(refvie, capsys, monkeypatch):
     monkeypatch.delenv("GEMINI_API_KEY")
-    with FakeJudge() as fake:
-        score(refvie, fake, "--dry-run", "--price", 2, 10, "--limit", 2, "--controls", 0)
-        score(refvie, fake, "--dry-run", judge_="gemini-x")
+    for judge_, limit in (("openai:m", 2), ("gemini-x", 3)):
+        with pytest.raises(SystemExit):
+            score(refvie, SimpleNamespace(url="http://x"), "--dry-run", "--limit", limit, judge_=judge_)
     said = capsys.readouterr().out
-    assert not fake.requests and "2 of 2 questions to ask" in said and "$" in said and "21 of 21 questions" in said
+    assert "14 of 14 questions to ask, about " in said and "21 of 21 questions" in said
     assert not (refvie / "out" / "media").exists() and not (refvie / "out" / "controls").exists()
-
-
-def test_two_runs_never_share_a_folder_and_a_broken_line_is_put_aside(tmp_path):
-    (tmp_path / "answers.jsonl").write_text('{}\nnull\n{"event": "answer"}\n{"event": "sent", "key": "k"}\n{"ev')
-    with judge.open_answers(tmp_path) as answers:
-        assert answers.lines == [{"event": "sent", "key": "k"}]
-        with pytest.raises(ValueError, match="another run writes to it"), judge.open_answers(tmp_path):
-            pass
 
 
 def start(refvie, fake, *more):
@@ -378,34 +336,30 @@ def wait_for(test, seconds=90):
         time.sleep(0.05)
 
 
-def test_after_kill_9_a_rerun_pays_for_no_item_twice(refvie):
+def test_after_kill_9_a_rerun_pays_for_no_item_twice_and_ctrl_c_ends_within_two_seconds(refvie):
     served, path = threading.Event(), refvie / "out" / "answers.jsonl"
     done = lambda: sum(r.get("served", False) for r in fake.requests)
     say = lambda request, nth: "hang" if done() >= 3 and not served.is_set() else good_answer(request)
+    more = ("--repeats", "3", "--controls", "0", "--set", "concurrency=1")
     with FakeJudge(say) as fake:
-        more = ("--repeats", "3", "--controls", "0", "--set", "concurrency=1")
         process = start(refvie, fake, *more)
         wait_for(lambda: path.exists() and path.read_text().count('"value"') >= 3 and len(fake.requests) >= 4)
         process.kill()
         process.communicate()
-        served.set()
         with path.open("ab") as file:  # as a crash in the middle of a character leaves it
             file.write('{"event": "answer", "ok": true, "key": "é'.encode()[:-1])
-        score(refvie, fake, *more)
-        assert done() == 9
-    lines = [line for line in path.read_text().splitlines() if '"value"' in line]
-    assert len({json.loads(line)["key"] for line in lines}) == len(lines) == 9
-    assert "1 cut off, 0 timed out (perhaps paid)" in report_of(refvie)
-
-
-def test_ctrl_c_ends_the_run_within_two_seconds(refvie):
-    with FakeJudge(lambda request, nth: "hang") as fake:
-        process = start(refvie, fake)
-        wait_for(lambda: fake.requests)
+        process = start(refvie, fake, *more)
+        wait_for(lambda: len(fake.requests) >= 5)
         process.send_signal(signal.SIGINT)
         began = time.monotonic()
         assert "interrupted; run the same command again" in process.communicate(timeout=20)[1]
         assert time.monotonic() - began < 2 and process.returncode == 130
+        served.set()
+        with appended(path), fails("another run writes to it"):
+            score(refvie, fake, *more)
+        score(refvie, fake, *more)
+        assert done() == 9 and len({line["key"] for line in answers_of(refvie)}) == 9
+    assert "2 cut off, 0 timed out (perhaps paid)" in report_of(refvie)
 
 
 def test_the_hierarchy_is_enforced_in_code_and_odd_answers_are_paid_once(refvie):
@@ -414,15 +368,15 @@ def test_the_hierarchy_is_enforced_in_code_and_odd_answers_are_paid_once(refvie)
     with FakeJudge(lambda request, nth: good_answer(request, scores(request)).replace("{", "{" + odd, 1)) as fake:
         for _ in range(2):
             score(refvie, fake, "--controls", 0)
-        assert len(fake.requests) == 3 and "\u2028" in lines_of(refvie)[-1]["text"]
+        assert len(fake.requests) == 3 and "\u2028" in answers_of(refvie)[-1]["text"]
     assert "broke the hierarchy in 2 of 3 answers" in report_of(refvie)
-    assert "| the same, uncapped | 2.00 (2.00, 2.00) | 5.00 (5.00, 5.00) |" in report_of(refvie)
+    assert "| 3.17 | 3.67 |" in report_of(refvie)  # capped and not, of the tasks' means
     with (refvie / "out" / "refvie.csv").open() as file:
         row = next(csv.DictReader(file))
     names = ("identity_consistency", "temporal_consistency", "physical_integration", "score", "uncapped")
     assert [row[name] for name in names] == ["2.0000", "2.0000", "1.0000", "1.6667", "2.6667"]
     told = json.loads((refvie / "out" / "summary.json").read_text())
-    assert told["overall"] == "3.17"  # of the tasks' means, (5 / 3 + 14 / 3) / 2
+    assert told["overall"] == "3.17"  # (5 / 3 + 14 / 3) / 2
 
 
 def test_known_answers_hold_for_a_judge_with_eyes_and_a_blind_one_ends_with_exit_3(refvie):
@@ -434,27 +388,30 @@ def test_known_answers_hold_for_a_judge_with_eyes_and_a_blind_one_ends_with_exit
         return good_answer(request, (5, 5, 5) if whole else (3, 1, 1))
 
     always = lambda n: lambda request, nth: good_answer(request, (n, n, n))
-    published = "Runway Aleph, published (Gemini-3-Flash; other model, prompts, items: compare ranks)"
-    run = lambda fake, out: score(refvie, fake, "--controls", 2, judge_="gemini-x", out=out)
-    table = lambda text: re.findall(r"\| (\d) \| (\d) \| (\d) \| \d \|", text.partition("## Metrics")[0])
+    published = "Runway Aleph, published (Gemini-3-Flash; other model, prompts or items: compare ranks)"
+    run = lambda fake: score(refvie, fake, "--controls", 2, "--limit", 2, judge_="gemini-x")
+    table = lambda: re.findall(r"\| (\d) \| (\d) \|\n", report_of(refvie).partition("## Metrics")[0])
     with FakeJudge(seeing) as fake:
-        run(fake, "seeing")
-    text = report_of(refvie, "seeing")
-    assert table(text) == [("2", "2", "0")] * 6 and "failed 0 of 12 known answers" in text and published in text
-    with FakeJudge(always(5)) as fake, pytest.raises(SystemExit) as stopped:
-        run(fake, "blind")
-    text = report_of(refvie, "blind")
+        run(fake)
+    assert table() == [("2", "2")] * 6 and "failed 0 of 12 known answers" in report_of(refvie)
+    assert published in report_of(refvie)
+    (last, *_), rates = fake.requests, {json.dumps(part.get("videoMetadata")) for part in fake.requests[0]["parts"]}
+    assert rates == {"null", '{"fps": 1.0}'} and last["body"]["generationConfig"]["temperature"] == 0
+    assert last["body"]["generationConfig"]["mediaResolution"] == "MEDIA_RESOLUTION_MEDIUM"
+    assert last["body"]["generationConfig"]["responseSchema"]["propertyOrdering"][0] == "reasoning"
+    with FakeJudge(always(5)) as fake, fails("3"):
+        run(fake)
+    text = report_of(refvie)
     assert "Do not trust this judge: gemini-x failed 12 of 12" in text and published not in text
-    assert table(text) == [("0", "2", "0")] * 6 and stopped.value.code == 3
+    assert table() == [("0", "2")] * 6
     with FakeJudge(always(1)) as fake:
-        run(fake, "strict")
-    assert table(report_of(refvie, "strict"))[1:] == [("0", "0", "2")] * 5  # what has 1 already cannot fall
+        run(fake)
+    assert table() == [("2", "2"), *[("0", "0")] * 5]  # what has 1 already cannot fall
 
 
 def test_foreseeable_failures_end_with_one_line_and_others_with_a_traceback():
-    no_memory = [RuntimeError(words) for words in ("CUDA error: out of memory", "unable to find an engine to execute")]
-    told = [("no such file", OSError("no such\nfile")), *(("out of GPU memory", error) for error in no_memory)]
-    for says, error in told:
+    full = ("out of GPU memory", RuntimeError("unable to find an engine to execute"))
+    for says, error in (("no such file", OSError("no such\nfile")), full):
         with pytest.raises(SystemExit, match=f"judge.py: {says}"), command.one_line("judge.py"):
             raise error
     with pytest.raises(RuntimeError, match="a bug"), command.one_line("judge.py"):
@@ -462,51 +419,44 @@ def test_foreseeable_failures_end_with_one_line_and_others_with_a_traceback():
 
 
 def test_correlations_and_intervals_are_right_on_numbers_done_by_hand():
-    assert stats.spearman([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(0.8)
-    assert stats.spearman([1, 1, 1], [1, 2, 3]) is None
-    assert stats.kendall([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(4 / 6)
-    assert stats.kendall([1, 1, 2], [1, 2, 3]) == pytest.approx(2 / 6**0.5)
-    assert stats.pairwise([1, 2, 3], [1, 3, 2]) == pytest.approx(2 / 3) and stats.pairwise([1, 1], [1, 2]) is None
+    about = pytest.approx
+    assert stats.spearman([1, 2, 3, 4], [1, 3, 2, 4]) == about(0.8) and stats.spearman([1, 1, 1], [1, 2, 3]) is None
+    assert stats.kendall([1, 2, 3, 4], [1, 3, 2, 4]) == about(4 / 6)
+    assert stats.kendall([1, 1, 2], [1, 2, 3]) == about(2 / 6**0.5)
+    assert stats.pairwise([1, 2, 3], [1, 3, 2]) == about(2 / 3) and stats.pairwise([1, 1], [1, 2]) is None
     values = np.random.default_rng(1).normal(3, 1, 400)
     mean = stats.mean_of([list(values)])
-    assert mean.high - mean.low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.1)
+    assert mean.high - mean.low == about(2 * 1.96 * values.std() / 20, rel=0.1)
     assert stats.mean_of([[1.0, 1.0], [3.0, 3.0]]).value == 2  # tasks weigh the same
-    assert stats.mean_of([[1.0, 2.0]], missing=1, allow_missing=False).value is None
+    assert str(stats.mean_of([[1.0, 2.0]], missing=1, allow_missing=False)) == "– (1 missing)"
     assert str(stats.mean_of([[1.0, 2.0, 3.0]])) == "2.00 (1.00, 2.00, 3.00)"  # too few for an interval
-    assert stats.wilson(1.0, 3) == pytest.approx((0.4385, 1.0), abs=1e-3)
+    assert str(stats.share_of([1, 1, 1])) == "1.00 [0.44, 1.00]" and str(stats.share_of([])) == "–"
     assert stats.sign_test(3, 0) == 0.25 and stats.sign_test(5, 5) == 1 and stats.sign_test(10, 0) == 2 / 1024
 
 
-def test_an_answer_missing_among_repeats_is_missing_and_no_mean_is_given(refvie):
+def test_an_answer_missing_among_repeats_is_missing_and_a_run_that_stops_writes_what_it_has(refvie):
     say = lambda request, nth: "No." if number_of(request) == 1 and nth else good_answer(request)
+    run = lambda fake, *more: score(refvie, fake, "--controls", 0, "--repeats", 2, "--set", "tries=1", *more)
     with FakeJudge(say) as fake:
-        run = lambda *more: score(refvie, fake, "--controls", 0, "--repeats", 2, "--set", "tries=1", *more)
         with fails("1 of 3 items lack a result"):
-            run()
+            run(fake)
         assert "## Missing" in report_of(refvie) and len(fake.requests) == 6
-        run("--allow-missing")
+        run(fake, "--allow-missing")
         assert "4.00 (4.00, 4.00) (1 missing)" in report_of(refvie) and number_of(fake.requests[-1]) == 1
-
-
-def test_a_run_that_stops_writes_what_it_has(refvie):
     with FakeJudge(lambda request, nth: (401, {}, b"")) as fake, fails("refuses the key"):
-        score(refvie, fake)
-    assert len(fake.requests) == 1 and "3 of 3 items lack a result" in report_of(refvie)
+        run(fake)
+    assert len(fake.requests) == 1 and "3 of 3 items." in report_of(refvie)
 
 
 def test_repeats_give_a_spread_and_people_s_scores_agreement_per_task_and_among_raters(refvie):
     (refvie / "people.csv").write_text("item,rater,q\n0,x,1\n1,x,3\n2,x,5\n0,y,2\n1,y,5\n2,y,4\n")
     say = lambda request, nth: good_answer(request, [number_of(request) + 1 + nth % 2] * 3)
+    broken = {"item,q\n0,nan\n": "not a number", "item,q\n0,1,2\n": "more fields", "item,q\nx,1\n": "none of its items"}
     with FakeJudge(say) as fake:
         score(refvie, fake, "--repeats", 2, "--controls", 0, "--human", refvie / "people.csv")
         text = report_of(refvie)
-        for broken, says in (
-            ("item,q\n0,nan\n", "not a number"),
-            ("item,q\n0,1,2\n", "more fields"),
-            ('item,q\n0,1\n"1,3\n2,5\n', "people.csv"),
-            ("item,q\nx,1\n", "none of its items"),
-        ):
-            (refvie / "people.csv").write_text(broken)
+        for table, says in broken.items():
+            (refvie / "people.csv").write_text(table)
             with fails(says):  # before the judge is paid
                 score(refvie, fake, "--human", refvie / "people.csv", out="broken")
         assert len(fake.requests) == 6
@@ -517,7 +467,7 @@ def test_repeats_give_a_spread_and_people_s_scores_agreement_per_task_and_among_
 
 @pytest.mark.parametrize("taste, expected", [
     ("first", "| all | 0 | 0 | 3 | 3 | 3 | 0.500 [0.125, 0.875] | 1.000 | – |"),
-    ("red", "| all | 3 | 0 | 0 | 0 | 3 | 1.000 [0.438, 1.000] | 0.250 | 0.500 [0.095, 0.905] |"),
+    ("red", "| all | 3 | 0 | 0 | 0 | 3 | 1.00 [0.44, 1.00] | 0.250 | 0.500 [0.095, 0.905] |"),
 ])  # fmt: skip
 def test_a_win_counts_in_both_orders_only_and_one_that_follows_the_position_ends_with_exit_3(refvie, taste, expected):
     (refvie / "other").mkdir()
@@ -530,16 +480,17 @@ def test_a_win_counts_in_both_orders_only_and_one_that_follows_the_position_ends
         red = [path.read_bytes() for path in (refvie / "edits").iterdir()]
         return json.dumps({"winner": "1" if taste == "first" or videos[1] in red else "2"})
 
-    words = ["compare", "--bench", "refvie", refvie / "bench.yaml", refvie / "edits", refvie / "other", "--out",
-             refvie / "out"]  # fmt: skip
+    words = ["compare", "--bench", "refvie", refvie / "bench.yaml", refvie / "edits", refvie / "other"]
+    words += ["--out", refvie / "out"]
     with FakeJudge(say) as fake, fails("3") if taste == "first" else contextlib.nullcontext():
         go(*words, "--judge", "gemini-x", "--human", refvie / "people.csv", "--endpoint", fake.url)
     assert expected in report_of(refvie, name="refvie_compare")
-    next((refvie / "other").iterdir()).unlink()
-    with fails("1 of 3 items lack a result"):
-        go(*words)
-    text = report_of(refvie, name="refvie_compare")
-    assert "| edit_strength |  | – (1 missing) |" in text and "missing: " in text[text.index("## Missing") :]
+    if taste == "red":
+        next((refvie / "other").iterdir()).unlink()
+        with fails("1 of 3 items lack a result"):
+            go(*words)
+        text = report_of(refvie, name="refvie_compare")
+        assert "(1 missing) |" in text and "missing: " in text[text.index("## Missing") :]
 
 
 def test_a_missing_and_a_broken_edit_are_counted_and_shown_and_no_edits_replace_no_report(refvie):
@@ -547,18 +498,19 @@ def test_a_missing_and_a_broken_edit_are_counted_and_shown_and_no_edits_replace_
     (refvie / "1.png").write_bytes(b"no picture")
     edits[0].unlink()
     edits[1].write_bytes(edits[1].read_bytes()[:100])
+    measure = lambda: score(refvie, SimpleNamespace(url="https://me:p%40ss@host/v1?key=s3cret"), judge_="metrics")
     with fails("2 of 3 items lack a result"):
-        score(refvie, SimpleNamespace(url="https://me:p%40ss@host/v1?key=s3cret"), judge_="metrics")
+        measure()
     text, page = report_of(refvie), (refvie / "out" / "refvie.html").read_text()
     assert "p%40ss" not in text + page and "s3cret" not in text + page
     assert "missing: " in text and "unreadable: " in text and "| background (1 of 1) |" in text
-    assert "| subject (0 of 2) |" in text and "| edit_strength |  | – | " in text
+    assert "| subject (0 of 2) |" in text and "| edit_strength |  | – (2 missing) | " in text
     assert page.index("missing: ") < page.index("What the metrics are")
     for found in re.findall(r'(?:src|href|poster)="([^"]+)"', page):
         assert (refvie / "out" / found).is_file() and "://" not in found
     shutil.rmtree(refvie / "edits")
     with fails("edits: no such folder of edits"):
-        score(refvie, SimpleNamespace(url=""), judge_="metrics")
+        measure()
     assert report_of(refvie) == text
 
 
@@ -579,15 +531,18 @@ def test_benchmarks_are_read_in_their_own_formats_and_lead_nowhere_else(tmp_path
     write(rows.replace("b.mp4,Zoom in.,camera_edit", "a.mp4,Zoom in.,local_add"))
     assert len(read("openve", "b.csv")) == 2 and "share the edit a_edited.mp4" in capsys.readouterr().err
     write(rows.replace("videos/a", "../a"))
-    with pytest.raises(ValueError, match="is outside of"):
-        read("openve", "b.csv")
-    with pytest.raises(ValueError, match="right"):
-        read("refvie", "i.json")
+    for name, table, says in (("openve", "b.csv", "is outside of"), ("refvie", "i.json", "right")):
+        with fails(says):
+            read(name, table)
     write("original_video,prompt,edited_type\nsource_videos/a.mp4,Night.,time\n")
     assert read("sparkle", "b.csv")[0].edit == Path("edits/time/a_edited.mp4").absolute()
     (tmp_path / "time" / "night---sky").mkdir(parents=True)
     (tmp_path / "time" / "night---sky" / "a_edited.mp4").touch()
     assert read("sparkle", "b.csv", tmp_path)[0].edit.parent.name == "night---sky"
+    told = [("subject", "vae.py"), ("background", "dit.py"), ("subject", "vae.py"), ("subject", "data.py")]
+    items = [judge.Item(str(i), task, "x", None, None, HOUSE / ref) for i, (task, ref) in enumerate(told)]
+    assert judge.wrong_reference(items, items[0]).name == "data.py"  # another one, of the same task if possible
+    assert judge.wrong_reference(items, items[1]).name == "vae.py" and judge.wrong_reference([item], item) is None
 
 
 BENCH = """
@@ -610,79 +565,61 @@ def test_a_benchmark_of_one_s_own_is_a_yaml_file_and_its_prompts_another(refvie)
     prompts.write_text('name: mine\nzoom: "Grade {instruction} Lines: Compliance: n, Quality: n"')
     shutil.copy(next((refvie / "edits").iterdir()), refvie / "edits" / "0.mp4")
     said = ('{"compliance": 4, "quality": 5}', "Compliance: 4\nQuality: 5")
+    words = ["score", "--bench", mine, mine, "--edits", refvie / "edits", "--judge", "openai:m", "--controls", 0]
     with FakeJudge(lambda request, nth: said["Lines" in request["text"]]) as fake:
-        words = ["score", "--bench", mine, mine, "--edits", refvie / "edits", "--judge", "openai:m", "--endpoint",
-                 fake.url, "--controls", 0, "--out", refvie / "out"]  # fmt: skip
+        words += ["--endpoint", fake.url, "--out", refvie / "out"]
         go(*words)
         text = report_of(refvie, name="mine")
-        assert "| edits | 4.00 | 4.00 |" in text and "| the same, uncapped | 4.50 | 4.50 |" in text
-        assert "| Their model, published (Someone; other prompts: compare ranks) | – | 3.50 |" in text
+        assert "| edits | 4.00 | 4.00 | 4.50 |" in text
+        assert "| Their model, published (Someone; other model, prompts or items: compare ranks) | – | – | 3.5" in text
         assert "1: none" in fake.requests[0]["text"] and "response_format" in fake.requests[0]["body"]
         go(*words, "--prompts", prompts)
         assert "Grade Zoom in. Lines" in fake.requests[1]["text"] and "response_format" not in fake.requests[1]["body"]
     assert "published (Someone; comparable)" in report_of(refvie, name="mine")
 
 
-def test_a_wrong_reference_is_another_one_of_the_same_task_first():
-    told = [("subject", "vae.py"), ("background", "dit.py"), ("subject", "vae.py"), ("subject", "data.py")]
-    items = [judge.Item(str(i), task, "x", None, None, HOUSE / ref) for i, (task, ref) in enumerate(told)]
-    assert [path.name for path in judge.wrong_references(items, items[0])] == ["data.py", "dit.py"]
-
-
-def test_run_makes_the_edits_under_the_released_names_each_once_and_in_shards(
+def test_run_makes_the_released_names_once_in_shards_and_mixes_no_other_weights_or_settings(
     refvie, small_weights, monkeypatch, capsys
 ):
-    weights = ("--weights", small_weights, "--steps", 1, "--device", "cpu")
-    run = lambda edits, *more: go("run", *weights, "--edits", refvie / edits, "--bench", *more)
+    weights = shutil.copytree(small_weights, refvie / "weights")
+    words = ["run", "--weights", weights, "--steps", 1, "--device", "cpu", "--bench", "refvie", refvie / "bench.yaml"]
+    run = lambda edits, *more: go(*words, "--edits", refvie / edits, *more)
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         monkeypatch.setenv("WORLD_SIZE", "2")
-        run("new", "refvie", refvie / "bench.yaml")
+        run("new")
     made = sorted((refvie / "new").glob("*.mp4"))
     assert [path.name for path in made] == sorted(path.name for path in (refvie / "edits").iterdir())
     with open_media(made[0]) as (_, stream):
         assert stream.pix_fmt == "yuv444p"  # so that the metrics see the model and not the codec
-    run("new", "refvie", refvie / "bench.yaml")
+    run("new")
     assert "0 of 1 edits to make" in capsys.readouterr().out
     monkeypatch.delenv("RANK")  # and WORLD_SIZE alone is not torchrun's
     asked, edit = [], KiwiEdit.edit
     monkeypatch.setattr(KiwiEdit, "edit", lambda *a, **more: asked.append(more) or edit(*a, **more))
-    run("plain", "refvie", refvie / "bench.yaml", "--no-ref", "--seed", 7, "--ref-guidance", 2, "--limit", 1)
+    run("plain", "--no-ref", "--seed", 7, "--ref-guidance", 2, "--limit", 1)
     assert [(more["seed"], more["ref_guidance"]) for more in asked] == [(7, 2)]
     assert not torch.equal(read_clip(refvie / "plain" / made[0].name).frames, read_clip(made[0]).frames)
-    rows = "original_video,prompt,edited_type\n" + "".join(f"{made[0].name},Add a hat{end},local_add\n" for end in ".!")
-    (refvie / "new" / "twice.csv").write_text(rows)
-    run("twice", "openve", refvie / "new" / "twice.csv")
-    assert len(asked) == 2 and "of the first" in capsys.readouterr().err
-
-
-def test_edits_of_other_weights_or_settings_are_not_mixed(refvie, small_weights, monkeypatch):
-    other = Path(shutil.copytree(small_weights, refvie / "weights"))
-    monkeypatch.setattr(KiwiEdit, "edit", lambda self, frames, *rest, **more: frames)
-    words = ("--weights", other, "--edits", refvie / "new", "--limit", 1, "--bench", "refvie", refvie / "bench.yaml")
-    run = lambda *more: go("run", *words, *more)
-    run()
-    for flag, says in (("--seed", "seed 0, not 1"), ("--ref-guidance", "ref_guidance None, not 1.0")):
-        with fails(f"edits are there of {says}; give another --edits"):
-            run(flag, 1)
+    refused = {"--seed": "are there of seed 0, not 1;", "--ref-guidance": "of ref_guidance None, not 1.0; give another"}
+    for flag, says in refused.items():
+        with fails(says):
+            run("new", flag, 1)
     with fails("--device cuda:9: not available here"):
-        run("--device", "cuda:9")
-    dit = load_file(other / "dit.safetensors")
-    save_file({name: tensor + 1 for name, tensor in dit.items()}, other / "dit.safetensors")
+        run("new", "--device", "cuda:9")
+    dit = load_file(weights / "dit.safetensors")
+    save_file({name: tensor + 1 for name, tensor in dit.items()}, weights / "dit.safetensors")
     with fails("edits are there of weights .*; give another --edits"):
-        run()  # the same folder, with other weights in it
+        run("new")  # the same folder, with other weights in it
     (refvie / "new" / "run.json").unlink()
     with fails("edits without .*run.json; use an empty --edits"):
-        run()
+        run("new")
 
 
-@pytest.mark.parametrize(
-    "fps, count, expected", [(1, 4, [0, 1, 2, 3]), (4, 14, [0, 0.25, 0.5, 0.75, 1]), (99, 28, [0])]
-)
-def test_frames_for_a_judge_stand_where_its_frame_rate_says(tmp_path, fps, count, expected):
+def test_frames_for_a_judge_stand_where_its_frame_rate_says(tmp_path):
     write_video(tmp_path / "v.mp4", smooth_clip(BLUE, 28, 32), 8)
-    frames, seconds = vlm.sampled_frames(tmp_path / "v.mp4", fps)
-    assert len(frames) == len(seconds) == count and seconds[: len(expected)] == expected
+    for fps, count, expected in ((1, 4, [0, 1, 2, 3]), (4, 14, [0, 0.25, 0.5, 0.75, 1]), (99, 28, [0])):
+        frames, seconds = vlm.sampled_frames(tmp_path / "v.mp4", fps)
+        assert len(frames) == len(seconds) == count and seconds[: len(expected)] == expected
     positions = lay_out([[1, 2], (7, (4, 2, 2), 0.5)])[1]  # frames closer than a position share it
     assert positions[0, 0].tolist() == [0, 1, 2, 2, 3, 3]
 
@@ -691,18 +628,11 @@ def test_frames_for_a_judge_stand_where_its_frame_rate_says(tmp_path, fps, count
 def test_a_local_judge_numbers_and_generates_as_transformers_does(tmp_path, kind):
     write_image(tmp_path / "ref.png", smooth_clip(RED)[0])
     write_video(tmp_path / "v.mp4", smooth_clip(BLUE), 4)
-    folder = tiny_local_judge(tmp_path / "judge", kind)
-    ours = vlm.Local(folder, vlm.Settings(max_tokens=8, device="cpu"))
+    ours = vlm.Local(tiny_local_judge(tmp_path / "judge", kind), vlm.Settings(max_tokens=8, device="cpu"))
     media = [("Reference image", tmp_path / "ref.png"), ("Edited video", tmp_path / "v.mp4")]
     ids, positions, pixels = ours.prepare("Judge it.", media, 4.0)
-    frames = vlm.sampled_frames(tmp_path / "v.mp4", 4.0)[0]
-    seen = pixels["pixel_values_videos"].reshape(4, 2, 2, 2, 2, 3, 2, ours.patch, ours.patch)
-    seen = seen.permute(0, 6, 1, 3, 7, 2, 4, 8, 5).reshape(8, 4 * ours.patch, 4 * ours.patch, 3)
-    seen = seen * torch.tensor(ours.std) + torch.tensor(ours.mean)
-    small = F.interpolate(frames.permute(0, 3, 1, 2).float(), seen.shape[1:3]).permute(0, 2, 3, 1)
-    assert (seen * 255 - small).abs().mean() < 6
     kinds = torch.zeros_like(ids)
-    kinds[ids == ours.token("<|image_pad|>")], kinds[ids == ours.token("<|video_pad|>")] = 1, 2
+    kinds[ids == ours.token("image_pad")], kinds[ids == ours.token("video_pad")] = 1, 2
     try:
         said = ours.ask("Judge it.", media, 4.0)
     except vlm.Malformed as cut:  # at 8 tokens: no answer, and paid for all the same
@@ -713,8 +643,7 @@ def test_a_local_judge_numbers_and_generates_as_transformers_does(tmp_path, kind
         theirs = ours.mllm.model.get_rope_index(ids, kinds, pixels["image_grid_thw"], pixels["video_grid_thw"])[0]
         assert torch.equal(positions, theirs)
         expected = ours.mllm.generate(ids, mm_token_type_ids=kinds, **pixels, max_new_tokens=8, do_sample=False)
-        ends = (ours.token("<|im_end|>"), ours.token("<|endoftext|>"))
+        ends = (ours.token("im_end"), ours.token("endoftext"))
         assert said.text == ours.tokenizer.decode([t for t in expected[0, ids.shape[1] :].tolist() if t not in ends])
-    else:  # 2 positions a second, 4 frames a second, 2 a step
-        video = positions[0, 0][kinds[0] == 2]
-        assert video.unique().diff().tolist() == [1] * (pixels["video_grid_thw"][0, 0].item() - 1)
+    video = positions[0, 0][kinds[0] == 2]  # 2 positions a second, 4 frames a second, 2 a step
+    assert kind == "qwen3_vl" or video.unique().diff().tolist() == [1, 1, 1]

@@ -9,14 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import train
 from conftest import (
     close,
     golden,
     manifest,
     moving_picture,
     randomise,
-    save_diffusers_layout,
     save_training_layout,
     small_edit,
     small_model,
@@ -24,17 +22,13 @@ from conftest import (
 )
 from dit import DiT
 from load import TensorFiles, load_weights
-from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit, balance_weights, read_weights, working_on
+from model import PRESETS, FlowMatch, KiwiConfig, KiwiEdit, balance_weights
 
 
 def test_a_loss_without_the_bell_takes_all_timesteps_alike_also_the_first_of_an_edit():
     t = torch.tensor([1000.0, 700.0])
     bell, none = (FlowMatch(20.0, weighting=w).training_sigmas(t)[1] for w in ("bell", "none"))
     assert bell[0] == 0 < bell[1] and none.tolist() == [1, 1]
-    with pytest.raises(ValueError, match="weighting: 'flat', expected bell or none"):
-        FlowMatch(weighting="flat")
-    with pytest.raises(ValueError, match="FlowMatch.shift: 0"):
-        FlowMatch(0)
 
 
 def test_a_balanced_loss_hears_a_small_change_and_a_small_rest():
@@ -53,8 +47,6 @@ def test_a_balanced_loss_hears_a_small_change_and_a_small_rest():
     error = model.velocity(noisy, t, context, source[:1]) - (noise - target[:1])
     loss = model.training_loss(target[:1], context, t, source[:1], noise=noise, balance=True)
     assert torch.allclose(loss, weight * (weights[:1] * error.square()).mean(), rtol=1e-5)
-    with pytest.raises(ValueError, match="needs the source"):
-        replace(train.STAGES["paper"][1], balance=True)  # the DiT of stage 1 sees no source
 
 
 def denoiser(**changes):
@@ -113,15 +105,14 @@ def test_guidance_goes_from_the_edit_without_the_references_to_that_with_them_an
     shown, unshown = torch.randn(1, 8, 32), torch.randn(1, 4, 32)
     with_ref = model.denoise(noise, shown, source, ref, steps=1)
     without = model.denoise(noise, unshown, source, steps=1)
-    for guidance in (1.0, 1.5):
-        guided = model.denoise(noise, shown, source, ref, steps=1, unshown=unshown, guidance=guidance)
-        assert close(guided, without + guidance * (with_ref - without), 1e-5)
+    guided = model.denoise(noise, shown, source, ref, steps=1, unshown=unshown, guidance=1.5)
+    assert close(guided, without + 1.5 * (with_ref - without), 1e-5)
 
 
 def test_an_edit_is_guided_as_its_weights_ask_unless_told_otherwise(qwen_folder):
     model, calls, picture = small_model(qwen_folder).eval(), [], moving_picture(1, 32, 32)
-    velocity, with_ref = model.velocity, lambda given: len(given) > 4 and given[4] is not None
-    model.velocity = lambda *given: calls.append(with_ref(given)) or velocity(*given)
+    velocity = model.velocity
+    model.velocity = lambda *given: calls.append(given[4:] not in ((), (None,))) or velocity(*given)
 
     def asked(ref, **more):
         calls.clear()
@@ -130,8 +121,7 @@ def test_an_edit_is_guided_as_its_weights_ask_unless_told_otherwise(qwen_folder)
 
     assert asked(picture[0]) == [True] and asked(None) == [False]
     model.config = replace(model.config, ref_guidance=1.5)
-    assert asked(picture[0]) == [True, False] and asked(None) == [False]
-    assert asked(picture[0], ref_guidance=1) == [True]
+    assert asked(picture[0]) == [True, False] and asked(picture[0], ref_guidance=1) == [True]
 
 
 @pytest.mark.parametrize("wrong, says", [
@@ -144,13 +134,8 @@ def test_an_edit_refuses_what_does_not_fit(qwen_folder, wrong, says):
         small_model(qwen_folder).edit(moving_picture(1, 32, 32), "Replace the sky.", **wrong)
 
 
-@pytest.mark.parametrize(
-    "full",
-    [
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"),
-        RuntimeError("GET was unable to find an engine to execute"),
-    ],
-)
+@pytest.mark.parametrize("full", [torch.OutOfMemoryError("CUDA out of memory."),
+                                  RuntimeError("GET was unable to find an engine to execute")])  # fmt: skip
 def test_an_edit_whose_decoding_does_not_fit_the_card_is_decoded_in_tiles(qwen_folder, capsys, full):
     model, source = small_model(qwen_folder).eval(), moving_picture(1, 32, 704)  # 44 latent pixels wide
 
@@ -169,12 +154,13 @@ def test_an_edit_whose_decoding_does_not_fit_the_card_is_decoded_in_tiles(qwen_f
 def test_weights_of_an_earlier_stage_edit_but_refuse_a_reference(tmp_path, qwen_folder):
     checkpoint = save_training_layout(small_model(qwen_folder), tmp_path, stage=2)
     model = KiwiEdit.from_pretrained(checkpoint, dtype=torch.float32, base=tmp_path / "wan", qwen=tmp_path / "qwen")
-    assert small_edit(model, ref=False).shape == (6, 32, 64, 3)
+    assert small_edit(model, ref=False).shape == (6, 32, 64, 3) and model.config.dit.bf16_timesteps
     with pytest.raises(ValueError, match="no ref queries"):
         small_edit(model)
 
 
 def test_below_float32_released_weights_see_timesteps_rounded_to_bfloat16():
+    assert all(PRESETS[name].dit.bf16_timesteps for name in PRESETS if name != "nano")
     a, b = torch.tensor([997.0]), torch.tensor([996.0])  # one number in bfloat16
     cases = (True, torch.bfloat16, True), (False, torch.bfloat16, False), (True, torch.float32, False)
     for rounds, dtype, same in cases:
@@ -216,9 +202,9 @@ def damage(folder, name, change):
     ("dit.safetensors", lambda data: data[:-100], r"dit\.safetensors: cannot be read"),
     ("dit.safetensors", None, r"missing: dit\."), ("mllm/tokenizer.json", None, r"tokenizer\.json is missing"),
     ("config.json", lambda c: {**c, "dit": {**c["dit"], "ffn_dim": 64}}, "of another size"),
-    ("config.json", lambda c: {**c, "dit": {**c["dit"], "width": 1}}, "unknown key width"),
+    ("config.json", lambda c: {**c, "dit": {**c["dit"], "width": 1}}, "unexpected keyword argument .width."),
     ("config.json", lambda c: [c], r"config\.json: expected a JSON object"),
-    ("config.json", lambda c: {**c, "dit": [1]}, r"config\.json: expected the fields of DiTConfig"),
+    ("config.json", lambda c: {**c, "dit": [1]}, r"config\.json: DiTConfig: "),
     ("config.json", lambda c: {**c, "dit": {**c["dit"], "dim": "x"}}, r"config\.json: DiTConfig: "),
     ("config.json", lambda c: {**c, "mllm": {**c["mllm"], "folder": "../elsewhere"}}, "leads out"),
 ])  # fmt: skip
@@ -244,28 +230,11 @@ def test_a_pickle_that_is_more_than_tensors_is_not_executed(tmp_path, qwen_folde
     assert not (tmp_path / "executed").exists()
 
 
-def test_all_of_wan_s_dits_round_timesteps_and_read_four_tokens_of_a_reference(tmp_path, qwen_folder):
-    model = small_model(qwen_folder)
-    configs = [read_weights(save_diffusers_layout(model, tmp_path / "diffusers"))[0]]
-    configs.append(read_weights(save_training_layout(model, tmp_path), tmp_path / "wan", tmp_path / "qwen")[0])
-    assert all(config.mllm.max_ref_tokens == 4 for config in configs)  # as many as the model saved has
-    assert all(config.dit.bf16_timesteps for config in (*configs, *(PRESETS[n] for n in PRESETS if n != "nano")))
-
-
-def test_saved_weights_replace_nothing_but_weights_and_miss_no_shard(tmp_path, qwen_folder):
-    model, own = small_model(qwen_folder), tmp_path / "own"
-    model.save(own)
-    (own / "thesis.txt").write_text("my only copy")
+def test_saved_weights_replace_nothing_but_weights_and_whole_ones_take_no_base(tmp_path, small_weights):
+    shutil.copytree(small_weights, tmp_path / "own")
+    (tmp_path / "own" / "thesis.txt").write_text("my only copy")
     with pytest.raises(ValueError, match="thesis.txt"):
-        model.save(own)
-    checkpoint = save_training_layout(model, tmp_path)
-    index = {"weight_map": {"head.modulation": "diffusion_pytorch_model-00003-of-00003.safetensors"}}
-    (tmp_path / "wan" / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(FileNotFoundError, match="00003-of-00003.safetensors is missing"):
-        KiwiEdit.from_pretrained(checkpoint, base=tmp_path / "wan", qwen=tmp_path / "qwen")
-
-
-def test_whole_weights_refuse_a_base_that_they_would_not_read(tmp_path, small_weights):
+        KiwiEdit.from_pretrained(small_weights).save(tmp_path / "own")
     with pytest.raises(ValueError, match="small is whole: --base"):
         KiwiEdit.from_pretrained(small_weights, base=tmp_path / "wna")
 
@@ -273,22 +242,6 @@ def test_whole_weights_refuse_a_base_that_they_would_not_read(tmp_path, small_we
 def test_latents_stay_float32_between_the_steps_of_a_bfloat16_model():
     x = denoiser().bfloat16().denoise(torch.randn(1, 16, 1, 4, 4), torch.randn(1, 3, 64), steps=3)
     assert x.dtype == torch.float32 and not torch.equal(x, x.bfloat16().float())
-
-
-def test_a_clip_of_another_length_is_filled_with_its_last_frame(qwen_folder):
-    model, seen = small_model(qwen_folder).eval(), []
-    model.mllm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
-    video = moving_picture(6, 32, 64)
-    model.edit(video, "Replace the sky.", steps=1)
-    assert torch.equal(seen[0], torch.cat([video, video[-1:].expand(3, -1, -1, -1)]))
-
-
-def test_after_its_work_a_part_has_its_own_tensors_back():
-    layer = torch.nn.Linear(3, 3)
-    home = layer.weight.data_ptr()
-    with working_on(layer, "cpu"):
-        layer.weight.data = layer.weight.data.clone()  # as on another device
-    assert layer.weight.data_ptr() == home
 
 
 def test_a_state_dict_inside_of_a_pth_is_read(tmp_path):

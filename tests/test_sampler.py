@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import sample
-from bench.solvers import by_themselves, psnr
+from bench.solvers import agreeing, by_themselves, psnr
 from conftest import HOUSE, close, moving_picture, small_model
 from media import FrameFile, read_clip, read_image, write_image, write_video
 from model import FlowMatch, KiwiEdit
 from nano.__main__ import main as nano_main
 from nano.data import read_frames, read_truth
-from sampler import Sampler, agreed, in_windows, mask_latents, pasted, window_frames, windows
+from sampler import Sampler, agreed, crossfaded, in_windows, mask_latents, pasted, window_frames, windows
 
 nano = pytest.mark.skipif(not sample.DEFAULT_WEIGHTS.is_dir(), reason="needs weights/nano")
 
@@ -123,7 +123,10 @@ def test_a_long_edit_never_shows_the_denoiser_more_than_a_window(qwen_folder):
 def test_a_long_edit_stays_as_good_to_its_end_and_as_windows_by_themselves(nano_model, long_case):
     source, prompt, truth = read_clip(long_case[0], 99).frames, *long_case[1:]
     together = nano_model.edit(source, prompt)
-    apart = by_themselves(lambda part: nano_model.edit(part, prompt), source, windows(9, 3, 1))
+    spans, ways = windows(9, 3), (agreeing(nano_model, source, prompt), by_themselves(nano_model, source, prompt))
+    agree, differ = ([(a[4:].float() - b[:5].float()).square().mean() for a, b in pairwise(clips)] for clips in ways)
+    assert sum(agree) < 0.9 * sum(differ)
+    apart = torch.stack(list(crossfaded(iter(ways[1]), spans, 4)))
     flicker = lambda clip: float((clip.float() - truth.float()).diff(dim=0).abs().mean())
     assert psnr(together, truth) > psnr(apart, truth) - 0.3 and flicker(together) < 1.2 * flicker(apart)
     thirds = [psnr(together[i : i + 11], truth[i : i + 11]) for i in (0, 11, 22)]

@@ -40,17 +40,12 @@ def test_the_vae_agrees_with_diffusers(version):
         assert close(ours.decode(latents), theirs.decode(latents).sample)
 
 
-def test_a_vae_used_for_inference_first_can_be_trained_later_and_tells_of_an_overflow():
+def test_a_vae_used_for_inference_first_can_be_trained_later():
     vae, video = randomise(VAE(tiny_vae())), torch.rand(1, 3, 1, 32, 32) * 2 - 1
     with torch.inference_mode():
-        latents = vae.encode(video)
+        vae.encode(video)
     vae.encode(video).sum().backward()
     assert vae.conv1.weight.grad is not None
-    with torch.no_grad(), pytest.raises(ValueError, match="tile: -1, expected at least 1"):
-        vae.decode(latents, tile=-1)
-    vae.decoder.head["2"].weight.data.fill_(float("inf"))
-    with torch.no_grad(), pytest.raises(ValueError, match="not finite in float32: do the weights hold NaN"):
-        vae.decode(latents, levels=True)
 
 
 @pytest.mark.parametrize("version", ["2.2", "2.1"])
