@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from media import EXACT_VIDEO_CODEC, read_clip, read_image, whole_file, write_image, write_text, write_video
 from nano import world
-from nano.world import SPRITE, WORDINGS
 
 FPS = 8
 PACKAGES = {  # version, what the package says of its licence, checksum of the archive
@@ -33,7 +32,7 @@ PACKAGES = {  # version, what the package says of its licence, checksum of the a
     "@pmndrs/assets": ("1.7.0", "CC0-1.0; panoramas from Poly Haven, CC0",
         "152bd218a3390703f184f0c6ce16e73c8f0a87f32d38530d418a09d33d8208dc"),
 }  # fmt: skip
-NO_THINGS = "|".join(WORDINGS["no things"])  # a pattern for the Unicode names of what cannot stand in a scene
+NO_THINGS = "|".join(world.WORDINGS["no things"])  # a pattern for the Unicode names of what cannot stand in a scene
 
 
 def fetch_package(name, folder):
@@ -60,7 +59,7 @@ def sprite_image(data, form):
     """An emoji's picture -> premultiplied uint8 (4, 128, 128)."""
     image = decode_picture(data, form, "rgba") / 255
     image = torch.cat([image[:3] * image[3:], image[3:]])
-    image = F.interpolate(image[None], (SPRITE, SPRITE), mode="bilinear", antialias=True, align_corners=False)[0]
+    image = F.interpolate(image[None], (world.SPRITE,) * 2, mode="bilinear", antialias=True)[0]
     return (image.clamp(0, 1) * 255).round().byte()
 
 
@@ -77,9 +76,9 @@ def panorama_image(data):
 def plain_name(entry):
     """What a person calls an emoji, from its Unicode name; None for what is no thing."""
     name = entry["name"].lower().replace("\u2019", "'")
-    if entry["category"] not in WORDINGS["categories"] or re.search(NO_THINGS, name):
+    if entry["category"] not in world.WORDINGS["categories"] or re.search(NO_THINGS, name):
         return None
-    name = WORDINGS["emoji"].get(name, name.removesuffix(" face"))
+    name = world.WORDINGS["emoji"].get(name, name.removesuffix(" face"))
     return name if len(name.split()) <= 3 else None
 
 
@@ -99,14 +98,14 @@ def fetch_assets(args):
             sprites.append(sprite_image(archive.extractfile(picture).read(), form))
             index.append({"name": name, "look": f"{look} {entry['name'].lower()}"})
     photos = []
-    for place in WORDINGS["panoramas"]:
+    for place in world.WORDINGS["panoramas"]:
         text = panoramas.extractfile(f"package/hdri/{place}.exr.js").read().decode()
         photos.append(panorama_image(base64.b64decode(re.search(r"base64,([A-Za-z0-9+/=]+)", text)[1])))
     with whole_file(folder / "assets.safetensors") as path:
         save_file({"sprites": torch.stack(sprites), "photos": torch.stack(photos)}, path)
     licences = (f"{name} {version}: {licence}\n" for name, (version, licence, _) in PACKAGES.items())
     write_text(folder / "LICENSES.txt", "".join(licences))
-    told = {"sprites": index, "photos": [{"name": name} for name in WORDINGS["panoramas"].values()]}
+    told = {"sprites": index, "photos": [{"name": name} for name in world.WORDINGS["panoramas"].values()]}
     write_text(folder / "index.json", json.dumps(told, indent=0))  # last: its presence says that the folder is whole
     print(f"write       {folder}: {len(sprites)} sprites, {len(photos)} panoramas")
 
