@@ -171,7 +171,7 @@ def add_adapter(module, folder):
         alphas = [v for key, v in (config.get("alpha_pattern") or {}).items() if re.fullmatch(rf"(.*\.)?{key}", layer)]
         alpha, rank = [*alphas, config["lora_alpha"]][0], len(parts["lora_A.weight"])
         parts["alpha"] = torch.tensor(alpha * math.sqrt(rank) if config.get("use_rslora") else float(alpha))
-        weights[places[0]].data += updates(folder, layer, parts)["weight"].to(weights[places[0]])
+        weights[places[0]].data += updates(f"{folder}: {layer}", parts)["weight"].to(weights[places[0]])
 
 
 def open_editor(name, device):
