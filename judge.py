@@ -31,6 +31,14 @@ from command import number, one_line
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: busy-waiting threads slow small steps tenfold
 
+EXAMPLES = """examples:
+  python judge.py run --bench refvie refvie_bench.yaml --weights weights/nano --edits out/edits
+  python judge.py score --bench refvie refvie_bench.yaml --edits out/edits --judge gemini-3-flash-preview
+  python judge.py compare --bench refvie refvie_bench.yaml out/edits_a out/edits_b --judge metrics
+  python judge.py leaderboard out/judge_a out/judge_b
+
+keys: GEMINI_API_KEY for gemini-..., OPENAI_API_KEY for openai:MODEL at --endpoint (vLLM, ...), none for local:
+"""
 MODES = {"official": (1.0, "medium"), "strict": (4.0, "high")}  # frames a second, resolution that the judge sees
 TRUST = 0.2  # share of known answers that a judge may fail
 
@@ -54,9 +62,12 @@ def parse_arguments(argv=None):
     sides.add_argument("a", metavar="A", help="the edits of one system")
     sides.add_argument("b", metavar="B", help="the edits of the other")
 
-    parser = argparse.ArgumentParser(description="Judge edited videos.")
+    teach = {"epilog": EXAMPLES, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser = argparse.ArgumentParser(description="Judge edited videos.", **teach)
     commands = parser.add_subparsers(dest="command", required=True)
-    command = lambda name, text, *parents: commands.add_parser(name, parents=parents, help=text, description=text)
+
+    def command(name, text, *parents):
+        return commands.add_parser(name, parents=parents, help=text, description=text, **teach)
 
     add = command("score", "score finished edits and write a report", bench, judged, report).add_argument
     add("--edits", type=Path, required=True, metavar="DIR", help="the edited videos, under the release's names")

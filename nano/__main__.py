@@ -14,10 +14,17 @@ from command import number, one_line
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: busy-waiting threads slow small steps tenfold
 
 NANO = Path(__file__).parents[1] / "weights" / "nano"
+EXAMPLES = """examples:
+  python -m nano data data/nano --clips 64                    # the README's stories train on these
+  python -m nano data ../nano_test --clips 400 --split test
+  python -m nano eval --weights weights/nano --data ../nano_test --out ../report
+"""
 
 
 def parse_arguments(argv=None):
-    parser = argparse.ArgumentParser("python -m nano", description="A small world to learn editing in.")
+    raw = argparse.RawDescriptionHelpFormatter
+    about = {"description": "A small world to learn editing in.", "epilog": EXAMPLES, "formatter_class": raw}
+    parser = argparse.ArgumentParser("python -m nano", **about)
     commands = parser.add_subparsers(required=True)
 
     def command(name, function, says):
@@ -50,12 +57,7 @@ def parse_arguments(argv=None):
     add("--data", required=True, metavar="DIR", help="what `data` wrote")
     add("--out", required=True, metavar="DIR", help="states to resume from, and weights/ for `train.py --weights`")
     add("--weights", metavar="DIR", default=str(NANO), help="whose decoder to train (default: weights/nano)")
-    add(
-        "--minutes",
-        type=float,
-        default=9,
-        help="stop after so long with exit code 75; the next call goes on (default 9)",
-    )
+    add("--minutes", type=float, default=9, help="then stop with exit code 75; the next call goes on (default 9)")
     add("--steps", type=number(1), help="of the whole training (default 4000, 1000, 800, 1500)")
     add("--batch", type=number(1), help="(default 16 stills or 8 clips, 16, 64, 16 stills or 4 clips)")
     add("--seed", type=int, default=0, help="of weights and batches (default 0)")
