@@ -29,19 +29,22 @@ from report import plot
 
 
 @contextmanager
-def locked(out, ranks):
-    """Hold the run's folder: a requeued job that starts while the old one still runs would mix with it."""
-    file = None
+def locked(out, ranks, shared=False):
+    """Hold the run's folder: a requeued job that starts while the old one still runs would mix with it.
+
+    shared: a cache, which several may fill."""
+    told = file = None
     if ranks.first:
         out.mkdir(parents=True, exist_ok=True)
         file = (out / ".lock").open("w")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"--out {out}: another process works there; wait, or give another folder") from None
+            told = f"--out {out}: another process works there; wait, or give another folder"
         except OSError:  # a file system without locks
             pass
-    ranks.barrier()
+    if told := ranks.from_first(told):
+        raise ValueError(told)
     try:
         yield
     finally:

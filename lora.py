@@ -102,11 +102,12 @@ def quantise(model, kind, device="cpu", parts=("dit", "mllm")):
     """Replace the linears of the DiT's blocks and of the language model's layers by 8-bit ones, one at a time on
     `device`, so that the card never holds the 16 bits. Modulations, norms, embeddings, head and LoRA stay; the language
     model never multiplies in 8 bits."""
-    for name, child in list(model.named_modules()):
+    for name in [name for name, child in model.named_modules() if type(child) is nn.Linear]:  # names hold no weights
         part, (place, _, leaf) = name.split(".")[0], name.rpartition(".")
-        if type(child) is nn.Linear and BLOCK_LINEAR.search(name) and part in parts:
+        if BLOCK_LINEAR.search(name) and part in parts:
             own = "fp8" if part == "mllm" and kind == "w8a8" else kind
-            setattr(model.get_submodule(place), leaf, QuantLinear.from_linear(child.to(device), own))
+            parent = model.get_submodule(place)
+            setattr(parent, leaf, QuantLinear.from_linear(parent.get_submodule(leaf).to(device), own))
 
 
 # Files

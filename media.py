@@ -148,6 +148,9 @@ def read_clip(path, max_frames=81, max_pixels=MAX_PIXELS, max_fps=None, size_of=
         promised = shown_frames(container, stream)
         # without a count of frames the length is the container's, whose sound may be longer
         forgiven = max(2, promised // (50 if stream.frames else 10))
+        half = min(promised, max_frames * stride) // 2
+        if stream.frames and not still and count < max_frames and index + 1 < half:
+            raise MediaError(f"{path}: ends after {index + 1} of {promised} frames; fetch the file again")
         if not still and count < max_frames and index + 1 < promised - forgiven:
             note(path, f"promises {promised} frames and has {index + 1}: is it cut off? Fetch it again for the rest")
     count = usable_frames(count, max_frames) if count > 4 else count
@@ -458,7 +461,7 @@ def read_sound(path, duration):
         part[:] = samples[:, : part.shape[1]]
     if not out.size:
         return None
-    whole = av.AudioFrame.from_ndarray(np.nan_to_num(out), "fltp", layout.name)  # the encoder refuses NaN
+    whole = av.AudioFrame.from_ndarray(np.nan_to_num(out, copy=False), "fltp", layout.name)  # the encoder refuses NaN
     whole.sample_rate, whole.pts, whole.time_base = SOUND_RATE, 0, Fraction(1, SOUND_RATE)
     return whole
 

@@ -165,6 +165,8 @@ def places(args, still):
     out = Path(args.out or f"{Path(args.input).stem}_edited{endings[0]}")
     if out.suffix.lower() not in endings:
         raise MediaError(f"{out}: a {'picture' if still else 'video'} is written as {', '.join(endings)}")
+    if out.is_dir():
+        raise MediaError(f"{out}: is a folder; give -o a file's name")
     beside = out.with_stem(out.stem + "_compare")
     written = [path.resolve() for path in (out, *((beside, beside.with_suffix(".png")) if args.compare else ()))]
     for path in filter(None, (args.input, args.mask, *args.ref)):
@@ -205,6 +207,10 @@ def read_mask(path, clip):
 
 def load(args, device, loras):
     dtype = args.dtype or ("float32" if device.type == "cpu" else "bfloat16")
+    if args.quantise == "w8a8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ValueError(
+            "--quantise w8a8 multiplies in fp8, which this card cannot (Ada, Hopper and later can); take fp8"
+        )
     print(f"load        {args.weights} on {device}, {dtype}{', linears in ' + args.quantise if args.quantise else ''}")
     home = "cpu" if args.offload else device
     first = "cpu" if args.quantise else home

@@ -77,8 +77,11 @@ def open_data(args, stage, ranks):
         raise ValueError(f"global_batch / batch is {stage.batches}, not a multiple of {ranks.dp} data-parallel ranks")
     tables, held, chosen = {}, {}, [kind for kind in FILES if stage.ratio[kind]]
     for kind in chosen:
-        with suppress(FileNotFoundError):
+        try:
             tables[kind] = tables_of(args, kind)
+        except FileNotFoundError:
+            if vars(args)[f"{kind}_csv"]:
+                raise
         if args.val:
             with suppress(FileNotFoundError):
                 rows = [row for path in find_tables([args.val], kind) for row in read_table(path, kind)]
@@ -86,7 +89,7 @@ def open_data(args, stage, ranks):
     absent = [kind for kind in chosen if kind not in tables]
     if absent and (args.preset not in ON_WEIGHTS or not tables):
         tables_of(args, absent[-1])  # says what is missing
-    stage = replace(stage, **dict.fromkeys(absent, 0))
+    stage, held = replace(stage, **dict.fromkeys(absent, 0)), {kind: held[kind] for kind in tables if kind in held}
     if stage.sample_every and not args.val:
         raise ValueError(f"--set sample_every={stage.sample_every}: previews are of held-out rows; give --val")
     if args.val and not held:

@@ -144,7 +144,7 @@ def main(argv=None):
         return print(report(config, stage, args.gpus, args.cache, args.quantise))
     ranks = Ranks(stage.parallel, stage.dtype, args.sp, whole="dit" in stage.trains and not stage.write_cache)
     try:
-        with locked(Path(args.out), ranks):
+        with locked(Path(args.out), ranks, shared=bool(stage.write_cache)):
             checkpoint = open_run(args, ranks)
             data, stage = open_data(args, stage, ranks)  # first: a slip here should not cost the loading of 5B
             model, cache = load_model(args, stage, ranks, checkpoint, data)
@@ -379,6 +379,10 @@ class Trainer:
             return batch
         except Stopped:
             return None
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader"):
+                raise
+            raise ValueError(f"{error} Out of memory? Take fewer --set workers=, go on with --resume auto") from None
 
     def ask_to_stop(self, number, frame):
         if not self.stop:
@@ -423,7 +427,14 @@ class Trainer:
         sharded = hasattr(self.model, "unshard")  # called part by part, it needs what lies outside of the blocks
         home = self.ranks.device if self.args.cache and not sharded else None
         for kind, row, shape in self.data.previews:
-            target, source, ref = read_pair(row, shape)
+            pair = None
+            try:
+                pair = read_pair(row, shape)
+            except MediaError as error:  # no reason to end a training
+                self.ranks.say(f"warning: no sample of {kind}: {error}")
+            if self.ranks.any(pair is None):  # one rank alone would leave the others waiting
+                continue
+            target, source, ref = pair
             sharded and self.model.unshard()
             if self.distillation:
                 use_adapter(self.model.dit, STUDENT)

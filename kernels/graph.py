@@ -17,20 +17,22 @@ def replayed(function, x, t):
     if not x.is_cuda or os.environ.get("KIWI_GRAPH") != "1":
         return function
     x, t = x.clone(), t.clone()
-    aside = torch.cuda.Stream()
-    aside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(aside):  # what is compiled, timed or allocated once happens here
-        for _ in range(2):
-            function(x, t)
-    torch.cuda.current_stream().wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = function(x, t)
+    with torch.cuda.device(x.device):
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # what is compiled, timed or allocated once happens here
+            for _ in range(2):
+                function(x, t)
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = function(x, t)
 
     def replay(new_x, new_t):
         x.copy_(new_x)
         t.copy_(new_t)
-        graph.replay()
+        with torch.cuda.device(x.device):
+            graph.replay()
         return out.clone()
 
     return replay
