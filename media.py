@@ -148,10 +148,10 @@ def read_clip(path, max_frames=81, max_pixels=MAX_PIXELS, max_fps=None, size_of=
         promised = shown_frames(container, stream)
         # without a count of frames the length is the container's, whose sound may be longer
         forgiven = max(2, promised // (50 if stream.frames else 10))
-        half = min(promised, max_frames * stride) // 2
-        if stream.frames and not still and count < max_frames and index + 1 < half:
+        short = not still and count < max_frames
+        if short and stream.frames and index + 1 < min(promised, max_frames * stride) // 2:
             raise MediaError(f"{path}: ends after {index + 1} of {promised} frames; fetch the file again")
-        if not still and count < max_frames and index + 1 < promised - forgiven:
+        if short and index + 1 < promised - forgiven:
             note(path, f"promises {promised} frames and has {index + 1}: is it cut off? Fetch it again for the rest")
     count = usable_frames(count, max_frames) if count > 4 else count
     frames = torch.stack(frames[:count]) if count <= len(frames) else FrameFile(str(path), count, size, stride)
