@@ -155,10 +155,10 @@ def compare(args):
     a, b = read_reports(args.reports), read_reports(args.to)
     if a.keys() != b.keys():
         raise ValueError(f"{args.reports[0]}, {args.to[0]}: not of the same cases")
-    rows = [["task", "cases", "inside, dB", "right object"]]
+    rows = [["task", "cases", "inside, dB", "outside, dB", "right object"]]
     for task in [*dict.fromkeys(task for _, task in a), "all"]:
         keys, cells = [key for key in a if task in (key[1], "all")], []
-        for name in ("psnr_in", "right"):
+        for name in ("psnr_in", "psnr_out", "right"):
             over_seeds = lambda edits: mean(edit.get(name, math.nan) for edit in edits)
             differences = [over_seeds(a[key]) - over_seeds(b[key]) for key in keys]
             cells.append(mean_of([[d for d in differences if not math.isnan(d)]]))

@@ -267,12 +267,12 @@ def test_bench_writes_what_judge_reads_and_eval_wants_held_out_clips(tmp_path, n
 
 def test_reports_are_compared_case_by_case_over_their_seeds(tmp_path, capsys):
     for name, gain in (("a0", 3.0), ("a1", 1.0), ("b0", 0.0)):
-        measures = [{"edit": {"psnr_in": 20 + 5 * i + gain, "right": i > 0}} for i in range(12)]
+        measures = [{"edit": {"psnr_in": 20 + 5 * i + gain, "psnr_out": 30, "right": i > 0}} for i in range(12)]
         cases = [{"index": i, "task": "add", "measures": m} for i, m in enumerate(measures)]
         (tmp_path / name).mkdir()
         (tmp_path / name / "eval.json").write_text(json.dumps({"cases": cases}))
     nano("compare", tmp_path / "a0", tmp_path / "a1", "--to", tmp_path / "b0")
-    assert "| add | 12 | 2.00 [2.00, 2.00] | 0.000 [0.000, 0.000] |" in capsys.readouterr().out
+    assert "| add | 12 | 2.00 [2.00, 2.00] | 0.000 [0.000, 0.000] | 0.000 [0.000, 0.000] |" in capsys.readouterr().out
 
 
 def test_the_walkthrough_prints_what_it_says(monkeypatch, capsys):
