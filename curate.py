@@ -88,6 +88,8 @@ def parse_arguments(argv=None):
         vars(args).update(dataclasses.asdict(with_settings(Settings(), args.set)))
     except ValueError as error:
         parser.error(str(error))
+    if not (min(args.fps, args.min_side, args.shard_rows, args.page) > 0 and args.max_aspect >= 1):
+        parser.error("--set: fps, min_side, shard_rows and page are above 0, max_aspect is 1 or more")
     args.duplicate = args.duplicate or (0.99 if args.models == "paper" else 0.96)
     return args
 
@@ -231,7 +233,7 @@ class Stage:
         except Rejected as reason:
             return {"id": row["id"], **reason.found, **ended(self.name, "rejected", reason)}
         except FORESEEN as error:
-            full = (getattr(e, "errno", None) == errno.ENOSPC for e in (error, error.__context__))
+            full = (getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for e in (error, error.__context__))
             if isinstance(error, Barred) or any(full):  # no record's fault; MediaErrors have theirs as context
                 raise
             return {"id": row["id"], **ended(self.name, "failed", error)}

@@ -526,7 +526,7 @@ def relative(path, folder):
 
 def read_human(path, items):
     """A CSV of item, perhaps rater, and columns of scores, or of `winner` -> {column: {rater: {item: score}}}."""
-    human, winners = defaultdict(lambda: defaultdict(dict)), {"A": 1.0, "tie": 0.5, "B": 0.0}
+    told, winners = defaultdict(lambda: defaultdict(lambda: defaultdict(list))), {"A": 1.0, "tie": 0.5, "B": 0.0}
     for where, line in csv_lines(path, ["item"]) if path else ():
         item, rater = line.pop("item"), line.pop("rater", "")
         for column, value in line.items():
@@ -537,7 +537,9 @@ def read_human(path, items):
                     score = math.nan
                 if not math.isfinite(score):
                     raise ValueError(f"{where}: {column} is {value!r}, not a number")
-                human[column][rater][item] = score
+                told[column][rater][item].append(score)
+    mean = lambda given: {item: fmean(scores) for item, scores in given.items()}  # without raters a line a person
+    human = {column: {rater: mean(given) for rater, given in raters.items()} for column, raters in told.items()}
     known = sorted(item.key for item in items)
     if path and not any(item in known for raters in human.values() for given in raters.values() for item in given):
         raise ValueError(f"{path}: none of its items is one of the benchmark's, which are {', '.join(known[:5])}, ...")
@@ -575,6 +577,9 @@ def prepare(args, *folders):
     if lost := [folder for folder in folders if not Path(folder).is_dir()]:
         raise ValueError(f"{lost[0]}: no such folder of edits")  # a report on it would replace a good one
     args.bench = open_bench(args.bench, args.prompts if args.command == "score" else None)
+    names = {name for task in args.bench.tasks.values() for name in task["criteria"]}
+    if taken := names & {*METRICS, "score", "uncapped", "spread", "wrong_reference_gain"}:
+        raise ValueError(f"--bench {args.bench.name}: a criterion cannot be named {min(taken)}, as a number of ours is")
     sides = [read_bench(args.bench, args.path, folder, args.limit) for folder in folders]
     if args.command != "people":
         args.settings = with_settings(vlm.Settings(args.endpoint, *MODES[args.mode]), args.set)
@@ -675,7 +680,7 @@ def preferences(votes, human, rows, lost):
     """A table, in which a win is one in both orders, and {task: share of A}. lost: pairs without a vote."""
     head = ["task", "A wins", "B wins", "undecided", "of these: followed the position", "pairs", "share of A [Wilson]"]
     table, shares = [[*head, "sign test p", "as people say [Wilson]"]], {}
-    people = mean_over(human["winner"])
+    people = mean_over(human.get("winner", {}))
     for task, of in {"all": rows, **by_task(rows)}.items():
         said = {row.item.key: votes[row.item.key] for row in of if row.item.key in votes}
         if said:
@@ -733,10 +738,14 @@ def people(args):
 def leaderboard(args):
     """`judge.py leaderboard`: one table over several runs. Those asked in other ways are marked."""
     runs = [read_json(path / "summary.json") for path in args.runs]
+    names = ("bench", "judge", "asked", "prompts", "items")
+    for path, run in zip(args.runs, runs):
+        if not {*names, "tasks", "overall", "uncapped", "trusted"} <= run.keys():
+            raise ValueError(f"{path}/summary.json: is not of a `judge.py score`")
     tasks = list(dict.fromkeys(task for run in runs for task in run["tasks"]))
     table = [["", "judge", "items", *tasks, "overall", "uncapped", "verdict"]]
     for path, run in zip(args.runs, runs):
-        other = [name for name in ("bench", "judge", "asked", "prompts", "items") if run[name] != runs[0][name]]
+        other = [name for name in names if run[name] != runs[0][name]]
         notes = ["not trusted"] * (not run["trusted"])
         notes += [f"other {', '.join(other)} than the first"] if other else []
         means = [run["tasks"].get(task, "–") for task in tasks]

@@ -28,7 +28,10 @@ def parsed(text):
 
 def read_json_lines(path):
     with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+        try:
+            return [json.loads(line) for line in file]
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
 
 def write_json_lines(path, rows):
@@ -128,11 +131,12 @@ class Ledger:
             return lines
 
     def reopen_failed(self, shard):
-        """Open the failed records of a shard again: the files of all stages become journals without them."""
+        """Open the failed records of a shard again: from their first stage on, files become journals without them."""
         begun = {stage: self.lines(stage, shard) for stage in self.stages}
-        if not any(has_failed(row) for lines in begun.values() for row in lines):
+        first = next((i for i, stage in enumerate(self.stages) if any(map(has_failed, begun[stage]))), None)
+        if first is None:
             return
-        for stage in self.stages[:0:-1]:  # the last first: a kill in between leaves none done after one that is not
+        for stage in self.stages[: max(first, 1) - 1 : -1]:  # last first: a kill leaves none done after one that is not
             write_json_lines(self.path(stage, shard, ".part"), [row for row in begun[stage] if not has_failed(row)])
             self.path(stage, shard).unlink(missing_ok=True)
         self.write("read", shard, [reopened(row) if has_failed(row) else row for row in begun["read"]])

@@ -152,19 +152,20 @@ def post(url, headers, body, deadline, secret=None, trusted=False):
     hide = lambda text: sound(without(secret, text))
     end = time.monotonic() + deadline
     try:
-        try:
-            response = urllib.request.build_opener(NoRedirect).open(request, timeout=deadline)
-        except urllib.error.HTTPError as error:
-            response = error
-        with response:
+        with urllib.request.build_opener(NoRedirect).open(request, timeout=deadline) as response:
             text = read_all(response, end)
+    except urllib.error.HTTPError as error:
+        try:
+            with error:
+                text = read_all(error, end)
+        except (http.client.HTTPException, OSError):  # the status says enough
+            text = "no text"
+        raise refusal(error, hide(" ".join(text.split())), trusted) from None
     except (http.client.HTTPException, OSError) as error:
         reason, sent = getattr(error, "reason", error), not isinstance(error, urllib.error.URLError)
         if isinstance(reason, TimeoutError):
             raise TryAgain(f"no answer within {deadline:g} s", paid=True) from None
         raise TryAgain(hide(f"connection lost ({type(reason).__name__}: {reason})"), paid=sent) from None
-    if isinstance(response, urllib.error.HTTPError):
-        raise refusal(response, hide(" ".join(text.split())), trusted)
     try:
         answer = json.loads(hide(json.dumps(json.loads(text), ensure_ascii=False)))  # whatever way it was spelled
     except (ValueError, RecursionError):
@@ -305,7 +306,7 @@ class Server:
         tokens = [counted(answer.get(self.usage), names) for names in self.tokens]
         try:
             said, end, model = self.reply(answer)
-            found = Answer(said, *tokens, model and str(model))
+            found = Answer(sound(said), *tokens, model and str(model))
         except (AttributeError, TypeError, KeyError, IndexError):
             reason = f"the server's answer has another shape: {json.dumps(answer)[:200]}"
             raise Malformed(reason, Answer("", *tokens, None)) from None
@@ -569,7 +570,7 @@ class Asker:
             backoff = self.settings.wait * 2 ** max(tries - 1, 0) * (1 + random.random() / 4)
             wait = backoff if problem.after is None else problem.after
         then = time.monotonic() + wait
-        late, spent = then > until, tries >= self.settings.tries
+        late, spent = lost and then > until, tries >= self.settings.tries
         self.unread += isinstance(problem, Malformed) and not self.heard
         if isinstance(problem, Barred):
             self.stop = problem

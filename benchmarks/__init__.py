@@ -191,13 +191,14 @@ def read_answer(text, names):
             return {name: read_score(flat[name]) for name in names}
     # "consistency_detail" in "Consistency & Detail"
     spelled = {name: r"[\s_]+(?:(?:&|and)[\s_]+)?".join(map(re.escape, name.split("_"))) for name in names}
-    other = rf"(?:(?!^[#*\s\d.]*(?:{'|'.join(spelled.values())}))[\s\S])*?"  # anything up to the next heading
-    scores = {}
+    heading = rf"[#* \t\d.]*(?:{'|'.join(spelled.values())})"
+    parts, scores = re.split(rf"(?im)^(?={heading})", text), {}
+    score = rf"(?im)^[ \t*_-]*score[ \t*_]*[:=][ \t*_]*{NUMBER}{END}"
     for name, words in spelled.items():
-        beside = rf"{words}[^\n:=]{{0,60}}[:=][\s*_\"']*{NUMBER}{END}"
-        below = rf"^[#*\s\d.]*{words}[^\n]*\n{other}^[\s*_-]*score[\s*_]*[:=][\s*_]*{NUMBER}{END}"
-        given = re.findall(f"(?im){beside}", text) or re.findall(f"(?im){below}", text)
-        values = {read_score(f"{score}/{of}" if of else score) for score, of in given}
+        given = re.findall(rf"(?im){words}[^\n:=]{{0,60}}[:=][\s*_\"']*{NUMBER}{END}", text)
+        own = [part for part in parts if re.match(rf"(?i)[#* \t\d.]*{words}[^\n]*\n", part)]
+        given = given or [found for part in own for found in re.findall(score, part)]
+        values = {read_score(f"{value}/{of}" if of else value) for value, of in given}
         if len(values) != 1:
             said = " ".join(text.split())[:120]
             raise Malformed(f"{name} is {'given twice' if values else 'missing'} in the answer: {said!r}")

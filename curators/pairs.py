@@ -179,12 +179,14 @@ class Reader:
                 name = next((key for key, (_, columns, _) in SETS.items() if set(columns) <= fields.keys()), None)
                 if name is None:
                     has_columns(file, PAIR, list(fields))  # raises: it has not
+                if name == "ReCo":
+                    base = self.base(file.absolute().parent.parent)
             _, columns, licence = SETS[name or "table"]
             if licence and name not in self.licences:
                 self.licences.add(name)
                 print(f"licence     {name}: {licence}")
             if name == "ReCo":
-                fields = reco_line(fields, file.parent.name)
+                fields = reco_line(fields, file.absolute().parent.name)
             if name == "Sparkle":
                 fields = fields | {"edit_type": "background"}
             texts = {key: fields.get(column) for key, column in zip(PAIR, columns)}
@@ -238,7 +240,7 @@ class Reader:
                 for name in (row[key] for key in ("mask", "ref_image") if key in row):
                     adopt(below(str(folder), name, row["id"]), below(self.args.out, name, row["id"]))
                 row["base"] = numbers[row["base"]]
-                again = row.get("stage") == "score" and row["status"] == "rejected"
+                again = row.get("stage") in ("score", "guard") and row["status"] == "rejected"
                 if again or row.get("status") == "failed" and self.args.retry_failed and row["stage"] != "read":
                     row = reopened(row)
                 elif "status" in row:

@@ -65,6 +65,7 @@ NUMBERS, TEXT = {"type": "array", "items": {"type": "number"}}, {"type": "string
 SCORES = {"type": "object", "properties": {"reasoning": TEXT, "score": NUMBERS}}
 BOX = {"type": "object", "properties": {"kind": TEXT, "label": TEXT, "bbox_2d": NUMBERS}}
 VERDICT = {"type": "object", "properties": {"reason": TEXT, "match": {"type": "boolean"}}}
+PIXELS = "Qwen2.5-VL counts boxes in pixels of its own; take Qwen3-VL"
 STEPS = {False: (40, 4.0), True: (4, 1.0)}  # of the editor, without and with a Lightning LoRA: steps, guidance
 
 
@@ -235,15 +236,20 @@ class Paper:
         """ValueError for what is missing, before days of work: models (SAM 3 is gated), packages, servers, words."""
         if "score" in stages:
             editscore_prompts(self.args.prompts)
-        if "synthesize" in stages and not all(map(importlib.util.find_spec, ("diffusers", "torchvision", "PIL"))):
-            raise ValueError("--models paper makes references with diffusers: pip install diffusers pillow torchvision")
+        if "synthesize" in stages:
+            try:
+                import torchvision  # noqa: F401
+                from diffusers import QwenImageEditPlusPipeline  # noqa: F401
+            except (ImportError, RuntimeError) as error:
+                told = "--models paper makes references with diffusers: pip install diffusers pillow torchvision"
+                raise ValueError(f"{told} ({error})") from None
         for need in (need for stage in stages for need in NEEDS.get(stage, ())):
             name = getattr(self.args, need)
             model = served(name) if name.startswith("http") else name
             for part in () if name.startswith("http") else name.split("+"):
                 check_model(part, f"--set {need}={name}")
             if need == "grounder" and re.search("qwen2[._]5.vl", model, re.IGNORECASE):
-                raise ValueError(f"--set grounder={name}: Qwen2.5-VL counts boxes in pixels of its own; take Qwen3-VL")
+                raise ValueError(f"--set grounder={name}: {PIXELS}")
 
     def setup(self, stage):
         from transformers import CLIPModel, Sam3TrackerModel
@@ -254,6 +260,8 @@ class Paper:
         asked = lambda name: open_model(name, self.args, self.device)
         for need in NEEDS.get(stage, ()):
             setattr(self, need, openers.get(need, asked)(getattr(self.args, need)))
+        if stage == "ground" and getattr(self.grounder.model, "positions_a_second", None):
+            raise ValueError(f"--set grounder={self.args.grounder}: {PIXELS}")
         if stage == "score":
             self.words = editscore_prompts(self.args.prompts)
 

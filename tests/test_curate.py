@@ -1,6 +1,7 @@
 """Tests of curate.py, ledger.py and bench/curate.py"""
 
 import csv
+import errno
 import json
 import os
 import re
@@ -263,6 +264,8 @@ def test_the_published_sets_are_read_in_their_own_formats(tmp_path, capsys):
     told = re.findall(r"licence +(\S+): (\S+)", capsys.readouterr().out)
     assert told == [("Ditto-1M", "CC-BY-NC-SA-4.0"), ("ReCo", "CC-BY-NC-SA-4.0"), ("OpenVE-3M", "CC-BY-NC-4.0"),
                     ("Sparkle", "CC-BY-4.0")]  # fmt: skip
+    alone, one = reader(tmp_path / "reco/replace/replace_data_configs.json"), tmp_path / "reco"
+    assert [alone.bases[row["base"]] for row in alone] == [str(one)]
     put("other/openve.csv", (tmp_path / "openve.csv").read_text())  # the same names below another folder
     assert len(list(reader(tmp_path / "openve.csv", tmp_path / "other/openve.csv", tmp_path / "openve.csv"))) == 2
 
@@ -314,18 +317,19 @@ def test_what_ends_a_run_keeps_what_was_answered_and_asks_it_no_more(tmp_path, p
             raise curate.Barred("the key is refused")
         return score(models, source, target, row)
 
-    def full(path, image):
+    def full(number):
         try:
-            raise OSError(28, "No space left on device")
+            raise OSError(number, "No space left on device")
         except OSError:
-            raise MediaError(f"{path}: cannot be written") from None
+            raise MediaError("x: cannot be written") from None
 
     monkeypatch.setattr(Classical, "score", barred_at_the_fourth)
     with pytest.raises(curate.Barred):
         curated(tmp_path / "out", pairs, "--workers", 1, shard_rows=100)
-    with monkeypatch.context() as disk, pytest.raises(MediaError, match="cannot be written"):
-        disk.setattr(curate, "write_image", full)
-        curated(tmp_path / "out", pairs, "--workers", 1, shard_rows=100)
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        with monkeypatch.context() as disk, pytest.raises(MediaError, match="cannot be written"):
+            disk.setattr(curate, "write_image", lambda *_: full(number))
+            curated(tmp_path / "out", pairs, "--workers", 1, shard_rows=100)
     rows = curated(tmp_path / "out", pairs, "--workers", 1, shard_rows=100)
     assert asked.count(asked[3]) == 2 and len(asked) == len(set(asked)) + 1
     assert not any(row["status"] == "failed" for row in rows)
@@ -381,6 +385,9 @@ def test_a_shard_half_done_is_finished_without_asking_again_and_one_cut_short_is
         shard.write_text("".join(shard.read_text().splitlines(True)[:-1]))
         with pytest.raises(ValueError, match=rf"{stage}/00000\.jsonl: has lost records"):
             curated(out, pairs)
+    shard.write_text("{half")
+    with pytest.raises(ValueError, match=r"read/00000\.jsonl: Expecting"):
+        curated(out, pairs)
 
 
 def test_two_processes_do_what_one_does_and_a_stray_world_size_is_not_waited_for(tmp_path, pairs, run, monkeypatch):
@@ -477,6 +484,8 @@ def test_a_person_s_rejects_and_a_benchmark_s_pictures_leave_the_result(tmp_path
     rows = {row["id"]: row for row in curated(tmp_path / "guarded", run, "--guard", tmp_path / "bench")}
     for row, name in ((kept[1], "theirs.jpg"), (kept[2], "first.png")):
         assert f"resembles {name} of the benchmark" in rows[row["id"]]["reason"] and not rows[row["id"]]["tuning"]
+    rows = curated(tmp_path / "free", tmp_path / "guarded")  # decided anew
+    assert kept_in(rows) == kept and all(row["tuning"] for row in kept_in(rows))
 
 
 @pytest.mark.parametrize("flag, says", [("--rejects", "none.json"), ("--guard", "broken.png")])
@@ -492,6 +501,22 @@ def test_the_measures_run_on_the_real_code(tmp_path, nano_data):
     assert "40 records through all stages" in str(bench.curate.scale(tmp_path, records=40, vectors=30, width=8))
     _, things, _, planted = bench.curate.truth(nano_data)
     assert float(things[-1]) > 0.7 and planted[-1] == "1.000, 1.000"
+
+
+@pytest.mark.parametrize("setting", ["fps=0", "min_side=0", "shard_rows=0", "page=-1", "max_aspect=0.5"])
+def test_settings_without_sense_are_refused(setting):
+    with pytest.raises(SystemExit):
+        curate.parse_arguments(["x", "--out", "y", "--set", setting])
+
+
+def test_only_stages_from_the_first_failure_on_are_opened_again(tmp_path):
+    stages = ["score", "ground", "verify"]
+    ledger, fail = Ledger(tmp_path, stages), {"id": "b", **ended("ground", "failed", "no memory")}
+    for stage in ("read", *stages):
+        ledger.write(stage, 0, [{"id": "a"}, fail if stage == "ground" else {"id": "b"}][: 1 + (stage != "verify")])
+    ledger.reopen_failed(0)
+    assert [ledger.done(stage, 0) for stage in ledger.stages] == [True, True, False, False]
+    assert ledger.lines("ground", 0) == ledger.lines("verify", 0) == [{"id": "a"}]
 
 
 def test_an_address_with_a_secret_is_refused():

@@ -163,11 +163,15 @@ ALL_BUT_FIRST = "\nConsistency detail: 1\nVisual quality: 1"
     (f"Instruction compliance: 2 of the hats, so 4/5{ALL_BUT_FIRST}", "instruction_compliance is missing"),
     (f"Instruction compliance: 2/3 of the hats, so 4/5{ALL_BUT_FIRST}", "2/3. is not a"),
     (f"Instruction compliance: -4{ALL_BUT_FIRST}", "-4. is not a whole"),
+    (f"# Instruction compliance\nScore: 4\nScore: 3{ALL_BUT_FIRST}", "instruction_compliance is given twice"),
+    ("Instruction compliance\n" + "\n" * 9000, "is missing"),
     ("### Instruction compliance\nFine.\n### Consistency detail\nScore: 3\n## Visual quality\nScore: 2", "is missing"),
 ])  # fmt: skip
 def test_an_answer_is_read_by_its_names_and_without_a_possible_score_never_guessed(text, says):
+    began = time.process_time()
     with pytest.raises(vlm.Malformed, match=says) if says else contextlib.nullcontext():
         assert benchmarks.read_answer(text, NAMES) == dict(zip(NAMES, (4, 3, 2)))
+    assert time.process_time() - began < 0.5
 
 
 def test_what_a_judge_thinks_aloud_is_not_its_answer_and_a_winner_is_one():
@@ -208,6 +212,7 @@ CUT_OFF = {
     "filter": openai_says("Quality: 2", "content_filter"), "MAX_TOKENS": gemini_says("Quality: 2", "MAX_TOKENS"),
     "blocked": {"promptFeedback": {"blockReason": "OTHER"},
                 "usageMetadata": {"promptTokenCount": 9000, "thoughtsTokenCount": 7}},
+    "kind": openai_says({"quality": 2}), "number": openai_says(4),
     "shape": {"choices": "none", "usage": {"prompt_tokens": 9000, "completion_tokens": 7}},
 }  # fmt: skip
 
@@ -225,6 +230,7 @@ def test_nothing_is_read_from_what_was_cut_off_and_its_tokens_are_counted(monkey
     (lambda n: n < 2 and "drop", 3, None), (lambda n: n < 1 and "hang", 2, None),
     (lambda n: n < 1 and b'{"choices": [{"mess', 2, None), (lambda n: n < 1 and "Quality: 9", 2, None),
     (lambda n: n < 1 and b'{"choices": "none"}', 2, None),
+    (lambda n: n < 1 and (429, {}, b" " * 9_000_000), 2, None),
     (lambda n: "I cannot help with that.", 5, "quality is missing"), (lambda n: (413, {}, b"big"), 1, "HTTP 413: big"),
     (lambda n: "dribble", 5, "no answer within"), (lambda n: b" " * 9_000_000, 5, "more than 4 MB"),
     (lambda n: openai_says(GOOD, tokens=2), 1, "dropped the videos"), (lambda n: (403, {}, b""), 1, "refuses"),
@@ -240,7 +246,8 @@ def test_every_trouble_ends_in_the_right_score_or_in_a_report(monkeypatch, troub
 
 @pytest.mark.parametrize("said, says, most", [
     ((401, {}, b""), "refuses the key", 1), ((402, {}, b""), "no quota is left", 1),
-    ((400, {}, b"API key not valid."), "refuses the key", 1), ((404, {}, b""), "no such model", 1),
+    ((400, {}, b"API key not valid."), "refuses the key", 1), ((401, {}, b" " * 9_000_000), "HTTP 401: no text", 1),
+    ((404, {}, b""), "no such model", 1),
     ((429, {}, b'{"error": {"code": "insufficient_quota"}}'), "no quota is left", 1),
     ((429, {"Retry-After": "7200"}, b"{}"), "used up for 7200 s more", 1),
     ("I rate it four stars.", "10 answers, and none could be read", 10), ("drop", "cannot be reached", 20),
@@ -264,6 +271,8 @@ def test_a_quota_costs_time_and_no_item(monkeypatch):
 
     with FakeJudge(say) as fake:
         assert asked(fake, monkeypatch, times=36, tries=1)[0] == [4] * 36
+    with FakeJudge(lambda request, nth: openai_says(GOOD if nth else "Quality: 9")) as fake:  # waits for no quota
+        assert asked(fake, monkeypatch, patience=0)[0] == [4]
     told = [("1.5", ""), (formatdate(time.time() + 90, usegmt=True), ""), ("", '"retryDelay": "34.07s"'), ("soon", "")]
     seconds = [vlm.seconds_to_wait(*words) for words in told]
     assert seconds == [1.5, pytest.approx(90, abs=3), 34.07, None]
@@ -311,6 +320,9 @@ def test_who_answered_is_kept_and_another_endpoint_or_rate_is_asked_anew(refvie,
     go("leaderboard", refvie / "out", refvie / "b")
     first, second = capsys.readouterr().out.splitlines()[2:]
     assert "/out | openai:m | 3 | 3.00" in first and "other asked than the first" in second
+    (refvie / "b" / "summary.json").write_text('{"bench": "refvie"}')
+    with fails("b/summary.json: is not of a `judge.py score`"):
+        go("leaderboard", refvie / "out", refvie / "b")
 
 
 def test_a_dry_run_tells_the_price_and_asks_and_measures_nothing(refvie, capsys, monkeypatch):
@@ -461,6 +473,9 @@ def test_repeats_give_a_spread_and_people_s_scores_agreement_per_task_and_among_
                 score(refvie, fake, "--human", refvie / "people.csv", out="broken")
         assert len(fake.requests) == 6
     assert "mean over items: 0.71" in text and "| q | raters among themselves | all |  |  |  | 0.67 |" in text
+    (refvie / "people.csv").write_text("item,q,winner\n0,1,A\n0,4,B\n")  # a line a person
+    people = judge.read_human(refvie / "people.csv", [SimpleNamespace(key="0")])
+    assert people == {"q": {"": {"0": 2.5}}, "winner": {"": {"0": 0.5}}}
     assert re.search(r"\| q \| score \| all \| 3 \| (1.00|0.8\d) ", text)
     assert "| q | score | subject | 2 | – | – | 1.00 |" in text
 
@@ -576,6 +591,10 @@ def test_a_benchmark_of_one_s_own_is_a_yaml_file_and_its_prompts_another(refvie)
         go(*words, "--prompts", prompts)
         assert "Grade Zoom in. Lines" in fake.requests[1]["text"] and "response_format" not in fake.requests[1]["body"]
     assert "published (Someone; comparable)" in report_of(refvie, name="mine")
+    for name in ("score", "flicker"):
+        mine.write_text(BENCH.replace("quality:", f"{name}:"))
+        with fails(f"--bench mine: a criterion cannot be named {name}"):
+            go(*words)
 
 
 def test_run_makes_the_released_names_once_in_shards_and_mixes_no_other_weights_or_settings(
