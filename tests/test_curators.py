@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
@@ -347,6 +348,13 @@ def test_all_models_are_looked_for_before_the_first_record(tmp_path, monkeypatch
         with pytest.raises(ValueError, match=says):
             Paper(arguments("--set", *there, setting)).preflight([stage])
     Paper(arguments("--set", *there)).preflight(["verify"])
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(ValueError, match="pip install diffusers pillow torchvision"):
+        Paper(arguments("--set", *there)).preflight(["synthesize"])
+    monkeypatch.setitem(paper.NEEDS, "ground", ["grounder"])
+    with pytest.raises(ValueError, match="take Qwen3-VL"):  # whatever its folder is called
+        judge = tiny_local_judge(tmp_path / "judge", "qwen2_5_vl")
+        Paper(arguments("--set", f"grounder={judge}", "--device", "cpu")).setup("ground")
 
 
 def test_the_editor_s_language_model_is_told_which_tokens_are_a_picture_s(tmp_path):

@@ -271,6 +271,8 @@ def test_a_quota_costs_time_and_no_item(monkeypatch):
 
     with FakeJudge(say) as fake:
         assert asked(fake, monkeypatch, times=36, tries=1)[0] == [4] * 36
+    with FakeJudge(lambda request, nth: openai_says(GOOD if nth else "Quality: 9")) as fake:  # waits for no quota
+        assert asked(fake, monkeypatch, patience=0)[0] == [4]
     told = [("1.5", ""), (formatdate(time.time() + 90, usegmt=True), ""), ("", '"retryDelay": "34.07s"'), ("soon", "")]
     seconds = [vlm.seconds_to_wait(*words) for words in told]
     assert seconds == [1.5, pytest.approx(90, abs=3), 34.07, None]
