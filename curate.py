@@ -359,11 +359,18 @@ class Guard(Stage):
 
     def setup(self):
         self.files = guard_files(self.args.guard) if self.args.guard else []
-        self.theirs = [self.models.embed([read_image(file)])[0] for file in tqdm(self.files, desc="guard")]
+        theirs = [
+            self.models.embed([read_image(file)])[0] for file in tqdm(self.files, "guard", disable=not self.files)
+        ]
+        self.theirs = torch.stack(theirs) if theirs else None  # (files, D)
 
     def one(self, row):
-        for key in ("src_video", "ref_image") if self.files else ():
-            near = torch.stack(self.theirs) @ self.models.embed([read_image(self.file(row, key))])[0]  # (files,)
+        if self.theirs is None:
+            return {}
+        shown = self.models.embed([read_image(self.file(row, "src_video"))])[0]
+        kept = torch.tensor(unpack(row["feature"])).to(shown)  # of the reference, since `Verify`
+        for own in (shown, kept):
+            near = self.theirs @ own
             if near.max() > self.args.duplicate:
                 name = self.files[near.argmax()].relative_to(self.args.guard)
                 raise Rejected(f"resembles {name} of the benchmark", {"tuning": False})

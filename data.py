@@ -390,11 +390,10 @@ def check_row(row):
     except MediaError as error:
         return row, [str(error)]
     (before, h, w), (frames, height, width) = ((len(shown), *shown[-1]) for shown in sizes)
+    stretch = h * width / w / height
     wrong = {
         f"has {frames} frames, its source {before}: only the shorter length is trained": before != frames,
-        f"is {width}x{height}, its source {w}x{h}: their crops will not match": not 0.95
-        < h * width / w / height
-        < 1.05,
+        f"is {width}x{height}, its source {w}x{h}: their crops will not match": not 0.95 < stretch < 1.05,
         f"is {width}x{height}: each side needs at least {GRID}": min(height, width) < GRID,
     }
     return row, [fault for fault, found in wrong.items() if found]

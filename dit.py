@@ -148,9 +148,7 @@ class Block(nn.Module):
         over the steps of an edit (`DiT.context_keys_values`); rope from `rope_3d`.
         """
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = (self.modulation + time_mod).split(1, dim=1)
-        rows8 = getattr(
-            self.ffn[0], "products8", False
-        )  # the linears multiply in 8 bits, and the norms hand it to them
+        rows8 = getattr(self.ffn[0], "products8", False)  # the norms then hand their rows over in 8 bits
         y = layer_norm_modulate(x, shift_a, scale_a, self.eps, rows8)
         y = self.self_attn(y, self.self_attn.keys_values(y, rope), rope)
         x, y = gate_residual_norm(x, y, gate_a, *self.norm3_as_modulation(), self.eps, rows8)

@@ -121,7 +121,7 @@ class Ledger:
         return rows
 
     def todo(self, stage, shards):
-        return [shard for shard in shards if not self.path(stage, shard).is_file()]
+        return [shard for shard in shards if not self.done(stage, shard)]
 
     def lines(self, stage, shard):
         """What a stage has of a shard, done or under work."""

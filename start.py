@@ -82,14 +82,14 @@ def open_data(args, stage, ranks):
         except FileNotFoundError:
             if vars(args)[f"{kind}_csv"]:
                 raise
-        if args.val:
+        if args.val and kind in tables:
             with suppress(FileNotFoundError):
                 rows = [row for path in find_tables([args.val], kind) for row in read_table(path, kind)]
                 held[kind] = rows[:: -(-len(rows) // HELD_OUT)]
     absent = [kind for kind in chosen if kind not in tables]
     if absent and (args.preset not in ON_WEIGHTS or not tables):
         tables_of(args, absent[-1])  # says what is missing
-    stage, held = replace(stage, **dict.fromkeys(absent, 0)), {kind: held[kind] for kind in tables if kind in held}
+    stage = replace(stage, **dict.fromkeys(absent, 0))
     if stage.sample_every and not args.val:
         raise ValueError(f"--set sample_every={stage.sample_every}: previews are of held-out rows; give --val")
     if args.val and not held:

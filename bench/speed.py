@@ -174,11 +174,11 @@ def vae_rows(args, config, size, dtype):
 
 def profile(args):
     """ms of each class of CLASSES: kernels on a GPU, operators on a CPU."""
-    device, dtype, layers, grid = (
-        ("cuda", torch.bfloat16, 30, GRIDS["720p"]) if on_gpu() else ("cpu", None, 1, (2, 4, 4))
-    )
-    model = built(device, dtype or torch.float32, lambda: DiT(DiTConfig(num_layers=layers)))
-    decoder = built(device, dtype or torch.float32, lambda: VAE(VAEConfig()))
+    device, dtype, layers, grid = "cpu", torch.float32, 1, (2, 4, 4)
+    if on_gpu():
+        device, dtype, layers, grid = "cuda", torch.bfloat16, 30, GRIDS["720p"]
+    model = built(device, dtype, lambda: DiT(DiTConfig(num_layers=layers)))
+    decoder = built(device, dtype, lambda: VAE(VAEConfig()))
     x, text = (torch.randn(1, *shape, device=device, dtype=dtype) for shape in ((48, *grid), (512, 3072)))
     t, kept = torch.tensor([500.0], device=device), model.context_keys_values(text)
     for part, run in (("DiT step", lambda: model(x, t, kept)), ("VAE decode", lambda: decoder.decode(x))):
